@@ -1,0 +1,102 @@
+"""Base classes of objectives: frozen pydantic models around pure loss functions. An objective sees tensors only."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from alignkit.batches import Batch, LossTerms, Plan, RolloutBatch
+from alignkit.errors import ConfigError
+
+State = dict[str, Tensor]
+
+
+class Objective(BaseModel):
+    """One loss with its hyper-parameters. Subclasses give `plan` and `loss`; the rest has defaults."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, arbitrary_types_allowed=True
+    )
+
+    paper: ClassVar[str] = ""  # "Rafailov et al. 2023, arXiv:2305.18290, eq. 7"
+    equation: ClassVar[str] = ""  # the loss in one line of plain maths, for the model card
+
+    @property
+    def plan(self) -> Plan:
+        """What the loop has to provide."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> LossTerms:
+        """Unreduced loss terms of a batch of the plan's family."""
+        raise NotImplementedError
+
+    def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
+        """Closed-form optimal log-probs [..., n] for `reward` and reference log-probs, [..., n] each; None if there is none."""
+        return None
+
+    def init_state(self) -> State:
+        """Tensors the objective carries from step to step (an adaptive KL coefficient, ...); checkpointed by the loop."""
+        return {}
+
+    def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
+        """Turn the global rollout's scores into advantages [N, T] (rollout objectives only)."""
+        return rollout, state
+
+
+class SequenceObjective(Objective):
+    """Learns from demonstrations."""
+
+    @property
+    def plan(self) -> Plan:
+        return Plan("sequence", anchors=())
+
+
+class PairObjective(Objective):
+    """Learns from chosen/rejected pairs under a reference."""
+
+    @property
+    def plan(self) -> Plan:
+        return Plan("pair")
+
+
+class Weighted(Objective):
+    """A weighted sum of objectives over one data family: the union of their terms and needs."""
+
+    parts: Sequence[tuple[Objective, float]]
+
+    @property
+    def plan(self) -> Plan:
+        plans = [part.plan for part, _ in self.parts]
+        families = {p.data for p in plans} - {"sequence"} or {"sequence"}
+        if len(families) > 1:
+            raise ConfigError(f"objective: a weighted list needs one data family, got {', '.join(sorted(families))}")
+        family = families.pop()
+        if family not in ("sequence", "pair") and any(p.data == "sequence" for p in plans):
+            raise ConfigError(f"objective: sft can join sequence or pair objectives, not {family}")
+        single = [p for p in plans if p.data == family]
+        first = single[0]
+        shared = ("samples", "judged", "values", "epochs", "minibatches", "update")
+        for field in shared:
+            if any(getattr(p, field) != getattr(first, field) for p in single):
+                raise ConfigError(f"objective: the parts of a weighted list disagree on `{field}`; give each its own run")
+        return Plan(
+            family,
+            statistics={k: v for p in plans for k, v in p.statistics.items()},
+            anchors=tuple(dict.fromkeys(a for p in plans for a in p.anchors)),
+            coupled=any(p.coupled for p in plans),
+            mismatched=any(p.mismatched for p in plans),
+            **{field: getattr(first, field) for field in shared},
+        )
+
+    def loss(self, batch: Batch) -> LossTerms:
+        total = LossTerms([])
+        for part, weight in self.parts:
+            total = total + part.loss(batch).scaled(weight)
+        return total
+
+    def init_state(self) -> State:
+        return {f"{i}.{k}": v for i, (part, _) in enumerate(self.parts) for k, v in part.init_state().items()}
+
+    def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
+        raise ConfigError("objective: rollout objectives cannot be summed in a weighted list: their advantages differ")
