@@ -7,7 +7,7 @@ import alignkit
 
 ROOT = Path(alignkit.__file__).parent
 LAYERS = {
-    0: ["errors", "tensors", "divergences", "kl", "risk", "credit"],
+    0: ["errors", "plugins", "tensors", "divergences", "kl", "risk", "credit"],
     1: ["batches"],
     2: ["objectives", "losses"],
     3: ["policies", "rollout", "rewards", "judges", "data"],
