@@ -126,10 +126,10 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Draw:
-    """`n` completions per prompt from `source` (policy, reference, an anchor, or their token-level mixture with weight
-    `mix` on the reference)."""
+    """`n` completions per prompt (None: the recipe's rollout.completions) from `source` (policy, reference, an anchor),
+    or from the token-level mixture with weight `mix` on the reference."""
 
-    n: int
+    n: int | None = None
     source: str = "policy"
     mix: float = 0.0
     scored: bool = True  # False: an opponent, judged against and then set aside
@@ -245,6 +245,7 @@ class RolloutBatch:
     groups: Tensor  # [N] int64, equal for completions of one prompt
     advantages: Tensor | None = None  # [N, T] credit per token, filled by the objective's `credit`
     returns: Tensor | None = None  # [N, T] value targets
+    values: Tensor | None = None  # [N, T] what the value head said at rollout time
 
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
@@ -258,7 +259,7 @@ class RolloutBatch:
             return torch.stack([torch.nn.functional.pad(row, (0, length - len(row))) for row in rows]).to(device)
 
         scores = torch.cat([b.rows["score"] for b in bundles]).to(device)
-        return cls(tokens, scores, groups, padded("advantages"), padded("returns"))
+        return cls(tokens, scores, groups, padded("advantages"), padded("returns"), padded("values"))
 
     @staticmethod
     def counts(bundles: Sequence[Bundle]) -> dict[str, int]:

@@ -1,0 +1,235 @@
+"""Rollouts: prompts are sampled from, scored or judged, credited, and become the bundles of the next optimiser steps."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from alignkit.batches import Bundle, RolloutBatch, TokenLogps
+from alignkit.buffer import pack, unpack
+from alignkit.collect import Order
+from alignkit.errors import DataError, NumericsError
+from alignkit.objectives.base import Objective
+from alignkit.policies.layout import micro_batches
+from alignkit.policies.pair import PolicyPair
+from alignkit.reduction import concat, gather_rows
+from alignkit.rollout import Sample, Sampler
+
+Texts = Sequence[Any]  # strings, or message lists for chats
+Score = Callable[..., list[float | None]]  # TRL's reward signature
+Compare = Callable[[Texts, Texts, Texts], Any]  # (prompts, first, second) -> Verdict
+
+
+@dataclass
+class RolloutSource:
+    """Samples a rollout every `epochs * minibatches` optimiser steps and hands it out bundle by bundle.
+
+    One rollout takes `minibatches * batch_size` prompts over all processes. Which prompts, their order and the sampling
+    noise are functions of the seed and the rollout's number, never of the number of processes.
+    """
+
+    prompts: Sequence[Any]  # alignkit.data Prompt: ids, text (or messages), uid, columns
+    objective: Objective
+    pair: PolicyPair
+    sampler: Sampler
+    decode: Callable[[Any, Tensor], Any]  # (prompt, ids) -> what rewards and judges read
+    accelerator: Accelerator
+    batch_size: int
+    completions: int
+    seed: int
+    reward: Score | None = None
+    judge: Compare | None = None
+    micro_batch_tokens: int = 4096
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise DataError("there are 0 prompts to sample from; see the data report above for what was dropped and why")
+        self.plan = self.objective.plan
+        self.order = Order(len(self.prompts), self.seed)
+        self.credit_state = self.objective.init_state()
+        self.bundles: list[Bundle] = []  # this rank's bundles of the current rollout
+        self.number = -1  # the current rollout's number
+
+    def collect(self, step: int, half: int = 0) -> list[Bundle]:
+        """This rank's bundles of optimiser step `step`; samples anew where the rollout is used up (or for a half step)."""
+        per_rollout = self.plan.epochs * self.plan.minibatches
+        if step // per_rollout != self.number or per_rollout == 1:
+            self.number = step // per_rollout
+            self.bundles = self._rollout(self.number, half)
+        return self._minibatch(step % per_rollout)
+
+    def _minibatch(self, position: int) -> list[Bundle]:
+        """Minibatch `position` of the rollout: each epoch goes through all bundles in its own order."""
+        epoch, index = divmod(position, self.plan.minibatches)
+        order = Order(len(self.bundles), self.seed + 7919 * (self.number + 1), shuffle=self.plan.minibatches > 1)
+        start = epoch * len(self.bundles)
+        edges = [start + len(self.bundles) * i // self.plan.minibatches for i in (index, index + 1)]
+        return [self.bundles[i] for i in order[edges[0] : edges[1]]]
+
+    def _rollout(self, number: int, half: int) -> list[Bundle]:
+        size = self.batch_size * self.plan.minibatches
+        positions = range(number * size, (number + 1) * size)
+        chosen = list(zip(positions, self.order[positions.start : positions.stop]))
+        chosen = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
+        prompts = [self.prompts[i] for _, i in chosen]
+        scored: list[list[Sample]] = [[] for _ in prompts]
+        opponents: list[list[Sample]] = [[] for _ in prompts]
+        for d, draw in enumerate(self.plan.samples):
+            draw = replace(draw, n=draw.n or self.completions)
+            clock = (2 * number + half) * len(self.plan.samples) + d  # distinct noise for every draw
+            drawn = self.sampler.sample([p.ids for p in prompts], draw, step=clock, prompt_ids=[p for p, _ in chosen])
+            for mine, samples in zip(scored if draw.scored else opponents, drawn):
+                mine.extend(samples)
+        bundles = [_bundle(prompt, samples) for prompt, samples in zip(prompts, scored)]
+        kept = self._appraise(prompts, bundles, scored, opponents)
+        self._describe(scored, kept)
+        return self._credited([bundle for bundle in kept if bundle is not None])
+
+    def _appraise(self, prompts, bundles, scored, opponents) -> list[Bundle | None]:
+        """Scores or preferences into the bundles' rows; None for a bundle without a valid verdict."""
+        texts = [[self.decode(p, s.ids) for s in samples] for p, samples in zip(prompts, scored)]
+        against = [[self.decode(p, s.ids) for s in samples] for p, samples in zip(prompts, opponents)]
+        if self.plan.judged == "score":
+            return self._scores(prompts, bundles, scored, texts)
+        if self.plan.judged == "none":
+            return list(bundles)
+        if self.judge is None:
+            raise DataError("this objective needs a judge; set `judge` in the recipe")
+        if self.plan.judged == "table":
+            queries = [(i, row[j], row[k], (j, k)) for i, row in enumerate(texts) for j in range(len(row)) for k in range(j)]
+        else:  # against the opponent, or the last completion where no opponent was drawn
+            queries = [
+                (i, a, (against[i] or row[-1:])[0], (j, None))
+                for i, row in enumerate(texts)
+                for j, a in enumerate(row if against[i] else row[:-1])
+            ]
+        verdict = self.judge([prompts[i].text for i, *_ in queries], [q[1] for q in queries], [q[2] for q in queries])
+        return self._preferences(bundles, queries, verdict)
+
+    def _scores(self, prompts, bundles, scored, texts) -> list[Bundle | None]:
+        if self.reward is None:
+            raise DataError("this objective needs a reward; set `rewards` in the recipe")
+        repeated = [p for p, row in zip(prompts, texts) for _ in row]
+        columns = {name: [p.columns[name] for p in repeated] for name in (repeated[0].columns if repeated else ())}
+        values = self.reward(
+            [p.text for p in repeated],
+            [text for row in texts for text in row],
+            completion_ids=[s.ids.tolist() for row in scored for s in row],
+            **columns,
+        )
+        at, result = 0, []
+        for bundle in bundles:
+            mine, at = values[at : at + len(bundle.completions)], at + len(bundle.completions)
+            keep = [i for i, value in enumerate(mine) if value is not None]  # None: the reward does not apply
+            result.append(_pick(bundle, keep, torch.tensor([mine[i] for i in keep])) if keep else None)
+        return result
+
+    def _preferences(self, bundles, queries, verdict) -> list[Bundle | None]:
+        table = self.plan.judged == "table"
+        sizes = [len(b.completions) for b in bundles]
+        rows = [torch.full((n, n) if table else (n,), 0.5) for n in sizes]
+        valid = [True] * len(bundles)
+        for (i, _, _, (j, k)), p, ok in zip(queries, verdict.probability.tolist(), verdict.valid.tolist()):
+            valid[i] &= ok
+            rows[i][(j, k) if table else j] = p
+            if table:
+                rows[i][k, j] = 1 - p
+        self.metrics["judge/invalid"] = 1 - sum(valid) / max(1, len(valid))
+        if not any(valid):
+            raise NumericsError("every verdict of the judge in this step is invalid; check the judge's answers and its endpoint")
+        extra = [{"table": r, "preference": r.mean(-1)} if table else {"preference": r} for r in rows]
+        return [replace(b, rows={**b.rows, **e}) if ok else None for b, e, ok in zip(bundles, extra, valid)]
+
+    @torch.no_grad()
+    def _credited(self, bundles: list[Bundle]) -> list[Bundle]:
+        """Anchors (and, for rollouts, advantages) into the bundles' tokens."""
+        chunks = micro_batches(bundles, self.micro_batch_tokens, self.pair.layout)
+        bundles = [bundles[i] for chunk in chunks for i in chunk]
+        parts, at = [], 0
+        for chunk in chunks:
+            parts.append(self.pair.logps(bundles[at : at + len(chunk)], self.plan))
+            at += len(chunk)
+        tokens = concat(parts)
+        self._mismatch(tokens)
+        channels = dict(tokens.anchors) if not self.plan.statistics else {}
+        if self.plan.data == "rollout":
+            channels |= self._advantages(bundles, tokens)
+        return _with_channels(bundles, channels)
+
+    def _advantages(self, bundles: list[Bundle], tokens: TokenLogps) -> dict[str, Tensor]:
+        """The objective's credit of the global rollout; this rank's part of it."""
+        everyone, offset = gather_rows(tokens, self.accelerator)
+        scores = gather_object([b.rows["score"].tolist() for b in bundles])
+        groups = torch.tensor([i for i, row in enumerate(scores) for _ in row], device=self.pair.device)
+        flat = torch.tensor([v for row in scores for v in row], device=self.pair.device)
+        credited, self.credit_state = self.objective.credit(RolloutBatch(everyone, flat, groups), self.credit_state)
+        self.metrics |= {f"credit/{k}": float(v) for k, v in self.credit_state.items() if v.numel() == 1}
+        window = slice(offset, offset + len(tokens.policy))
+        found = {"advantages": credited.advantages, "returns": credited.returns, "values": credited.tokens.extras.get("values")}
+        return {name: value[window] for name, value in found.items() if value is not None}
+
+    def _describe(self, scored: list[list[Sample]], kept: list[Bundle | None]) -> None:
+        lengths = torch.tensor([len(s.ids) for row in scored for s in row], dtype=torch.float64)
+        ended = torch.tensor([s.ended for row in scored for s in row], dtype=torch.float64)
+        rows = [b.rows["score"].double() for b in kept if b is not None and "score" in b.rows]
+        local = {"completions/mean_length": lengths, "completions/clipped_ratio": 1 - ended}
+        if rows:
+            local["reward"] = torch.cat(rows)
+            local["reward_std"] = torch.stack([r.std() if len(r) > 1 else r.new_zeros(()) for r in rows])
+            local["frac_reward_zero_std"] = (local["reward_std"] == 0).double()
+        local["rollout/dropped"] = torch.tensor([b is None for b in kept], dtype=torch.float64)
+        sums = torch.tensor([[v.sum(), v.numel()] for v in local.values()], dtype=torch.float64, device=self.pair.device)
+        totals = self.accelerator.reduce(sums).tolist()
+        self.metrics |= {name: total / max(n, 1) for name, (total, n) in zip(local, totals)}
+        if not any(b is not None for b in kept):
+            raise DataError("no completion of this step has a score or a valid verdict; check the reward or judge")
+
+    def _mismatch(self, tokens: TokenLogps) -> None:
+        """How far the engine's log-probs are from the trainer's: logged always, because drift ends in collapse."""
+        if tokens.behavior is None:
+            return
+        gap = (tokens.policy - tokens.behavior)[tokens.mask].double()
+        k3 = torch.expm1(gap) - gap  # KL(engine || trainer), per token
+        self.metrics |= {"sampling/logp_difference_max": float(gap.abs().max()), "sampling/mismatch_kl": float(k3.mean())}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The rollout in use and the objective's state; the position in it follows from the step."""
+        tensors, shapes = pack(self.bundles)
+        carried = {f"credit.{k}": v for k, v in self.credit_state.items()}
+        return {**tensors, **carried}, {"number": self.number, "bundles": shapes}
+
+    def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.number = state["number"]
+        self.bundles = unpack(tensors, state["bundles"])
+        device = self.pair.device
+        self.credit_state = {k[7:]: v.to(device) for k, v in tensors.items() if k.startswith("credit.")}
+
+
+def _bundle(prompt: Any, samples: Sequence[Sample]) -> Bundle:
+    ids = [s.ids for s in samples]
+    masks = [torch.ones(len(i), dtype=torch.bool) for i in ids]
+    return Bundle(prompt.ids, ids, masks, prompt.uid, tokens={"behavior": [s.logps for s in samples]})
+
+
+def _pick(bundle: Bundle, keep: Sequence[int], scores: Tensor) -> Bundle:
+    """The completions at `keep` with their scores."""
+    tokens = {name: [values[i] for i in keep] for name, values in bundle.tokens.items()}
+    completions, masks = [bundle.completions[i] for i in keep], [bundle.masks[i] for i in keep]
+    return replace(bundle, completions=completions, masks=masks, tokens=tokens, rows={**bundle.rows, "score": scores})
+
+
+def _with_channels(bundles: Sequence[Bundle], channels: Mapping[str, Tensor]) -> list[Bundle]:
+    """Write rows of `channels` [N, T] back into the bundles they belong to."""
+    result, at = [], 0
+    for bundle in bundles:
+        lengths = [len(ids) for ids in bundle.completions]
+        rows = {name: [v[at + k, :n].cpu() for k, n in enumerate(lengths)] for name, v in channels.items()}
+        result.append(replace(bundle, tokens={**bundle.tokens, **rows}))
+        at += len(lengths)
+    return result

@@ -1,0 +1,113 @@
+"""The run folder: lock, resolved recipe, metrics, samples, checkpoints, the finished model and its card."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignkit import checkpoint
+from alignkit.errors import ConfigError, ResourceError
+
+
+class RunFolder:
+    """One training run on disk. Only the main process writes; the lock is the operating system's, so a killed run leaves none."""
+
+    def __init__(self, path: str | Path, *, writes: bool = True):
+        self.path = Path(path).expanduser().resolve()
+        self.writes = writes
+        self.metrics_file, self.samples_file = self.path / "metrics.jsonl", self.path / "samples.jsonl"
+        self.checkpoints, self.model = self.path / "checkpoints", self.path / "model"
+        self._lock: int | None = None
+
+    def __enter__(self) -> "RunFolder":
+        if self.writes:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.__exit__()
+                raise ResourceError(
+                    f"{self.path} is in use by another run; wait for it, stop it, or choose another output_dir"
+                ) from None
+            except OSError as error:
+                raise ResourceError(f"cannot write to {self.path}: {error.strerror}; choose another output_dir") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def finished(self) -> bool:
+        """The model is renamed into place as a run's last act."""
+        return self.model.is_dir()
+
+    def refuse_to_overwrite(self) -> None:
+        """A run that has results is continued, never overwritten."""
+        if self.finished or checkpoint.steps(self.checkpoints):
+            raise ConfigError(
+                f"output_dir {self.path} already holds a run; continue it with --resume auto, or choose another output_dir"
+            )
+
+    def start(self, recipe: str, step: int) -> None:
+        """Write the resolved recipe and cut the logs back to `step` (0 for a new run)."""
+        if not self.writes:
+            return
+        (self.path / "recipe.yaml").write_text(recipe)
+        for file in (self.metrics_file, self.samples_file):
+            kept = [line for line in read_lines(file) if line["step"] <= step and step > 0]
+            beside = file.with_name(f".{file.name}.tmp")
+            beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            beside.replace(file)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one row to metrics.jsonl."""
+        self._append(self.metrics_file, row)
+
+    def log_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows to samples.jsonl."""
+        for row in rows:
+            self._append(self.samples_file, row)
+
+    def _append(self, file: Path, row: Mapping[str, Any]) -> None:
+        if self.writes:
+            try:
+                with file.open("a") as out:
+                    out.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise ResourceError(
+                    f"cannot write {file}: {error.strerror}; free space, then go on with --resume auto"
+                ) from error
+
+    def save_model(self, write: Callable[[Path], None], card: str) -> None:
+        """Write the finished model and the run's card; `model/` appears whole or not at all."""
+        if not self.writes:
+            return
+        beside = self.path / ".tmp-model"
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
+            write(beside)
+            (self.path / "README.md").write_text(card)
+            (beside / "README.md").write_text(card)
+            for file in beside.iterdir():
+                checkpoint.fsync(file)
+            beside.rename(self.model)
+        except OSError as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise ResourceError(f"cannot write {self.model}: {error.strerror}; free space, then --resume auto") from error
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file that this package wrote; a torn last line (a killed run) is left out."""
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
