@@ -1,0 +1,132 @@
+"""The language-model head on completion tokens only, in chunks: log-probs, entropies and statistics without [M, V] logits.
+
+A chunk's logits live while the chunk is computed; backward computes them again. No more than one chunk [C, V] of each
+model is alive at a time.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.batches import Statistic
+
+CHUNK_BYTES = 32 * 2**20  # of one [C, V] matrix of log-probs; a handful of them are alive while a chunk is computed
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's own head module with the scale and soft cap its config asks for."""
+
+    module: nn.Module
+    scale: float = 1.0
+    soft_cap: float | None = None
+    context: Callable[[], AbstractContextManager] = field(default=nullcontext)  # adapters off, where the head has some
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Head":
+        """The head of a transformers causal LM, adapters included."""
+        config = model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        return cls(model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
+
+    def logprobs(self, hidden: Tensor) -> Tensor:
+        """Log-probs of the whole vocabulary, in float32 or wider: [C, H] -> [C, V]."""
+        logits = self.module(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.soft_cap is not None:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return torch.log_softmax(logits, -1, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class AnchorStates:
+    """An anchor's hidden states [M, H] at the trained tokens, and its head."""
+
+    hidden: Tensor
+    head: Head
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one pass over the tokens computes."""
+
+    head: Head
+    labels: Tensor  # [M]
+    statistics: Mapping[str, Statistic]
+    anchor: AnchorStates | None
+    rows: int  # tokens per chunk
+
+    def chunk(self, hidden: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Differentiable figures [1 + S, C] (log-prob, statistics) and detached ones [1 or 2, C] (entropy, anchor log-prob)."""
+        part = slice(start, start + self.rows)
+        labels = self.labels[part]
+        logps = self.head.logprobs(hidden)
+        anchor = None
+        with torch.no_grad():
+            lowest = torch.finfo(logps.dtype).min  # impossible tokens (-inf): 0 log 0 = 0
+            detached = [-(logps.exp() * logps.clamp(min=lowest)).sum(-1)]
+            if self.anchor is not None:
+                with self.anchor.head.context():
+                    anchor = self.anchor.head.logprobs(self.anchor.hidden[part])
+                detached.append(anchor.gather(-1, labels[:, None])[:, 0].to(logps.dtype))
+        figures = [logps.gather(-1, labels[:, None])[:, 0]]
+        figures += [statistic(logps, anchor, labels) for statistic in self.statistics.values()]
+        return torch.stack(figures), torch.stack(detached)
+
+
+class _Chunked(torch.autograd.Function):
+    """Runs the job chunk by chunk; backward recomputes each chunk and sums the parameters' gradients."""
+
+    @staticmethod
+    def forward(ctx, job: _Job, hidden: Tensor, *parameters: nn.Parameter) -> tuple[Tensor, Tensor]:
+        ctx.job = job
+        ctx.save_for_backward(hidden, *parameters)
+        device = hidden.device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        parts = [job.chunk(hidden[start : start + job.rows], start) for start in range(0, len(hidden), job.rows)]
+        figures, detached = (torch.cat(outputs, -1) for outputs in zip(*parts))
+        ctx.mark_non_differentiable(detached)
+        return figures, detached
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, *parameters = ctx.saved_tensors
+        device, dtype, enabled = ctx.autocast
+        into_hidden = torch.zeros_like(hidden)
+        totals: list[Tensor | None] = [None] * len(parameters)
+        for start in range(0, len(hidden), ctx.job.rows):
+            part = slice(start, start + ctx.job.rows)
+            leaf = hidden[part].detach().requires_grad_()
+            with torch.enable_grad(), torch.autocast(device, dtype, enabled):
+                figures, _ = ctx.job.chunk(leaf, start)
+            grads = torch.autograd.grad(figures, [leaf, *parameters], grad[:, part], allow_unused=True)
+            into_hidden[part] = grads[0]
+            for i, new in enumerate(grads[1:]):
+                totals[i] = new if totals[i] is None or new is None else totals[i].add_(new)
+        return None, into_hidden, *totals
+
+
+def head_figures(
+    head: Head, hidden: Tensor, labels: Tensor, statistics: Mapping[str, Statistic], anchor: AnchorStates | None = None
+) -> dict[str, Tensor]:
+    """Figures of each token: hidden states [M, H], labels [M] -> {"policy", "entropy", statistics, "anchor"}: [M] each.
+
+    "entropy" (nats) carries no gradient: it takes two more passes over a chunk's log-probs, none through the model. A
+    statistic gets the anchor's log-probs, or None without one; "anchor" is the anchor's log-prob of the label.
+    """
+    vocabulary = getattr(head.module, "out_features", None) or next(head.module.parameters()).shape[0]
+    job = _Job(head, labels, statistics, anchor, max(1, CHUNK_BYTES // (4 * vocabulary)))
+    if len(labels):
+        trained = [p for p in head.module.parameters() if p.requires_grad]
+        figures, detached = _Chunked.apply(job, hidden, *trained)
+    else:  # nothing to train on this rank: zeros that still depend on the hidden states
+        figures = hidden.sum() * hidden.new_zeros(1 + len(statistics), 0)
+        detached = figures.new_zeros(1 + (anchor is not None), 0)
+    found = dict(zip(("policy", *statistics), figures))
+    return found | dict(zip(("entropy", "anchor"), detached))

@@ -1,0 +1,235 @@
+"""The policy and its anchors: the one thing the loop asks for log-probs."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.batches import Bundle, Plan, TokenLogps
+from alignkit.errors import CheckpointError, ModelError
+from alignkit.policies.head import AnchorStates
+from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches
+from alignkit.policies.module import PolicyModule, causal_lm
+from alignkit.policies.reference import START_ADAPTER, Anchor
+
+SCORING_BUDGET = 8192  # tokens per forward without gradient
+ANCHOR_PREFIX = "anchor."
+
+
+class PolicyPair:
+    """A trained module and what anchors it. Built by `alignkit.policies.load.load_pair`."""
+
+    def __init__(
+        self,
+        base: PolicyModule,
+        tokenizer,
+        anchors: Mapping[str, Anchor],
+        *,
+        layout: Layout = "shared_prefix",
+        notes: Sequence[str] = (),
+        save_config: Mapping[str, object] | None = None,
+    ) -> None:
+        self.base = base  # the PolicyModule itself
+        self.module: nn.Module = base  # the same, or what accelerate made of it
+        self.tokenizer = tokenizer
+        self.anchors = dict(anchors)
+        self.layout: Layout = layout
+        self.notes = list(notes)
+        self._save_config = dict(save_config or {})  # config fields that loading changed and saving restores
+        self._autocast: Callable = nullcontext
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy lives."""
+        return next(self.base.parameters()).device
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head: V."""
+        return causal_lm(self.base.model).config.get_text_config().vocab_size
+
+    @property
+    def reference_kind(self) -> str:
+        """The resolved kind of the reference; "none" without one."""
+        return self.anchors["reference"].kind if "reference" in self.anchors else "none"
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters."""
+        return [p for p in self.base.parameters() if p.requires_grad]
+
+    def prepare(self, accelerator) -> None:
+        """Let accelerate wrap the policy, and move the anchors to its device."""
+        self.module = accelerator.prepare(self.base)
+        self._autocast = accelerator.autocast
+        for anchor in self.anchors.values():
+            if anchor.module is not None:
+                anchor.module.to(accelerator.device)
+
+    def logps(self, bundles: Sequence[Bundle], plan: Plan, *, anchors: bool = True) -> TokenLogps:
+        """Per-token log-probs of the N completions of `bundles`, with gradient iff it is enabled.
+
+        With `anchors` also the plan's anchors (stored ones where every bundle has them, else live) and statistics; without,
+        the policy alone. Extras: "entropy" (detached), "values", the statistics.
+        """
+        rows = build_rows(bundles, self.layout, self.device)
+        figures: dict[str, Tensor] = {}
+        states = None
+        for name in plan.anchors if anchors else ():
+            if plan.statistics and name == plan.anchors[0]:
+                states = self._states(name, rows)
+            elif all(name in bundle.tokens for bundle in bundles):
+                figures[name] = self._stored(bundles, name, rows)
+            else:
+                figures[name] = rows.scatter(self._score(name, rows))
+        self.module.train(torch.is_grad_enabled())
+        found = self.module(rows, plan.statistics if anchors else {}, states)
+        extras = {name: rows.scatter(values) for name, values in found.items()}
+        if states is not None:
+            figures[plan.anchors[0]] = extras.pop("anchor")
+        behavior = None
+        if all("behavior" in bundle.tokens for bundle in bundles):
+            behavior = self._stored(bundles, "behavior", rows)
+        return TokenLogps(extras.pop("policy"), figures, rows.mask, behavior, extras)
+
+    def _stored(self, bundles: Sequence[Bundle], name: str, rows: Rows) -> Tensor:
+        """Stored figures of the completions, [N, T], 0 outside the mask."""
+        flat = torch.zeros(rows.shape)
+        stored = (values for bundle in bundles for values in bundle.tokens[name])
+        for row, values in zip(flat, stored, strict=True):
+            row[: len(values)] = values
+        return torch.where(rows.mask, flat.to(rows.labels.device), 0.0)
+
+    @torch.no_grad()
+    def _score(self, name: str, rows: Rows) -> Tensor:
+        """An anchor's log-probs of the labels [M]."""
+        with self._active(name) as module, self._autocast():
+            return module.eval()(rows)["policy"].float()
+
+    @torch.no_grad()
+    def _states(self, name: str, rows: Rows) -> AnchorStates:
+        """An anchor's hidden states and head, for statistics over its vocabulary."""
+        with self._active(name) as module, self._autocast():
+            hidden = module.eval()(rows, hidden_only=True)["hidden"]
+        anchor = self.anchors[name]
+        if anchor.module is not None:
+            return AnchorStates(hidden, anchor.module.head)
+        return AnchorStates(hidden, replace(self.base.head, context=lambda: anchor.active(self.base, self.base)))
+
+    def _active(self, name: str):
+        if name not in self.anchors:
+            known = ", ".join(["policy", *self.anchors])
+            raise ModelError(f"this run has no anchor {name!r}, only {known}; set the recipe's `{name}` section")
+        return self.anchors[name].active(self.module, self.base)
+
+    def cached(self, bundles: Sequence[Bundle], plan: Plan, progress: Callable[[int], None] | None = None) -> list[Bundle]:
+        """The bundles with the reference's log-probs stored in `tokens["reference"]`; call it before the policy moves.
+
+        Eight bundles are scored a second time by themselves; the largest difference goes to `notes`. `progress` is called with
+        the number of bundles done.
+        """
+        out = list(bundles)
+        done = 0
+        for group in micro_batches(bundles, SCORING_BUDGET, self.layout):
+            for index, tokens in zip(group, self._reference_tokens([bundles[i] for i in group])):
+                out[index] = replace(bundles[index], tokens={**bundles[index].tokens, "reference": tokens})
+            done += len(group)
+            if progress is not None:
+                progress(done)
+        worst = 0.0
+        for index in range(0, len(out), max(1, len(out) // 8)):
+            alone = self._reference_tokens([bundles[index]])[0]
+            pairs = zip(alone, out[index].tokens["reference"])
+            worst = max([worst, *(float((a - b).abs().max()) for a, b in pairs if len(a))])
+        self.notes.append(
+            f"reference log-probs stored for {len(out)} bundles; scored again one by one they differ by at most {worst:.1e}"
+        )
+        return out
+
+    def _reference_tokens(self, bundles: Sequence[Bundle]) -> list[list[Tensor]]:
+        rows = build_rows(bundles, self.layout, self.device)
+        scored = iter(rows.scatter(self._score("reference", rows)).cpu())
+        return [[next(scored)[: len(ids)].clone() for ids in bundle.completions] for bundle in bundles]
+
+    @contextmanager
+    def rewound(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """At exit parameters and optimiser state are bit for bit what they were; new state is deleted. RNG is untouched."""
+        parameters = self.parameters()
+        weights = [p.detach().clone() for p in parameters]
+        state = {p: _cloned(optimizer.state[p]) for p in parameters if p in optimizer.state}
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, weight in zip(parameters, weights):
+                    parameter.copy_(weight)
+            for parameter in parameters:
+                optimizer.state.pop(parameter, None)
+            optimizer.state.update(state)
+            for group, kept in zip(optimizer.param_groups, groups):
+                group.update(kept)
+
+    @contextmanager
+    def model(self, name: str = "policy") -> Iterator[nn.Module]:
+        """A transformers causal LM for generation, in evaluation mode: "policy" or an anchor. Only valid inside the block."""
+        if name != "policy" and self.anchors.get(name, Anchor("")).kind == "cached" and self.anchors[name].moved:
+            raise ModelError("reference.kind: a cached reference cannot generate; set reference.kind=frozen")
+        active = nullcontext(self.base) if name == "policy" else self._active(name)
+        with active as module, self._autocast():
+            base = self.base if module is self.module else module
+            base.eval()
+            yield base.model
+
+    def after_step(self, step: int) -> None:
+        """Tell the anchors that optimiser step `step` (counted from 1) is done."""
+        for anchor in self.anchors.values():
+            anchor.after_step(step, self.base)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Live tensors a checkpoint covers: trainable parameters and moving anchors."""
+        found = {name: p for name, p in self.base.named_parameters() if p.requires_grad}
+        for name, anchor in self.anchors.items():
+            found |= {f"{ANCHOR_PREFIX}{name}.{key}": value for key, value in anchor.state(self.base).items()}
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """Trainable parameters and moving anchors, copied to the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._tensors().items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` returned; names and shapes must be the same."""
+        own = self._tensors()
+        wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
+        if wrong:
+            raise CheckpointError(
+                f"the checkpoint does not fit this model and reference: {len(wrong)} tensors differ, e.g. {wrong[0]}"
+            )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        for anchor in self.anchors.values():
+            anchor.moved = True
+
+    def save(self, folder: Path | str) -> None:
+        """Write the policy so that `from_pretrained` loads it (a LoRA run: the adapter, in peft's layout), and the tokenizer."""
+        model, config = self.base.model, causal_lm(self.base.model).config
+        changed = {name: getattr(config, name) for name in self._save_config}
+        for name, value in self._save_config.items():
+            setattr(config, name, value)
+        only = (
+            {"selected_adapters": [a for a in model.peft_config if a != START_ADAPTER]} if hasattr(model, "peft_config") else {}
+        )
+        try:
+            model.save_pretrained(folder, **only)
+        finally:
+            for name, value in changed.items():
+                setattr(config, name, value)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+
+def _cloned(state: Mapping[str, object]) -> dict[str, object]:
+    return {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in state.items()}

@@ -1,0 +1,104 @@
+"""What anchors the KL: a frozen copy, the policy without its adapter, its starting adapter, a cache, or a moving average."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.batches import Plan
+from alignkit.errors import ConfigError, ModelError
+from alignkit.policies.config import ReferenceConfig
+from alignkit.policies.module import PolicyModule
+
+KINDS = ("auto", "frozen", "adapter_off", "cached", "ema", "synced")
+START_ADAPTER = "reference"  # the frozen twin of a pretrained adapter that is trained on
+
+
+def resolve_kind(kind: str, plan: Plan, *, adapter: bool, fixed_data: bool) -> str:
+    """What `reference.kind` means for this run; "none" where nothing asks for a reference, else one of KINDS or a path."""
+    sampled = any(draw.source == "reference" or draw.mix for draw in plan.samples)
+    if "reference" not in plan.anchors and not plan.statistics and not sampled:
+        return "none"
+    if kind == "adapter_off" and not adapter:
+        raise ConfigError("reference.kind: adapter_off needs a LoRA adapter; set model.adapter, or reference.kind=frozen")
+    cacheable = fixed_data and not plan.statistics and not sampled
+    if kind == "cached" and not cacheable:
+        why = (
+            "its completions are sampled during the run" if not fixed_data else "its loss reads the reference's whole vocabulary"
+        )
+        raise ConfigError(f"reference.kind: cached does not work for this objective ({why}); use auto, frozen or adapter_off")
+    if kind != "auto":
+        return kind
+    if cacheable:
+        return "cached"
+    return "adapter_off" if adapter else "frozen"
+
+
+@dataclass
+class Anchor:
+    """One anchor policy. `module` is its own copy; None for the kinds that live inside the policy."""
+
+    kind: str
+    module: PolicyModule | None = None
+    decay: float = 0.99  # ema
+    every: int = 64  # synced
+    moved: bool = False  # cached: the policy is no longer what it was at the start
+
+    @classmethod
+    def of(cls, kind: str, policy: PolicyModule, config: ReferenceConfig) -> "Anchor":
+        """The anchor of a kind, started at the policy's present weights."""
+        if kind in ("cached", "adapter_off"):
+            return cls(kind)
+        return cls(kind, frozen(copy.deepcopy(policy)), config.decay, config.every)
+
+    @contextmanager
+    def active(self, policy: nn.Module, base: PolicyModule) -> Iterator[nn.Module]:
+        """The module to call for this anchor. `policy` is the prepared module around `base`, as it may be wrapped for DDP."""
+        if self.module is not None:
+            yield self.module
+        elif self.kind == "cached":
+            if self.moved:
+                raise ModelError(
+                    "reference.kind: a cached reference was asked for log-probs it has not stored, and the policy has moved "
+                    "since; score all bundles before training, or set reference.kind=frozen"
+                )
+            yield policy
+        elif START_ADAPTER in base.model.peft_config:
+            trained = base.model.active_adapter
+            base.model.set_adapter(START_ADAPTER, inference_mode=True)
+            try:
+                yield policy
+            finally:
+                base.model.set_adapter(trained)
+        else:
+            with base.adapter_disabled():
+                yield policy
+
+    @torch.no_grad()
+    def after_step(self, step: int, base: PolicyModule) -> None:
+        """Move towards the policy after optimiser step `step` (counted from 1)."""
+        self.moved = True
+        if self.module is None or self.kind not in ("ema", "synced") or (self.kind == "synced" and step % self.every):
+            return
+        weight = 1.0 if self.kind == "synced" else 1 - self.decay
+        for (_, own), new in self._trained(base):
+            own.lerp_(new.to(own.dtype), weight) if weight < 1 else own.copy_(new)
+
+    def _trained(self, base: PolicyModule) -> Iterator[tuple[tuple[str, Tensor], Tensor]]:
+        assert self.module is not None
+        for own, (_, new) in zip(self.module.named_parameters(), base.named_parameters(), strict=True):
+            if new.requires_grad:
+                yield own, new
+
+    def state(self, base: PolicyModule) -> dict[str, Tensor]:
+        """What a checkpoint has to keep: the weights of a moving anchor."""
+        return {name: own for (name, own), _ in self._trained(base)} if self.kind in ("ema", "synced") else {}
+
+
+def frozen(module: PolicyModule) -> PolicyModule:
+    """The module without gradients or value head, in evaluation mode."""
+    module.value_head = None
+    return module.requires_grad_(False).eval()
