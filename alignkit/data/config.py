@@ -14,8 +14,9 @@ class DataConfig(BaseModel):
     train: str = Field("task:reviews", description="a file, a saved dataset folder, a hub name, or task:NAME")
     eval: str | None = Field(None, description="the same for held-out rows")
     split: str = Field("train", description="split of a hub dataset or dataset folder with several")
-    format: Literal["auto", "pair", "implicit_pair", "completion", "text", "labelled", "prompt"] = Field(
-        "auto", description="row format"
+    subset: str | None = Field(None, description="configuration of a hub dataset that has several")
+    format: Literal["auto", "pair", "implicit_pair", "completion", "messages", "text", "labelled", "prompt"] = Field(
+        "auto", description="row format; auto decides from the columns of all rows"
     )
     columns: dict[str, str] = Field({}, description="our name -> the file's column name")
     chat_template: str | None = Field(None, description="Jinja template or a path to one, for tokenizers without their own")

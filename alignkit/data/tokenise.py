@@ -1,0 +1,201 @@
+"""From checked examples to bundles: where the prompt ends, BOS once, EOS at most once, the cut at max_length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from alignkit.batches import Bundle
+from alignkit.data.chat import Renderer, Span, chat_template, common_prefix
+from alignkit.data.config import DataConfig
+from alignkit.data.examples import BadRow, Example
+from alignkit.data.report import Report
+from alignkit.errors import ConfigError, ModelError
+
+Ids = list[int]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """An example as text. `prompt` is None where it is implicit; no spans = the whole completion is trained."""
+
+    example: Example
+    prompt: str | None
+    texts: list[str]
+    spans: list[list[Span]]
+
+
+class Tokeniser:
+    """Text to token ids under the rules for BOS and EOS. Chats are tokenised as they are: their template wrote both."""
+
+    def __init__(self, tokenizer: Any, config: DataConfig) -> None:
+        self.tokenizer, self.config = tokenizer, config
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        tail = tokenizer("a")["input_ids"][-1:]
+        self.adds_eos = self.eos is not None and tail == [self.eos]
+        self.stops = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        if config.append_eos is True and self.eos is None:
+            raise ModelError("data.append_eos=true, but the tokenizer has no EOS token; give it one or set append_eos to auto")
+
+    def encode(self, texts: Sequence[str], chat: bool) -> list[Ids]:
+        """Token ids of each text, without a trailing EOS that the tokenizer would add; equal texts are tokenised once."""
+        unique = list(dict.fromkeys(texts))
+        if not unique:
+            return []
+        encoded = self.tokenizer(
+            unique,
+            add_special_tokens=not chat,
+            split_special_tokens=self.config.split_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        if self.adds_eos and not chat:
+            encoded = [ids[:-1] for ids in encoded]
+        table = dict(zip(unique, encoded))
+        return [table[text] for text in texts]
+
+    def bos_once(self, ids: Ids) -> Ids:
+        """Without the second BOS that a text beginning with BOS gets from the tokenizer."""
+        return ids[1:] if self.bos is not None and ids[:2] == [self.bos] * 2 else ids
+
+    def with_eos(self, ids: Ids, chat: bool) -> Ids:
+        """EOS behind a finished text, never a second one."""
+        wanted = self.config.append_eos is True or (self.config.append_eos == "auto" and not chat)
+        return [*ids, self.eos] if wanted and self.eos is not None and ids[-1:] != [self.eos] else ids
+
+    def stand_in(self) -> int | None:
+        """What an empty prompt becomes: BOS, else EOS."""
+        return self.eos if self.bos is None else self.bos
+
+
+def tokenise(examples: Sequence[Example], config: DataConfig, tokenizer: Any, report: Report, family: str) -> list[Bundle]:
+    """Bundles of `examples`; every row that is dropped or worth a word is counted in `report`."""
+    tokeniser = Tokeniser(tokenizer, config)
+    bundles: dict[int, Bundle] = {}
+    for chat in (False, True):
+        chosen = [(place, made) for place, made in enumerate(examples) if made.chat == chat]
+        rendered = _render(chosen, config, tokenizer, report)
+        _count_special(rendered, tokenizer, config, report)
+        prompts = tokeniser.encode([r.prompt or "" for _, r in rendered], chat)
+        joints = iter(tokeniser.encode([text for _, r in rendered for text in r.texts], chat))
+        for (place, r), prompt in zip(rendered, prompts):
+            rows = [next(joints) for _ in r.texts]
+            try:
+                bundles[place] = _bundle(r, prompt, rows, tokeniser, report, family)
+            except BadRow as bad:
+                report.add(bad.verdict, r.example.number, bad.detail)
+    return [bundles[place] for place in sorted(bundles)]
+
+
+def _render(
+    examples: list[tuple[int, Example]], config: DataConfig, tokenizer: Any, report: Report
+) -> list[tuple[int, Rendered]]:
+    made: list[tuple[int, Rendered]] = []
+    if examples and examples[0][1].chat and config.split_special_tokens:
+        raise ConfigError("data.split_special_tokens=true is for plain text; a chat template is made of special tokens")
+    renderer = Renderer(tokenizer, chat_template(config)) if examples and examples[0][1].chat else None
+    for place, example in examples:
+        if renderer is None:
+            prompt = example.prompt if isinstance(example.prompt, str) else None
+            texts = [(prompt or "") + str(completion) for completion in example.completions]
+            made.append((place, Rendered(example, prompt, texts, [[] for _ in texts])))
+            continue
+        try:
+            prompt, texts, spans, lost = renderer.render(example)
+        except BadRow as bad:
+            report.add(bad.verdict, example.number, bad.detail)
+            continue
+        if lost:
+            report.add("untrained_turn", example.number)
+        made.append((place, Rendered(example, prompt, texts, spans)))
+    return made
+
+
+def _count_special(rendered: Sequence[tuple[int, Rendered]], tokenizer: Any, config: DataConfig, report: Report) -> None:
+    """Count rows whose own text (not the template's) holds a special token that will be read as one."""
+    if config.split_special_tokens:
+        return
+    words = [str(token) for token in tokenizer.all_special_tokens]
+    for _, r in rendered:
+        parts = [r.example.prompt or "", *r.example.completions]
+        text = "\0".join(p if isinstance(p, str) else "\0".join(m["content"] for m in p) for p in parts)
+        found = next((word for word in words if word in text), None)
+        if found:
+            report.add("special_tokens", r.example.number, found)
+
+
+def _bundle(r: Rendered, prompt: Ids, rows: list[Ids], tokeniser: Tokeniser, report: Report, family: str) -> Bundle:
+    """One bundle. The prompt is what all rows and the prompt alone have in common, so that a token that spans the end of
+    the prompt belongs to the completions."""
+    number, chat = r.example.number, r.example.chat
+    if any(tokeniser.bos_once(ids) is not ids for ids in rows):
+        report.add("bos_once", number)
+    prompt, rows = tokeniser.bos_once(prompt), [tokeniser.bos_once(ids) for ids in rows]
+    if r.prompt is None:
+        length = min(common_prefix(rows), min(map(len, rows)) - 1)
+        if length <= (1 if rows[0][:1] == [tokeniser.bos] else 0):
+            report.add("no_common_prefix", number)
+    else:
+        length = common_prefix([prompt, *rows])
+        if length < len(prompt):
+            report.add("boundary", number)
+    if any(len(ids) <= length for ids in rows):
+        raise BadRow("empty", "a completion has no token")
+    masks = [_mask(text, ids, spans, tokeniser, chat) for text, ids, spans in zip(r.texts, rows, r.spans)]
+    rows = [tokeniser.with_eos(ids, chat) for ids in rows]
+    masks = [mask + mask[-1:] * (len(ids) - len(mask)) for mask, ids in zip(masks, rows)]
+    if chat and not any(token in tokeniser.stops for token in rows[0][-3:]):
+        report.add("no_end", number)
+    if length == 0:
+        prefix = _stand_in(r, tokeniser, report)
+        rows, masks, length = [[prefix, *ids] for ids in rows], [[False, *mask] for mask in masks], 1
+    if family == "sequence":
+        rows, masks = rows[:1], masks[:1]
+    return _cut(r.example, rows, masks, length, tokeniser, report)
+
+
+def _mask(text: str, ids: Ids, spans: list[Span], tokeniser: Tokeniser, chat: bool) -> list[bool]:
+    """Which tokens of the row are trained: all, or those of the assistant's spans; a token that spans the start of a turn
+    belongs to it."""
+    if not spans:
+        return [True] * len(ids)
+    mask = [False] * len(ids)
+    for start, end in spans:
+        first, last = (common_prefix([ids, part]) for part in tokeniser.encode([text[:start], text[:end]], chat))
+        last = len(ids) if end == len(text) else last
+        mask[first:last] = [True] * (last - first)
+    return mask
+
+
+def _stand_in(r: Rendered, tokeniser: Tokeniser, report: Report) -> int:
+    token = tokeniser.stand_in()
+    if token is None:
+        raise BadRow("no_prompt")
+    name = "EOS" if tokeniser.bos is None else "BOS"
+    report.add("empty_prompt", r.example.number, f"{name} ({tokeniser.tokenizer.convert_ids_to_tokens(token)}) stands in for it")
+    return token
+
+
+def _cut(example: Example, rows: list[Ids], masks: list[list[bool]], length: int, tokeniser: Tokeniser, report: Report) -> Bundle:
+    """Keep the first max_length tokens of each row, if something to train on is left."""
+    limit, longest = tokeniser.config.max_length, max(map(len, rows))
+    report.prompt_lengths.append(length)
+    report.lengths.append(longest)
+    cut, kept = [ids[length:limit] for ids in rows], [mask[length:limit] for mask in masks]
+    if not all(any(mask) for mask in kept):
+        raise BadRow("overlong", f"the prompt has {length} tokens")
+    if len(cut) > 1 and all(ids == cut[0] for ids in cut):
+        raise BadRow("identical", "equal as far as data.max_length")
+    if longest > limit:
+        report.add("truncated", example.number)
+    if min(longest, limit) > tokeniser.tokenizer.model_max_length:
+        report.add("beyond_context", example.number)
+    return Bundle(
+        torch.tensor(rows[0][:length]),
+        [torch.tensor(ids) for ids in cut],
+        [torch.tensor(mask) for mask in kept],
+        uid=example.uid,
+        rows={} if example.label is None else {"label": torch.tensor([example.label])},
+    )
