@@ -34,3 +34,17 @@ def gather_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probs of `labels` under `logits`, log-softmax in float32 or wider. [..., V], [...] -> [...]."""
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     return wide.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def pair_log_ratios(
+    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, reference_chosen_logps: Tensor, reference_rejected_logps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log policy - log reference of the chosen and of the rejected response: [B] x 4 -> [B] x 2. ShapeError unless all shapes
+    are equal. No gradient goes into the reference."""
+    check_same_shape(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        reference_chosen_logps=reference_chosen_logps,
+        reference_rejected_logps=reference_rejected_logps,
+    )
+    return policy_chosen_logps - reference_chosen_logps.detach(), policy_rejected_logps - reference_rejected_logps.detach()

@@ -1,14 +1,31 @@
 """The registry: one line per objective feeds exports, recipes, suggestions and `alignkit.losses`. Imports no torch."""
 
-# name -> module:Class:function
+# name -> module:Class:function,...
 OBJECTIVES: dict[str, str] = {
     "sft": "sft:SFT:sft_loss",
     "dpo": "dpo:DPO:dpo_loss",
     "ipo": "ipo:IPO:ipo_loss",
+    "fdpo": "fdpo:FDPO:fdpo_loss",
+    "hdpo": "hdpo:HDPO:hdpo_loss",
+    "tdpo": "tdpo:TDPO:tdpo_loss",
+    "radpo": "radpo:RaDPO:radpo_loss",
+    "robust_dpo": "robust:RobustDPO:robust_dpo_loss",
+    "hinge": "hinge:Hinge:hinge_loss",
+    "kto": "kto:KTO:kto_loss",
+    "simpo": "simpo:SimPO:simpo_loss",
+    "kl_ppo": "kl_ppo:KLPPO:ppo_loss,value_loss",
+    "rpg": "rpg:RPG:rpg_loss",
+    "grpo": "grpo:GRPO:grpo_loss",
+    "rloo": "rloo:RLOO:rloo_loss",
+    "nash_md": "nash_md:NashMD:nash_md_loss",
+    "online_ipo": "online_ipo:OnlineIPO:online_ipo_loss",
+    "ipo_md": "ipo_md:IPOMD:",
+    "egpo": "egpo:EGPO:",
+    "nash_mp": "nash_mp:NashMP:",
 }
 
 
 def locate(name: str) -> tuple[str, str, str]:
-    """Module path, class name and function name (may be empty) of a built-in objective."""
+    """Module path, class name and comma-separated function names (may be empty) of a built-in objective."""
     module, cls, function = (OBJECTIVES[name] + "::").split(":")[:3]
     return f"alignkit.objectives.{module}", cls, function

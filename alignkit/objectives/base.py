@@ -21,6 +21,7 @@ class Objective(BaseModel):
 
     paper: ClassVar[str] = ""  # "Rafailov et al. 2023, arXiv:2305.18290, eq. 7"
     equation: ClassVar[str] = ""  # the loss in one line of plain maths, for the model card
+    surrogate: ClassVar[bool] = False  # True: stop-gradients make the gradient differ from the value's derivative on purpose
 
     @property
     def plan(self) -> Plan:
@@ -34,6 +35,25 @@ class Objective(BaseModel):
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """Closed-form optimal log-probs [..., n] for `reward` and reference log-probs, [..., n] each; None if there is none."""
         return None
+
+    def backup(self, values: Tensor, reference: Tensor) -> Tensor | None:
+        """Value [...] of a node of the token tree from its children's `values` and reference log-probs [..., V]; the policy
+        there is `optimum(values, reference)`. None: the objective knows whole responses only."""
+        return None
+
+    def label_probability(self, reward: Tensor) -> Tensor:
+        """Probability [..., n, n] that response i is labelled better than j, as `optimum` assumes it: Bradley-Terry."""
+        return (reward.unsqueeze(-1) - reward.unsqueeze(-2)).sigmoid()
+
+    @classmethod
+    def examples(cls) -> Sequence["Objective"]:
+        """Settings that together use every option: what `alignkit verify` checks."""
+        return [cls()]
+
+    @classmethod
+    def limits(cls) -> Sequence[tuple["Objective", "Objective"]]:
+        """Pairs of objectives that must have the same loss and gradient: a setting of this one, and what it turns into."""
+        return ()
 
     def init_state(self) -> State:
         """Tensors the objective carries from step to step (an adaptive KL coefficient, ...); checkpointed by the loop."""

@@ -1,5 +1,6 @@
 """Direct preference optimisation."""
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field, PositiveFloat
@@ -7,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from alignkit.batches import LossTerms, PairBatch
-from alignkit.objectives.base import PairObjective
-from alignkit.tensors import check_same_shape
+from alignkit.objectives.base import Objective, PairObjective
+from alignkit.tensors import pair_log_ratios
 
 
 def dpo_loss(
@@ -24,14 +25,10 @@ def dpo_loss(
 
     Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
     """
-    check_same_shape(
-        policy_chosen_logps=policy_chosen_logps,
-        policy_rejected_logps=policy_rejected_logps,
-        reference_chosen_logps=reference_chosen_logps,
-        reference_rejected_logps=reference_rejected_logps,
+    chosen, rejected = pair_log_ratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
     )
-    margin = (policy_chosen_logps - policy_rejected_logps) - (reference_chosen_logps - reference_rejected_logps)
-    logits = beta * margin
+    logits = beta * (chosen - rejected)
     return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
 
 
@@ -53,3 +50,11 @@ class DPO(PairObjective):
         if self.label_smoothing:
             return None
         return (reference + reward / self.beta).log_softmax(-1)
+
+    def backup(self, values: Tensor, reference: Tensor) -> Tensor | None:
+        """The soft value beta * log E_ref exp(values / beta)."""
+        return None if self.label_smoothing else self.beta * (reference + values / self.beta).logsumexp(-1)
+
+    @classmethod
+    def examples(cls) -> Sequence[Objective]:
+        return [cls(), cls(label_smoothing=0.1)]

@@ -1,5 +1,6 @@
 """Identity preference optimisation."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
@@ -7,8 +8,8 @@ from torch import Tensor
 
 from alignkit.batches import LossTerms, PairBatch
 from alignkit.errors import ConfigError
-from alignkit.objectives.base import PairObjective
-from alignkit.tensors import check_same_shape
+from alignkit.objectives.base import Objective, PairObjective
+from alignkit.tensors import pair_log_ratios
 
 
 def ipo_loss(
@@ -26,16 +27,11 @@ def ipo_loss(
 
     Azar et al. 2023, arXiv:2310.12036, eq. 17.
     """
-    check_same_shape(
-        policy_chosen_logps=policy_chosen_logps,
-        policy_rejected_logps=policy_rejected_logps,
-        reference_chosen_logps=reference_chosen_logps,
-        reference_rejected_logps=reference_rejected_logps,
-    )
     if (chosen_lengths is None) != (rejected_lengths is None):
         raise ConfigError("ipo_loss: give both chosen_lengths and rejected_lengths, or neither")
-    chosen = policy_chosen_logps - reference_chosen_logps
-    rejected = policy_rejected_logps - reference_rejected_logps
+    chosen, rejected = pair_log_ratios(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
     if chosen_lengths is not None and rejected_lengths is not None:
         chosen, rejected = chosen / chosen_lengths.clamp(min=1), rejected / rejected_lengths.clamp(min=1)
     return (chosen - rejected - 1 / (2 * tau)) ** 2
@@ -60,5 +56,8 @@ class IPO(PairObjective):
         """ref * exp(P(y beats mu) / tau) for Bradley-Terry labels of `reward` and uniform opponents mu; sum form only."""
         if self.form == "mean":
             return None
-        preference = (reward.unsqueeze(-1) - reward.unsqueeze(-2)).sigmoid()  # [..., n, n]
-        return (reference + preference.mean(-1) / self.tau).log_softmax(-1)
+        return (reference + self.label_probability(reward).mean(-1) / self.tau).log_softmax(-1)
+
+    @classmethod
+    def examples(cls) -> Sequence[Objective]:
+        return [cls(), cls(form="mean")]

@@ -1,0 +1,112 @@
+"""Risk measures of the log-ratio X = log(reference / policy) when tokens are drawn from the reference.
+
+The mean of X is the forward KL. CVaR and the entropic risk weigh its upper tail more: tokens that the policy has made less
+likely. Chen et al. 2025, arXiv:2505.20359; the upper tail is what the paper's value recursion (eq. 6) needs.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alignkit.errors import ConfigError
+from alignkit.tensors import check_same_shape
+
+Risk = Literal["kl", "cvar", "erm"]
+
+
+def risk_ratio(
+    policy_logprobs: Tensor,
+    reference_logprobs: Tensor,
+    risk: Risk = "kl",
+    level: float = 1.0,
+    compat: Literal["repo"] | None = None,
+) -> Tensor:
+    """Risk under the reference of X = log reference - log policy over the last axis: [..., V] x 2 -> [...].
+
+    `kl`: the mean. `cvar`: the mean of the largest X that carry the reference mass `level` (0 < level <= 1; the boundary token
+    counts with the fraction that fits; 1 is the KL). `erm`: log E exp(level X) / level (level > 0; towards 0 it is the KL).
+    `compat="repo"` (cvar only) is what the paper's released code computes instead, see `_repo_quantile`. The gradient with
+    respect to log policy is minus a distribution over tokens (the reference reweighted). Tokens without reference mass count
+    nothing, also where both log-probs are -inf. Half-precision input gives a float32 result.
+    """
+    check_same_shape(policy_logprobs=policy_logprobs, reference_logprobs=reference_logprobs)
+    policy, reference = _normalised(policy_logprobs), _normalised(reference_logprobs)
+    support = reference > -math.inf
+    zero = reference.new_zeros(())
+    x = torch.where(support, reference, zero) - torch.where(support, policy, zero)
+    if compat is not None:
+        if compat != "repo" or risk != "cvar":
+            raise ConfigError(f"risk_ratio: compat={compat!r} with risk={risk!r}; the only other behaviour is 'repo' with 'cvar'")
+        _check_level(risk, level)
+        return _repo_quantile(x, reference, level)
+    return measure(x, reference, risk, level)
+
+
+def measure(values: Tensor, reference_logprobs: Tensor, risk: Risk = "kl", level: float = 1.0) -> Tensor:
+    """Upper-tail risk of finite `values` under the reference, over the last axis: [..., V] x 2 -> [...]. See `risk_ratio`."""
+    _check_level(risk, level)
+    if risk == "cvar" and level < 1:
+        return _cvar(values, reference_logprobs, level)
+    if risk == "erm":
+        return _entropic(values, reference_logprobs, level)
+    return _mean(values, reference_logprobs)
+
+
+def _normalised(logprobs: Tensor) -> Tensor:
+    """In float32 or wider, without log_softmax's rounding of the total mass (5e-6 in float32 at 128k tokens; a constant)."""
+    wide = logprobs.float() if logprobs.dtype in (torch.bfloat16, torch.float16) else logprobs
+    return wide - wide.detach().exp().sum(-1, keepdim=True).log()
+
+
+def _check_level(risk: str, level: float) -> None:
+    if risk not in ("kl", "cvar", "erm"):
+        raise ConfigError(f"risk is {risk!r}; allowed: kl, cvar, erm")
+    if risk == "cvar" and not 0 < level <= 1:
+        raise ConfigError(f"risk 'cvar': level is {level}, a probability mass; it must be above 0 and at most 1 (1 is the KL)")
+    if risk == "erm" and not 0 < level < math.inf:
+        raise ConfigError(f"risk 'erm': level is {level}; it must be positive and finite (towards 0 it is the KL)")
+
+
+def _mean(values: Tensor, log_weights: Tensor) -> Tensor:
+    weights = log_weights.exp()
+    return torch.where(weights > 0, weights * values, values.new_zeros(())).sum(-1)
+
+
+def _cvar(values: Tensor, log_weights: Tensor, level: float) -> Tensor:
+    """t + E max(X - t, 0) / level (Rockafellar and Uryasev 2000) with t the value of the boundary atom.
+
+    Because t carries the boundary atom's gradient, that atom receives exactly the fraction of its mass that fits. The formula
+    is flat at its minimum: where rounding of the cumulated mass picks a neighbouring atom the value does not move.
+    """
+    support = log_weights > -math.inf
+    index = torch.where(support, values, -math.inf).detach().argsort(-1, descending=True)
+    mass = log_weights.exp().gather(-1, index).cumsum(-1, dtype=torch.float64)
+    last = support.sum(-1, keepdim=True) - 1  # rounding may leave the whole mass short of the level
+    boundary = index.gather(-1, (mass < level).sum(-1, keepdim=True).minimum(last))
+    threshold = values.gather(-1, boundary)
+    return threshold.squeeze(-1) + _mean((values - threshold).relu(), log_weights) / level
+
+
+def _entropic(values: Tensor, log_weights: Tensor, level: float) -> Tensor:
+    """log E exp(level X) / level; by log1p and expm1 where level |X| < 1, so that small levels do not cancel."""
+    scaled = level * values
+    small = torch.where(log_weights > -math.inf, scaled, scaled.new_zeros(())).abs().amax(-1) < 1
+    near = torch.where(small.unsqueeze(-1), scaled, scaled.new_zeros(()))
+    return torch.where(small, torch.log1p(_mean(torch.expm1(near), log_weights)), (log_weights + scaled).logsumexp(-1)) / level
+
+
+def _repo_quantile(x: Tensor, log_weights: Tensor, level: float) -> Tensor:
+    """The released code: per half of the vocabulary the sum of p_ref * X over X above its (1 - level) quantile, where each
+    token counts once in the quantile whatever its probability; not divided by the level, no gradient through the quantile.
+    It is no CVaR: at level 1 it still drops the smallest X."""
+    half = x.shape[-1] // 2
+    total = x.new_zeros(x.shape[:-1])
+    for part, weights in ((x[..., :half], log_weights[..., :half]), (x[..., half:], log_weights[..., half:])):
+        position = (1 - level) * (part.shape[-1] - 1)
+        low = part.detach().kthvalue(int(position) + 1, -1, keepdim=True).values
+        high = part.detach().kthvalue(math.ceil(position) + 1, -1, keepdim=True).values
+        kept = part > low + (high - low) * (position - int(position))
+        total = total + _mean(torch.where(kept, part, part.new_zeros(())), weights)
+    return total
