@@ -1,92 +1,21 @@
-"""Self-play losses against enumerated gradients, closed-form mirror steps and the exact algorithms of `oracles.self_play`."""
+"""The squared self-play losses and their objectives against enumerated gradients, mirror steps and proximal steps."""
 
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignkit import EGPO, IPOMD, NashMD, NashMP, OnlineIPO
-from alignkit.batches import Bundle, Draw, GameBatch, TokenLogps
+from alignkit.batches import Draw, GameBatch, TokenLogps
 from alignkit.errors import ShapeError
 from alignkit.losses import nash_md_loss, online_ipo_loss
 from alignkit.oracles import regularized_nash
 from alignkit.oracles.games import Game, random_games
-from alignkit.oracles.self_play import egpo, gradient_to_mirror_step, omd
-from alignkit.policies.pair import PolicyPair
-from alignkit.updates import extragradient
+from alignkit.oracles.self_play import gradient_to_mirror_step, omd
 
 F64 = torch.float64
-
-
-# ---------------------------------------------------------------- Nash-MD: sequences of up to two tokens, symbol 2 ends
-
-SEQUENCES = [(a, b) for a in (0, 1) for b in (0, 1, 2)] + [(2, 0)]
-MASK = torch.tensor([[True, True]] * 6 + [[True, False]])
-
-
-def sequence_logps(logits: Tensor) -> Tensor:
-    """Token log-probs [7, 2] of all sequences; logits [4, 3]: the first token's, then the second's after each first token."""
-    table = logits.log_softmax(-1)
-    rows = torch.stack([torch.stack([table[0, a], table[1 + a, b]]) for a, b in SEQUENCES])
-    return torch.where(MASK, rows, 0.0)
-
-
-def nash_md_setting(seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    logits, reference = torch.randn(2, 4, 3, generator=generator, dtype=F64)
-    win_rate = torch.rand(7, generator=generator, dtype=F64)
-    return logits.requires_grad_(), sequence_logps(reference), win_rate
-
-
-def exact_gradient(logits, reference, win_rate, beta):
-    logps = sequence_logps(logits).sum(-1)
-    value = (logps.exp() * (win_rate - beta * (logps - reference.sum(-1)))).sum()
-    return torch.autograd.grad(-value, logits)[0]
-
-
-def expected_gradient(logits, losses):
-    weights = sequence_logps(logits).sum(-1).exp().detach()
-    return torch.autograd.grad((weights * losses).sum(), logits)[0]
-
-
-@pytest.mark.parametrize("beta", [0.1, 1.0])
-@pytest.mark.parametrize("seed", range(3))
-def test_nash_md_gradient_equals_the_enumerated_one(seed, beta):
-    logits, reference, win_rate = nash_md_setting(seed)
-    losses = nash_md_loss(sequence_logps(logits), reference, win_rate, MASK, beta=beta)
-    torch.testing.assert_close(
-        expected_gradient(logits, losses), exact_gradient(logits, reference, win_rate, beta), rtol=0, atol=1e-14
-    )
-
-
-def test_a_kl_charged_token_by_token_is_visibly_wrong():
-    logits, reference, win_rate = nash_md_setting(0)
-    logps = sequence_logps(logits)
-    token_credit = win_rate.unsqueeze(-1) - 0.5 - (logps - reference).detach()
-    exact = exact_gradient(logits, reference, win_rate, 1.0)
-    error = expected_gradient(logits, -(token_credit * logps).sum(-1)) - exact
-    assert error.abs().max() > 0.1 * exact.abs().max()
-
-
-def test_nash_md_loss_by_hand():
-    policy, reference = torch.tensor([[-1.0, -2.0, 9.0]]), torch.tensor([[-1.5, -1.0, -9.0]])
-    mask = torch.tensor([[True, True, False]])
-    got = nash_md_loss(policy, reference, torch.tensor([0.75]), mask, beta=0.1)
-    # log-ratios 0.5, -1; to go -0.5, -1; credits 0.25 + 0.05, 0.25 + 0.1
-    assert got.tolist() == pytest.approx([0.30 * 1 + 0.35 * 2])
-
-
-def test_what_lies_outside_the_mask_changes_nothing():
-    policy = torch.tensor([[-1.0, math.nan], [-1.0, -2.0]], requires_grad=True)
-    reference = torch.tensor([[-1.0, math.inf], [-2.0, -2.0]])
-    mask = torch.tensor([[True, False], [False, False]])
-    losses = nash_md_loss(policy, reference, torch.tensor([1.0, 1.0]), mask, beta=1.0)
-    losses.sum().backward()
-    assert losses.tolist() == [0.5, 0.0]
-    assert policy.grad.tolist() == [[-0.5, 0.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("ratio", [50.0, 1e4, -1e4])
@@ -300,57 +229,3 @@ def test_nash_mp_with_a_frozen_target_is_one_proximal_step():
 def test_hyper_parameters_out_of_range_are_refused(objective, fields):
     with pytest.raises(ValidationError, match=next(iter(fields))):
         objective(**fields)
-
-
-# ---------------------------------------------------------------- the extragradient step
-
-
-class Tabular(nn.Module):
-    """A policy over n actions, small enough to know every step in closed form."""
-
-    def __init__(self, logits: Tensor):
-        super().__init__()
-        self.logits = nn.Parameter(logits.clone())
-
-
-def extragradient_run(game: Game, start: Tensor, optimizer_of, steps: int):
-    """Extragradient steps on the enumerated EGPO loss; also the optimiser states seen at the start of each backward."""
-    policy = Tabular(start)
-    pair, optimizer = PolicyPair(policy, None, {}), optimizer_of(policy.parameters())
-    seen: list[tuple[Tensor, dict]] = []
-
-    def collect() -> Sequence[Bundle]:
-        return [Bundle(policy.logits.detach().log_softmax(-1), [], [])]  # the opponent of this half step
-
-    def backward(bundles: Sequence[Bundle]) -> dict[str, float]:
-        state = {k: v.clone() for k, v in optimizer.state[policy.logits].items()} if policy.logits in optimizer.state else {}
-        seen.append((policy.logits.detach().clone(), state))
-        assert policy.logits.grad is None
-        gap = win_gap(game, bundles[0].prompt)
-        all_pairs(policy.logits.log_softmax(-1), game.log_reference, gap, game.beta).backward()
-        return {}
-
-    for _ in range(steps):
-        extragradient(collect, backward, pair, optimizer)
-    return policy.logits.detach(), optimizer, seen
-
-
-def test_extragradient_with_sgd_is_the_closed_form():
-    game, start, rate = one_game(6, 0.1, 9), random_logits(6, 10).detach(), 0.1
-    expected = start.log_softmax(-1)
-    for _ in range(5):
-        expected = egpo(game, expected, None, gradient_to_mirror_step(rate, 0.1, 6))
-    logits, _, _ = extragradient_run(game, start, lambda p: torch.optim.SGD(p, lr=rate), 5)
-    torch.testing.assert_close(logits.log_softmax(-1), expected, rtol=0, atol=1e-12)
-
-
-def test_extragradient_restores_parameters_and_adam_bit_for_bit():
-    game, start = one_game(6, 0.1, 11), random_logits(6, 12).detach()
-    _, optimizer, seen = extragradient_run(game, start, lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1), 3)
-    for (before, state), (restored, rewound_state) in zip(seen[::2], seen[1::2]):
-        assert torch.equal(before, restored)
-        assert state.keys() == rewound_state.keys()
-        assert all(torch.equal(state[name], rewound_state[name]) for name in state)
-    assert seen[1][1] == {}  # before the first step there is no state, and none is left behind
-    (moments,) = optimizer.state.values()
-    assert moments["step"].item() == 3  # one tick per iteration, not two
