@@ -7,7 +7,7 @@ from importlib import import_module
 
 from alignkit.objectives import OBJECTIVES, locate
 
-_FUNCTIONS = {function: module for module, _, function in map(locate, OBJECTIVES) if function}
+_FUNCTIONS = {name: module for module, _, names in map(locate, OBJECTIVES) for name in names.split(",") if name}
 __all__ = sorted(_FUNCTIONS)
 
 

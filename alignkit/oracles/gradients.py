@@ -1,0 +1,184 @@
+"""Expected gradients by enumeration: what an estimator or an objective optimises, against autograd of the exact quantity.
+
+A `Tree` holds every response over a tiny vocabulary. A policy is a table of logits theta [S, V], one row per prefix; expectations
+are finite sums, so two gradients that should agree agree to float64 rounding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from alignkit.batches import RolloutBatch, TokenLogps
+from alignkit.kl import Direction, exact
+from alignkit.objectives.base import Objective
+from alignkit.tensors import masked_sum
+
+
+@dataclass(frozen=True)
+class Tree:
+    """All n responses of at most `depth` tokens. With `eos` the last vocabulary entry ends a response early."""
+
+    tokens: Tensor  # [n, depth] int64, 0 after the end
+    mask: Tensor  # [n, depth] bool
+    prefixes: Tensor  # [n, depth] int64, which row of theta decides the token; 0 after the end
+    states: int  # S, number of prefixes
+    vocab: int
+
+    @classmethod
+    def build(cls, vocab: int, depth: int, *, eos: bool = True) -> "Tree":
+        """Enumerate the responses; depth 1 is a bandit with `vocab` arms."""
+        paths: list[list[tuple[int, int]]] = [[]]  # (prefix, token) pairs
+        done, states = [], 0
+        for t in range(depth):
+            grown = []
+            for path in paths:
+                grown += [[*path, (states, token)] for token in range(vocab)]
+                states += 1
+            ended = [path for path in grown if t == depth - 1 or (eos and path[-1][1] == vocab - 1)]
+            paths = [path for path in grown if path not in ended]
+            done += ended
+        padded = torch.tensor([path + [(0, 0)] * (depth - len(path)) for path in done])
+        lengths = torch.tensor([len(path) for path in done])
+        return cls(padded[..., 1], torch.arange(depth) < lengths[:, None], padded[..., 0], states, vocab)
+
+    def logprobs(self, theta: Tensor) -> Tensor:
+        """The whole distribution at each position: [S, V] -> [n, depth, V]."""
+        return theta.log_softmax(-1)[self.prefixes]
+
+    def logps(self, theta: Tensor) -> Tensor:
+        """Log-prob of each token, 0 after the end: [S, V] -> [n, depth]."""
+        taken = self.logprobs(theta).gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1)
+        return torch.where(self.mask, taken, taken.new_zeros(()))
+
+    def sequence_logps(self, theta: Tensor) -> Tensor:
+        """Log-prob of each response: [S, V] -> [n]; they sum to 1."""
+        return self.logps(theta).sum(-1)
+
+
+def gradient(value: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
+    """Autograd of the scalar `value` at `theta`, same shape; zeros where it does not depend on it."""
+    leaf = theta.detach().clone().requires_grad_()
+    out = value(leaf)
+    if not out.requires_grad:
+        return torch.zeros_like(theta)
+    found = torch.autograd.grad(out, leaf, allow_unused=True)[0]
+    return torch.zeros_like(theta) if found is None else found
+
+
+def expected_gradient(losses: Callable[[Tensor], Tensor], theta: Tensor, weights: Tensor) -> Tensor:
+    """Gradient of the mean loss under fixed response probabilities: losses(theta) [n], [S, V], [n] -> [S, V].
+
+    This is what a trainer computes in the mean: the sampling distribution is not differentiated.
+    """
+    return gradient(lambda leaf: (weights.detach() * losses(leaf)).sum(), theta)
+
+
+def sequence_kl(tree: Tree, theta: Tensor, reference: Tensor, direction: Direction = "reverse") -> Tensor:
+    """Exact KL between response distributions, scalar: "reverse" is KL(theta || reference)."""
+    return exact(tree.sequence_logps(theta), tree.sequence_logps(reference), direction)
+
+
+def token_kl(tree: Tree, theta: Tensor, reference: Tensor, direction: Direction = "reverse") -> Tensor:
+    """Per-prefix KLs weighted by theta's stopped visiting probabilities, scalar: its gradient is the partial one."""
+    visits = tree.sequence_logps(theta).exp().detach()
+    per_token = exact(tree.logprobs(theta), tree.logprobs(reference), direction)
+    return (visits * masked_sum(per_token, tree.mask)).sum()
+
+
+def regularised_value(tree: Tree, theta: Tensor, reward: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """J = E_theta[reward] - beta KL(theta || reference), scalar; `reward` [n]."""
+    return (tree.sequence_logps(theta).exp() * reward).sum() - beta * sequence_kl(tree, theta, reference)
+
+
+@dataclass(frozen=True)
+class Population:
+    """A rollout of groups of two in which every pair of responses occurs exactly as often as its probability says.
+
+    A mean over this batch IS an expectation over independent pairs, so leave-one-out baselines and whitening over the batch
+    take their exact population values and the gradient of the reduced loss is the expected gradient.
+    """
+
+    tree: Tree
+    theta: Tensor  # [S, V] the policy, which also sampled
+    reference: Tensor  # [S, V]
+    rows: Tensor  # [N] response of each row; rows 2i and 2i + 1 share a group
+
+    @classmethod
+    def build(cls, seed: int = 0) -> "Population":
+        """Nine responses of two tokens with probabilities in 27ths; a random reference."""
+        tree = Tree.build(3, 2, eos=False)
+        counts = torch.tensor([1, 2, 3, 4, 1, 2, 6, 2, 6])
+        first = counts.reshape(3, 3)
+        theta = torch.cat([first.sum(-1).unsqueeze(0), first]).double().log()
+        generator = torch.Generator().manual_seed(seed)
+        reference = torch.randn(theta.shape, dtype=torch.float64, generator=generator)
+        urn = torch.arange(9).repeat_interleave(counts)
+        return cls(tree, theta, reference, torch.cartesian_prod(urn, urn).flatten())
+
+    def batch(self, objective: Objective, theta: Tensor, scores: Tensor) -> RolloutBatch:
+        """The rollout under `theta` [S, V] with `scores` [n] and everything that the objective's plan asks for."""
+        tree, plan = self.tree, objective.plan
+        policy, reference = tree.logprobs(theta), tree.logprobs(self.reference)
+        extras = {
+            name: statistic(policy.flatten(0, 1), reference.flatten(0, 1), tree.tokens.flatten()).reshape(tree.mask.shape)
+            for name, statistic in plan.statistics.items()
+        }
+        if plan.values:  # any function of the prefix will do: a baseline does not move the mean
+            extras["values"] = torch.linspace(-1, 1, tree.states, dtype=theta.dtype)[tree.prefixes]
+        anchors = {name: tree.logps(self.reference) for name in plan.anchors}
+        tokens = TokenLogps(tree.logps(theta), anchors, tree.mask, tree.logps(self.theta), extras)
+        return RolloutBatch(tokens.select(self.rows), scores[self.rows], torch.arange(len(self.rows)) // 2)
+
+    def delivered(self, objective: Objective, scores: Tensor) -> Tensor:
+        """Expected gradient of the objective's whole way, credit and loss and reduction: scores [n] -> [S, V]."""
+        with torch.no_grad():
+            credited, _ = objective.credit(self.batch(objective, self.theta, scores), objective.init_state())
+
+        def reduced(theta: Tensor) -> Tensor:
+            batch = self.batch(objective, theta, scores)
+            filled = replace(credited, tokens=batch.tokens)
+            counts = {"rows": len(self.rows), "tokens": int(batch.tokens.mask.sum())}
+            return sum((t.weight * t.values.sum() / counts[t.unit] for t in objective.loss(filled).terms), theta.new_zeros(()))
+
+        return gradient(reduced, self.theta)
+
+
+def misalignment(found: Tensor, wanted: Tensor) -> float:
+    """0 where `found` is a positive multiple of `wanted`, else the part of it that is not, relative to its size (up to 1)."""
+    scale = (found * wanted).sum() / (wanted**2).sum()
+    size = found.norm()
+    if size == 0 or scale <= 0:
+        return 1.0
+    return float((found - scale * wanted).norm() / size)
+
+
+def kl_misalignment(objective: Objective) -> dict[str, float]:
+    """How far the KL part of a rollout objective's gradient is from each KL's: "sequence reverse" etc. -> misalignment.
+
+    The KL part is what is left when all scores are 0.
+    """
+    population = Population.build()
+    found = population.delivered(objective, torch.zeros(len(population.tree.tokens), dtype=torch.float64))
+    result = {}
+    for credit, value in (("sequence", sequence_kl), ("token", token_kl)):
+        for direction in ("reverse", "forward"):
+            exact_value = partial(value, population.tree, reference=population.reference, direction=direction)
+            result[f"{credit} {direction}"] = misalignment(found, gradient(exact_value, population.theta))
+    return result
+
+
+def check_kl_gradient(objective: Objective, tolerance: float = 1e-8) -> None:
+    """AssertionError where a rollout objective's `kl_gradient` claims one KL and its loss delivers another (or none)."""
+    claim = getattr(objective, "kl_gradient", None)
+    if claim is None:
+        return
+    found = kl_misalignment(objective)
+    name = " ".join(claim)
+    nearest = min(found, key=found.__getitem__)
+    assert found[name] < tolerance, (
+        f"{type(objective).__name__} documents the gradient of the {name} KL but delivers something {found[name]:.1e} away; "
+        f"nearest is the {nearest} KL ({found[nearest]:.1e}). alignkit.kl says which estimator has which gradient"
+    )
