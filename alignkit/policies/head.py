@@ -122,11 +122,11 @@ def head_figures(
     """
     vocabulary = getattr(head.module, "out_features", None) or next(head.module.parameters()).shape[0]
     job = _Job(head, labels, statistics, anchor, max(1, CHUNK_BYTES // (4 * vocabulary)))
+    trained = [p for p in head.module.parameters() if p.requires_grad]
     if len(labels):
-        trained = [p for p in head.module.parameters() if p.requires_grad]
         figures, detached = _Chunked.apply(job, hidden, *trained)
-    else:  # nothing to train on this rank: zeros that still depend on the hidden states
-        figures = hidden.sum() * hidden.new_zeros(1 + len(statistics), 0)
+    else:  # nothing to train in these rows: empty figures that still depend on every parameter, as DDP wants
+        figures = sum((p.sum() for p in trained), hidden.sum()) * hidden.new_zeros(1 + len(statistics), 0)
         detached = figures.new_zeros(1 + (anchor is not None), 0)
     found = dict(zip(("policy", *statistics), figures))
     return found | dict(zip(("entropy", "anchor"), detached))

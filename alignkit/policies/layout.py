@@ -122,7 +122,7 @@ def build_rows(bundles: Sequence[Bundle], layout: Layout, device: torch.device |
         input_ids,
         _padded([row.positions for row in rows], range(length)),
         _padded([row.ends for row in rows], range(1, length + 1)),
-        any(len(set(map(tuple, row.paths))) > 1 for row in rows),
+        any(end < len(row.ids) for row in rows for end in row.ends),
         torch.cat(sources),
         torch.cat(labels),
         torch.cat(targets),

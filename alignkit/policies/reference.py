@@ -84,18 +84,19 @@ class Anchor:
         if self.module is None or self.kind not in ("ema", "synced") or (self.kind == "synced" and step % self.every):
             return
         weight = 1.0 if self.kind == "synced" else 1 - self.decay
-        for (_, own), new in self._trained(base):
+        for _, own, new in self._trained(base):
             own.lerp_(new.to(own.dtype), weight) if weight < 1 else own.copy_(new)
 
-    def _trained(self, base: PolicyModule) -> Iterator[tuple[tuple[str, Tensor], Tensor]]:
+    def _trained(self, base: PolicyModule) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, own tensor and the policy's tensor of each weight that the policy trains."""
         assert self.module is not None
-        for own, (_, new) in zip(self.module.named_parameters(), base.named_parameters(), strict=True):
+        for (name, own), new in zip(self.module.model.named_parameters(), base.model.parameters(), strict=True):
             if new.requires_grad:
-                yield own, new
+                yield name, own, new
 
     def state(self, base: PolicyModule) -> dict[str, Tensor]:
         """What a checkpoint has to keep: the weights of a moving anchor."""
-        return {name: own for (name, own), _ in self._trained(base)} if self.kind in ("ema", "synced") else {}
+        return {name: own for name, own, _ in self._trained(base)} if self.kind in ("ema", "synced") else {}
 
 
 def frozen(module: PolicyModule) -> PolicyModule:

@@ -36,6 +36,7 @@ MODELS = {
         "attn_implementation": "eager",
     },
     "cohere": {"model_type": "cohere", **{k: v for k, v in SHAPE.items() if k != "head_dim"}, "logit_scale": 4.0},
+    "bloom": {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4, "attn_implementation": "eager"},
     "granite": {"model_type": "granite", **{k: v for k, v in SHAPE.items() if k != "head_dim"}, "logits_scaling": 0.25},
 }
 
@@ -85,7 +86,22 @@ def separate_logps(model, bundles: list[Bundle], statistic=None) -> torch.Tensor
     for b in bundles:
         for ids, mask in zip(b.completions, b.masks):
             logits = model(torch.cat([b.prompt, ids])[None]).logits[0]
-            logps = logits[len(b.prompt) - 1 : -1].float().log_softmax(-1)
+            logits = logits[len(b.prompt) - 1 : -1]
+            logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
             values = logps.gather(-1, ids[:, None])[:, 0] if statistic is None else statistic(logps, ids)
             rows.append(torch.nn.functional.pad(torch.where(mask, values, 0.0), (0, longest - len(ids))))
     return torch.stack(rows)
+
+
+def write_model(folder, name: str = "llama", seed: int = 0, vocab: int = VOCAB, tokens: int | None = None, **changes):
+    """A tiny model with a word tokenizer (`w3 w4 ...`) on disk; `tokens` is the tokenizer's size where it differs."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, tokens or vocab)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder)
+    tiny_model(name, seed, vocab, **changes).save_pretrained(folder)
+    return str(folder)

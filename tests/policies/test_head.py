@@ -1,0 +1,103 @@
+"""The chunked head against the model's own logits; what it keeps in memory."""
+
+import pytest
+import torch
+from tiny_models import random_bundles, separate_logps, tiny_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alignkit.policies import head as head_file
+from alignkit.policies.head import AnchorStates, Head, head_figures
+from alignkit.policies.layout import build_rows
+from alignkit.policies.module import PolicyModule
+
+
+def kl(logps, anchor, labels):
+    return (logps.exp() * (logps - anchor)).sum(-1)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite", "llama"])
+def test_log_probs_are_those_of_the_models_logits(name):
+    model, bundles = tiny_model(name, dtype=torch.float64), random_bundles(1)
+    rows = build_rows(bundles, "padded")
+    logps = rows.scatter(PolicyModule(model)(rows)["policy"])
+    # rotary angles and norms are float32 in some models
+    torch.testing.assert_close(logps, separate_logps(model, bundles), rtol=0, atol=1e-5)
+
+
+def problem(tokens: int = 23, vocab: int = 17, width: int = 6):
+    torch.manual_seed(0)
+    module, other = (nn.Linear(width, vocab, bias=True, dtype=torch.float64) for _ in range(2))
+    hidden, states = (torch.randn(tokens, width, dtype=torch.float64) for _ in range(2))
+    return (
+        Head(module, scale=1.7, soft_cap=2.0),
+        hidden.requires_grad_(),
+        torch.randint(vocab, (tokens,)),
+        AnchorStates(states, Head(other)),
+    )
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 5, 23, 100])
+def test_figures_and_gradients_do_not_depend_on_the_chunks(monkeypatch, rows_per_chunk):
+    monkeypatch.setattr(head_file, "CHUNK_BYTES", rows_per_chunk * 4 * 17)
+    head, hidden, labels, anchor = problem()
+    figures = head_figures(head, hidden, labels, {"kl": kl}, anchor)
+    weights = torch.linspace(-1, 1, len(labels), dtype=torch.float64)
+    inputs = [hidden, head.module.weight, head.module.bias]
+    loss = (figures["policy"] * weights + figures["kl"] * weights.flip(0)).sum()
+    found = torch.autograd.grad(loss, inputs)
+
+    logits = 2.0 * torch.tanh(1.7 * head.module(hidden) / 2.0)
+    logps = logits.log_softmax(-1)
+    anchored = anchor.head.module(anchor.hidden).log_softmax(-1)
+    picked = logps.gather(-1, labels[:, None])[:, 0]
+    expected_kl = torch.nn.functional.kl_div(anchored, logps, log_target=True, reduction="none").sum(-1)
+    expected = torch.autograd.grad((picked * weights + expected_kl * weights.flip(0)).sum(), inputs)
+    close = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(figures["policy"], picked, **close)
+    torch.testing.assert_close(figures["kl"], expected_kl, **close)
+    torch.testing.assert_close(figures["entropy"], torch.distributions.Categorical(logits=logits).entropy(), **close)
+    torch.testing.assert_close(figures["anchor"], anchored.gather(-1, labels[:, None])[:, 0], **close)
+    assert not figures["entropy"].requires_grad
+    assert not figures["anchor"].requires_grad
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
+def test_impossible_tokens():
+    """A logit of -inf takes no probability and no entropy; nothing becomes NaN."""
+    head, hidden, labels, _ = problem()
+    with torch.no_grad():
+        head.module.bias[3] = -torch.inf
+    uncapped = Head(head.module)
+    labels = torch.where(labels == 3, 4, labels)
+    figures = head_figures(uncapped, hidden, labels, {})
+    figures["policy"].sum().backward()
+    assert all(bool(v.isfinite().all()) for v in figures.values())
+    assert bool(hidden.grad.isfinite().all())
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor made, in bytes and in elements."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_no_matrix_of_all_tokens_and_no_wide_copy_of_the_weights(monkeypatch):
+    """bfloat16 weights [V, H]: the float32 tensors of a step are chunks [C, V], however many tokens there are."""
+    vocab, width, chunk = 512, 256, 16
+    monkeypatch.setattr(head_file, "CHUNK_BYTES", chunk * 4 * vocab)
+    module = nn.Linear(width, vocab, bias=False, dtype=torch.bfloat16)
+    for tokens in (64, 256):
+        hidden = torch.randn(tokens, width, dtype=torch.bfloat16, requires_grad=True)
+        with Largest() as largest:
+            figures = head_figures(Head(module), hidden, torch.randint(vocab, (tokens,)), {})
+            figures["policy"].sum().backward()
+        assert largest.elements == chunk * vocab
