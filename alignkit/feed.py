@@ -1,0 +1,141 @@
+"""What a run is fed with: rows or prompts of a recipe as the loop's source, held-out bundles and samples to read."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from alignkit.batches import Bundle, Draw, Plan
+from alignkit.collect import DatasetSource
+from alignkit.config import Recipe
+from alignkit.data.load import fingerprint, load_bundles, load_prompts
+from alignkit.data.report import Report
+from alignkit.loop import Source
+from alignkit.objectives.base import Objective
+from alignkit.policies.pair import PolicyPair
+from alignkit.rollout.sampler import make_sampler
+from alignkit.tasks import Task
+
+SHOWN_PROMPTS = 4
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The data side of a job."""
+
+    source: Source
+    rows: int  # pairs, demonstrations or prompts of one epoch
+    format: str  # of the rows
+    identity: Mapping[str, Any]  # what a checkpoint must match
+    notes: Sequence[str]  # the data report
+    samples: Callable[[int], list[dict[str, Any]]]
+    evaluation: Sequence[Bundle] = ()
+
+
+def fixed_feed(
+    recipe: Recipe, objective: Objective, task: Task | None, pair: PolicyPair, accelerator: Accelerator, safe: bool
+) -> Feed:
+    """Demonstrations, pairs or labelled completions from a file, a data set or a task."""
+    plan, rank, world = objective.plan, accelerator.process_index, accelerator.num_processes
+    bundles, report = _load(load_bundles, recipe, plan, pair, task, "train")
+    identity = {"rows": fingerprint(bundles)}
+    held_out: list[Bundle] = []
+    notes = report.lines()
+    if recipe.data.eval:
+        held_out, other = _load(load_bundles, recipe, plan, pair, task, "eval")
+        notes = [*notes, *other.lines()]
+    if pair.reference_kind == "cached":
+        bundles, held_out = (_scored(part, plan, pair, accelerator) for part in (bundles, held_out))
+    source = DatasetSource(bundles, plan, recipe.train.batch_size, seed=recipe.train.seed, rank=rank, world=world)
+    texts = {tuple(b.prompt.tolist()): b.prompt for b in held_out or bundles}
+    samples = _sampling(recipe, pair, list(texts.values())[:SHOWN_PROMPTS])
+    return Feed(source, len(bundles), report.format, identity, notes, samples, held_out[rank::world])
+
+
+def sampled_feed(
+    recipe: Recipe, objective: Objective, task: Task | None, pair: PolicyPair, accelerator: Accelerator, safe: bool
+) -> Feed:
+    """Prompts that the policy answers during the run, with the recipe's rewards or judge (a task brings its own reward)."""
+    from alignkit.online import RolloutSource
+
+    plan = objective.plan
+    prompts, report = _load(load_prompts, recipe, plan, pair, task, "train")
+    reward = judge = None
+    if recipe.rewards:
+        from alignkit.rewards import load_rewards
+
+        reward = load_rewards(recipe.rewards, safe=safe)
+    elif task is not None and plan.judged == "score":
+        reward = task.reward
+    if recipe.judge is not None:
+        from alignkit.judges import load_judge
+
+        judge = load_judge(recipe.judge, safe=safe)
+
+    def decode(prompt: Any, ids: Tensor) -> Any:
+        text = pair.tokenizer.decode(ids, skip_special_tokens=True)
+        return text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
+
+    source = RolloutSource(
+        prompts,
+        objective,
+        pair,
+        make_sampler(recipe.rollout, pair, seed=recipe.train.seed),
+        decode,
+        accelerator,
+        recipe.train.batch_size,
+        recipe.rollout.completions,
+        recipe.train.seed,
+        reward,
+        judge,
+        int(recipe.train.micro_batch_tokens),
+    )
+    identity = {"rows": sha256(repr([p.ids.tolist() for p in prompts]).encode()).hexdigest()}
+    samples = _sampling(recipe, pair, [p.ids for p in prompts[:SHOWN_PROMPTS]])
+    return Feed(source, len(prompts), report.format, identity, report.lines(), samples)
+
+
+def _load(
+    load: Callable[..., Any], recipe: Recipe, plan: Plan, pair: PolicyPair, task: Task | None, split: str
+) -> tuple[list[Any], Report]:
+    """Rows of `data.train` or `data.eval`; `task:NAME` stands for the task's own rows of that split."""
+    source: Any = getattr(recipe.data, split)
+    if source.startswith("task:"):
+        assert task is not None
+        source = task.rows(plan.data, split)
+    family = () if load is load_prompts else (plan.data,)
+    rows, report = load(recipe.data, *family, pair.tokenizer, source=source)
+    return list(rows), report
+
+
+def _scored(bundles: list[Bundle], plan: Plan, pair: PolicyPair, accelerator: Accelerator) -> list[Bundle]:
+    """The bundles with the reference's log-probs, each rank scoring its share."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mine = pair.cached(bundles[rank::world], plan) if bundles[rank::world] else []
+    if world == 1:
+        return mine
+    shares = gather_object([[b.tokens["reference"] for b in mine]])
+    tokens = {
+        place: found for first, share in enumerate(shares) for place, found in zip(range(first, len(bundles), world), share)
+    }
+    return [replace(b, tokens={**b.tokens, "reference": tokens[i]}) for i, b in enumerate(bundles)]
+
+
+def _sampling(recipe: Recipe, pair: PolicyPair, prompts: list[Tensor]) -> Callable[[int], list[dict[str, Any]]]:
+    """step -> rows for samples.jsonl: the same prompts and the same noise each time, so that only the policy differs."""
+    with pair.model("policy") as model:
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    fitting = [ids for ids in prompts if len(ids) < context]
+    room = min([recipe.rollout.max_new_tokens, *(context - len(ids) for ids in fitting)])
+    sampler = make_sampler(recipe.rollout.model_copy(update={"max_new_tokens": room}), pair, seed=recipe.train.seed, exact=False)
+
+    def samples(step: int) -> list[dict[str, Any]]:
+        drawn = sampler.sample(fitting, Draw(1), step=0, prompt_ids=range(len(fitting)))
+        texts = [[pair.tokenizer.decode(ids, skip_special_tokens=True) for ids in (p, s[0].ids)] for p, s in zip(fitting, drawn)]
+        return [{"step": step, "prompt": prompt, "completion": completion} for prompt, completion in texts]
+
+    return samples

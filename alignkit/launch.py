@@ -1,0 +1,209 @@
+"""From a recipe to a finished run: check it, load data and models, resolve every `auto`, and hand a job to the loop."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignkit.config import Recipe, build_objective, dump_recipe, load_recipe
+from alignkit.errors import ConfigError
+from alignkit.validation import nearest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from alignkit.loop import Job, Result
+    from alignkit.objectives.base import Objective
+    from alignkit.policies.pair import PolicyPair
+    from alignkit.run import RunFolder
+    from alignkit.tasks import Task
+
+DEFAULT_TASK = "reviews"
+# Fields that may change between a checkpoint and its resumption: they decide where, how fast and how often, not what.
+FREE: dict[str, set[str] | None] = {  # None: the whole section
+    "model": {"layout", "gradient_checkpointing"},
+    "data": {"train", "eval", "format"},  # what is trained on is compared row by row
+    "train": {"micro_batch_tokens", "eval_every", "save_every", "log_samples_every", "keep"},
+    "compare": None,
+    "trackers": None,
+    "output_dir": None,
+}
+# Fields whose `auto` is resolved once and then kept with the run; data.append_eos decides for each row.
+AUTOS = [("model", "dtype"), ("model", "attention"), ("model", "layout"), ("reference", "kind"), ("data", "format")]
+AUTOS += [("train", "micro_batch_tokens"), ("train", "dtype"), ("rollout", "engine")]
+
+
+def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False) -> "Result":
+    """Run a recipe to its end in this process. `resume` is None, "auto" or a checkpoint folder.
+
+    `safe` refuses everything by which a recipe could run code of its own. Errors carry their exit code (alignkit.errors).
+    """
+    check_without_torch(recipe, safe)
+    from alignkit.loop import train
+    from alignkit.run import RunFolder
+
+    objective = build_objective(recipe.objective, recipe.origin, safe=safe)
+    task = resolve_task(recipe)
+    if resume is not None:
+        recipe = with_resolved_autos(recipe)
+    accelerator = make_accelerator(recipe)
+    run = RunFolder(recipe.output_dir, writes=accelerator.is_main_process)
+    if resume is None:
+        run.refuse_to_overwrite()  # before the models are loaded; the loop asks again under the lock
+    try:
+        job = build_job(recipe, objective, task, accelerator, run, safe=safe)
+        with run:
+            return train(job, resume)
+    finally:
+        accelerator.end_training()
+
+
+def check_without_torch(recipe: Recipe, safe: bool = False) -> None:
+    """What can be refused before the seconds that importing torch takes: files and tasks that are not there, unsafe fields."""
+    if safe and recipe.model.trust_remote_code:
+        place = recipe.origin.at(("model", "trust_remote_code"))
+        raise ConfigError(f"{place}: `model.trust_remote_code` would run code that comes with the model, and --safe forbids it")
+    from alignkit.data.read import SUFFIXES, read_rows
+    from alignkit.tasks import TASKS
+
+    for field in ("train", "eval"):
+        source = getattr(recipe.data, field) or ""
+        if Path(source).suffix in SUFFIXES and not Path(source).expanduser().exists():
+            read_rows(recipe.data, source)  # raises, with a name that is nearly it
+        name = source.removeprefix("task:")
+        if name != source and name not in TASKS:
+            place = recipe.origin.at(("data", field))
+            raise ConfigError(
+                f"{place}: `data.{field}`: there is no task `{name}`.{nearest(name, TASKS)} Tasks: {', '.join(TASKS)}"
+            )
+
+
+def resolve_task(recipe: Recipe) -> "Task | None":
+    """The embedded world that the model or the data name, made on first use; None where neither does."""
+    sources = [source for source in (recipe.data.train, recipe.data.eval) if source and source.startswith("task:")]
+    if len(set(sources)) > 1:
+        raise ConfigError(
+            f"{recipe.origin.at(('data', 'eval'))}: `data.train` and `data.eval` name two tasks: {', '.join(sources)}"
+        )
+    if not sources and recipe.model.name_or_path != "task":
+        return None
+    from alignkit.tasks import resolve
+
+    return resolve(sources[0] if sources else DEFAULT_TASK)
+
+
+def with_resolved_autos(recipe: Recipe) -> Recipe:
+    """The recipe with each `auto` replaced by what the run in its output_dir resolved it to."""
+    kept = Path(recipe.output_dir).expanduser() / "recipe.yaml"
+    if not kept.is_file():
+        return recipe
+    return _replaced(recipe, load_recipe(kept).model_dump())
+
+
+def make_accelerator(recipe: Recipe) -> "Accelerator":
+    """accelerate's handle on devices, processes, precision and trackers. It accumulates nothing: the reduction does."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    cuda = torch.cuda.is_available()
+    half = recipe.train.dtype == "bfloat16" or (recipe.train.dtype == "auto" and cuda and torch.cuda.is_bf16_supported())
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    trackers = list(recipe.trackers)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if half else "no", cpu=not cuda, log_with=trackers or None, project_dir=recipe.output_dir
+    )
+    missing = set(trackers) - {"all"} - {str(tracker) for tracker in accelerator.log_with}
+    if missing:
+        place = recipe.origin.at(("trackers",))
+        raise ConfigError(f"{place}: `trackers`: {', '.join(sorted(missing))} is not installed; install it or leave it out")
+    if trackers:
+        accelerator.init_trackers(Path(recipe.output_dir).name, config=_flat(recipe.model_dump(mode="json")))
+    return accelerator
+
+
+def build_job(
+    recipe: Recipe,
+    objective: "Objective",
+    task: "Task | None",
+    accelerator: "Accelerator",
+    run: "RunFolder",
+    *,
+    safe: bool = False,
+) -> "Job":
+    """Load models and data, resolve every `auto`, and put together what the loop needs."""
+    from alignkit.card import model_card
+    from alignkit.feed import fixed_feed, sampled_feed
+    from alignkit.loop import Job
+    from alignkit.policies.load import load_pair
+
+    model, plan = recipe.model, objective.plan
+    if task is not None and model.name_or_path == "task":
+        model = model.model_copy(update={"name_or_path": str(task.model_folder)})
+    fixed = plan.data not in ("rollout", "game")
+    pair = load_pair(
+        model, recipe.reference, recipe.target, plan, device=accelerator.device, fixed_data=fixed, seed=recipe.train.seed
+    )
+    recipe = _replaced(recipe, _found_autos(pair, accelerator))
+    feed = (fixed_feed if fixed else sampled_feed)(recipe, objective, task, pair, accelerator, safe)
+    recipe = _replaced(recipe, {"data": {"format": feed.format}})
+    steps = recipe.train.steps
+    if recipe.train.epochs is not None:
+        steps = math.ceil(recipe.train.epochs * feed.rows / recipe.train.batch_size) * plan.epochs
+    return Job(
+        objective,
+        pair,
+        feed.source,
+        recipe.train,
+        run,
+        accelerator,
+        steps or 0,
+        micro_batch_tokens=int(recipe.train.micro_batch_tokens),
+        recipe=dump_recipe(recipe),
+        identity={**_identity(recipe), **feed.identity},
+        evaluation=feed.evaluation,
+        samples=feed.samples,
+        card=model_card(recipe, objective, feed.notes),
+        notes=feed.notes,
+    )
+
+
+def _found_autos(pair: "PolicyPair", accelerator: "Accelerator") -> dict[str, dict[str, Any]]:
+    """What each `auto` turned out to be on this machine and model."""
+    with pair.model("policy") as model:
+        attention = model.config._attn_implementation
+    dtype = str(pair.parameters()[0].dtype).removeprefix("torch.")
+    return {
+        "model": {"dtype": dtype, "attention": attention, "layout": pair.layout},
+        "reference": {"kind": "auto" if pair.reference_kind == "none" else pair.reference_kind},
+        "train": {
+            "dtype": "bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
+            "micro_batch_tokens": 4096 if accelerator.device.type == "cpu" else 16384,
+        },
+        "rollout": {"engine": "hf"},
+    }
+
+
+def _replaced(recipe: Recipe, found: Mapping[str, Any]) -> Recipe:
+    """The recipe with each `auto` that `found` knows replaced."""
+    sections: dict[str, dict[str, Any]] = {}
+    for section, field in AUTOS:
+        if getattr(getattr(recipe, section), field) == "auto" and field in found.get(section, {}):
+            sections.setdefault(section, {})[field] = found[section][field]
+    return recipe.model_copy(update={s: getattr(recipe, s).model_copy(update=fields) for s, fields in sections.items()})
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what may change between a checkpoint and its resumption."""
+    found = recipe.model_dump(mode="json", exclude={section for section, fields in FREE.items() if fields is None})
+    for section, fields in FREE.items():
+        for field in fields or ():
+            del found[section][field]
+    return found
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> scalar: what trackers can show."""
+    if not isinstance(tree, dict):
+        return {prefix: tree if isinstance(tree, int | float | str) else str(tree)}
+    return {name: leaf for key, value in tree.items() for name, leaf in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
