@@ -1,0 +1,20 @@
+"""Sampling of completions. Names load lazily: the recipe's `rollout` section imports no torch."""
+
+from importlib import import_module
+
+_WHERE = {
+    "Sample": "sampler",
+    "Sampler": "sampler",
+    "Models": "sampler",
+    "make_sampler": "sampler",
+    "HFSampler": "hf",
+    "OneModel": "text",
+    "generate": "text",
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> object:
+    if name in _WHERE:
+        return getattr(import_module(f"alignkit.rollout.{_WHERE[name]}"), name)
+    raise AttributeError(f"alignkit.rollout has no {name!r}; it has {', '.join(__all__)}")

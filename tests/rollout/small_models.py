@@ -1,0 +1,79 @@
+"""Tiny random models for the sampler's tests, and their distributions by enumeration."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+EOS = 0
+SHAPE = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+}
+FAMILIES = {
+    "llama": {"model_type": "llama", **SHAPE},
+    "mistral": {"model_type": "mistral", **SHAPE, "sliding_window": 5},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        **SHAPE,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 4,
+    },
+    "gpt2": {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "opt": {
+        "model_type": "opt",
+        "hidden_size": 16,
+        "ffn_dim": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 16,
+        "max_position_embeddings": 64,
+    },
+    "bloom": {"model_type": "bloom", "hidden_size": 16, "n_layer": 2, "n_head": 4},
+}
+
+
+def small_model(family: str = "llama", vocab: int = 4, seed: int = 0):
+    """A random model whose next-token distribution depends visibly on every token before."""
+    settings = {"max_position_embeddings": 64, **FAMILIES[family], "vocab_size": vocab, "initializer_range": 0.5, "init_std": 0.5}
+    config = AutoConfig.for_model(**settings, bos_token_id=1, eos_token_id=EOS, pad_token_id=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def models_of(policy, reference=None):
+    """The `Models` that a sampler wants."""
+    named = {"policy": policy, "reference": reference}
+    return SimpleNamespace(model=lambda name: nullcontext(named[name]), tokenizer=SimpleNamespace(eos_token_id=EOS))
+
+
+@torch.no_grad()
+def next_logits(model, ids: list[int]) -> torch.Tensor:
+    """Logits [V] after `ids`, one row, no padding, no cache."""
+    return model(torch.tensor([ids]), use_cache=False).logits[0, -1].double()
+
+
+def enumerate_completions(logprobs, prompt: list[int], cap: int) -> dict[tuple[int, ...], float]:
+    """Every completion of at most `cap` tokens with its probability; `logprobs(ids)` gives the next token's [V]."""
+    vocab, found, open_ = None, {}, [((), 0.0)]
+    for _ in range(cap):
+        longer = []
+        for ids, logp in open_:
+            row = logprobs([*prompt, *ids]).tolist()
+            vocab = len(row)
+            for token in range(vocab):
+                target = found if token == EOS else None
+                if target is not None:
+                    target[(*ids, token)] = logp + row[token]
+                else:
+                    longer.append(((*ids, token), logp + row[token]))
+        open_ = longer
+    found |= dict(open_)
+    return {ids: float(torch.tensor(logp, dtype=torch.float64).exp()) for ids, logp in found.items()}
