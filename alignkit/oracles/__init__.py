@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-_LAZY = {"regularized_nash": "games", "duality_gap": "games"}
+_LAZY = {"optimum": "optima", "regularized_nash": "games", "duality_gap": "games"}
 __all__ = sorted(_LAZY)
 
 

@@ -1,0 +1,156 @@
+"""Random batches of every family, made of logits: what a model and a loop would hand to an objective, small and in float64."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from alignkit.batches import FAMILIES, Bundle, Family, Plan, TokenLogps
+from alignkit.objectives.base import Objective
+
+PROMPTS, LENGTH, VOCAB, GROUP = 4, 5, 7, 4
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The numbers of one bundle before it has tokens."""
+
+    better: Tensor  # [K], see `World`
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    mismatched: bool = False
+
+
+def _sequence(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
+    return [Draft(torch.ones(1))]
+
+
+def _pair(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
+    return [Draft(torch.tensor([1.0, -1.0]))]
+
+
+def _labelled(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
+    label = torch.tensor([i % 2 == 0])
+    matched = Draft(2.0 * label - 1, {"label": label})
+    return [matched, Draft(torch.zeros(1), {"label": label}, mismatched=True)] if plan.mismatched else [matched]
+
+
+def _rollout(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
+    score = torch.randn(sum(d.n or GROUP for d in plan.samples if d.scored), generator=noise, dtype=torch.float64)
+    return [Draft(score - score.mean(), {"score": score})]
+
+
+def _game(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
+    """Judged against the opponent that was set aside, or else against the last completion (1/2 against itself)."""
+    count = sum(d.n or GROUP for d in plan.samples if d.scored)
+    table = torch.rand(count, count, generator=noise, dtype=torch.float64)
+    table = (table + 1 - table.T) / 2
+    aside = any(not d.scored for d in plan.samples)
+    preference = torch.rand(count, generator=noise, dtype=torch.float64) if aside else table[:, -1]
+    if plan.judged != "table":
+        return [Draft(preference - (0.5 if count == 1 else preference.mean()), {"preference": preference})]
+    mean = table.mean(-1)
+    return [Draft(mean - mean.mean(), {"preference": mean, "table": table})]
+
+
+DRAFTS: dict[Family, Callable[[Plan, torch.Generator, int], list[Draft]]] = {
+    "sequence": _sequence,
+    "pair": _pair,
+    "labelled": _labelled,
+    "rollout": _rollout,
+    "game": _game,
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """N completions of a few prompts with the logits of every policy involved. Only `policy` and `values` are trained."""
+
+    plan: Plan
+    bundles: Sequence[Bundle]
+    policy: Tensor  # [N, T, V] logits
+    anchors: Mapping[str, Tensor]  # name -> [N, T, V] logits
+    behavior: Tensor  # [N, T, V] logits
+    values: Tensor  # [N, T] what the value head says
+    labels: Tensor  # [N, T] int64
+    mask: Tensor  # [N, T] bool
+    better: Tensor  # [N] > 0 where training should raise a completion's probability, < 0 where lower it
+
+    @classmethod
+    def build(cls, plan: Plan, seed: int = 0) -> "World":
+        """A random world for `plan`: completions of unequal length with holes in their masks."""
+        noise = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=noise, dtype=torch.float64)
+
+        drafts = [draft for i in range(PROMPTS) for draft in DRAFTS[plan.data](plan, noise, i)]
+        better = torch.cat([d.better for d in drafts])
+        lengths = torch.randint(2, LENGTH + 1, better.shape, generator=noise)
+        mask = (torch.rand(len(better), LENGTH, generator=noise) < 0.8) & (torch.arange(LENGTH) < lengths[:, None])
+        mask[:, 0] = True
+        labels = torch.randint(VOCAB, mask.shape, generator=noise)
+        bundles, at = [], 0
+        for i, draft in enumerate(drafts):
+            part = range(at, at := at + len(draft.better))
+            ids, masks = ([t[n, : lengths[n]] for n in part] for t in (labels, mask))
+            bundles.append(Bundle(torch.tensor([i]), ids, masks, str(i), draft.rows, mismatched=draft.mismatched))
+        shape = (*mask.shape, VOCAB)
+        anchors = {name: normal(*shape) for name in plan.anchors}
+        return cls(plan, bundles, normal(*shape), anchors, normal(*shape), normal(*mask.shape), labels, mask, better)
+
+    def tokens(self, dtype: torch.dtype | None = None) -> TokenLogps:
+        """Log-probs and statistics of these logits, as the head computes them; `dtype` casts the result."""
+        logprobs = {name: logits.log_softmax(-1) for name, logits in self.anchors.items()}
+        policy, behavior = self.policy.log_softmax(-1), self.behavior.log_softmax(-1)
+        first = logprobs[self.plan.anchors[0]].flatten(0, 1) if self.plan.anchors else None
+        extras = {name: f(policy.flatten(0, 1), first, self.labels.flatten()) for name, f in self.plan.statistics.items()}
+        extras["entropy"] = -(policy.exp() * policy).sum(-1).detach()
+        if self.plan.values:
+            extras["values"] = self.values
+
+        def kept(x: Tensor) -> Tensor:
+            x = x.reshape(self.mask.shape)
+            return torch.where(self.mask, x, x.new_zeros(())).to(dtype or x.dtype)
+
+        def taken(x: Tensor) -> Tensor:
+            return kept(x.gather(-1, self.labels.unsqueeze(-1)).squeeze(-1))
+
+        old = taken(behavior) if self.plan.data in ("rollout", "game") else None
+        figures = {k: kept(v) for k, v in extras.items()}
+        return TokenLogps(taken(policy), {k: taken(v) for k, v in logprobs.items()}, self.mask, old, figures)
+
+    def credited(self, objective: Objective) -> "World":
+        """With the objective's credit of this rollout in the bundles, as the loop writes it there; other families unchanged."""
+        if self.plan.data != "rollout":
+            return self
+        tokens = self.tokens().map(Tensor.detach)
+        batch, _ = objective.credit(FAMILIES["rollout"].build(self.bundles, tokens), objective.init_state())
+        found = {"advantages": batch.advantages, "returns": batch.returns, "values": tokens.extras.get("values")}
+        bundles, at = [], 0
+        for bundle in self.bundles:
+            lengths = [len(ids) for ids in bundle.completions]
+            rows = {k: [v[at + i, :n] for i, n in enumerate(lengths)] for k, v in found.items() if v is not None}
+            bundles.append(replace(bundle, tokens={**bundle.tokens, **rows}))
+            at += len(lengths)
+        return replace(self, bundles=bundles)
+
+    def select(self, chosen: Sequence[int]) -> "World":
+        """The bundles at `chosen`, in that order."""
+        starts = [0]
+        for bundle in self.bundles:
+            starts.append(starts[-1] + len(bundle.completions))
+        rows = torch.tensor([n for i in chosen for n in range(starts[i], starts[i + 1])])
+        picked = self.map(lambda t: t[rows])
+        return replace(picked, bundles=[self.bundles[i] for i in chosen], better=self.better[rows])
+
+    def padded(self, extra: int) -> "World":
+        """`extra` masked positions more."""
+        return self.map(lambda t: pad(t, (0, 0) * (t.dim() - 2) + (0, extra)))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "World":
+        """`fn` applied to every tensor with axes [N, T, ...]."""
+        anchors = {name: fn(logits) for name, logits in self.anchors.items()}
+        fields = {k: fn(getattr(self, k)) for k in ("policy", "behavior", "values", "labels", "mask")}
+        return replace(self, anchors=anchors, **fields)
