@@ -1,0 +1,73 @@
+"""A tiny world for tests of the loop: a random Llama of a few thousand parameters, a word tokenizer and random bundles."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from alignkit.batches import Bundle
+from alignkit.collect import DatasetSource
+from alignkit.loop import Job
+from alignkit.policies.config import AdapterConfig, ModelConfig, ReferenceConfig
+from alignkit.policies.load import load_pair
+from alignkit.run import RunFolder
+from alignkit.train_config import TrainConfig
+
+VOCAB = 23
+
+
+def save_model(folder: Path, seed: int = 0) -> Path:
+    """A random Llama (2 layers, width 16) with its tokenizer, in Hugging Face layout."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def pairs(n: int, seed: int = 0, k: int = 2, **rows) -> list[Bundle]:
+    """`n` bundles of `k` random completions of 1 to 7 tokens, holes in some masks."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(3, VOCAB, (length,), generator=generator)
+
+    bundles = []
+    for i in range(n):
+        completions = [ids(1, 8) for _ in range(k)]
+        masks = [torch.rand(len(c), generator=generator) > 0.2 for c in completions]
+        masks = [m if m.any() else torch.ones_like(m) for m in masks]
+        extra = {name: make(i) for name, make in rows.items()}
+        bundles.append(Bundle(ids(1, 9), completions, masks, f"random:{i + 1}", extra))
+    return bundles
+
+
+def make_job(
+    model: Path, out: Path, objective, bundles, *, lora=False, checkpointing=False, budget=4096, evaluation=(), accelerator=None,
+    reference="frozen", layout="shared_prefix", steps=6, **config,
+) -> Job:  # fmt: skip
+    """A job over `bundles` with small defaults; keyword arguments beyond the named ones are TrainConfig's."""
+    settings = {"steps": steps, "batch_size": 4, "warmup_steps": 2, "learning_rate": 1e-2, "save_every": 0, "eval_every": 0}
+    train = TrainConfig(**{**settings, **config})
+    accelerator = accelerator or Accelerator(cpu=True)
+    adapter = AdapterConfig(r=4, alpha=8) if lora else None
+    model_config = ModelConfig(name_or_path=str(model), adapter=adapter, gradient_checkpointing=checkpointing, layout=layout)
+    plan = objective.plan
+    pair = load_pair(model_config, ReferenceConfig(kind=reference), None, plan, device="cpu", fixed_data=True, seed=train.seed)
+    source = DatasetSource(
+        bundles, plan, train.batch_size, seed=train.seed, rank=accelerator.process_index, world=accelerator.num_processes
+    )
+    run = RunFolder(out, writes=accelerator.is_main_process)
+    identity = {"config": train.model_dump(mode="json", exclude={"save_every", "keep"})}
+    return Job(objective, pair, source, train, run, accelerator, steps, budget, "recipe: test\n", identity, evaluation=evaluation)
