@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.data.config import DataConfig
-from alignkit.data.examples import BadRow, Example, Message
+from alignkit.data.examples import BadRow, Example, Message, Text, check_unicode
 from alignkit.errors import ConfigError, ModelError
 
 Span = tuple[int, int]
@@ -27,6 +27,11 @@ def common_prefix(sequences: Sequence[Any]) -> int:
     return next((i for i, (a, b) in enumerate(zip(shortest, longest)) if a != b), min(len(shortest), len(longest)))
 
 
+def _turns(part: Text | None) -> list[Message]:
+    assert not isinstance(part, str), "a conversation's parts are messages by now"
+    return part or []
+
+
 class Renderer:
     """Applies the chat template of a tokenizer, or the one given. Errors: ModelError when there is none."""
 
@@ -43,19 +48,22 @@ class Renderer:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt, **options
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:  # what a template raises on turns it dislikes
             raise BadRow("template", str(error) or type(error).__name__) from None
+        return check_unicode(text, "the rendered conversation")
 
     def render(self, made: Example) -> tuple[str | None, list[str], list[list[Span]], int]:
         """Prompt, K full texts, and per completion its assistant spans (none = all of it), and how many turns were lost."""
         options = dict(made.template)
-        prompt = list(made.prompt or [])
-        texts, spans, lost = [], [], 0
+        prompt = _turns(made.prompt)
+        texts: list[str] = []
+        spans: list[list[Span]] = []
+        lost = 0
         for completion in made.completions:
-            messages = [*prompt, *completion]
+            messages = [*prompt, *_turns(completion)]
             full = self.text(messages, options)
             texts.append(full)
             simple = len(completion) == 1
@@ -70,11 +78,15 @@ class Renderer:
         """Character ranges of `full` that each assistant turn from `first` on wrote, None where it cannot be found.
 
         A turn runs from where its generation prompt ends to where the conversation up to it ends. Templates that rewrite
-        earlier turns (they drop old thoughts) are followed by looking for the turn's content and the end mark behind it.
+        earlier turns (they drop old thoughts) are followed by looking for the turn's content and the end mark behind it;
+        where what stands before the turn is rewritten too, it is given up rather than guessed.
         """
         spans: list[Span | None] = []
         for i in range(first, len(messages)):
             if messages[i]["role"] != "assistant":
+                continue
+            if i and not full.startswith(self.text(messages[:i], options)):
+                spans.append(None)
                 continue
             start = common_prefix([full, self.text(messages[:i], options, prompt=True)]) if i else 0
             upto = self.text(messages[: i + 1], options)

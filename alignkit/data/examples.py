@@ -55,12 +55,11 @@ def example(row: Row, format: str, family: str | None, name: str) -> Example:
             raise BadRow("missing", f"no `{column}` among {', '.join(map(str, values)) or 'no columns'}")
     texts = {column: _text(values[column], column) for column in needs if column != "label"}
     prompt, completions = _parts(texts, format, family)
+    if format != "implicit_pair" and isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
+        raise BadRow("role", "the prompt ends with an assistant turn; it has to end with the user's (or a tool's)")
     label = _label(values["label"]) if format == "labelled" else None
     columns = {key: value for key, value in values.items() if key not in texts}
-    template = dict(values.get("chat_template_kwargs") or {})
-    if values.get("tools"):
-        template["tools"] = values["tools"]
-    made = Example(row.number, f"{name}:{row.number}", prompt, completions, label, columns, template)
+    made = Example(row.number, f"{name}:{row.number}", prompt, completions, label, columns, _template_options(values))
     return _as_chat(made) if made.chat else made
 
 
@@ -127,8 +126,6 @@ def _as_chat(made: Example) -> Example:
         if prompt and len(turns) > len(prompt) and turns[: len(prompt)] == prompt:
             turns = turns[len(prompt) :]
         completions.append(turns)
-    if prompt and prompt[-1]["role"] == "assistant":
-        raise BadRow("role", "the prompt ends with an assistant turn; it has to end with the user's (or a tool's)")
     return Example(made.number, made.uid, prompt, completions, made.label, made.columns, made.template)
 
 
@@ -139,10 +136,11 @@ def _text(value: object, column: str) -> Text:
         return [_message(message, column) for message in value]
     if not isinstance(value, str):
         raise BadRow("type", f"{column} is {type(value).__name__} ({str(value)[:40]}), expected a text or a list of messages")
-    return _unicode(value, column)
+    return check_unicode(value, column)
 
 
-def _unicode(value: str, column: str) -> str:
+def check_unicode(value: str, column: str) -> str:
+    """`value` itself; BadRow if it cannot be encoded."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -165,7 +163,7 @@ def _message(message: object, column: str) -> Message:
         raise BadRow("null", f"{column} has a message whose content is null")
     if not isinstance(content, str | None):
         raise BadRow("type", f"{column} has a message whose content is {type(content).__name__}, expected a text")
-    return made | {"content": _unicode(content or "", column)}
+    return made | {"content": check_unicode(content or "", column)}
 
 
 def _check_ending(completion: Text, column: str) -> None:
@@ -177,6 +175,13 @@ def _filled(completion: Text) -> bool:
     if isinstance(completion, str):
         return bool(completion.strip())
     return bool(completion) and bool(completion[-1]["content"].strip() or "tool_calls" in completion[-1])
+
+
+def _template_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    options, tools = values.get("chat_template_kwargs") or {}, values.get("tools")
+    if not isinstance(options, Mapping):
+        raise BadRow("type", f"chat_template_kwargs is {type(options).__name__}, expected an object")
+    return dict(options) | ({"tools": tools} if tools else {})
 
 
 def _label(value: object) -> bool:

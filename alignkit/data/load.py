@@ -86,7 +86,7 @@ def fingerprint(bundles: Sequence["Bundle"]) -> str:
 def _examples(config: DataConfig, family: str | None, source: Source | None) -> tuple[Report, list[Example]]:
     """All rows, each checked in the format that the columns of all rows decide."""
     rows = read_rows(config, source)
-    report = Report(rows.where, total=len(rows.rows))
+    report = Report(rows.where, rows.name, total=len(rows.rows))
     if not rows.rows:
         raise DataError(f"{rows.where} has 0 rows")
     if not rows.columns:  # nothing could be read: there is no format to decide

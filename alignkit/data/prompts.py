@@ -30,12 +30,14 @@ def tokenise_prompts(examples: Sequence[Example], config: DataConfig, tokenizer:
             tokens = tokeniser.bos_once(encoded)
             report.prompt_lengths.append(len(tokens))
             report.lengths.append(len(tokens))
-            if not tokens and tokeniser.stand_in() is None:
+            if not tokens and tokeniser.stand_in is None:
                 report.add("no_prompt", number)
             elif len(tokens) >= config.max_length:
                 report.add("overlong", number, f"the prompt has {len(tokens)} tokens")
             else:
-                ids[number] = torch.tensor(tokens or [tokeniser.stand_in()])
+                if not tokens:
+                    report.add("empty_prompt", number, "BOS (or EOS, for a tokenizer without BOS) stands in for it")
+                ids[number] = torch.tensor(tokens or [tokeniser.stand_in])
     return ids
 
 

@@ -87,7 +87,7 @@ def _without_bom(line: bytes, path: Path) -> bytes:
 
 def _parse_line(line: bytes, number: int) -> Row:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         return Row(number, None, f"not UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
@@ -145,11 +145,11 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[Row]:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
             for number, row in enumerate(reader, 1):
-                surplus = len(row.pop(None, ()))  # type: ignore[call-overload]
+                surplus = len(row.pop(None, ()))
                 problem = f"{surplus} more cells than the header has columns"
                 yield Row(number, None, problem) if surplus else Row(number, row)
         except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
+            raise DataError(f"{path}:{reader.reader.line_num}: not valid CSV ({error})") from None
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -175,18 +175,19 @@ def _read_folder(path: Path, config: DataConfig) -> Iterable[object]:
     if isinstance(dataset, datasets.DatasetDict):
         if config.split not in dataset:
             raise DataError(f"{path}: no split `{config.split}`; data.split can be {', '.join(dataset)}")
-        dataset = dataset[config.split]
-    return dataset
+        return list(dataset[config.split])
+    return list(dataset)
 
 
 def _read_hub(name: str, config: DataConfig) -> Iterable[object]:
     import datasets
 
     try:
-        return datasets.load_dataset(name, config.subset, split=config.split)
+        dataset: Iterable[object] = datasets.load_dataset(name, config.subset, split=config.split)
     except Exception as error:  # the hub library has no common base class for what can go wrong here
         advice = f"data.train is a file ending in {', '.join(SUFFIXES)}, a saved dataset folder, a hub name or task:NAME"
         raise DataError(f"data: cannot load `{name}` split `{config.split}` ({_one_line(error)}); {advice}") from None
+    return dataset
 
 
 def _one_line(error: Exception) -> str:

@@ -56,6 +56,7 @@ class Report:
     """The data doctor's findings on one source. Row numbers are line numbers in JSONL files, positions from 1 elsewhere."""
 
     source: str
+    name: str = "row"  # short form of source, for `name:row` in messages
     format: str = ""
     total: int = 0
     kept: int = 0
@@ -100,7 +101,7 @@ class Report:
         """The error for rows that are well formed but cannot teach anything, or None."""
         if not self.total:
             return DataError(f"{self.source} has 0 rows")
-        if self.share("no_common_prefix") == 1:
+        if self.kept and self.count("no_common_prefix") >= self.kept:
             advice = "if there is no prompt, give the rows an empty `prompt`; otherwise map it with data.columns.prompt=NAME"
             return DataError(f"{self.source}: chosen and rejected share no beginning in any row; {advice}")
         if self.share("identical") > 0.5:
@@ -137,7 +138,7 @@ class Report:
     def _sentence(self, verdict: str) -> str:
         found, meaning = self.findings[verdict], VERDICTS[verdict][1]
         rows = ", ".join(map(str, found.rows)) + (", ..." if found.count > len(found.rows) else "")
-        detail = f"; row {found.rows[0]}: {found.detail}" if found.detail else ""
+        detail = f"; {self.name}:{found.rows[0]}: {found.detail}" if found.detail else ""
         return f"{verdict}: {found.count} row{'s' * (found.count > 1)} ({rows}): {meaning}{detail}"
 
     def _token_lines(self) -> list[str]:

@@ -32,9 +32,9 @@ class Tokeniser:
     def __init__(self, tokenizer: Any, config: DataConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        tail = tokenizer("a")["input_ids"][-1:]
-        self.adds_eos = self.eos is not None and tail == [self.eos]
-        self.stops = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.adds_eos = self.eos is not None and tokenizer("a")["input_ids"][-1:] == [self.eos]
+        marked = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special = marked | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
         if config.append_eos is True and self.eos is None:
             raise ModelError("data.append_eos=true, but the tokenizer has no EOS token; give it one or set append_eos to auto")
 
@@ -65,9 +65,15 @@ class Tokeniser:
         wanted = self.config.append_eos is True or (self.config.append_eos == "auto" and not chat)
         return [*ids, self.eos] if wanted and self.eos is not None and ids[-1:] != [self.eos] else ids
 
+    def starts(self, rows: Sequence[Ids]) -> Ids:
+        """[BOS] if every row begins with it, else nothing: what an empty prompt is before anything stands in for it."""
+        return [self.bos] if all(self.bos is not None and ids[:1] == [self.bos] for ids in rows) else []
+
+    @property
     def stand_in(self) -> int | None:
         """What an empty prompt becomes: BOS, else EOS."""
-        return self.eos if self.bos is None else self.bos
+        token: int | None = self.eos if self.bos is None else self.bos
+        return token
 
 
 def tokenise(examples: Sequence[Example], config: DataConfig, tokenizer: Any, report: Report, family: str) -> list[Bundle]:
@@ -77,7 +83,7 @@ def tokenise(examples: Sequence[Example], config: DataConfig, tokenizer: Any, re
     for chat in (False, True):
         chosen = [(place, made) for place, made in enumerate(examples) if made.chat == chat]
         rendered = _render(chosen, config, tokenizer, report)
-        _count_special(rendered, tokenizer, config, report)
+        _count_special(rendered, tokeniser, report)
         prompts = tokeniser.encode([r.prompt or "" for _, r in rendered], chat)
         joints = iter(tokeniser.encode([text for _, r in rendered for text in r.texts], chat))
         for (place, r), prompt in zip(rendered, prompts):
@@ -113,15 +119,14 @@ def _render(
     return made
 
 
-def _count_special(rendered: Sequence[tuple[int, Rendered]], tokenizer: Any, config: DataConfig, report: Report) -> None:
+def _count_special(rendered: Sequence[tuple[int, Rendered]], tokeniser: Tokeniser, report: Report) -> None:
     """Count rows whose own text (not the template's) holds a special token that will be read as one."""
-    if config.split_special_tokens:
+    if tokeniser.config.split_special_tokens:
         return
-    words = [str(token) for token in tokenizer.all_special_tokens]
     for _, r in rendered:
         parts = [r.example.prompt or "", *r.example.completions]
         text = "\0".join(p if isinstance(p, str) else "\0".join(m["content"] for m in p) for p in parts)
-        found = next((word for word in words if word in text), None)
+        found = next((word for word in tokeniser.special if word in text), None)
         if found:
             report.add("special_tokens", r.example.number, found)
 
@@ -133,20 +138,15 @@ def _bundle(r: Rendered, prompt: Ids, rows: list[Ids], tokeniser: Tokeniser, rep
     if any(tokeniser.bos_once(ids) is not ids for ids in rows):
         report.add("bos_once", number)
     prompt, rows = tokeniser.bos_once(prompt), [tokeniser.bos_once(ids) for ids in rows]
-    if r.prompt is None:
-        length = min(common_prefix(rows), min(map(len, rows)) - 1)
-        if length <= (1 if rows[0][:1] == [tokeniser.bos] else 0):
-            report.add("no_common_prefix", number)
-    else:
-        length = common_prefix([prompt, *rows])
-        if length < len(prompt):
-            report.add("boundary", number)
-    if any(len(ids) <= length for ids in rows):
+    if chat and not r.prompt:
+        prompt = tokeniser.starts(rows)
+    if r.prompt is not None and any(len(ids) <= common_prefix([prompt, ids]) for ids in rows):
         raise BadRow("empty", "a completion has no token")
     masks = [_mask(text, ids, spans, tokeniser, chat) for text, ids, spans in zip(r.texts, rows, r.spans)]
     rows = [tokeniser.with_eos(ids, chat) for ids in rows]
     masks = [mask + mask[-1:] * (len(ids) - len(mask)) for mask, ids in zip(masks, rows)]
-    if chat and not any(token in tokeniser.stops for token in rows[0][-3:]):
+    length = _prompt_length(r, prompt, rows, tokeniser, report)
+    if chat and not any(token in tokeniser.special.values() for token in rows[0][-3:]):
         report.add("no_end", number)
     if length == 0:
         prefix = _stand_in(r, tokeniser, report)
@@ -154,6 +154,18 @@ def _bundle(r: Rendered, prompt: Ids, rows: list[Ids], tokeniser: Tokeniser, rep
     if family == "sequence":
         rows, masks = rows[:1], masks[:1]
     return _cut(r.example, rows, masks, length, tokeniser, report)
+
+
+def _prompt_length(r: Rendered, prompt: Ids, rows: list[Ids], tokeniser: Tokeniser, report: Report) -> int:
+    """Tokens of the prompt, 0 if there is none; each row keeps at least one token behind it."""
+    implicit = r.prompt is None or (r.example.chat and not r.prompt and len(rows) > 1)
+    whole = rows if r.prompt is None else [prompt, *rows]
+    length = min(common_prefix(whole), min(map(len, rows)) - 1)
+    if implicit and length <= len(tokeniser.starts(rows)):
+        report.add("no_common_prefix", r.example.number)
+    elif r.prompt is not None and length < len(prompt):
+        report.add("boundary", r.example.number)
+    return length
 
 
 def _mask(text: str, ids: Ids, spans: list[Span], tokeniser: Tokeniser, chat: bool) -> list[bool]:
@@ -170,7 +182,7 @@ def _mask(text: str, ids: Ids, spans: list[Span], tokeniser: Tokeniser, chat: bo
 
 
 def _stand_in(r: Rendered, tokeniser: Tokeniser, report: Report) -> int:
-    token = tokeniser.stand_in()
+    token = tokeniser.stand_in
     if token is None:
         raise BadRow("no_prompt")
     name = "EOS" if tokeniser.bos is None else "BOS"
@@ -187,7 +199,7 @@ def _cut(example: Example, rows: list[Ids], masks: list[list[bool]], length: int
     if not all(any(mask) for mask in kept):
         raise BadRow("overlong", f"the prompt has {length} tokens")
     if len(cut) > 1 and all(ids == cut[0] for ids in cut):
-        raise BadRow("identical", "equal as far as data.max_length")
+        raise BadRow("identical", "their tokens are equal as far as data.max_length")
     if longest > limit:
         report.add("truncated", example.number)
     if min(longest, limit) > tokeniser.tokenizer.model_max_length:

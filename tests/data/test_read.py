@@ -1,0 +1,148 @@
+"""Every source gives the same rows; a damaged file is named by file and line."""
+
+import json
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignkit.data.config import DataConfig
+from alignkit.data.read import Row, read_jsonl, read_rows
+from alignkit.errors import ConfigError, DataError
+
+ROWS = [
+    {"prompt": "One, two", "chosen": ' three "four"\nfive', "rejected": " ünï"},
+    {"prompt": "1", "chosen": "2", "rejected": "3"},
+]
+
+
+def values(source, **options):
+    rows = read_rows(DataConfig(**options), source)
+    return [dict(row.values) for row in rows.rows]
+
+
+def save_table(path, rows):
+    table = datasets.Dataset.from_list(rows)
+    getattr(table, {"csv": "to_csv", "parquet": "to_parquet", "jsonl": "to_json", "": "save_to_disk"}[path.suffix[1:]])(str(path))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl", "folder"])
+def test_every_format_gives_back_the_rows_with_their_types(tmp_path, name):
+    path = save_table(tmp_path / name, ROWS)
+    assert values(path) == ROWS  # text stays text: "1" in a CSV does not become a number
+    assert read_rows(DataConfig(train=str(path))).name == name
+
+
+def test_tsv_and_json_in_all_its_shapes(tmp_path):
+    (tmp_path / "a.tsv").write_text("prompt\tchosen\trejected\n" + "\t".join(ROWS[1].values()) + "\n")
+    assert values(tmp_path / "a.tsv") == ROWS[1:]
+    lines = "\n".join(map(json.dumps, ROWS))
+    for text in (json.dumps(ROWS, indent=1), json.dumps({"train": ROWS}), json.dumps({"data": ROWS}), lines):
+        (tmp_path / "a.json").write_text(text)
+        assert values(tmp_path / "a.json") == ROWS
+
+
+def test_a_dataset_dict_has_splits(tmp_path):
+    split = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])})
+    split.save_to_disk(str(tmp_path / "both"))
+    assert values(tmp_path / "both", split="test") == ROWS[:1]
+    with pytest.raises(DataError, match=r"no split `valid`; data.split can be train, test"):
+        values(tmp_path / "both", split="valid")
+
+
+def test_a_folder_of_data_files_goes_through_load_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "repo").mkdir()
+    save_table(tmp_path / "repo" / "train.parquet", ROWS)
+    assert values(tmp_path / "repo") == ROWS
+
+
+def test_rows_in_memory_and_renamed_columns(tmp_path):
+    assert values(ROWS) == ROWS
+    rows = [{"question": "q", "prompt": "old", "score": 1}]
+    assert values(rows, columns={"prompt": "question"}) == [{"prompt": "q", "score": 1}]
+    with pytest.raises(DataError, match=r"data.columns.prompt=questoin, but the columns are question, .*did you mean question\?"):
+        values(rows, columns={"prompt": "questoin"})
+
+
+def test_sources_that_do_not_exist(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"there is no file or folder .*pair\.jsonl; pairs\.jsonl is there"):
+        values(tmp_path / "pair.jsonl")
+    with pytest.raises(DataError, match="cannot load `nobody/nothing` split `train`"):
+        values("nobody/nothing")
+    with pytest.raises(ConfigError, match="task:reviews is made by the command line"):
+        values("task:reviews")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(DataError, match=r"ends in \.txt; files that can be read end in \.jsonl"):
+        values(tmp_path / "a.txt")
+
+
+def test_bom_crlf_and_blank_lines_are_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": "b"}\r\n\r\n  \n{"a": "c"}')
+    assert list(read_jsonl(path)) == [Row(1, {"a": "b"}), Row(4, {"a": "c"})]
+    path.write_text('{"a": 1}', encoding="utf-16")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the file is UTF-16"):
+        list(read_jsonl(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"a": "b"', "Expecting ',' delimiter at column 10"),
+        (b'{"a": "\xff"}', "not UTF-8 at byte 8"),
+        (b'["a"]', "a JSON list, expected an object"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
+        (b"[" * 100_000, "recursion"),
+        (b'{"a": "' + b"x" * 200_001 + b'"}', "the line is longer than 200000 bytes"),
+    ],
+)
+def test_a_bad_line_is_a_problem_of_that_line_alone(tmp_path, line, problem):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": "b"}\n' + line + b'\n{"a": "c"}\n')
+    first, bad, last = read_jsonl(path, limit=200_000)
+    assert (first, last) == (Row(1, {"a": "b"}), Row(3, {"a": "c"}))
+    assert bad.number == 2
+    assert bad.values is None
+    assert problem in bad.problem
+
+
+@given(st.lists(st.binary(max_size=40) | st.dictionaries(st.text(), st.text(), max_size=2), max_size=8), st.integers(8, 60))
+def test_any_bytes_are_rows_or_problems(tmp_path_factory, lines, limit):
+    """Fuzz: no input raises (UTF-16 apart), line numbers are right, and every good line is read."""
+    raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    raw = [line.replace(b"\n", b"") for line in raw]
+    path = tmp_path_factory.mktemp("fuzz") / "a.jsonl"
+    path.write_bytes(b"\n".join(raw))
+    if raw and raw[0].startswith((b"\xff\xfe", b"\xfe\xff")):
+        return
+    rows = {row.number: row for row in read_jsonl(path, limit=limit)}
+    for number, (line, text) in enumerate(zip(lines, raw), 1):
+        if isinstance(line, dict) and len(text) < limit:
+            assert rows[number].values == line
+        if len(text) > limit + 3:  # a BOM may be taken off
+            assert rows[number].problem == f"the line is longer than {limit} bytes"
+
+
+def test_damaged_files_of_other_formats(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,chosen\na,b\nc,"d\n')
+    with pytest.raises(DataError, match=r"a\.csv:3: not valid CSV"):
+        values(path)
+    path.write_text("prompt,chosen\na,b,c,d\n")
+    assert read_rows(DataConfig(), path).rows == [Row(1, None, "2 more cells than the header has columns")]
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 nothing")
+    with pytest.raises(DataError, match=r"a\.parquet: not a valid Parquet file"):
+        values(path)
+    path = tmp_path / "a.json"
+    path.write_text('[{"a": 1},\n {"a" 2}]')
+    with pytest.raises(DataError, match=r"a\.json:2: Expecting ':' delimiter at column 7"):
+        values(path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "state.json").write_text("{")
+    with pytest.raises(DataError, match="not a dataset saved with save_to_disk"):
+        values(tmp_path / "broken")
