@@ -45,7 +45,7 @@ class KLPPO(RolloutObjective):
         return (self.kl_credit, "reverse") if self.gamma == self.lam == 1 and not self.whiten_rewards else None
 
     def init_state(self) -> State:
-        return {"beta": torch.tensor(self.beta)}
+        return {"beta": torch.tensor(self.beta, dtype=torch.float64)}
 
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
         """KL-shaped rewards, GAE, whitening; with `kl_target` the next coefficient. Needs `values` among the extras."""

@@ -1,7 +1,7 @@
 """Expected gradients by enumeration: what an estimator or an objective optimises, against autograd of the exact quantity.
 
-A `Tree` holds every response over a tiny vocabulary. A policy is a table of logits theta [S, V], one row per prefix; expectations
-are finite sums, so two gradients that should agree agree to float64 rounding.
+A policy is a table of logits theta [S, V], one row per prefix of a `Tree`; expectations are finite sums, so two gradients
+that should agree agree to float64 rounding.
 """
 
 from collections.abc import Callable
@@ -14,48 +14,8 @@ from torch import Tensor
 from alignkit.batches import RolloutBatch, TokenLogps
 from alignkit.kl import Direction, exact
 from alignkit.objectives.base import Objective
+from alignkit.policies.tabular import Tree
 from alignkit.tensors import masked_sum
-
-
-@dataclass(frozen=True)
-class Tree:
-    """All n responses of at most `depth` tokens. With `eos` the last vocabulary entry ends a response early."""
-
-    tokens: Tensor  # [n, depth] int64, 0 after the end
-    mask: Tensor  # [n, depth] bool
-    prefixes: Tensor  # [n, depth] int64, which row of theta decides the token; 0 after the end
-    states: int  # S, number of prefixes
-    vocab: int
-
-    @classmethod
-    def build(cls, vocab: int, depth: int, *, eos: bool = True) -> "Tree":
-        """Enumerate the responses; depth 1 is a bandit with `vocab` arms."""
-        paths: list[list[tuple[int, int]]] = [[]]  # (prefix, token) pairs
-        done, states = [], 0
-        for t in range(depth):
-            grown = []
-            for path in paths:
-                grown += [[*path, (states, token)] for token in range(vocab)]
-                states += 1
-            ended = [path for path in grown if t == depth - 1 or (eos and path[-1][1] == vocab - 1)]
-            paths = [path for path in grown if path not in ended]
-            done += ended
-        padded = torch.tensor([path + [(0, 0)] * (depth - len(path)) for path in done])
-        lengths = torch.tensor([len(path) for path in done])
-        return cls(padded[..., 1], torch.arange(depth) < lengths[:, None], padded[..., 0], states, vocab)
-
-    def logprobs(self, theta: Tensor) -> Tensor:
-        """The whole distribution at each position: [S, V] -> [n, depth, V]."""
-        return theta.log_softmax(-1)[self.prefixes]
-
-    def logps(self, theta: Tensor) -> Tensor:
-        """Log-prob of each token, 0 after the end: [S, V] -> [n, depth]."""
-        taken = self.logprobs(theta).gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1)
-        return torch.where(self.mask, taken, taken.new_zeros(()))
-
-    def sequence_logps(self, theta: Tensor) -> Tensor:
-        """Log-prob of each response: [S, V] -> [n]; they sum to 1."""
-        return self.logps(theta).sum(-1)
 
 
 def gradient(value: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
@@ -107,16 +67,17 @@ class Population:
     rows: Tensor  # [N] response of each row; rows 2i and 2i + 1 share a group
 
     @classmethod
-    def build(cls, seed: int = 0) -> "Population":
-        """Nine responses of two tokens with probabilities in 27ths; a random reference."""
-        tree = Tree.build(3, 2, eos=False)
-        counts = torch.tensor([1, 2, 3, 4, 1, 2, 6, 2, 6])
-        first = counts.reshape(3, 3)
-        theta = torch.cat([first.sum(-1).unsqueeze(0), first]).double().log()
+    def build(cls, tree: Tree | None = None, seed: int = 0) -> "Population":
+        """Probabilities proportional to small whole numbers and a random reference; by default nine responses of two tokens."""
+        tree = tree or Tree.build(3, 2, eos=False)
         generator = torch.Generator().manual_seed(seed)
+        counts = torch.randint(1, 5, (len(tree.tokens),), generator=generator)
+        theta = torch.zeros(tree.states, tree.vocab, dtype=torch.float64)
+        decisions = (tree.prefixes[tree.mask], tree.tokens[tree.mask])
+        theta.index_put_(decisions, counts[:, None].expand_as(tree.mask)[tree.mask].double(), accumulate=True)
         reference = torch.randn(theta.shape, dtype=torch.float64, generator=generator)
-        urn = torch.arange(9).repeat_interleave(counts)
-        return cls(tree, theta, reference, torch.cartesian_prod(urn, urn).flatten())
+        urn = torch.arange(len(counts)).repeat_interleave(counts)
+        return cls(tree, theta.log(), reference, torch.cartesian_prod(urn, urn).flatten())
 
     def batch(self, objective: Objective, theta: Tensor, scores: Tensor) -> RolloutBatch:
         """The rollout under `theta` [S, V] with `scores` [n] and everything that the objective's plan asks for."""
@@ -132,8 +93,11 @@ class Population:
         tokens = TokenLogps(tree.logps(theta), anchors, tree.mask, tree.logps(self.theta), extras)
         return RolloutBatch(tokens.select(self.rows), scores[self.rows], torch.arange(len(self.rows)) // 2)
 
-    def delivered(self, objective: Objective, scores: Tensor) -> Tensor:
-        """Expected gradient of the objective's whole way, credit and loss and reduction: scores [n] -> [S, V]."""
+    def delivered(self, objective: Objective, scores: Tensor, at: Tensor | None = None) -> Tensor:
+        """Expected gradient of the objective's whole way, credit, loss and reduction: scores [n] -> [S, V].
+
+        `at` [S, V]: the policy after some updates on the same rollout; left out, the one that sampled.
+        """
         with torch.no_grad():
             credited, _ = objective.credit(self.batch(objective, self.theta, scores), objective.init_state())
 
@@ -143,7 +107,7 @@ class Population:
             counts = {"rows": len(self.rows), "tokens": int(batch.tokens.mask.sum())}
             return sum((t.weight * t.values.sum() / counts[t.unit] for t in objective.loss(filled).terms), theta.new_zeros(()))
 
-        return gradient(reduced, self.theta)
+        return gradient(reduced, self.theta if at is None else at)
 
 
 def misalignment(found: Tensor, wanted: Tensor) -> float:
