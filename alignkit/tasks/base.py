@@ -1,0 +1,100 @@
+"""Base models of the embedded tasks: a word-level tokenizer and a small Llama, trained from scratch by `sft`."""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from alignkit.data.config import DataConfig
+from alignkit.policies.config import ModelConfig, ReferenceConfig
+from alignkit.train_config import TrainConfig
+
+EOS, UNKNOWN = "<eos>", "<unk>"
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Size and training of a base model."""
+
+    hidden: int = 96
+    layers: int = 3
+    heads: int = 4
+    steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 6e-3
+    seed: int = 0
+
+
+def word_tokenizer(words: Sequence[str]):
+    """A fast tokenizer whose tokens are the words of texts, split at white space, after EOS and UNKNOWN (ids 0 and 1).
+
+    EOS is the one special token (it pads too), so that decoding hides nothing else that a model writes.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate((EOS, UNKNOWN, *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=EOS, eos_token=EOS, clean_up_tokenization_spaces=False)
+
+
+def train_base(config: BaseConfig, words: Sequence[str], rows: Sequence[Mapping[str, str]], folder: Path) -> Path:
+    """Train a Llama on `rows` (prompt, completion) with alignkit's own loop; `folder`/model is what `from_pretrained` loads."""
+    from accelerate import Accelerator
+
+    from alignkit.collect import DatasetSource
+    from alignkit.data.load import load_bundles
+    from alignkit.loop import Job, train
+    from alignkit.objectives.sft import SFT
+    from alignkit.policies.load import load_pair
+    from alignkit.run import RunFolder
+
+    start = _untrained(config, words, folder / "untrained")
+    objective = SFT()
+    model = ModelConfig(name_or_path=str(start))
+    pair = load_pair(model, ReferenceConfig(), None, objective.plan, device="cpu", fixed_data=True)
+    bundles, _ = load_bundles(DataConfig(), "sequence", pair.tokenizer, source=rows)
+    settings = TrainConfig(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+        eval_every=0,
+        save_every=0,
+        log_samples_every=0,
+    )
+    source = DatasetSource(bundles, objective.plan, config.batch_size, seed=config.seed)
+    with RunFolder(folder / "run") as run:
+        train(Job(objective, pair, source, settings, run, Accelerator(cpu=True), config.steps))
+    os.rename(run.model, folder / "model")
+    for left in (run.path, start):
+        shutil.rmtree(left)
+    return folder / "model"
+
+
+def _untrained(config: BaseConfig, words: Sequence[str], folder: Path) -> Path:
+    """A freshly initialised model and its tokenizer, saved."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = word_tokenizer(words)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden,
+        intermediate_size=config.hidden * 8 // 3,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(config.seed)
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,85 @@
+"""The rows of a world, made by its base model: preference pairs, demonstrations, prompts.
+
+A pair is a sample at temperature 1 and one at HEAT: both have full support, and what is rare (a rave, a text outside the
+grammar) comes often enough to be learned from. Labels are Bradley-Terry on the reward whatever the pair, so DPO's optimum does
+not depend on the temperatures; how soon it is reached does. With both at 1, text outside the grammar is in one pair of a hundred.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from alignkit.policies.config import ModelConfig
+from alignkit.policies.load import load_model, load_tokenizer
+from alignkit.tasks.sampling import sample_counts, shuffled
+
+if TYPE_CHECKING:
+    from alignkit.tasks.reviews import World
+
+BEST_OF = 4  # a demonstration is the best of this many samples
+HEAT = 1.25  # temperature of a pair's second sample
+
+
+def write_rows(world: "World", model: Path, folder: Path) -> None:
+    """Write `folder`/{pairs,demonstrations,prompts}_{train,eval}.jsonl."""
+    folder.mkdir()
+    samples = _Samples(world, model)
+    for split, pairs in (("train", world.pairs), ("eval", world.held_out)):
+        _write(folder / f"pairs_{split}.jsonl", _pairs(samples, pairs))
+        _write(folder / f"demonstrations_{split}.jsonl", _demonstrations(samples, pairs // 20))
+        _write(folder / f"prompts_{split}.jsonl", [{"prompt": prompt} for prompt in world.prompts])
+
+
+class _Samples:
+    """Samples of the base model from its whole distribution, inside the grammar or not."""
+
+    def __init__(self, world: "World", model: Path):
+        config = ModelConfig(name_or_path=str(model))
+        self.world, self.tokenizer = world, load_tokenizer(config)
+        self.model, _ = load_model(config, device="cpu")
+        self.generator = np.random.default_rng(world.seed)
+
+    def draw(self, prompt: str, n: int, temperature: float) -> list[str]:
+        """`n` independent samples as text."""
+        ids, eos = torch.tensor(self.tokenizer(prompt)["input_ids"]), self.tokenizer.eos_token_id
+        counts = sample_counts(self.model, ids, n, eos=eos, cap=self.world.cap, generator=self.generator, temperature=temperature)
+        samples = shuffled(counts, self.generator)
+        return [" " + self.tokenizer.decode([i for i in ids if i != eos]) for ids in samples]
+
+    def groups(self, n: int, temperatures: Sequence[float]) -> list[tuple[str, list[str], list[float]]]:
+        """`n` groups of (prompt, a sample at each temperature, their rewards), the prompts in turn.
+
+        Groups without a difference (they teach nothing) or with an empty sample (no row may hold one) are drawn anew.
+        """
+        per = math.ceil(n / len(self.world.prompts))
+        columns = []
+        for prompt in self.world.prompts:
+            kept: list[list[str]] = []
+            while len(kept) < per:
+                drawn = zip(*(self.draw(prompt, per, temperature) for temperature in temperatures))
+                kept += [list(group) for group in drawn if len(set(group)) > 1 and all(text.strip() for text in group)]
+            columns.append([(prompt, group, self.world.reward([prompt] * len(group), group)) for group in kept[:per]])
+        return [row for rows in zip(*columns) for row in rows][:n]
+
+
+def _pairs(samples: _Samples, n: int) -> Iterable[dict[str, Any]]:
+    """Two samples each, the chosen one by Bradley-Terry: P(first is chosen) = sigmoid(reward difference)."""
+    for prompt, (first, second), (a, b) in samples.groups(n, (1.0, HEAT)):
+        wins = samples.generator.random() < 1 / (1 + math.exp(b - a))
+        (chosen, x), (rejected, y) = ((first, a), (second, b)) if wins else ((second, b), (first, a))
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen_score": x, "rejected_score": y}
+
+
+def _demonstrations(samples: _Samples, n: int) -> Iterable[dict[str, Any]]:
+    """What a kinder critic would write: the best of a few samples."""
+    for prompt, texts, scores in samples.groups(n, (1.0,) * BEST_OF):
+        yield {"prompt": prompt, "completion": texts[int(np.argmax(scores))]}
+
+
+def _write(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
