@@ -17,7 +17,7 @@ from alignkit.objectives.base import Objective
 from alignkit.policies.layout import micro_batches
 from alignkit.policies.pair import PolicyPair
 from alignkit.reduction import concat, gather_rows
-from alignkit.rollout import Sample, Sampler
+from alignkit.rollout.sampler import Sample, Sampler
 
 Texts = Sequence[Any]  # strings, or message lists for chats
 Score = Callable[..., list[float | None]]  # TRL's reward signature
@@ -170,7 +170,7 @@ class RolloutSource:
         credited, self.credit_state = self.objective.credit(RolloutBatch(everyone, flat, groups), self.credit_state)
         self.metrics |= {f"credit/{k}": float(v) for k, v in self.credit_state.items() if v.numel() == 1}
         window = slice(offset, offset + len(tokens.policy))
-        found = {"advantages": credited.advantages, "returns": credited.returns, "values": credited.tokens.extras.get("values")}
+        found = {"advantages": credited.advantages, "returns": credited.returns, "values": credited.values}
         return {name: value[window] for name, value in found.items() if value is not None}
 
     def _describe(self, scored: list[list[Sample]], kept: list[Bundle | None]) -> None:

@@ -1,0 +1,152 @@
+"""Rollouts through the loop: learning, resume in the middle of a buffer, what is counted and what stops a run."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from world import make_job, pairs, save_model
+
+from alignkit import checkpoint
+from alignkit.errors import DataError, NumericsError
+from alignkit.loop import train
+from alignkit.objectives.egpo import EGPO
+from alignkit.objectives.grpo import GRPO
+from alignkit.objectives.kl_ppo import KLPPO
+from alignkit.objectives.nash_md import NashMD
+from alignkit.objectives.rpg import RPG
+from alignkit.online import RolloutSource
+from alignkit.rollout.config import RolloutConfig
+from alignkit.rollout.sampler import make_sampler
+from alignkit.run import read_lines
+
+WANTED = 5
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def share_of_wanted(prompts, completions, **columns):
+    return [sum(i == WANTED for i in ids) / max(1, len(ids)) for ids in columns["completion_ids"]]
+
+
+def more_wanted(prompts, first, second):
+    counts = [[text.split().count(f"w{WANTED}") for text in side] for side in (first, second)]
+    p = torch.tensor([(a > b) + 0.5 * (a == b) for a, b in zip(*counts)])
+    return SimpleNamespace(probability=p, valid=torch.ones(len(p), dtype=torch.bool))
+
+
+def online_job(model, out, objective, *, reward=share_of_wanted, judge=more_wanted, n_prompts=10, **settings):
+    job = make_job(model, out, objective, pairs(1), **settings)
+    prompts = [
+        SimpleNamespace(ids=b.prompt, text=f"p{i}", uid=b.uid, columns={"n": i}) for i, b in enumerate(pairs(n_prompts, seed=3))
+    ]
+    rollout = RolloutConfig(completions=4, max_new_tokens=6)
+    job.source = RolloutSource(
+        prompts, objective, job.pair, make_sampler(rollout, job.pair, seed=0), lambda prompt, ids: job.pair.tokenizer.decode(ids),
+        Accelerator(cpu=True), batch_size=4, completions=4, seed=0, reward=reward, judge=judge,
+    )  # fmt: skip
+    return job
+
+
+def run(job, resume=None):
+    with job.run:
+        train(job, resume)
+    return job.pair.state(), read_lines(job.run.metrics_file)
+
+
+@pytest.mark.parametrize("objective", [GRPO(beta=0.01), RPG(beta=0.01), KLPPO(beta=0.01)], ids=lambda o: type(o).__name__)
+def test_the_reward_goes_up(model, tmp_path, objective):
+    _, rows = run(online_job(model, tmp_path, objective, steps=40, learning_rate=2e-2, schedule="constant"))
+    first, last = (sum(r["reward"] for r in part) / len(part) for part in (rows[:5], rows[-5:]))
+    assert first < 0.15
+    assert last > 0.5
+    assert all(r["sampling/logp_difference_max"] < 1e-4 for r in rows)  # the engine and the trainer agree
+
+
+@pytest.mark.parametrize(("objective", "rate"), [(NashMD(beta=0.01), 1e-2), (EGPO(beta=0.1), 3e-3)], ids=["nash_md", "egpo"])
+def test_self_play_moves_to_what_the_judge_prefers(model, tmp_path, objective, rate):
+    job = online_job(model, tmp_path, objective, steps=40, learning_rate=rate, schedule="constant")
+    job.source.batch_size = 16
+
+    def draws():
+        return [i for b in job.source._rollout(999, 0) for ids in b.completions for i in ids.tolist()]
+
+    before = draws()
+    run(job)
+    after = draws()
+    assert before.count(WANTED) / len(before) < 0.05
+    assert after.count(WANTED) / len(after) > 0.15
+
+
+def test_resume_in_the_middle_of_a_buffer_is_bit_equal(model, tmp_path):
+    """2 epochs x 2 minibatches over one rollout: steps 1 to 4 share it; step 2 and 3 are inside."""
+    objective = KLPPO(beta=0.1, epochs=2, minibatches=2, kl_target=0.5, kl_horizon=20)
+    expected, rows = run(online_job(model, tmp_path / "a", objective, steps=7, save_every=1, keep=99))
+    assert len({r["credit/beta"] for r in rows}) == 2  # adaptive: it moves with every rollout
+    for step in (2, 3, 4, 5):
+        out = tmp_path / f"b{step}"
+        (out / "checkpoints").mkdir(parents=True)
+        (tmp_path / "a" / "checkpoints" / f"step-{step}").rename(out / "checkpoints" / f"step-{step}")
+        (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        weights, again = run(online_job(model, out, objective, steps=7, save_every=1, keep=99), "auto")
+        assert all(torch.equal(weights[k], v) for k, v in expected.items())
+        assert [r["loss"] for r in again] == [r["loss"] for r in rows]
+
+
+def test_each_epoch_visits_every_bundle_of_the_rollout_once(model, tmp_path):
+    source = online_job(model, tmp_path, KLPPO(epochs=2, minibatches=3)).source
+    steps = [[b.uid + str(id(b)) for b in source.collect(step)] for step in range(6)]
+    epochs = [sorted(uid for step in part for uid in step) for part in (steps[:3], steps[3:])]
+    assert epochs[0] == epochs[1]
+    assert len(set(epochs[0])) == 12
+    assert steps[0] != steps[3]  # in another order
+
+
+def test_rows_without_a_score_are_set_aside_and_counted(model, tmp_path):
+    def picky(prompts, completions, **columns):
+        return [None if n % 2 else 1.0 for n in columns["n"]]
+
+    job = online_job(model, tmp_path, GRPO(), reward=picky, steps=1)
+    bundles = job.source.collect(0)
+    assert 0 < len(bundles) < 4
+    assert job.source.metrics["rollout/dropped"] == pytest.approx(1 - len(bundles) / 4)
+    assert job.source.metrics["frac_reward_zero_std"] == 1
+    nothing = online_job(model, tmp_path / "n", GRPO(), reward=lambda p, c, **k: [None] * len(p))
+    with pytest.raises(DataError, match="no completion of this step has a score"):
+        nothing.source.collect(0)
+
+
+def test_invalid_verdicts_leave_the_batch_and_never_look_like_a_win(model, tmp_path):
+    def sulky(prompts, first, second):
+        verdict = more_wanted(prompts, first, second)
+        verdict.valid[::2] = False
+        verdict.probability[~verdict.valid] = float("nan")
+        return verdict
+
+    job = online_job(model, tmp_path, NashMD(), judge=sulky)
+    bundles = job.source.collect(0)
+    assert len(bundles) == 2
+    assert job.source.metrics["judge/invalid"] == 0.5
+    assert all(b.rows["preference"].isfinite().all() for b in bundles)
+
+    def silent(prompts, first, second):
+        verdict = sulky(prompts, first, second)
+        verdict.valid[:] = False
+        return verdict
+
+    with pytest.raises(NumericsError, match="every verdict of the judge"):
+        online_job(model, tmp_path, NashMD(), judge=silent).source.collect(0)
+
+
+def test_extragradient_checkpoint_resumes_bit_equal(model, tmp_path):
+    settings = {"steps": 4, "save_every": 2, "keep": 9}
+    expected, rows = run(online_job(model, tmp_path / "a", EGPO(beta=0.1), **settings))
+    (tmp_path / "a" / "model").rename(tmp_path / "done")
+    weights, again = run(online_job(model, tmp_path / "a", EGPO(beta=0.1), **settings), "auto")
+    assert checkpoint.steps(tmp_path / "a" / "checkpoints") == [2]
+    assert all(torch.equal(weights[k], v) for k, v in expected.items())
+    assert [r["loss"] for r in again] == [r["loss"] for r in rows]
