@@ -1,0 +1,97 @@
+"""What a user's reward function may return, and one clear error for everything else."""
+
+import math
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from alignkit.errors import DataError, NumericsError, ResourceError
+
+T = TypeVar("T")
+_SHOWN = 160  # characters of a prompt or completion quoted in an error
+
+
+def checked(
+    name: str, values: Any, prompts: Sequence[Any], completions: Sequence[Any], *, drop: bool
+) -> tuple[list[float | None], list[int]]:
+    """`values` as one float or None per completion, and the rows with nan or inf, which are None too.
+
+    Raises DataError for anything that is not a sequence of N numbers, NumericsError for nan or inf unless `drop`.
+    """
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise DataError(
+            f"reward {name} returned {_short(values)} ({type(values).__name__}); it should return a list with one number or "
+            f"None for each of the {len(completions)} completions"
+        )
+    if len(values) != len(completions):
+        raise DataError(
+            f"reward {name} returned {len(values)} values for {len(completions)} completions; it should return one for each"
+        )
+    numbers = [_number(name, value, row, prompts, completions) for row, value in enumerate(values)]
+    bad = [row for row, number in enumerate(numbers) if number is not None and not math.isfinite(number)]
+    if bad and not drop:
+        kinds = " and ".join(sorted({str(numbers[row]) for row in bad}))
+        raise NumericsError(
+            f"reward {name} returned {kinds} for {len(bad)} of {len(numbers)} completions (rows {_rows(bad)}); first: "
+            f"{quoted(prompts[bad[0]], completions[bad[0]])}; mend the function, or set `on_bad: drop` to set such rows aside"
+        )
+    return [None if row in set(bad) else number for row, number in enumerate(numbers)], bad
+
+
+def _number(name: str, value: Any, row: int, prompts: Sequence[Any], completions: Sequence[Any]) -> float | None:
+    if value is None:
+        return None
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(
+            f"reward {name} returned {_short(value)} ({type(value).__name__}) for row {row}; each value should be a number or "
+            f"None; {quoted(prompts[row], completions[row])}"
+        ) from None
+
+
+def within(seconds: float, name: str, call: Callable[[], T]) -> T:
+    """The result of `call`, run in a thread of its own without gradients. ResourceError when it takes longer.
+
+    A thread cannot be killed: a function that hangs stops the run; what may hang belongs into a verifier.
+    """
+    box: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                box.put((call(), None))
+        except BaseException as error:
+            box.put((None, error))
+
+    threading.Thread(target=work, daemon=True, name=f"reward {name}").start()
+    try:
+        result, error = box.get(timeout=seconds)
+    except queue.Empty:
+        raise ResourceError(
+            f"reward {name} did not return within {seconds:g} s; raise its `timeout`, or make it a `verifier`, which is killed "
+            "for a single completion"
+        ) from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def quoted(prompt: Any, completion: Any) -> str:
+    """A prompt and completion, cut short, for an error message."""
+    return f"prompt {_short(prompt)}, completion {_short(completion)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _rows(rows: Sequence[int]) -> str:
+    return ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")

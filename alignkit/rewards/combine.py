@@ -1,0 +1,65 @@
+"""Several rewards as one: checked, weighted, counted."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+from typing import Any
+
+from alignkit.errors import ConfigError, DataError
+from alignkit.rewards.checks import checked
+
+
+@dataclass(frozen=True)
+class Part:
+    """One reward of the sum."""
+
+    name: str
+    call: Callable[..., Any]
+    weight: float = 1.0
+    drop: bool = False  # rows with nan or inf are set aside; False: they stop the run
+
+
+class Reward:
+    """The weighted sum of its parts: reward(prompts, completions, **columns) -> one float or None per completion.
+
+    A part that answers None for a completion (not applicable) is left out of its sum. None is a completion that no part
+    applies to, or that a part set aside. `metrics` describes the last call: `rewards/NAME/mean` and `/std` over the rows a
+    part applies to, `/set_aside` (how many were nan, infinite or raised), and what the part itself reports.
+    """
+
+    def __init__(self, parts: Sequence[Part]):
+        if not parts:
+            raise ConfigError("rewards: the list is empty; give at least one reward")
+        self.parts, self.metrics = list(parts), dict[str, float]()
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """Raises NumericsError for nan or inf, DataError for answers of the wrong shape or type and for exceptions,
+        ResourceError for a hang; each names the function and the rows."""
+        self.metrics = {}
+        totals: list[float | None] = [None] * len(completions)
+        aside: set[int] = set()
+        for part in self.parts:
+            raw = part.call(prompts, completions, **columns)
+            values, bad = checked(part.name, raw, prompts, completions, drop=part.drop)
+            if bad and len(bad) == len(values):
+                raise DataError(f"reward {part.name} has no finite value for any of the {len(values)} completions")
+            aside.update(bad)
+            for row, value in enumerate(values):
+                if value is not None:
+                    totals[row] = (totals[row] or 0.0) + part.weight * value
+            self._describe(part, values, bad)
+        return [None if row in aside else total for row, total in enumerate(totals)]
+
+    def close(self) -> None:
+        """End the processes of verifiers."""
+        for part in self.parts:
+            if hasattr(part.call, "close"):
+                part.call.close()
+
+    def _describe(self, part: Part, values: Sequence[float | None], bad: Sequence[int]) -> None:
+        applicable = [value for value in values if value is not None]
+        if applicable:
+            self.metrics |= {f"rewards/{part.name}/mean": fmean(applicable), f"rewards/{part.name}/std": pstdev(applicable)}
+        if part.drop:
+            self.metrics[f"rewards/{part.name}/set_aside"] = len(bad)
+        self.metrics |= {f"rewards/{part.name}/{name}": value for name, value in getattr(part.call, "metrics", {}).items()}

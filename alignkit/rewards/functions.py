@@ -1,0 +1,102 @@
+"""Reward functions that run in this process: the user's own, length and format."""
+
+import asyncio
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from alignkit.errors import AlignkitError, DataError
+from alignkit.rewards.checks import quoted, within
+
+Values = Sequence[float | None]
+
+
+class FunctionReward:
+    """A user's function f(prompts, completions, **columns) -> list, sync or async, under a wall-clock limit.
+
+    It is given what it names, or everything when it takes **kwargs: prompts, completions, the columns. What it logs through
+    TRL's `log_metric` is in `metrics`.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], *, timeout: float = 600.0, drop: bool = False):
+        self.name, self.function, self.timeout, self.drop = name, function, timeout, drop
+        self.metrics: dict[str, float] = {}
+        parameters = inspect.signature(function).parameters.values()
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.named = {p.name for p in parameters}
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Any:
+        """Its raw answer. A function that raises is tried row by row: the rows that raise are named, or set aside (`drop`)."""
+        self.metrics = {}
+        try:
+            return within(self.timeout, self.name, lambda: self._call(prompts, completions, columns))
+        except AlignkitError:
+            raise
+        except Exception as error:
+            whole = error  # the name in the clause ends with it
+        return within(self.timeout, self.name, lambda: self._row_by_row(prompts, completions, columns, whole))
+
+    def _call(self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]) -> Any:
+        own = {"trainer_state": None, "log_metric": self._log_metric, "log_extra": lambda column, values: None}
+        offered = {**columns, **own, "prompts": prompts, "completions": completions}
+        given = offered if self.takes_all else {name: value for name, value in offered.items() if name in self.named}
+        result = self.function(**given)
+        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+
+    def _row_by_row(self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any], whole: Exception) -> Any:
+        values: list[Any] = []
+        failed = 0
+        for row in range(len(completions)):
+            one = {name: [column[row]] for name, column in columns.items()}
+            try:
+                values += self._call([prompts[row]], [completions[row]], one)
+            except Exception as again:
+                failed += 1
+                if not self.drop:
+                    raise DataError(
+                        f"reward {self.name} raised {type(again).__name__}: {again}; first on row {row} of {len(completions)}: "
+                        f"{quoted(prompts[row], completions[row])}"
+                    ) from again
+                values.append(float("nan"))  # set aside and counted by the caller
+        if not failed or failed == len(completions):
+            raise DataError(
+                f"reward {self.name} raised {type(whole).__name__}: {whole}; on "
+                + (f"each of the {failed} completions" if failed else f"the batch of {len(completions)}, on no single row")
+            ) from whole
+        return values
+
+    def _log_metric(self, name: str, value: float) -> None:
+        self.metrics[name] = float(value)
+
+
+class LengthPenalty:
+    """See `LengthReward`; needs `completion_ids`."""
+
+    def __init__(self, max_tokens: int, buffer: int):
+        self.max_tokens, self.buffer = max_tokens, buffer
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], *, completion_ids: Sequence[Any], **_: Any) -> Values:
+        """0 up to max_tokens - buffer tokens, -1 from max_tokens on, linear between."""
+        excess = [(len(ids) - (self.max_tokens - self.buffer)) / self.buffer for ids in completion_ids]
+        return [-min(max(share, 0.0), 1.0) for share in excess]
+
+
+class FormatMatch:
+    """1 where the regular expression matches the whole completion, else 0; `.` matches newlines too."""
+
+    def __init__(self, pattern: str):
+        self.pattern = re.compile(pattern, re.DOTALL)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> Values:
+        """One number per completion; of a chat the content of the last message is matched."""
+        return [float(self.pattern.fullmatch(plain_text(completion)) is not None) for completion in completions]
+
+
+def plain_text(completion: Any) -> str:
+    """A completion as text: a chat's last message, or the text itself."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+async def _awaited(result: Any) -> Any:
+    return await result

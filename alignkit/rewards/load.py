@@ -1,0 +1,104 @@
+"""From the recipe's `rewards` list to one reward."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from alignkit.errors import ConfigError, ModelError
+from alignkit.plugins import load_object
+from alignkit.rewards.combine import Part, Reward
+from alignkit.rewards.config import RewardConfig
+from alignkit.rewards.functions import FormatMatch, FunctionReward, LengthPenalty
+from alignkit.rewards.model import RewardModel
+from alignkit.rewards.verifier import Verifier
+
+
+def load_rewards(section: Sequence[RewardConfig | Mapping[str, Any]], *, safe: bool, device: Any = "cpu") -> Reward:
+    """The weighted sum of the section's rewards; reward models go to `device`.
+
+    Code that the recipe names is announced on stderr before it is imported, and refused (ConfigError) when `safe`.
+    Raises ConfigError for faults of the section and ModelError for a model that is no reward model.
+    """
+    parsed = [_parsed(entry, number) for number, entry in enumerate(section)]
+    seen: Counter[str] = Counter()
+    parts = []
+    for number, entry in enumerate(parsed):
+        name = _name(entry)
+        seen[name] += 1
+        label = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        parts.append(Part(label, _call(entry, label, f"rewards.{number}", safe, device), entry.weight, entry.on_bad == "drop"))
+    return Reward(parts)
+
+
+def load_reward_model(name_or_path: str, *, revision: str | None = None, device: Any = "cpu") -> RewardModel:
+    """A sequence-classification model with one output, and its tokenizer. Raises ModelError. Runs no code of the model's."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+        model = AutoModelForSequenceClassification.from_pretrained(name_or_path, revision=revision)
+    except Exception as error:  # loaders raise anything, from OSError to SafetensorError
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"rewards.model: {name_or_path} could not be loaded: {reason}") from error
+    config = model.config.get_text_config()
+    if model.config.num_labels != 1:
+        raise ModelError(
+            f"rewards.model: {name_or_path} has {model.config.num_labels} outputs; a reward model has one (num_labels=1)"
+        )
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        raise ModelError(f"rewards.model: {name_or_path} has neither a pad nor an end token; set pad_token_id in its config")
+    return RewardModel(model.to(device), tokenizer)
+
+
+def _parsed(entry: RewardConfig | Mapping[str, Any], number: int) -> RewardConfig:
+    if isinstance(entry, RewardConfig):
+        return entry
+    try:
+        return RewardConfig.model_validate(dict(entry))
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(['rewards', str(number), *map(str, fault['loc'])])}: {fault['msg']} (got {fault['input']!r})"
+            for fault in error.errors(include_url=False)
+        )
+        raise ConfigError(faults) from None
+
+
+def _name(entry: RewardConfig) -> str:
+    """What metrics and errors call it: the function's name, the model folder's, or the kind."""
+    if entry.function or entry.verifier:
+        return (entry.function or entry.verifier or "").rpartition(":")[2]
+    return entry.model.rstrip("/").rpartition("/")[2] if entry.model else entry.kind
+
+
+def _call(entry: RewardConfig, name: str, field: str, safe: bool, device: Any) -> Callable[..., Any]:
+    drop = entry.on_bad == "drop"
+    if entry.function is not None:
+        function = load_object(entry.function, what=f"{field}.function", safe=safe)
+        if not callable(function):
+            raise ConfigError(f"{field}.function: {entry.function} is a {type(function).__name__}, not a function")
+        return FunctionReward(name, function, timeout=entry.timeout or 600.0, drop=drop)
+    if entry.verifier is not None:
+        if safe:
+            raise ConfigError(
+                f"{field}.verifier: `{entry.verifier}` would run code that the recipe names; --safe does not allow that"
+            )
+        print(f"alignkit: {field}.verifier runs code from {entry.verifier} in {entry.workers} processes", file=sys.stderr)
+        return Verifier(
+            entry.verifier,
+            timeout=entry.timeout or 10.0,
+            failed=entry.failed,
+            workers=entry.workers,
+            memory_mb=entry.memory_mb,
+            drop=drop,
+        )
+    if entry.model is not None:
+        return load_reward_model(entry.model, revision=entry.revision, device=device)
+    if entry.length is not None:
+        return LengthPenalty(entry.length.max_tokens, entry.length.buffer)
+    assert entry.format is not None
+    return FormatMatch(entry.format)
