@@ -43,13 +43,13 @@ def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False)
     from alignkit.run import RunFolder
 
     objective = build_objective(recipe.objective, recipe.origin, safe=safe)
-    task = resolve_task(recipe)
-    if resume is not None:
+    if resume is None:
+        RunFolder(recipe.output_dir).refuse_to_overwrite()  # before anything is loaded; the loop asks again under the lock
+    else:
         recipe = with_resolved_autos(recipe)
+    task = resolve_task(recipe)
     accelerator = make_accelerator(recipe)
     run = RunFolder(recipe.output_dir, writes=accelerator.is_main_process)
-    if resume is None:
-        run.refuse_to_overwrite()  # before the models are loaded; the loop asks again under the lock
     try:
         job = build_job(recipe, objective, task, accelerator, run, safe=safe)
         with run:

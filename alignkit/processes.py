@@ -1,0 +1,38 @@
+"""`--processes N`: the same command line once per process, supervised by torch's elastic agent."""
+
+import os
+import sys
+from collections.abc import Sequence
+from uuid import uuid4
+
+
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Run `alignkit ARGUMENTS` in `processes` processes of this machine; the exit code, the first failing process's own."""
+    import torch
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # seconds to finish the step and save it after a signal
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "alignkit", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"alignkit: process {rank} ended with exit code {failure.exitcode}; the others were stopped", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
