@@ -76,10 +76,16 @@ def evaluate(models: Annotated[list[str], typer.Argument(metavar="RUN_OR_MODEL..
 
 @app.command()
 def verify(
-    objectives: Annotated[list[str] | None, typer.Argument(metavar="[OBJECTIVE]...", help="Names; default: all.")] = None,
+    objectives: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="OBJECTIVE", help="Names, or module:Class and file.py:Class; default: all built in."),
+    ] = None,
+    safe: Annotated[bool, typer.Option("--safe", help="Refuse to run objectives of one's own.")] = False,
 ) -> None:
-    """Check objectives against exact oracles."""
-    raise ConfigError("`alignkit verify` is not available in this version")
+    """Check objectives against exact oracles; exit 1 if a check fails."""
+    from alignkit.testing import verify as verify_objectives
+
+    raise typer.Exit(verify_objectives(objectives or [], safe=safe))
 
 
 @recipes_app.command("list")

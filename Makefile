@@ -1,0 +1,34 @@
+# Python >= 3.11 and make are all that a fresh machine needs; every target installs what it uses into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: install demo test lint bench reproduce clean
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	@echo "installing into .venv (a few minutes the first time) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## align a small model in a few minutes and check it against the exact optimum
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## one thread per process: results repeat bit for bit
+	$(SINGLE) $(BIN)/python -m pytest -n 2 -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## speed and memory beside TRL, as Markdown tables
+	@set -e; for script in tests/benchmarks/bench_*.py; do echo "# $$script"; $(BIN)/python $$script; done
+
+reproduce: $(STAMP)  ## the tables and figures of docs/results
+	@set -e; for script in docs/results/make_*.py; do echo "# $$script"; $(BIN)/python $$script; done
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
