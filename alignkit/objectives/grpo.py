@@ -1,5 +1,6 @@
 """Group-relative policy optimisation."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.credit import group_advantages
 from alignkit.kl import LOSS_ESTIMATORS, Direction, importance
-from alignkit.objectives.base import State
+from alignkit.objectives.base import Objective, State
 from alignkit.objectives.sampled import Aggregation, ClipWidth, Credit, DualClip, RolloutObjective, filled, ratio_metrics, spread
 from alignkit.objectives.surrogates import ppo_loss
 from alignkit.tensors import check_same_shape, masked_sum
@@ -35,9 +36,9 @@ def grpo_loss(
     reverse KL's. Shao et al. 2024, arXiv:2402.03300, eq. 3; weighted: DeepSeek-V3.2, arXiv:2512.02556.
     """
     check_same_shape(policy_logps=policy_logps, reference_logps=reference_logps)
-    clip = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
-    penalty = LOSS_ESTIMATORS[kl][0](policy_logps - reference_logps, policy_logps - behavior_logps)
-    return ppo_loss(policy_logps, behavior_logps, advantages, **clip) + beta * penalty
+    surrogate = ppo_loss(policy_logps, behavior_logps, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    penalty = LOSS_ESTIMATORS[kl][0](policy_logps - reference_logps.detach(), policy_logps - behavior_logps.detach())
+    return surrogate + beta * penalty
 
 
 class GRPO(RolloutObjective):
@@ -62,6 +63,15 @@ class GRPO(RolloutObjective):
     def kl_gradient(self) -> tuple[Credit, Direction] | None:
         return ("token", LOSS_ESTIMATORS[self.kl][1]) if self.beta else None
 
+    @property
+    def surrogate(self) -> bool:
+        return self.kl in ("k2", "k3_stopped", "k3_straight_through")
+
+    @classmethod
+    def examples(cls) -> Sequence[Objective]:
+        wide = {"clip_low": 0.6, "clip_high": 1.0, "dual_clip": 3.0}
+        return [cls(), cls(kl="k3"), cls(kl="k2"), cls(beta=0, scale_by_std=False, aggregation="constant", length=4, **wide)]
+
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
         """One advantage per completion from its group; exactly 0 in a group whose scores are all equal."""
         advantages = group_advantages(rollout.scores, rollout.groups, kind="mean", scale=self.scale_by_std)
@@ -69,12 +79,11 @@ class GRPO(RolloutObjective):
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
         tokens, (advantages,) = batch.tokens, filled(batch, "advantages")
-        logps, old = tokens.policy, tokens.get("behavior")
-        reference = tokens.reference if self.beta else logps.detach()
+        logps, old, reference = tokens.policy, tokens.get("behavior"), tokens.reference if self.beta else tokens.policy
         clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
         values = grpo_loss(logps, old, reference, advantages, beta=self.beta, kl=self.kl, dual_clip=self.dual_clip, **clip)
         metrics = ratio_metrics(tokens, importance(logps, old), *clip.values())
         if self.beta:
-            penalty = LOSS_ESTIMATORS[self.kl][0](tokens.log_ratio, logps - old).detach()
+            penalty = LOSS_ESTIMATORS[self.kl][0](logps - reference, logps - old).detach()
             metrics[f"kl/policy_reference_{self.kl}"] = masked_sum(penalty, tokens.mask)
         return LossTerms([self.term("grpo", values, tokens)], metrics)

@@ -1,5 +1,6 @@
 """KL-penalised proximal policy optimisation: the RLHF classic."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.credit import adapt_beta, gae, shaped_rewards, whiten
 from alignkit.kl import Direction, importance
-from alignkit.objectives.base import State
+from alignkit.objectives.base import Objective, State
 from alignkit.objectives.sampled import ClipWidth, Credit, DualClip, RolloutObjective, filled, ratio_metrics
 from alignkit.objectives.surrogates import ppo_loss, value_loss
 from alignkit.tensors import masked_sum
@@ -43,6 +44,12 @@ class KLPPO(RolloutObjective):
     @property
     def kl_gradient(self) -> tuple[Credit, Direction] | None:
         return (self.kl_credit, "reverse") if self.gamma == self.lam == 1 and not self.whiten_rewards else None
+
+    @classmethod
+    def examples(cls) -> Sequence[Objective]:
+        wide = {"clip_low": 0.6, "clip_high": 1.0, "dual_clip": 3.0, "value_clip": 0.5, "aggregation": "sequence_mean"}
+        other = cls(whiten_rewards=True, gamma=0.9, lam=0.9, kl_credit="token", kl_target=0.6, **wide)
+        return [cls(), cls(aggregation="constant", length=4), other]
 
     def init_state(self) -> State:
         return {"beta": torch.tensor(self.beta, dtype=torch.float64)}

@@ -1,5 +1,6 @@
 """REINFORCE with a leave-one-out baseline."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.credit import group_advantages
 from alignkit.kl import Direction, importance
-from alignkit.objectives.base import State
+from alignkit.objectives.base import Objective, State
 from alignkit.objectives.sampled import ClipWidth, Credit, RolloutObjective, filled, ratio_metrics, spread, unspread
 from alignkit.objectives.surrogates import ppo_loss
 from alignkit.tensors import masked_sum
@@ -44,6 +45,10 @@ class RLOO(RolloutObjective):
     @property
     def kl_gradient(self) -> tuple[Credit, Direction] | None:
         return "sequence", "reverse"
+
+    @classmethod
+    def examples(cls) -> Sequence[Objective]:
+        return [cls(), cls(clip_low=0.9, clip_high=2.0)]
 
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
         """Score minus beta times the completion's sampled KL (k1), minus the other completions' mean of the same."""

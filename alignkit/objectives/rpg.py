@@ -1,7 +1,9 @@
 """Regularised policy gradient: KL to the sampler in four forms, or exactly to a fixed reference."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal, Self
+from functools import partial
+from typing import ClassVar, Literal, Self, get_args
 
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
@@ -9,10 +11,9 @@ from torch import Tensor
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.credit import Baseline, group_baseline, reward_to_go
 from alignkit.kl import Direction, importance
-from alignkit.objectives.base import State
+from alignkit.objectives.base import Objective, State
 from alignkit.objectives.sampled import ClipWidth, Credit, DualClip, RolloutObjective, exact_kl, filled, ratio_metrics, unspread
 from alignkit.objectives.surrogates import Divergence, Estimator, rpg_loss
-from alignkit.tensors import masked_sum
 
 
 class RPG(RolloutObjective):
@@ -43,12 +44,21 @@ class RPG(RolloutObjective):
 
     @property
     def plan(self) -> Plan:
-        fixed = self.anchor == "reference"
-        return self.rollout_plan(statistics={"kl": exact_kl}) if fixed else self.rollout_plan(anchors=())
+        return self.rollout_plan(anchors=()) if self.anchor == "behavior" else self.rollout_plan(statistics={"kl": exact_kl})
 
     @property
     def kl_gradient(self) -> tuple[Credit, Direction] | None:
         return (self.kl_credit, "reverse") if self.anchor == "reference" and self.baseline != "mean" else None
+
+    @property
+    def surrogate(self) -> bool:
+        return True
+
+    @classmethod
+    def examples(cls) -> Sequence[Objective]:
+        estimators = (*get_args(Estimator), *get_args(Estimator))
+        forms = [cls(anchor="behavior", divergence=d, estimator=e) for d, e in zip(get_args(Divergence), estimators)]
+        return [cls(), cls(kl_credit="token", clip_high=1.0, clip_low=0.6, aggregation="constant", length=4), *forms]
 
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
         """Score minus baseline; against a fixed reference also minus beta times the KL of the tokens that follow."""
@@ -65,23 +75,13 @@ class RPG(RolloutObjective):
         logps, old, fixed = tokens.policy, tokens.get("behavior"), self.anchor == "reference"
         if self.kl_credit == "sequence" and not fixed:  # the theorem's form: one ratio and one advantage per completion
             logps, old, advantages = tokens.sequence(), tokens.sequence("behavior"), unspread(advantages, tokens)
-        values = rpg_loss(
-            logps,
-            old,
-            advantages,
-            beta=0.0 if fixed else self.beta,
-            divergence=self.divergence,
-            estimator=self.estimator,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            dual_clip=self.dual_clip,
-        )
+        form = partial(rpg_loss, divergence=self.divergence, estimator=self.estimator, beta=0.0 if fixed else self.beta)
+        values = form(logps, old, advantages, clip_low=self.clip_low, clip_high=self.clip_high, dual_clip=self.dual_clip)
         terms = [self.term("policy", values, tokens)]
         metrics = ratio_metrics(tokens, importance(logps, old), self.clip_low, self.clip_high)
         if fixed:
-            kl = tokens.extras["kl"]
-            terms.append(self.term("kl/policy_reference_exact", kl, tokens, weight=self.beta))
-            metrics["kl/policy_reference_exact"] = masked_sum(kl.detach(), tokens.mask)
+            terms.append(self.term("kl", tokens.extras["kl"], tokens, weight=self.beta))
+            metrics["kl/policy_reference_exact"] = tokens.sequence("kl").detach()
         return LossTerms(terms, metrics)
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:

@@ -67,7 +67,7 @@ def exact_kl(policy_logprobs: Tensor, anchor_logprobs: Tensor | None, labels: Te
     """The plan's statistic KL(policy || reference) over the whole vocabulary: [C, V], [C, V], [C] -> [C]."""
     if anchor_logprobs is None:
         raise ShapeError("exact_kl: the reference's log-probs over the vocabulary were not given; it needs them")
-    return exact(policy_logprobs, anchor_logprobs, "reverse")
+    return exact(policy_logprobs, anchor_logprobs.detach(), "reverse")
 
 
 def filled(batch: RolloutBatch, *names: Literal["advantages", "returns", "values"]) -> list[Tensor]:
@@ -93,7 +93,7 @@ def ratio_metrics(tokens: TokenLogps, ratio: Tensor, low: float | None, high: fl
     """How far the policy is from the one that sampled, and from the reference. `ratio`: importance [N, T] or [N]."""
     used = ratio.detach()[tokens.mask] if ratio.dim() == 2 else ratio.detach()
     outside = (used < 1 - (torch.inf if low is None else low)) | (used > 1 + (torch.inf if high is None else high))
-    drift = k3_forward(tokens.policy.detach() - tokens.get("behavior"))
+    drift = k3_forward((tokens.policy - tokens.get("behavior")).detach())
     metrics = {
         "importance": used,
         "clip_ratio/region_mean": outside.to(used.dtype),
@@ -102,5 +102,5 @@ def ratio_metrics(tokens: TokenLogps, ratio: Tensor, low: float | None, high: fl
     if "entropy" in tokens.extras:
         metrics["entropy"] = tokens.extras["entropy"].detach()[tokens.mask]
     if "reference" in tokens.anchors:
-        metrics["kl/behavior_reference_k1"] = tokens.sequence("behavior") - tokens.sequence("reference")
+        metrics["kl/behavior_reference_k1"] = (tokens.sequence("behavior") - tokens.sequence("reference")).detach()
     return metrics

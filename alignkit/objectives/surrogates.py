@@ -1,4 +1,7 @@
-"""Policy-gradient surrogates per token or sequence: PPO's clip, RPG's four divergences, the value loss."""
+"""Policy-gradient surrogates per token or sequence: PPO's clip, RPG's four divergences, the value loss.
+
+Gradients flow into the policy's log-probs and values alone; behaviour, advantages and returns are constants.
+"""
 
 from typing import Literal
 
@@ -28,7 +31,7 @@ def ppo_loss(
     Schulman et al. 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al. 2020, arXiv:1912.09729, eq. 5.
     """
     check_same_shape(policy_logps=policy_logps, behavior_logps=behavior_logps, advantages=advantages)
-    ratio = importance(policy_logps, behavior_logps)
+    ratio, advantages = importance(policy_logps, behavior_logps.detach()), advantages.detach()
     low, high = None if clip_low is None else 1 - clip_low, None if clip_high is None else 1 + clip_high
     clipped = ratio if low is None and high is None else ratio.clamp(low, high)
     loss = torch.maximum(-ratio * advantages, -clipped * advantages)
@@ -41,6 +44,7 @@ def value_loss(values: Tensor, behavior_values: Tensor, returns: Tensor, *, clip
     `behavior_values`: the value head's at rollout time. Without `clip`, 0.5 (V - G)^2.
     """
     check_same_shape(values=values, behavior_values=behavior_values, returns=returns)
+    behavior_values, returns = behavior_values.detach(), returns.detach()
     error = (values - returns) ** 2
     if clip is None:
         return 0.5 * error
@@ -71,7 +75,7 @@ def rpg_loss(
     Zhang et al. 2025, arXiv:2505.17508, tables 1, 2 and 4, algorithm 2 (algorithm 1 lets cut samples keep the gradient of A').
     """
     check_same_shape(policy_logps=policy_logps, behavior_logps=behavior_logps, advantages=advantages)
-    log_w = clamp_log_ratio(policy_logps - behavior_logps)
+    log_w, advantages = clamp_log_ratio(policy_logps - behavior_logps.detach()), advantages.detach()
     w = log_w.exp()
     penalties = {  # divergence: (KL part of the weight w A', KL part of the differentiable loss), both over beta
         "forward_kl": (torch.ones_like(w), -policy_logps),
