@@ -61,7 +61,6 @@ class Report:
     total: int = 0
     kept: int = 0
     findings: dict[str, Finding] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
     prompt_lengths: list[int] = field(default_factory=list)  # tokens, rows that were tokenised, dropped ones included
     lengths: list[int] = field(default_factory=list)  # prompt + longest completion, before the cut
 
@@ -116,14 +115,14 @@ class Report:
         """The report as plain text lines."""
         head = f"{self.source}: {self.total} rows read, {self.kept} kept" + (f", format {self.format}" if self.format else "")
         body = [f"  {severity:8}{count:>7}  {self._sentence(name)}" for severity, name, count in self._ordered()]
-        return [head, *body, *(f"  note: {text}" for text in [*self.notes, *self._token_lines()])]
+        return [head, *body, *(f"  {text}" for text in self._token_lines())]
 
     def table(self) -> "Table":
         """The report as a rich table."""
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=escape(self.lines()[0]), caption=escape("\n".join([*self.notes, *self._token_lines()])))
+        table = Table(title=escape(self.lines()[0]), caption=escape("\n".join(self._token_lines())))
         for column in ("", "verdict", "rows", "first rows", "meaning"):
             table.add_column(column, justify="right" if column == "rows" else "left")
         for severity, name, count in self._ordered():

@@ -175,8 +175,8 @@ def _mask(text: str, ids: Ids, spans: list[Span], tokeniser: Tokeniser, chat: bo
         return [True] * len(ids)
     mask = [False] * len(ids)
     for start, end in spans:
-        first, last = (common_prefix([ids, part]) for part in tokeniser.encode([text[:start], text[:end]], chat))
-        last = len(ids) if end == len(text) else last
+        parts = tokeniser.encode([text[:start], text[:end]], chat)
+        first, last = (common_prefix([ids, tokeniser.bos_once(part)]) for part in parts)
         mask[first:last] = [True] * (last - first)
     return mask
 

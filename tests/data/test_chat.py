@@ -102,6 +102,15 @@ def test_every_assistant_turn_is_trained_and_nothing_else(kinds):
     assert not report.count("untrained_turn")
 
 
+def test_turns_are_found_behind_a_doubled_bos(kinds):
+    tokenizer = kinds["metaspace"]
+    turns = [user("hello"), assistant("world"), user("what is"), assistant("the cat")]
+    bundle, report = load(tokenizer, {"messages": turns}, "sequence", chat_template="<s>" + PLAIN)
+    assert trained(tokenizer, bundle) == ["world</s>", "the cat</s>"]
+    assert bundle.prompt.tolist().count(tokenizer.bos_token_id) == 1
+    assert report.count("bos_once") == 1
+
+
 def test_turns_that_the_template_rewrites_are_found(kinds):
     """The thinking template drops thoughts from earlier turns; their answers are trained all the same."""
     tokenizer = kinds["chat"]
@@ -119,6 +128,13 @@ def test_a_turn_that_cannot_be_found_is_left_out_and_counted(kinds):
     bundle, report = load(kinds["metaspace"], {"messages": turns}, "sequence", chat_template=template)
     assert trained(kinds["metaspace"], bundle) == ["the cat</s>"]
     assert report.count("untrained_turn") == 1
+
+
+def test_a_template_that_rewrites_what_stands_before_a_turn_is_refused(kinds):
+    template = PLAIN.replace("{{ m.content }}", "{{ m.content if loop.last else m.content|upper }}")
+    turns = [user("a"), assistant("hello"), user("b"), assistant("the cat")]
+    with pytest.raises(DataError, match="the template changes every assistant turn; none can be found"):
+        load(kinds["metaspace"], {"messages": turns}, "sequence", chat_template=template)
 
 
 def test_dialogues_that_diverge_train_their_assistant_turns(kinds):
