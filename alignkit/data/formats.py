@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from alignkit.errors import DataError
+from alignkit.errors import ConfigError, DataError
 
 # Format -> needed columns, the most specific first: the first whose columns are all there is what the data are.
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -46,8 +46,10 @@ def detect(columns: Sequence[str], given: str, family: str | None, where: str) -
     """The format to read rows with `columns` in, for an objective of `family` (None: what fits the columns best).
 
     `given` is the configured format or auto. Errors: DataError when the family cannot use what is there; it names the
-    columns found, what is needed and the nearest mapping.
+    columns found, what is needed and the nearest mapping. ConfigError for an unknown family.
     """
+    if family is not None and family not in ACCEPTS:
+        raise ConfigError(f"data: there is no family `{family}`; it is one of {', '.join(ACCEPTS)}")
     present = [name for name, needs in NEEDS.items() if set(needs) <= set(columns)]
     allowed = ACCEPTS[family] if family else tuple(NEEDS)
     if given != "auto":

@@ -52,7 +52,10 @@ def read_rows(config: DataConfig, source: Source | None = None) -> Rows:
         raise ConfigError(f"data: {source} is made by the command line; in Python pass the task's rows as `source`")
     path = Path(source).expanduser()
     if path.is_file():
-        rows = Rows(path.name, str(path), list(_read_file(path, config)))
+        try:
+            rows = Rows(path.name, str(path), list(_read_file(path, config)))
+        except OSError as error:
+            raise DataError(f"data: cannot read {path} ({error.strerror})") from None
     elif path.is_dir():
         rows = Rows(path.name, f"{path} split {config.split}", _numbered(_read_folder(path, config)))
     elif path.suffix in SUFFIXES or path.is_absolute() or str(source).startswith((".", "~")):

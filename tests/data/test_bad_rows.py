@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from alignkit.data import DataConfig, check, load_bundles, load_prompts
 from alignkit.data.report import VERDICTS
-from alignkit.errors import AlignkitError, DataError, ModelError
+from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError
 
 GOOD = [{"prompt": f"hello {i}", "chosen": " world", "rejected": " there"} for i in range(3)]
 
@@ -179,6 +179,8 @@ def test_a_family_fed_with_the_wrong_data_names_columns_needs_and_what_they_suit
     assert "sft would learn the undesirable ones too" in refused([FAMILIES["labelled"]], "sequence")
     assert "data.format=text needs text" in refused([FAMILIES["pair"]], "sequence", format="text")
     assert "data.format=completion cannot serve this objective" in refused([FAMILIES["sequence"]], "pair", format="completion")
+    with pytest.raises(ConfigError, match="no family `paris`; it is one of pair, sequence"):
+        check(DataConfig(), family="paris", source=GOOD)
     everything = DataConfig(format="completion")
     bundles, _ = load_bundles(everything, "sequence", kinds["metaspace"], source=[FAMILIES["labelled"]])
     assert len(bundles) == 1

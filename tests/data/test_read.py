@@ -80,6 +80,17 @@ def test_sources_that_do_not_exist(tmp_path):
         values(tmp_path / "a.txt")
 
 
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("{}")
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("alignkit.data.read.read_jsonl", denied)
+    with pytest.raises(DataError, match=r"cannot read .*a\.jsonl \(Permission denied\)"):
+        values(tmp_path / "a.jsonl")
+
+
 def test_bom_crlf_and_blank_lines_are_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": "b"}\r\n\r\n  \n{"a": "c"}')
