@@ -56,10 +56,10 @@ def _number(name: str, value: Any, row: int, prompts: Sequence[Any], completions
         ) from None
 
 
-def within(seconds: float, name: str, call: Callable[[], T]) -> T:
+def within(seconds: float, what: str, call: Callable[[], T]) -> T:
     """The result of `call`, run in a thread of its own without gradients. ResourceError when it takes longer.
 
-    A thread cannot be killed: a function that hangs stops the run; what may hang belongs into a verifier.
+    A thread cannot be killed: a function that hangs stops the run; what may hang on a completion belongs into a verifier.
     """
     box: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
@@ -70,13 +70,13 @@ def within(seconds: float, name: str, call: Callable[[], T]) -> T:
         except BaseException as error:
             box.put((None, error))
 
-    threading.Thread(target=work, daemon=True, name=f"reward {name}").start()
+    threading.Thread(target=work, daemon=True, name=what).start()
     try:
         result, error = box.get(timeout=seconds)
     except queue.Empty:
         raise ResourceError(
-            f"reward {name} did not return within {seconds:g} s; raise its `timeout`, or make it a `verifier`, which is killed "
-            "for a single completion"
+            f"{what} did not return within {seconds:g} s; raise its `timeout`, or mend it (a reward that can hang on a single "
+            "completion should be a `verifier`)"
         ) from None
     if error is not None:
         raise error

@@ -30,12 +30,12 @@ class FunctionReward:
         """Its raw answer. A function that raises is tried row by row: the rows that raise are named, or set aside (`drop`)."""
         self.metrics = {}
         try:
-            return within(self.timeout, self.name, lambda: self._call(prompts, completions, columns))
+            return within(self.timeout, f"reward {self.name}", lambda: self._call(prompts, completions, columns))
         except AlignkitError:
             raise
         except Exception as error:
             whole = error  # the name in the clause ends with it
-        return within(self.timeout, self.name, lambda: self._row_by_row(prompts, completions, columns, whole))
+        return within(self.timeout, f"reward {self.name}", lambda: self._row_by_row(prompts, completions, columns, whole))
 
     def _call(self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]) -> Any:
         own = {"trainer_state": None, "log_metric": self._log_metric, "log_extra": lambda column, values: None}
