@@ -10,10 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PrivateAttr
 
 from alignkit.data.config import DataConfig
 from alignkit.errors import ConfigError
+from alignkit.judges.config import JudgeConfig
 from alignkit.objectives import OBJECTIVES, locate
 from alignkit.plugins import load_object
 from alignkit.policies.config import ModelConfig, ReferenceConfig, TargetConfig
 from alignkit.recipe_text import Keys, Origin, read_recipe
+from alignkit.rewards.config import RewardConfig
 from alignkit.rollout.config import RolloutConfig
 from alignkit.train_config import TrainConfig
 from alignkit.validation import nearest, validated
@@ -40,8 +42,8 @@ class Recipe(BaseModel):
     )
     train: TrainConfig = TrainConfig()
     rollout: RolloutConfig = RolloutConfig()
-    rewards: list[Section] = Field([], description="reward functions of online objectives")
-    judge: Section | None = Field(None, description="the judge of self-play objectives")
+    rewards: list[RewardConfig] = Field([], description="rewards of online objectives, summed")
+    judge: JudgeConfig | None = Field(None, description="the judge of self-play objectives")
     compare: Section | None = Field(None, description="read by `alignkit compare` only")
     trackers: list[Tracker] = Field([], description="experiment trackers beside metrics.jsonl, through accelerate")
     output_dir: Annotated[str, Field(min_length=1)] = Field(

@@ -64,17 +64,7 @@ def sampled_feed(
 
     plan = objective.plan
     prompts, report = _load(load_prompts, recipe, plan, pair, task, "train")
-    reward = judge = None
-    if recipe.rewards:
-        from alignkit.rewards import load_rewards
-
-        reward = load_rewards(recipe.rewards, safe=safe)
-    elif task is not None and plan.judged == "score":
-        reward = task.reward
-    if recipe.judge is not None:
-        from alignkit.judges import load_judge
-
-        judge = load_judge(recipe.judge, safe=safe)
+    reward, judge = _appraisers(recipe, plan, task, accelerator, safe)
 
     def decode(prompt: Any, ids: Tensor) -> Any:
         text = pair.tokenizer.decode(ids, skip_special_tokens=True)
@@ -97,6 +87,21 @@ def sampled_feed(
     identity = {"rows": sha256(repr([p.ids.tolist() for p in prompts]).encode()).hexdigest()}
     samples = _sampling(recipe, pair, [p.ids for p in prompts[:SHOWN_PROMPTS]])
     return Feed(source, len(prompts), report.format, identity, report.lines(), samples)
+
+
+def _appraisers(recipe: Recipe, plan: Plan, task: Task | None, accelerator: Accelerator, safe: bool) -> tuple[Any, Any]:
+    """The reward or the judge that the objective asks for: the recipe's, else the task's own."""
+    if plan.judged == "score":
+        from alignkit.rewards import load_rewards
+
+        return load_rewards(
+            recipe.rewards, safe=safe, device=accelerator.device
+        ) if recipe.rewards else task and task.reward, None
+    if plan.judged == "none":
+        return None, None
+    from alignkit.judges import load_judge
+
+    return None, load_judge(recipe.judge, safe=safe, device=accelerator.device) if recipe.judge else task and task.judge
 
 
 def _load(

@@ -48,6 +48,7 @@ def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False)
     else:
         recipe = with_resolved_autos(recipe)
     task = resolve_task(recipe)
+    check_appraisal(recipe, objective, task)
     accelerator = make_accelerator(recipe)
     run = RunFolder(recipe.output_dir, writes=accelerator.is_main_process)
     try:
@@ -90,6 +91,28 @@ def resolve_task(recipe: Recipe) -> "Task | None":
     from alignkit.tasks import resolve
 
     return resolve(sources[0] if sources else DEFAULT_TASK)
+
+
+def check_appraisal(recipe: Recipe, objective: "Objective", task: "Task | None") -> None:
+    """An objective that learns from scores or verdicts has to get them from somewhere."""
+    judged = objective.plan.judged
+    field, example = ("rewards", "rewards.0.function") if judged == "score" else ("judge", "judge.function")
+    brought = task is not None and getattr(task, field.removesuffix("s")) is not None
+    if judged != "none" and not getattr(recipe, field) and not brought:
+        raise ConfigError(
+            f"{recipe.origin.at(('objective',))}: this objective needs `{field}`: set {example}=my_file.py:my_function"
+        )
+
+
+def _unused(recipe: Recipe, objective: "Objective") -> list[str]:
+    """Sections that are set and that this objective does not look at."""
+    plan = objective.plan
+    unused = {
+        "rewards": bool(recipe.rewards) and plan.judged != "score",
+        "judge": recipe.judge is not None and plan.judged in ("none", "score"),
+        "target": recipe.target is not None and "target" not in plan.anchors,
+    }
+    return [f"`{section}` is set in the recipe, but this objective does not use it" for section, holds in unused.items() if holds]
 
 
 def with_resolved_autos(recipe: Recipe) -> Recipe:
@@ -164,7 +187,7 @@ def build_job(
         evaluation=feed.evaluation,
         samples=feed.samples,
         card=model_card(recipe, objective, feed.notes),
-        notes=feed.notes,
+        notes=[*feed.notes, *_unused(recipe, objective)],
     )
 
 

@@ -32,10 +32,13 @@ class Origin:
     overrides: Sequence[tuple[Keys, str]] = ()
 
     def at(self, keys: Keys) -> str:
-        """`file:line` of the field or of the nearest section around it, or the override that set it."""
+        """The override that set the field or the section around it, else `file:line` of the field, else of what is nearest."""
         for assigned, text in reversed(self.overrides):
             if keys[: len(assigned)] == assigned:
                 return f"override `{text}`"
+        inside = [text for assigned, text in self.overrides if keys and assigned[: len(keys)] == keys]
+        if inside and keys not in self.lines:  # a section that overrides made
+            return f"override `{inside[-1]}`"
         for end in range(len(keys), 0, -1):
             if keys[:end] in self.lines:
                 return f"{self.name}:{self.lines[keys[:end]]}"

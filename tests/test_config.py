@@ -70,7 +70,7 @@ def test_overrides_reach_every_kind_of_field(write):
     )
     assert recipe.objective == [{"name": "dpo", "weight": 2}, {"name": "sft", "weight": 0.1}]
     assert recipe.model.adapter.r == 8
-    assert recipe.rewards == [{"function": "my_rewards:score"}]
+    assert [reward.function for reward in recipe.rewards] == ["my_rewards:score"]
     assert recipe.data.train == "../pairs=1.jsonl"
     assert recipe.train.adam_betas == (0.9, 0.99)
     assert (recipe.train.seed, recipe.rollout.max_new_tokens) == (4, 4)

@@ -23,7 +23,7 @@ class Prompt:
     """One prompt of an online objective."""
 
     ids: "Tensor"  # [P] int64, at least one token; a chat's ends where the assistant begins to write
-    prompt: Text  # as it stood in the data: what rewards and judges see
+    text: Text  # as it stood in the data: what rewards and judges see
     uid: str
     columns: Mapping[str, Any]  # the row's other columns: a reward's keyword arguments
 

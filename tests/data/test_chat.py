@@ -153,7 +153,7 @@ def test_prompts_end_where_the_assistant_writes(kinds):
     config = DataConfig(chat_template=PLAIN)
     prompts, _ = load_prompts(config, kinds["metaspace"], source=[{"prompt": [user("hello")]}, {"prompt": "plain"}])
     assert kinds["metaspace"].decode(prompts[0].ids).replace(" ", "") == "<s>[user]hello</s>[assistant]"
-    assert prompts[0].prompt == [user("hello")]
+    assert prompts[0].text == [user("hello")]
     assert kinds["metaspace"].decode(prompts[1].ids).replace(" ", "") == "<s>plain"
 
 
