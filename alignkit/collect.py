@@ -72,7 +72,7 @@ class DatasetSource:
 
 
 def with_shifted(batch: Sequence[Bundle]) -> list[Bundle]:
-    """Each prompt with the next row's completion: the mismatched pairs that KTO estimates its baseline from.
+    """Each prompt with the next row's completion: mismatched pairs, from which unpaired objectives estimate a baseline.
 
     Cached anchors belong to the matched pair and are dropped. A batch of one degenerates to the matched pair.
     """

@@ -157,6 +157,7 @@ class _Loop:
             row |= self._evaluate()
             stop = self._watch(row, step)
         self.job.run.log(row)
+        self.job.accelerator.log(row, step=step)  # trackers; none by default
         progress.step(step, row)
         if every.log_samples_every and step % every.log_samples_every == 0 and not last:
             self._samples(step)

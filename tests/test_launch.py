@@ -102,3 +102,12 @@ def test_lora_and_merge(world, tmp_path):
 def test_unknown_trackers_are_said(world, tmp_path):
     with pytest.raises(ConfigError, match=r"^override `trackers=\[swanlab\]`: `trackers`: swanlab is not installed"):
         run_recipe(recipe(world, tmp_path / "run", "pairs.jsonl", "trackers=[swanlab]"))
+
+
+def test_trackers_get_every_row(world, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    sent = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, row, step: sent.append((step, row["loss"])))
+    run_recipe(recipe(world, tmp_path / "run", "pairs.jsonl"))
+    assert sent == [(row["step"], row["loss"]) for row in read_lines(tmp_path / "run" / "metrics.jsonl")]
