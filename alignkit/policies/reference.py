@@ -24,15 +24,17 @@ def resolve_kind(kind: str, plan: Plan, *, adapter: bool, fixed_data: bool) -> s
         return "none"
     if kind == "adapter_off" and not adapter:
         raise ConfigError("reference.kind: adapter_off needs a LoRA adapter; set model.adapter, or reference.kind=frozen")
-    cacheable = fixed_data and not plan.statistics and not sampled
-    if kind == "cached" and not cacheable:
-        why = (
-            "its completions are sampled during the run" if not fixed_data else "its loss reads the reference's whole vocabulary"
-        )
+    reasons = {
+        "completions are sampled during the run": not fixed_data or sampled,
+        "its loss reads the reference's whole vocabulary": bool(plan.statistics),
+        "it scores prompts with other prompts' completions, new ones every step": plan.mismatched,
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), "")
+    if kind == "cached" and why:
         raise ConfigError(f"reference.kind: cached does not work for this objective ({why}); use auto, frozen or adapter_off")
     if kind != "auto":
         return kind
-    if cacheable:
+    if not why:
         return "cached"
     return "adapter_off" if adapter else "frozen"
 

@@ -47,6 +47,7 @@ def weights_of(pair):
         (PAIRS, None, False, "frozen"),
         (PAIRS, LORA, False, "adapter_off"),
         (Plan("pair", statistics={"kl": lambda p, a, y: (p.exp() * (p - a)).sum(-1)}), LORA, True, "adapter_off"),
+        (Plan("labelled", mismatched=True), None, True, "frozen"),
         (Plan("sequence", anchors=()), None, True, "none"),
         (Plan("game", samples=(Draw(1, mix=0.5),), anchors=()), None, False, "frozen"),
     ],
