@@ -21,7 +21,6 @@ class Objective(BaseModel):
 
     paper: ClassVar[str] = ""  # "Rafailov et al. 2023, arXiv:2305.18290, eq. 7"
     equation: ClassVar[str] = ""  # the loss in one line of plain maths, for the model card
-    surrogate: ClassVar[bool] = False  # True: stop-gradients make the gradient differ from the value's derivative on purpose
 
     @property
     def plan(self) -> Plan:
@@ -31,6 +30,11 @@ class Objective(BaseModel):
     def loss(self, batch: Batch) -> LossTerms:
         """Unreduced loss terms of a batch of the plan's family."""
         raise NotImplementedError
+
+    @property
+    def surrogate(self) -> bool:
+        """Whether the loss stops gradients through the policy's log-probs, so that its gradient is not its value's derivative."""
+        return False
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """Closed-form optimal log-probs [..., n] for `reward` and reference log-probs, [..., n] each; None if there is none."""

@@ -47,6 +47,11 @@ class NashMD(Objective):
     def plan(self) -> Plan:
         return Plan("game", samples=(Draw(1), Draw(1, mix=self.mixture, scored=False)), judged="pair")
 
+    @property
+    def surrogate(self) -> bool:
+        """True: the KL credit is a stopped function of the policy's log-probs."""
+        return True
+
     def loss(self, batch: GameBatch) -> LossTerms:
         (tokens,) = batch.completions
         preference = batch.preference[:, 0]

@@ -32,8 +32,8 @@ def online_ipo_loss(
         reference_second_logps=reference_second_logps,
         preference_gap=preference_gap,
     )
-    margin = (policy_first_logps - reference_first_logps) - (policy_second_logps - reference_second_logps)
-    return (margin - preference_gap / beta) ** 2
+    first, second = policy_first_logps - reference_first_logps.detach(), policy_second_logps - reference_second_logps.detach()
+    return (first - second - preference_gap / beta) ** 2
 
 
 class OnlineIPO(Objective):

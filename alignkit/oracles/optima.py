@@ -75,8 +75,8 @@ def minimise(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int = 2000)
     def closure() -> Tensor:
         optimizer.zero_grad()
         value = loss(theta)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return theta.detach()

@@ -134,7 +134,7 @@ class World:
             rows = {k: [v[at + i, :n] for i, n in enumerate(lengths)] for k, v in found.items() if v is not None}
             bundles.append(replace(bundle, tokens={**bundle.tokens, **rows}))
             at += len(lengths)
-        return replace(self, bundles=bundles)
+        return replace(self, bundles=bundles, values=self.values + 0.5)  # the value head has moved on since
 
     def select(self, chosen: Sequence[int]) -> "World":
         """The bundles at `chosen`, in that order."""
@@ -154,3 +154,37 @@ class World:
         anchors = {name: fn(logits) for name, logits in self.anchors.items()}
         fields = {k: fn(getattr(self, k)) for k in ("policy", "behavior", "values", "labels", "mask")}
         return replace(self, anchors=anchors, **fields)
+
+
+def reduced(objective: Objective, world: World, tokens: TokenLogps, counts: dict[str, int] | None = None) -> Tensor:
+    """The scalar that the loop differentiates: every term's sum over its count (of `counts`, where `world` is a part)."""
+    family = FAMILIES[objective.plan.data]
+    counts = counts or family.counts(world.bundles)
+    terms = objective.loss(family.build(world.bundles, tokens)).terms
+    return torch.stack([term.weight * term.values.sum() / counts[term.unit] for term in terms]).sum()
+
+
+def trained(world: World) -> World:
+    """The same world with fresh leaves where the policy and its values are trained."""
+    return replace(world, policy=world.policy.detach().requires_grad_(), values=world.values.detach().requires_grad_())
+
+
+def gradient(loss: Tensor, world: World) -> Tensor:
+    """Gradient of `loss` with respect to the world's logits and values, [N, T, V + 1]."""
+    leaves = (world.policy, world.values)
+    found = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else (None, None)
+    logits, values = (torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found))
+    return torch.cat([logits, values.unsqueeze(-1)], -1)
+
+
+def solved(objective: Objective, world: World, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of `objective` on `world`."""
+    world = trained(world)
+    loss = reduced(objective, world, world.tokens(dtype))
+    return loss.detach(), gradient(loss, world)
+
+
+def distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
+    """Largest difference of two (loss, gradient), relative to their size where that is above 1."""
+    gaps = [(a - b).abs().max() / b.abs().max().clamp(min=1) for a, b in zip(first, second)]
+    return float(torch.stack(gaps).max())

@@ -1,0 +1,120 @@
+"""Checks of the conformance suite on what an objective claims: direction, fields, limits, its gradient's KL, its optimum."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from omegaconf import OmegaConf
+from pydantic import ValidationError
+from torch import Tensor
+
+from alignkit.batches import Family, RolloutBatch
+from alignkit.objectives.base import Objective
+from alignkit.oracles.gradients import kl_misalignment
+from alignkit.oracles.invariances import EXACT, Check
+from alignkit.oracles.optima import minimise, preference_loss, tree_optimum
+from alignkit.oracles.worlds import World, distance, reduced, solved
+from alignkit.policies.tabular import Tree
+
+SPACES = {"flat": Tree.build(5, 1, eos=False), "token tree": Tree.build(3, 2, eos=False)}
+
+
+def direction(objective: Objective) -> Iterator[Check]:
+    """Where policy, anchors and behaviour agree, a step of descent favours the better completions."""
+    world = World.build(objective.plan)
+    same = dict.fromkeys(world.anchors, world.policy)
+    world = replace(world, anchors=same, behavior=world.policy).credited(objective)
+    tokens = world.tokens().map(Tensor.detach)
+    leaf = tokens.policy.requires_grad_()
+    loss = reduced(objective, world, replace(tokens, policy=leaf))
+    found = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
+    slope = 0.0 if found is None else float((found.sum(-1) * world.better).sum())
+    yield Check("direction", slope, -1e-12, "slope of the loss towards better completions")
+
+
+def fields(objective: Objective) -> Iterator[Check]:
+    """Every number among the fields changes the loss, its gradient or the plan, in this setting or one of the examples."""
+    settings = [objective, *type(objective).examples()]
+    numbers = [name for name in type(objective).model_fields if any(_is_number(getattr(s, name)) for s in settings)]
+    idle = [name for name in numbers if not any(_matters(s, name) for s in settings)]
+    yield Check("fields matter", len(idle), 0, f"no effect: {', '.join(idle)}" if idle else "")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _matters(objective: Objective, name: str) -> bool:
+    value = getattr(objective, name)
+    if not _is_number(value):
+        return False
+    steps = (value + 1, max(value - 1, 1)) if isinstance(value, int) else (1.3 * value + 0.05, 0.7 * value)
+    for changed in steps:
+        try:
+            other = type(objective)(**{**objective.model_dump(), name: changed})
+        except ValidationError:
+            continue
+        if replace(objective.plan, statistics={}) != replace(other.plan, statistics={}):
+            return True
+        mine, theirs = (solved(o, World.build(o.plan).credited(o)) for o in (objective, other))
+        if distance(theirs, mine) > 1e-9 or _carried(objective) != _carried(other):
+            return True
+    return False
+
+
+def _carried(objective: Objective) -> dict[str, list[float]]:
+    """What a rollout objective remembers after one rollout (an adaptive coefficient)."""
+    if objective.plan.data != "rollout":
+        return {}
+    world = World.build(objective.plan)
+    rollout = RolloutBatch.build(world.bundles, world.tokens().map(Tensor.detach))
+    return {name: value.flatten().tolist() for name, value in objective.credit(rollout, objective.init_state())[1].items()}
+
+
+def readable(objective: Objective) -> Iterator[Check]:
+    """Written as YAML and read again it is the same objective."""
+    text = OmegaConf.to_yaml(OmegaConf.create(objective.model_dump(mode="json")))
+    again = type(objective)(**OmegaConf.to_container(OmegaConf.create(text)))  # type: ignore[arg-type]
+    yield Check("YAML round trip", float(again != objective), 0)
+
+
+def limits(objective: Objective) -> Iterator[Check]:
+    """The declared pairs of objectives agree in loss and gradient."""
+    for own, other in type(objective).limits():
+        pair = [solved(o, World.build(o.plan, seed=1).credited(o)) for o in (own, other)]
+        yield Check(f"limit {type(other).__name__}", distance(*pair), EXACT, f"{own!r} is {other!r}")
+
+
+def optimum(objective: Objective) -> Iterator[Check]:
+    """Minimising the loss over all pairs ends at the declared optimum, flat and on a token tree."""
+    for name, tree in SPACES.items():
+        error = optimum_error(objective, tree)
+        if error is not None:
+            yield Check(f"optimum, {name}", error, 1e-6, "largest error of a response's log-prob")
+
+
+def optimum_error(objective: Objective, tree: Tree, seed: int = 0) -> float | None:
+    """Largest difference in log-prob between the minimiser of a pair objective's loss and its closed form, for random rewards
+    and a random reference; None without a closed form."""
+    noise = torch.Generator().manual_seed(seed)
+    reference = torch.randn(tree.states, tree.vocab, generator=noise, dtype=torch.float64).log_softmax(-1)
+    reward = torch.randn(len(tree.tokens), generator=noise, dtype=torch.float64)
+    wanted = tree_optimum(objective, tree, reward, reference)
+    if wanted is None:
+        return None
+    found = minimise(lambda theta: preference_loss(objective, tree, theta, reference, reward), reference)
+    return float((tree.sequence_logps(found) - tree.sequence_logps(wanted)).abs().max())
+
+
+def kl_gradient(objective: Objective) -> Iterator[Check]:
+    """The KL that a rollout objective's penalty claims to follow is the one that its gradient follows, by enumeration."""
+    claim = getattr(objective, "kl_gradient", None)
+    if claim is not None:
+        name = " ".join(claim)
+        yield Check(
+            f"gradient of the {name} KL", kl_misalignment(objective)[name], 1e-8, "misalignment, expectation by enumeration"
+        )
+
+
+COMMON = (direction, fields, readable, limits)
+BY_FAMILY: dict[Family, tuple[Callable[[Objective], Iterator[Check]], ...]] = {"pair": (optimum,), "rollout": (kl_gradient,)}
