@@ -6,7 +6,7 @@ import pytest
 import yaml
 from world import save_model
 
-from alignkit.config import load_recipe
+from alignkit.config import load_recipe, shipped_recipes
 from alignkit.errors import ConfigError
 from alignkit.launch import run_recipe
 from alignkit.run import read_lines
@@ -111,3 +111,12 @@ def test_trackers_get_every_row(world, tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "log", lambda self, row, step: sent.append((step, row["loss"])))
     run_recipe(recipe(world, tmp_path / "run", "pairs.jsonl"))
     assert sent == [(row["step"], row["loss"]) for row in read_lines(tmp_path / "run" / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_shipped_recipe_runs_on_its_task(name, tmp_path):
+    task = load_recipe(name).data.train.removesuffix("_small") + "_small"  # the same world in a size for tests
+    small = ["train.steps=2", "train.batch_size=4", "train.log_samples_every=2", "train.epochs=null"]
+    result = run_recipe(load_recipe(name, [f"data.train={task}", f"output_dir={tmp_path / name}", *small]))
+    assert result.step == 2
+    assert [row["step"] for row in read_lines(tmp_path / name / "samples.jsonl")][::4] == [0, 2]

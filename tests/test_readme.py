@@ -6,6 +6,7 @@ from pathlib import Path
 
 from alignkit.config import build_objective, load_recipe
 from alignkit.objectives import OBJECTIVES, locate
+from alignkit.testing import check_objective
 
 README = Path(__file__).resolve().parents[1].joinpath("README.md").read_text()
 
@@ -23,4 +24,6 @@ def test_the_objective_of_ones_own_works(tmp_path, monkeypatch):
     code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "my_losses.py" in block)
     Path("my_losses.py").write_text(code)
     override = re.search(r'alignkit train dpo "(objective=.*?)"', README)[1]
-    assert build_objective(load_recipe("dpo", [override]).objective).margin == 2.0
+    objective = build_objective(load_recipe("dpo", [override]).objective)
+    assert objective.margin == 2.0
+    check_objective(objective)
