@@ -65,6 +65,7 @@ def test_the_same_pair_in_every_spelling(kinds):
         {"prompt": [u], "chosen": "world", "rejected": "there"},
         {"prompt": "hello", "chosen": [a], "rejected": [b]},
         {"prompt": "hello", "chosen": [u, a], "rejected": [u, b]},  # the prompt stands in the completions once more
+        {"prompt": "hello", "chosen": [u | {"tool_calls": None}, a], "rejected": [u, b]},  # Arrow's null for an absent key
         {"chosen": [u, a], "rejected": [u, b]},
         {
             "prompt": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}],
@@ -119,6 +120,24 @@ def test_turns_that_the_template_rewrites_are_found(kinds):
     assert trained(tokenizer, bundle)[0] == "world<|im_end|>\n"
     assert trained(tokenizer, bundle)[1].endswith("</think>\n\nthe cat<|im_end|>\n")
     assert len(trained(tokenizer, bundle)) == 2
+    assert not report.count("untrained_turn")
+
+
+def test_a_conversation_that_the_assistant_opens_has_one_bos(kinds):
+    tokenizer = kinds["metaspace"]
+    bundle, report = load(tokenizer, {"messages": [assistant("hello")]}, "sequence", chat_template=PLAIN)
+    assert tokenizer.convert_ids_to_tokens(bundle.prompt.tolist()) == ["<s>"]
+    assert tokenizer.bos_token_id not in bundle.completions[0]
+    assert not report.count("empty_prompt")
+
+
+def test_a_turn_of_tool_calls_alone_is_trained(kinds):
+    tokenizer = kinds["metaspace"]
+    template = PLAIN.replace("{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].name }}{% endif %}")
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "the cat"}]}
+    turns = [user("hello"), call, {"role": "tool", "content": "sat"}, assistant("world")]
+    bundle, report = load(tokenizer, {"messages": turns}, "sequence", chat_template=template)
+    assert trained(tokenizer, bundle) == ["the cat</s>", "world</s>"]
     assert not report.count("untrained_turn")
 
 

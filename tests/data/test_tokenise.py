@@ -143,6 +143,15 @@ def test_the_cut_keeps_the_start_and_counts(kinds):
         bundles(tokenizer, [pair("hello ", "the cat sat", "the cat on")], max_length=3)
 
 
+def test_rows_beyond_the_models_context_are_counted(kinds, monkeypatch):
+    tokenizer = kinds["word_level"]
+    monkeypatch.setattr(tokenizer, "model_max_length", 4)
+    rows = [pair("hello ", "the cat sat on", "the mat"), pair("hello ", "cat", "mat")]
+    _, report = bundles(tokenizer, rows)
+    assert report.findings["beyond_context"].rows == [1]
+    assert not bundles(tokenizer, rows, max_length=4)[1].count("beyond_context")
+
+
 def test_an_empty_prompt_becomes_bos_or_eos_or_is_refused(kinds):
     for name, stands in (("byte_level", "<|endoftext|>"), ("metaspace", "<s>"), ("word_level", "</s>")):
         [bundle], report = bundles(kinds[name], [pair("", "cat", "mat")])
@@ -165,7 +174,7 @@ def test_text_and_labels(kinds):
 def test_prompts_for_online_objectives_keep_the_other_columns(kinds):
     rows = [{"prompt": "hello world", "answer": "42"}, {"prompt": ""}, {"prompt": "the cat sat on the mat"}]
     prompts, report = load_prompts(DataConfig(max_length=5), kinds["word_level"], source=rows)
-    assert [(p.uid, p.prompt, dict(p.columns)) for p in prompts] == [
+    assert [(p.uid, p.text, dict(p.columns)) for p in prompts] == [
         ("rows:1", "hello world", {"answer": "42"}),
         ("rows:2", "", {}),
     ]
