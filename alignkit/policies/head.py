@@ -60,24 +60,31 @@ class _Job:
     labels: Tensor  # [M]
     statistics: Mapping[str, Statistic]
     anchor: AnchorStates | None
+    entropy: bool
     rows: int  # tokens per chunk
 
-    def chunk(self, hidden: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Differentiable figures [1 + S, C] (log-prob, statistics) and detached ones [1 or 2, C] (entropy, anchor log-prob)."""
+    @property
+    def detached(self) -> list[str]:
+        """Names of the figures that carry no gradient."""
+        return ["entropy"] * self.entropy + ["anchor"] * (self.anchor is not None)
+
+    def chunk(self, hidden: Tensor, start: int, *, again: bool = False) -> tuple[Tensor, Tensor]:
+        """Differentiable figures [1 + S, C] (log-prob, statistics) and detached ones [D, C]; `again`: the former only."""
         part = slice(start, start + self.rows)
         labels = self.labels[part]
         logps = self.head.logprobs(hidden)
-        anchor = None
+        anchor, detached = None, []
         with torch.no_grad():
-            lowest = torch.finfo(logps.dtype).min  # impossible tokens (-inf): 0 log 0 = 0
-            detached = [-(logps.exp() * logps.clamp(min=lowest)).sum(-1)]
-            if self.anchor is not None:
+            if self.entropy and not again:
+                lowest = torch.finfo(logps.dtype).min  # impossible tokens (-inf): 0 log 0 = 0
+                detached.append(-torch.linalg.vecdot(logps.exp(), logps.clamp(min=lowest)))
+            if self.anchor is not None and (self.statistics or not again):
                 with self.anchor.head.context():
                     anchor = self.anchor.head.logprobs(self.anchor.hidden[part])
                 detached.append(anchor.gather(-1, labels[:, None])[:, 0].to(logps.dtype))
         figures = [logps.gather(-1, labels[:, None])[:, 0]]
         figures += [statistic(logps, anchor, labels) for statistic in self.statistics.values()]
-        return torch.stack(figures), torch.stack(detached)
+        return torch.stack(figures), torch.stack(detached) if self.detached and not again else logps.new_zeros(0, len(labels))
 
 
 class _Chunked(torch.autograd.Function):
@@ -104,7 +111,7 @@ class _Chunked(torch.autograd.Function):
             part = slice(start, start + ctx.job.rows)
             leaf = hidden[part].detach().requires_grad_()
             with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-                figures, _ = ctx.job.chunk(leaf, start)
+                figures, _ = ctx.job.chunk(leaf, start, again=True)
             grads = torch.autograd.grad(figures, [leaf, *parameters], grad[:, part], allow_unused=True)
             into_hidden[part] = grads[0]
             for i, new in enumerate(grads[1:]):
@@ -113,7 +120,13 @@ class _Chunked(torch.autograd.Function):
 
 
 def head_figures(
-    head: Head, hidden: Tensor, labels: Tensor, statistics: Mapping[str, Statistic], anchor: AnchorStates | None = None
+    head: Head,
+    hidden: Tensor,
+    labels: Tensor,
+    statistics: Mapping[str, Statistic],
+    anchor: AnchorStates | None = None,
+    *,
+    entropy: bool = True,
 ) -> dict[str, Tensor]:
     """Figures of each token: hidden states [M, H], labels [M] -> {"policy", "entropy", statistics, "anchor"}: [M] each.
 
@@ -121,12 +134,12 @@ def head_figures(
     statistic gets the anchor's log-probs, or None without one; "anchor" is the anchor's log-prob of the label.
     """
     vocabulary = getattr(head.module, "out_features", None) or next(head.module.parameters()).shape[0]
-    job = _Job(head, labels, statistics, anchor, max(1, CHUNK_BYTES // (4 * vocabulary)))
+    job = _Job(head, labels, statistics, anchor, entropy, max(1, CHUNK_BYTES // (4 * vocabulary)))
     trained = [p for p in head.module.parameters() if p.requires_grad]
     if len(labels):
         figures, detached = _Chunked.apply(job, hidden, *trained)
     else:  # nothing to train in these rows: empty figures that still depend on every parameter, as DDP wants
         figures = sum((p.sum() for p in trained), hidden.sum()) * hidden.new_zeros(1 + len(statistics), 0)
-        detached = figures.new_zeros(1 + (anchor is not None), 0)
+        detached = figures.new_zeros(len(job.detached), 0)
     found = dict(zip(("policy", *statistics), figures))
-    return found | dict(zip(("entropy", "anchor"), detached))
+    return found | dict(zip(job.detached, detached))

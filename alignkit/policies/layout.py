@@ -166,19 +166,28 @@ def computed_tokens(bundle: Bundle, layout: Layout) -> list[int]:
     return [prompt + sum(used)] if layout == "shared_prefix" else [prompt + n for n in used]
 
 
-def micro_batches(bundles: Sequence[Bundle], budget: int, layout: Layout) -> list[list[int]]:
+def micro_batches(bundles: Sequence[Bundle], budget: int, layout: Layout, overhead: int = 128) -> list[list[int]]:
     """Indices of the bundles of each forward: rows x longest row stays within `budget` tokens, pads counted.
 
-    Bundles are grouped by length, so that little is padded; every bundle appears once. One that exceeds the budget by
-    itself gets a forward of its own.
+    Bundles are sorted by length and cut where that computes fewest tokens, a forward and backward of their own costing as
+    much as `overhead` tokens; every bundle appears once. One that exceeds the budget by itself gets a forward of its own.
     """
     rows = [computed_tokens(bundle, layout) for bundle in bundles]
+    order = sorted(range(len(bundles)), key=lambda i: (-max(rows[i]), i))
+    best: list[tuple[int, int]] = [(0, 0)]  # per number of bundles placed: least cost, where its last group begins
+    for stop in range(1, len(order) + 1):
+        options, count = [], 0
+        for start in range(stop - 1, -1, -1):
+            count += len(rows[order[start]])
+            tokens = count * max(rows[order[start]])
+            if tokens > budget and options:
+                break
+            options.append((best[start][0] + tokens + overhead, start))
+        best.append(min(options))
     groups: list[list[int]] = []
-    count = 0
-    for index in sorted(range(len(bundles)), key=lambda i: (-max(rows[i]), i)):
-        count += len(rows[index])
-        if not groups or count * max(rows[groups[-1][0]]) > budget:
-            groups.append([])
-            count = len(rows[index])
-        groups[-1].append(index)
+    stop = len(order)
+    while stop:
+        start = best[stop][1]
+        groups.insert(0, order[start:stop])
+        stop = start
     return groups

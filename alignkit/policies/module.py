@@ -65,6 +65,7 @@ class PolicyModule(nn.Module):
         anchor: AnchorStates | None = None,
         *,
         hidden_only: bool = False,
+        entropy: bool = True,
     ) -> dict[str, Tensor]:
         """Figures of the trained tokens: {"policy", "entropy", statistics, "anchor", "values"}: [M] each.
 
@@ -73,7 +74,7 @@ class PolicyModule(nn.Module):
         hidden = self._hidden(rows)
         if hidden_only:
             return {"hidden": hidden}
-        figures = head_figures(self.head, hidden, rows.labels, statistics or {}, anchor)
+        figures = head_figures(self.head, hidden, rows.labels, statistics or {}, anchor, entropy=entropy)
         if self.value_head is not None:
             figures["values"] = self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
         return figures

@@ -106,7 +106,7 @@ class PolicyPair:
     def _score(self, name: str, rows: Rows) -> Tensor:
         """An anchor's log-probs of the labels [M]."""
         with self._active(name) as module, self._autocast():
-            return module.eval()(rows)["policy"].float()
+            return module.eval()(rows, entropy=False)["policy"].float()
 
     @torch.no_grad()
     def _states(self, name: str, rows: Rows) -> AnchorStates:
