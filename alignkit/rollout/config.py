@@ -13,7 +13,5 @@ class RolloutConfig(BaseModel):
     url: str | None = Field(None, description="a vLLM server on a loopback address")
     completions: Annotated[int, Field(ge=2)] = Field(8, description="completions per prompt")
     max_new_tokens: PositiveInt = Field(64, description="cap on tokens per completion")
-    temperature: PositiveFloat = Field(1.0, description="part of the policy that the log-probs describe")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="nucleus mass; other than 1 is refused by exact objectives"
-    )
+    temperature: PositiveFloat = Field(1.0, description="of the run's samples; training needs 1, which its log-probs describe")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nucleus mass of the run's samples; training needs 1")

@@ -44,15 +44,17 @@ class Models(Protocol):
 def make_sampler(config: RolloutConfig, models: Models, *, seed: int, exact: bool = True) -> Sampler:
     """The engine that the recipe's `rollout` section asks for.
 
-    `exact` (the caller trains on the log-probs) refuses top_p below 1: tokens outside the nucleus have probability 0 under
-    the sampler only, so importance weights do not exist. Raises ConfigError.
+    `exact` (the caller trains on the log-probs) refuses what the trainer's log-probs do not describe: a temperature other
+    than 1, and top_p below 1, under which tokens outside the nucleus have no importance weight at all. Raises ConfigError.
     """
     from alignkit.rollout.hf import HFSampler
 
     if config.engine == "vllm" or config.url is not None:
         raise ConfigError("rollout.engine: vllm (and rollout.url) is not in this version; allowed: auto, hf")
-    if exact and config.top_p != 1:
-        raise ConfigError(
-            f"rollout.top_p: {config.top_p} truncates the distribution that the log-probs describe; this objective needs 1.0"
-        )
+    for name in ("temperature", "top_p"):
+        if exact and getattr(config, name) != 1:
+            raise ConfigError(
+                f"rollout.{name}: {getattr(config, name)} samples from another distribution than the one that the policy's "
+                "log-probs describe; training needs 1.0"
+            )
     return HFSampler(models, max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, seed=seed)

@@ -212,13 +212,15 @@ def test_broken_weights_are_a_numerical_stop():
         HFSampler(models_of(model), max_new_tokens=3).sample(PROMPTS[:1], Draw(1), step=0, prompt_ids=[0])
 
 
-def test_the_factory_reads_the_section():
+def test_the_factory_reads_the_section_and_refuses_what_training_cannot_use():
     models = models_of(small_model())
-    sampler = make_sampler(RolloutConfig(max_new_tokens=7, temperature=0.5), models, seed=9)
-    assert (sampler.max_new_tokens, sampler.temperature, sampler.top_p, sampler.seed) == (7, 0.5, 1.0, 9)
-    with pytest.raises(ConfigError, match="top_p"):
-        make_sampler(RolloutConfig(top_p=0.9), models, seed=0)
-    assert make_sampler(RolloutConfig(top_p=0.9), models, seed=0, exact=False).top_p == 0.9
+    shaped = RolloutConfig(max_new_tokens=7, temperature=0.5, top_p=0.9)
+    sampler = make_sampler(shaped, models, seed=9, exact=False)
+    assert (sampler.max_new_tokens, sampler.temperature, sampler.top_p, sampler.seed) == (7, 0.5, 0.9, 9)
+    for name, value in (("temperature", 0.5), ("top_p", 0.9)):
+        with pytest.raises(ConfigError, match=f"rollout.{name}: {value}"):
+            make_sampler(RolloutConfig(**{name: value}), models, seed=0)
+    assert make_sampler(RolloutConfig(), models, seed=0).temperature == 1
     with pytest.raises(ConfigError, match="vllm"):
         make_sampler(RolloutConfig(engine="vllm"), models, seed=0)
 
