@@ -14,6 +14,10 @@ from alignkit.validation import nearest
 TASKS: dict[str, str] = {
     "reviews": "alignkit.tasks.reviews",
     "reviews_small": "alignkit.tasks.reviews",
+    "arithmetic": "alignkit.tasks.arithmetic",
+    "arithmetic_small": "alignkit.tasks.arithmetic",
+    "cyclic": "alignkit.tasks.cyclic",
+    "cyclic_small": "alignkit.tasks.cyclic",
 }
 # objective's data family -> the rows it learns from
 FILES = {
@@ -33,6 +37,7 @@ class Task:
     model_folder: Path  # loads with from_pretrained, tokenizer included
     rows_folder: Path
     reward: Callable[..., list[float]]  # reward(prompts, completions, **columns) -> one number per completion
+    judge: Callable[..., Any] | None = None  # judge(prompts, first, second) -> Verdict, where the task is a game
 
     def rows(self, family: str, split: str = "train") -> list[dict[str, Any]]:
         """The rows of `split` (train, eval) that an objective of `family` learns from."""
