@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from alignkit.batches import Statistic
 
-CHUNK_BYTES = 32 * 2**20  # of one [C, V] matrix of log-probs; a handful of them are alive while a chunk is computed
+CHUNK_BYTES = {"cpu": 8 * 2**20}  # of one [C, V] float32 matrix, a handful of which are alive; on the CPU near its cache's size
+CHUNK_BYTES_ELSEWHERE = 64 * 2**20
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Tokens per chunk. At least 64: each chunk also passes over the whole vocabulary matrix and its gradient."""
+    return max(64, CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE) // (4 * vocabulary))
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def head_figures(
     statistic gets the anchor's log-probs, or None without one; "anchor" is the anchor's log-prob of the label.
     """
     vocabulary = getattr(head.module, "out_features", None) or next(head.module.parameters()).shape[0]
-    job = _Job(head, labels, statistics, anchor, entropy, max(1, CHUNK_BYTES // (4 * vocabulary)))
+    job = _Job(head, labels, statistics, anchor, entropy, chunk_rows(vocabulary, hidden.device))
     trained = [p for p in head.module.parameters() if p.requires_grad]
     if len(labels):
         figures, detached = _Chunked.apply(job, hidden, *trained)

@@ -39,7 +39,7 @@ def problem(tokens: int = 23, vocab: int = 17, width: int = 6):
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 5, 23, 100])
 def test_figures_and_gradients_do_not_depend_on_the_chunks(monkeypatch, rows_per_chunk):
-    monkeypatch.setattr(head_file, "CHUNK_BYTES", rows_per_chunk * 4 * 17)
+    monkeypatch.setattr(head_file, "chunk_rows", lambda *_: rows_per_chunk)
     head, hidden, labels, anchor = problem()
     figures = head_figures(head, hidden, labels, {"kl": kl}, anchor)
     weights = torch.linspace(-1, 1, len(labels), dtype=torch.float64)
@@ -93,7 +93,7 @@ class Largest(TorchDispatchMode):
 def test_no_matrix_of_all_tokens_and_no_wide_copy_of_the_weights(monkeypatch):
     """bfloat16 weights [V, H]: the float32 tensors of a step are chunks [C, V], however many tokens there are."""
     vocab, width, chunk = 512, 256, 16
-    monkeypatch.setattr(head_file, "CHUNK_BYTES", chunk * 4 * vocab)
+    monkeypatch.setattr(head_file, "chunk_rows", lambda *_: chunk)
     module = nn.Linear(width, vocab, bias=False, dtype=torch.bfloat16)
     for tokens in (64, 256):
         hidden = torch.randn(tokens, width, dtype=torch.bfloat16, requires_grad=True)
