@@ -14,9 +14,11 @@ from alignkit.collect import DatasetSource
 from alignkit.config import Recipe
 from alignkit.data.load import fingerprint, load_bundles, load_prompts
 from alignkit.data.report import Report
+from alignkit.held_out import HeldOut
 from alignkit.loop import Source
 from alignkit.objectives.base import Objective
 from alignkit.policies.pair import PolicyPair
+from alignkit.reduction import Metrics
 from alignkit.rollout.sampler import make_sampler
 from alignkit.tasks import Task
 
@@ -34,6 +36,7 @@ class Feed:
     notes: Sequence[str]  # the data report
     samples: Callable[[int], list[dict[str, Any]]]
     evaluation: Sequence[Bundle] = ()
+    measure: Callable[[], Metrics] | None = None
 
 
 def fixed_feed(
@@ -84,9 +87,16 @@ def sampled_feed(
         judge,
         int(recipe.train.micro_batch_tokens),
     )
+    measure, notes = None, report.lines()
+    if recipe.data.eval and reward:
+        held_out, other = _load(load_prompts, recipe, plan, pair, task, "eval")
+        sampler = make_sampler(recipe.rollout, pair, seed=recipe.train.seed + 1)
+        measure, notes = HeldOut(held_out, sampler, decode, reward, accelerator), [*notes, *other.lines()]
+    elif recipe.data.eval:
+        notes = [*notes, "data.eval is not used: held-out prompts are measured by a reward, and this run has none"]
     identity = {"rows": sha256(repr([p.ids.tolist() for p in prompts]).encode()).hexdigest()}
     samples = _sampling(recipe, pair, [p.ids for p in prompts[:SHOWN_PROMPTS]])
-    return Feed(source, len(prompts), report.format, identity, report.lines(), samples)
+    return Feed(source, len(prompts), report.format, identity, notes, samples, measure=measure)
 
 
 def _appraisers(recipe: Recipe, plan: Plan, task: Task | None, accelerator: Accelerator, safe: bool) -> tuple[Any, Any]:

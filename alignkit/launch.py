@@ -185,6 +185,7 @@ def build_job(
         recipe=dump_recipe(recipe),
         identity={**_identity(recipe), **feed.identity},
         evaluation=feed.evaluation,
+        measure=feed.measure,
         samples=feed.samples,
         card=model_card(recipe, objective, feed.notes),
         notes=[*feed.notes, *_unused(recipe, objective)],

@@ -58,6 +58,7 @@ class Job:
     recipe: str = ""  # resolved YAML
     identity: Mapping[str, Any] = field(default_factory=dict)  # what a checkpoint must match to be resumed
     evaluation: Sequence[Bundle] = ()  # held-out bundles of this rank
+    measure: Callable[[], Metrics] | None = None  # further held-out figures, over all ranks
     samples: Callable[[int], list[dict[str, Any]]] | None = None  # step -> rows for samples.jsonl
     card: Callable[[Metrics], str] | None = None  # last metrics -> the run's README
     notes: Sequence[str] = ()  # said once at the start
@@ -108,7 +109,7 @@ class _Loop:
         self.reducer = Reducer(job.objective, self.pair, job.accelerator, job.micro_batch_tokens, self.config.max_grad_norm)
         self.update = UPDATES[job.objective.plan.update]
         self.average = {k: v.clone() for k, v in self.pair.state().items()} if self.config.ema_decay else {}
-        self.best, self.worse = math.inf, 0
+        self.best, self.worse, self.metric = math.inf, 0, self.config.metric
         self.evaluated: Metrics = {}
         self.began: float | None = None  # set when the first step begins
         self.elapsed = 0.0
@@ -153,7 +154,7 @@ class _Loop:
         """Evaluate, log, save and look for signals after a step; True if the run ends here."""
         every, last, stop = self.config, step == self.job.steps, False
         row = dict(metrics)
-        if self.job.evaluation and every.eval_every and (step % every.eval_every == 0 or last):
+        if (self.job.evaluation or self.job.measure) and every.eval_every and (step % every.eval_every == 0 or last):
             row |= self._evaluate()
             stop = self._watch(row, step)
         self.job.run.log(row)
@@ -170,18 +171,20 @@ class _Loop:
         return stop
 
     def _evaluate(self) -> Metrics:
-        self.evaluated = {f"eval_{k}": v for k, v in self.reducer.evaluate(self.job.evaluation).items()}
+        found = self.reducer.evaluate(self.job.evaluation) if self.job.evaluation else {}
+        found |= self.job.measure() if self.job.measure else {}
+        self.evaluated = {f"eval_{k}": v for k, v in found.items()}
         return self.evaluated
 
     def _watch(self, row: Metrics, step: int) -> bool:
         """Early stopping and keep-best on `train.metric`."""
-        if self.config.metric not in row:
-            raise ConfigError(
-                f"train.metric: {self.config.metric!r} is not measured; measured are "
-                + ", ".join(k for k in row if k.startswith("eval_"))
-            )
-        sign = -1 if any(word in self.config.metric for word in ("reward", "accurac", "margin")) else 1
-        value = sign * row[self.config.metric]
+        if self.metric == "auto":
+            self.metric = "eval_loss" if "eval_loss" in row else "eval_reward"
+        if self.metric not in row:
+            measured = ", ".join(k for k in row if k.startswith("eval_"))
+            raise ConfigError(f"train.metric: {self.metric!r} is not measured; measured are {measured}")
+        sign = -1 if any(word in self.metric for word in ("reward", "accurac", "margin")) else 1
+        value = sign * row[self.metric]
         self.worse = 0 if value < self.best else self.worse + 1
         if value < self.best:
             self.best = value
@@ -196,7 +199,7 @@ class _Loop:
             best = checkpoint.best_step(self.job.run.checkpoints)
             if best is not None:
                 self._restore(checkpoint.load(self.job.run.checkpoints / f"step-{best}"))
-                progress.say(f"stopped early at step {step}; model/ is step {best}, the best by {self.config.metric}")
+                progress.say(f"stopped early at step {step}; model/ is step {best}, the best by {self.metric}")
         if self.average:
             self.pair.load_state(self.average)
         self._samples(step)

@@ -33,5 +33,5 @@ class TrainConfig(BaseModel):
     log_samples_every: NonNegativeInt = Field(100, description="steps between sample generations; 0 = never")
     keep: PositiveInt = Field(2, description="checkpoints kept besides the best")
     early_stopping: NonNegativeInt = Field(0, description="stop after this many evaluations without improvement; 0 = off")
-    metric: str = Field("eval_loss", description="what early stopping and keep-best watch")
+    metric: str = Field("auto", description="what early stopping and keep-best watch; auto: eval_loss, online eval_reward")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="weight average of the policy written to model/; 0 = off")

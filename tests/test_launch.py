@@ -117,6 +117,7 @@ def test_trackers_get_every_row(world, tmp_path, monkeypatch):
 def test_every_shipped_recipe_runs_on_its_task(name, tmp_path):
     task = load_recipe(name).data.train.removesuffix("_small") + "_small"  # the same world in a size for tests
     small = ["train.steps=2", "train.batch_size=4", "train.log_samples_every=2", "train.epochs=null"]
+    small += [f"data.eval={task}"] if load_recipe(name).data.eval else []
     result = run_recipe(load_recipe(name, [f"data.train={task}", f"output_dir={tmp_path / name}", *small]))
     assert result.step == 2
     assert [row["step"] for row in read_lines(tmp_path / name / "samples.jsonl")][::4] == [0, 2]

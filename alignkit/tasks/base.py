@@ -1,10 +1,11 @@
 """Base models of the embedded tasks: a word-level tokenizer and a small Llama, trained from scratch by `sft`."""
 
-import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,11 @@ from alignkit.policies.config import ModelConfig, ReferenceConfig
 from alignkit.train_config import TrainConfig
 
 EOS, UNKNOWN = "<eos>", "<unk>"
+WATCH_EVERY = 5  # steps between two looks at a base model that is to be stopped early
+
+
+class _Enough(Exception):
+    """Ends the training of a base model."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,30 @@ def word_tokenizer(words: Sequence[str]):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=EOS, eos_token=EOS, clean_up_tokenization_spaces=False)
 
 
-def train_base(config: BaseConfig, words: Sequence[str], rows: Sequence[Mapping[str, str]], folder: Path) -> Path:
-    """Train a Llama on `rows` (prompt, completion) with alignkit's own loop; `folder`/model is what `from_pretrained` loads."""
+def character_tokenizer(characters: Sequence[str]):
+    """A fast tokenizer whose tokens are single characters, after EOS and UNKNOWN (ids 0 and 1)."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {character: i for i, character in enumerate((EOS, UNKNOWN, *characters))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=EOS, eos_token=EOS, clean_up_tokenization_spaces=False)
+
+
+def train_base(
+    config: BaseConfig,
+    words: Sequence[str],
+    rows: Sequence[Mapping[str, str]],
+    folder: Path,
+    make_tokenizer: Callable[[Sequence[str]], Any] = word_tokenizer,
+    enough: Callable[[Any], bool] | None = None,
+) -> Path:
+    """Train a Llama on `rows` (prompt, completion) with alignkit's own loop; `folder`/model is what `from_pretrained` loads.
+
+    `enough` is asked with the policy pair every few steps; training ends where it says True, or after `config.steps`.
+    """
     from accelerate import Accelerator
 
     from alignkit.collect import DatasetSource
@@ -53,7 +81,7 @@ def train_base(config: BaseConfig, words: Sequence[str], rows: Sequence[Mapping[
     from alignkit.policies.load import load_pair
     from alignkit.run import RunFolder
 
-    start = _untrained(config, words, folder / "untrained")
+    start = _untrained(config, make_tokenizer(words), folder / "untrained")
     objective = SFT()
     model = ModelConfig(name_or_path=str(start))
     pair = load_pair(model, ReferenceConfig(), None, objective.plan, device="cpu", fixed_data=True)
@@ -65,22 +93,29 @@ def train_base(config: BaseConfig, words: Sequence[str], rows: Sequence[Mapping[
         seed=config.seed,
         eval_every=0,
         save_every=0,
-        log_samples_every=0,
+        log_samples_every=WATCH_EVERY if enough else 0,
     )
+
+    def watch(step: int) -> list[dict[str, Any]]:
+        if step and enough is not None and enough(pair):
+            raise _Enough
+        return []
+
     source = DatasetSource(bundles, objective.plan, config.batch_size, seed=config.seed)
-    with RunFolder(folder / "run") as run:
-        train(Job(objective, pair, source, settings, run, Accelerator(cpu=True), config.steps))
-    os.rename(run.model, folder / "model")
+    with RunFolder(folder / "run") as run, suppress(_Enough):
+        train(Job(objective, pair, source, settings, run, Accelerator(cpu=True), config.steps, samples=watch))
+    pair.save(folder / "model")
     for left in (run.path, start):
         shutil.rmtree(left)
     return folder / "model"
 
 
-def _untrained(config: BaseConfig, words: Sequence[str], folder: Path) -> Path:
+def _untrained(config: BaseConfig, tokenizer: Any, folder: Path) -> Path:
     """A freshly initialised model and its tokenizer, saved."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
-    tokenizer = word_tokenizer(words)
+    logging.disable_progress_bar()
     shape = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden,

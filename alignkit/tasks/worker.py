@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from alignkit.errors import ResourceError
@@ -25,6 +26,6 @@ def run_apart(name: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from alignkit.tasks.reviews import WORLDS
+    from alignkit.tasks import TASKS
 
-    WORLDS[sys.argv[1]].build(Path(sys.argv[2]))
+    import_module(TASKS[sys.argv[1]]).WORLDS[sys.argv[1]].build(Path(sys.argv[2]))
