@@ -50,6 +50,7 @@ class World:
     pairs: int
     held_out: int = 500  # further pairs and demonstrations, for evaluation
     cap: int = 16  # tokens of a sample; more than any review has
+    heat: float = 1.5  # temperature of a pair's second sample
     seed: int = 0
 
     @cached_property
@@ -133,7 +134,7 @@ WORLDS = {
             outside=-4.0,
             base=BaseConfig(hidden=64, layers=2, steps=2000, batch_size=32, learning_rate=1e-2),
             corpus=16_000,
-            pairs=40_000,
+            pairs=60_000,
         ),
         World(
             name="reviews_small",  # for tests: seconds instead of a minute

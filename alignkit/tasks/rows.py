@@ -1,8 +1,9 @@
 """The rows of a world, made by its base model: preference pairs, demonstrations, prompts.
 
-A pair is a sample at temperature 1 and one at HEAT: both have full support, and what is rare (a rave, a text outside the
-grammar) comes often enough to be learned from. Labels are Bradley-Terry on the reward whatever the pair, so DPO's optimum does
-not depend on the temperatures; how soon it is reached does. With both at 1, text outside the grammar is in one pair of a hundred.
+A pair is a sample at temperature 1 and one at the world's `heat`. Both have full support, and what is rare (a rave, a text
+outside the grammar) comes often enough to be learned from: with both at 1, DPO at a brisk learning rate can drift outside
+the grammar before it sees enough of it. Labels are Bradley-Terry on the reward whatever the pair, so DPO's optimum does not
+depend on the temperatures.
 """
 
 import json
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from alignkit.tasks.reviews import World
 
 BEST_OF = 4  # a demonstration is the best of this many samples
-HEAT = 1.25  # temperature of a pair's second sample
 
 
 def write_rows(world: "World", model: Path, folder: Path) -> None:
@@ -69,7 +69,7 @@ class _Samples:
 
 def _pairs(samples: _Samples, n: int) -> Iterable[dict[str, Any]]:
     """Two samples each, the chosen one by Bradley-Terry: P(first is chosen) = sigmoid(reward difference)."""
-    for prompt, (first, second), (a, b) in samples.groups(n, (1.0, HEAT)):
+    for prompt, (first, second), (a, b) in samples.groups(n, (1.0, samples.world.heat)):
         wins = samples.generator.random() < 1 / (1 + math.exp(b - a))
         (chosen, x), (rejected, y) = ((first, a), (second, b)) if wins else ((second, b), (first, a))
         yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, "chosen_score": x, "rejected_score": y}
