@@ -30,7 +30,7 @@ FREE: dict[str, set[str] | None] = {  # None: the whole section
 }
 # Fields whose `auto` is resolved once and then kept with the run; data.append_eos decides for each row.
 AUTOS = [("model", "dtype"), ("model", "attention"), ("model", "layout"), ("reference", "kind"), ("data", "format")]
-AUTOS += [("train", "micro_batch_tokens"), ("train", "dtype"), ("rollout", "engine")]
+AUTOS += [("train", "micro_batch_tokens"), ("train", "dtype"), ("train", "metric"), ("rollout", "engine")]
 
 
 def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False) -> "Result":
@@ -167,7 +167,7 @@ def build_job(
     pair = load_pair(
         model, recipe.reference, recipe.target, plan, device=accelerator.device, fixed_data=fixed, seed=recipe.train.seed
     )
-    recipe = _replaced(recipe, _found_autos(pair, accelerator))
+    recipe = _replaced(recipe, _found_autos(pair, accelerator, fixed))
     feed = (fixed_feed if fixed else sampled_feed)(recipe, objective, task, pair, accelerator, safe)
     recipe = _replaced(recipe, {"data": {"format": feed.format}})
     steps = recipe.train.steps
@@ -192,7 +192,7 @@ def build_job(
     )
 
 
-def _found_autos(pair: "PolicyPair", accelerator: "Accelerator") -> dict[str, dict[str, Any]]:
+def _found_autos(pair: "PolicyPair", accelerator: "Accelerator", fixed: bool) -> dict[str, dict[str, Any]]:
     """What each `auto` turned out to be on this machine and model."""
     with pair.model("policy") as model:
         attention = model.config._attn_implementation
@@ -203,6 +203,7 @@ def _found_autos(pair: "PolicyPair", accelerator: "Accelerator") -> dict[str, di
         "train": {
             "dtype": "bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
             "micro_batch_tokens": 4096 if accelerator.device.type == "cpu" else 16384,
+            "metric": "eval_loss" if fixed else "eval_reward",
         },
         "rollout": {"engine": "hf"},
     }

@@ -178,7 +178,7 @@ class _Loop:
 
     def _watch(self, row: Metrics, step: int) -> bool:
         """Early stopping and keep-best on `train.metric`."""
-        if self.metric == "auto":
+        if self.metric == "auto":  # a job built by hand; a recipe's is resolved before
             self.metric = "eval_loss" if "eval_loss" in row else "eval_reward"
         if self.metric not in row:
             measured = ", ".join(k for k in row if k.startswith("eval_"))
