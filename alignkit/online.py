@@ -109,6 +109,7 @@ class RolloutSource:
                 for j, a in enumerate(row if against[i] else row[:-1])
             ]
         verdict = self.judge([prompts[i].text for i, *_ in queries], [q[1] for q in queries], [q[2] for q in queries])
+        self.metrics |= getattr(self.judge, "metrics", {})
         return self._preferences(bundles, queries, verdict)
 
     def _scores(self, prompts, bundles, scored, texts) -> list[Bundle | None]:
@@ -122,6 +123,7 @@ class RolloutSource:
             completion_ids=[s.ids.tolist() for row in scored for s in row],
             **columns,
         )
+        self.metrics |= getattr(self.reward, "metrics", {})  # each function's own mean, set-aside rows, failures
         at, result = 0, []
         for bundle in bundles:
             mine, at = values[at : at + len(bundle.completions)], at + len(bundle.completions)

@@ -120,6 +120,17 @@ def test_rows_without_a_score_are_set_aside_and_counted(model, tmp_path):
         nothing.source.collect(0)
 
 
+def test_a_rewards_own_figures_reach_the_metrics(model, tmp_path):
+    class Reward:
+        metrics = {"rewards/mine/failed": 2.0}
+
+        def __call__(self, prompts, completions, **columns):
+            return [0.0] * len(prompts)
+
+    _, rows = run(online_job(model, tmp_path, GRPO(), reward=Reward(), steps=1))
+    assert rows[0]["rewards/mine/failed"] == 2.0
+
+
 def test_invalid_verdicts_leave_the_batch_and_never_look_like_a_win(model, tmp_path):
     def sulky(prompts, first, second):
         verdict = more_wanted(prompts, first, second)
