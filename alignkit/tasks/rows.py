@@ -48,8 +48,8 @@ class _Samples:
         """`n` independent samples as text."""
         ids, eos = torch.tensor(self.tokenizer(prompt)["input_ids"]), self.tokenizer.eos_token_id
         counts = sample_counts(self.model, ids, n, eos=eos, cap=self.world.cap, generator=self.generator, temperature=temperature)
-        samples = shuffled(counts, self.generator)
-        return [" " + self.tokenizer.decode([i for i in ids if i != eos]) for ids in samples]
+        texts = [(" " + self.tokenizer.decode([i for i in ids if i != eos]), count) for ids, count in counts]
+        return shuffled(texts, self.generator)
 
     def groups(self, n: int, temperatures: Sequence[float]) -> list[tuple[str, list[str], list[float]]]:
         """`n` groups of (prompt, a sample at each temperature, their rewards), the prompts in turn.

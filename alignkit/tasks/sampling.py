@@ -1,8 +1,13 @@
 """Many samples of a small model at the price of its distinct prefixes."""
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+Outcome = TypeVar("Outcome")
 
 
 @torch.no_grad()
@@ -37,7 +42,7 @@ def sample_counts(
     return finished
 
 
-def shuffled(counts: list[tuple[list[int], int]], generator: np.random.Generator) -> list[list[int]]:
+def shuffled(counts: Sequence[tuple[Outcome, int]], generator: np.random.Generator) -> list[Outcome]:
     """The samples one by one in random order: exchangeable, so that any two of them are independent draws."""
-    samples = [ids for ids, count in counts for _ in range(count)]
+    samples = [outcome for outcome, count in counts for _ in range(count)]
     return [samples[i] for i in generator.permutation(len(samples))]
