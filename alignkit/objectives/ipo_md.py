@@ -5,6 +5,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from alignkit.batches import Draw, Plan
+from alignkit.objectives.base import Objective
 from alignkit.objectives.nash_md import Mixture
 from alignkit.objectives.online_ipo import OnlineIPO
 
@@ -24,3 +25,7 @@ class IPOMD(OnlineIPO):
     @property
     def plan(self) -> Plan:
         return Plan("game", samples=(Draw(2, mix=self.mixture),), judged="pair")
+
+    @classmethod
+    def limits(cls) -> list[tuple[Objective, Objective]]:
+        return [(cls(mixture=0), OnlineIPO())]

@@ -53,6 +53,10 @@ class OnlineIPO(Objective):
     def plan(self) -> Plan:
         return Plan("game", samples=(Draw(2),), judged="pair")
 
+    @classmethod
+    def examples(cls) -> list[Objective]:
+        return [cls(), cls(form="mean")]
+
     def gap(self, batch: GameBatch) -> Tensor:
         """How much more often the first sample wins than the second [B]."""
         return batch.preference[:, 0] - 0.5
@@ -73,14 +77,12 @@ class OnlineIPO(Objective):
 
     def loss(self, batch: GameBatch) -> LossTerms:
         first, second = batch.completions
-        policy = (self.reduced(first, "policy"), self.reduced(second, "policy"))
-        anchor = (self.anchor(first), self.anchor(second))
+        policy, anchor = [self.reduced(t, "policy") for t in (first, second)], [self.anchor(t) for t in (first, second)]
         losses = online_ipo_loss(*policy, *anchor, preference_gap=self.gap(batch), beta=self.temperature)
         ratios = [t.sequence().detach() - t.sequence("reference") for t in (first, second)]
         metrics = {
             "rewards/margins": self.beta * (ratios[0] - ratios[1]),
             "rewards/probabilities": batch.preference[:, 0],
-            "logps/policy": first.sequence().detach(),
         }
         if not any(draw.mix for draw in self.plan.samples if draw.scored):  # else the samples are not the policy's
             metrics["kl"] = (ratios[0] + ratios[1]) / 2

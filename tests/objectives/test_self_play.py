@@ -188,6 +188,8 @@ def test_nash_mp_is_held_to_reference_and_target():
     anchors = [(eta * r + t) / (1 + eta) for r, t in zip(sums(batch, "reference"), sums(batch, "target"))]
     expected = online_ipo_loss(*sums(batch, "policy"), *anchors, batch.preference[:, 0] - 0.5, beta=beta * (1 + eta) / eta)
     torch.testing.assert_close(NashMP(beta=beta, eta=eta).loss(batch).terms[0].values, expected)
+    without_target = NashMP(beta=beta, eta=1e12).loss(batch).terms[0].values
+    torch.testing.assert_close(without_target, OnlineIPO(beta=beta).loss(batch).terms[0].values)
 
 
 def test_nash_mp_with_a_frozen_target_is_one_proximal_step():
