@@ -77,7 +77,8 @@ class OnlineIPO(Objective):
 
     def loss(self, batch: GameBatch) -> LossTerms:
         first, second = batch.completions
-        policy, anchor = [self.reduced(t, "policy") for t in (first, second)], [self.anchor(t) for t in (first, second)]
+        policy = (self.reduced(first, "policy"), self.reduced(second, "policy"))
+        anchor = (self.anchor(first), self.anchor(second))
         losses = online_ipo_loss(*policy, *anchor, preference_gap=self.gap(batch), beta=self.temperature)
         ratios = [t.sequence().detach() - t.sequence("reference") for t in (first, second)]
         metrics = {
