@@ -22,7 +22,7 @@ from typing import Any
 from alignkit.tasks import Task
 from alignkit.tasks.base import BaseConfig
 
-FORMAT = 1  # raise it when the code below makes other files from the same World
+FORMAT = 2  # raise it when the code below makes other files from the same World
 AFFINITY = 0.5  # spread of a prompt's taste for single words in the corpus
 GRUDGE = 0.5  # how much the critics prefer negative words
 MOOD = 0.8  # how much a word's sentiment carries over to the next word

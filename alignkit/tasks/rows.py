@@ -60,10 +60,10 @@ class _Samples:
         columns = []
         for prompt in self.world.prompts:
             kept: list[list[str]] = []
-            while len(kept) < per:
-                drawn = zip(*(self.draw(prompt, per, temperature) for temperature in temperatures))
+            while missing := per - len(kept):
+                drawn = zip(*(self.draw(prompt, missing, temperature) for temperature in temperatures))
                 kept += [list(group) for group in drawn if len(set(group)) > 1 and all(text.strip() for text in group)]
-            columns.append([(prompt, group, self.world.reward([prompt] * len(group), group)) for group in kept[:per]])
+            columns.append([(prompt, group, self.world.reward([prompt] * len(group), group)) for group in kept])
         return [row for rows in zip(*columns) for row in rows][:n]
 
 
