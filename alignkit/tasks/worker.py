@@ -8,6 +8,7 @@ from pathlib import Path
 
 from alignkit.errors import ResourceError
 
+STDERR = 2  # the descriptor: sys.stderr may be a notebook's or a test's, which has none
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -18,7 +19,7 @@ def run_apart(name: str, folder: Path) -> None:
     package = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "alignkit.tasks.worker", name, str(folder)]
-    code = subprocess.run(command, env=environment, stdout=sys.stderr, check=False).returncode
+    code = subprocess.run(command, env=environment, stdout=STDERR, check=False).returncode
     if code:
         raise ResourceError(
             f"the task `{name}` could not be made (its process ended with exit code {code}); see its output above"

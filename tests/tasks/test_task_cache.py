@@ -8,6 +8,7 @@ import pytest
 
 from alignkit.errors import ResourceError
 from alignkit.tasks.cache import cache_root, cached_folder
+from alignkit.tasks.worker import run_apart
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +84,10 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(tmp_path, monk
 def test_without_the_variable_the_cache_is_the_users(monkeypatch):
     monkeypatch.delenv("ALIGNKIT_CACHE")
     assert cache_root() == Path.home().resolve() / ".cache" / "alignkit"
+
+
+def test_a_world_is_made_where_stderr_has_no_descriptor(tmp_path, capsys):
+    """As under pytest's capture and in notebooks; a world that does not exist ends at once, with its name."""
+    with pytest.raises(ResourceError, match=r"the task `no_such_world` could not be made \(its process ended with exit code 1\)"):
+        run_apart("no_such_world", tmp_path / "folder")
+    assert "making the task `no_such_world`" in capsys.readouterr().err
