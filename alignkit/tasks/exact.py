@@ -7,15 +7,19 @@ and what does not end. Axes: P prompts, n + 1 outcomes. Everything is float64.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignkit.batches import Bundle, Plan
+from alignkit.objectives.base import Objective
+from alignkit.oracles.optima import tree_optimum
 from alignkit.policies.config import ModelConfig, ReferenceConfig
 from alignkit.policies.layout import micro_batches
 from alignkit.policies.load import load_pair
 from alignkit.policies.pair import PolicyPair
+from alignkit.policies.tabular import Tree
 
 PLAN = Plan("rollout", anchors=())
 BUDGET = 8192  # tokens of one forward pass
@@ -33,23 +37,64 @@ class Figures:
     share: float | None = None  # (J - J_ref) / (J* - J_ref) with J = E[r] - beta * KL
 
 
-@torch.no_grad()
 def outcome_logps(pair: PolicyPair, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
     """Exact log-probs of every outcome under the pair's policy: [P, n + 1]."""
-    bundles = [_bundle(pair.tokenizer, prompt, completions) for prompt in prompts]
-    inside = torch.empty(len(prompts), len(completions), dtype=torch.float64)
-    for group in micro_batches(bundles, BUDGET, pair.layout):
-        found = pair.logps([bundles[i] for i in group], PLAN, anchors=False)
-        inside[group] = found.policy.double().sum(-1).view(len(group), -1).cpu()
-    outside = (1 - inside.exp().sum(-1, keepdim=True)).clamp(min=LEAST)
-    return torch.cat([inside, outside.log()], dim=-1)
+    inside = _token_logps(pair, prompts, completions).sum(-1)
+    return torch.cat([inside, _rest(inside)], dim=-1)
 
 
 def folder_logps(folder: Path | str, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
     """The same for a model in a folder: a task's base, or a run's `model`."""
-    model = ModelConfig(name_or_path=str(folder))
-    pair = load_pair(model, ReferenceConfig(), None, PLAN, device="cpu", fixed_data=True)
-    return outcome_logps(pair, prompts, completions)
+    return outcome_logps(_pair(folder), prompts, completions)
+
+
+def folder_optimum(
+    objective: Objective, folder: Path | str, prompts: Sequence[str], completions: Sequence[str], rewards: Tensor
+) -> Tensor | None:
+    """The closed form that `objective` promises with `rewards` [n + 1] and the reference in `folder`: log-probs [P, n + 1].
+
+    None where it has none. An objective whose optimum is reached token by token (it has a `backup`) is solved on the tree of
+    the completions' tokens; there whatever leaves the grammar at a prefix is one leaf of that prefix.
+    """
+    pair = _pair(folder)
+    if objective.backup(torch.zeros(1), torch.zeros(1)) is None:
+        return objective.optimum(rewards, outcome_logps(pair, prompts, completions))
+    tree, n = completion_tree([_tokens(pair.tokenizer, text) for text in completions]), len(completions)
+    leaves = torch.cat([rewards[:n], rewards[n:].expand(len(tree.tokens) - n)])
+    found = []
+    for logps in _token_logps(pair, prompts, completions):
+        reference = torch.full((tree.states, tree.vocab), -torch.inf, dtype=torch.float64)
+        inside = tree.mask[:n, : logps.shape[1]]
+        reference[tree.prefixes[:n, : logps.shape[1]][inside], tree.tokens[:n, : logps.shape[1]][inside]] = logps[inside]
+        reference[:, -1:] = _rest(reference)
+        policy = tree_optimum(objective, tree, leaves, reference)
+        if policy is None:
+            return None
+        every = tree.sequence_logps(policy)
+        found.append(torch.cat([every[:n], every[n:].logsumexp(0, keepdim=True)]))
+    return torch.stack(found)
+
+
+def completion_tree(completions: Sequence[Tensor]) -> Tree:
+    """The token tree of n different completions, none the start of another; S prefixes. Leaves: the completions in their
+    order, then for each prefix the one outcome of leaving them there, whose token is the last of the tree's vocabulary."""
+    states: dict[tuple[int, ...], int] = {}
+    local: dict[tuple[int, ...], int] = {}  # each prefix numbers its continuations
+    paths = []
+    for ids in (tuple(tensor.tolist()) for tensor in completions):
+        for t in range(len(ids)):
+            states.setdefault(ids[:t], len(states))
+            siblings = sum(1 for known in local if known[:-1] == ids[:t]) if ids[: t + 1] not in local else 0
+            local.setdefault(ids[: t + 1], siblings)
+        paths.append([(states[ids[:t]], local[ids[: t + 1]]) for t in range(len(ids))])
+    vocab = 2 + max(local.values())
+    for prefix in states:
+        path = [(states[prefix[:t]], local[prefix[: t + 1]]) for t in range(len(prefix))]
+        paths.append([*path, (states[prefix], vocab - 1)])
+    depth = max(map(len, paths))
+    padded = torch.tensor([path + [(0, 0)] * (depth - len(path)) for path in paths])
+    lengths = torch.tensor([len(path) for path in paths])
+    return Tree(padded[..., 1], torch.arange(depth) < lengths[:, None], padded[..., 0], len(states), vocab)
 
 
 def outcome_rewards(rewards: Sequence[float], outside: float) -> Tensor:
@@ -87,8 +132,34 @@ def _value(policy: Tensor, reference: Tensor, rewards: Tensor, beta: float) -> f
     return float(((policy.exp() * rewards).sum(-1) - beta * kl(policy, reference)).mean())
 
 
-def _bundle(tokenizer, prompt: str, completions: Sequence[str]) -> Bundle:
-    ids = [torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id]) for text in completions]
+@torch.no_grad()
+def _token_logps(pair: PolicyPair, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
+    """Log-prob of each token of each completion under the pair's policy: [P, n, T], 0 after the end."""
+    bundles = [_bundle(pair.tokenizer, prompt, completions) for prompt in prompts]
+    longest = max(len(ids) for ids in bundles[0].completions)
+    found = torch.zeros(len(prompts), len(completions), longest, dtype=torch.float64)
+    for group in micro_batches(bundles, BUDGET, pair.layout):
+        logps = pair.logps([bundles[i] for i in group], PLAN, anchors=False)
+        found[group] = torch.where(logps.mask, logps.policy, 0).double().view(len(group), len(completions), -1).cpu()
+    return found
+
+
+def _rest(logps: Tensor) -> Tensor:
+    """Log of the mass that the last axis leaves over."""
+    return (1 - logps.exp().sum(-1, keepdim=True)).clamp(min=LEAST).log()
+
+
+def _pair(folder: Path | str) -> PolicyPair:
+    model = ModelConfig(name_or_path=str(folder))
+    return load_pair(model, ReferenceConfig(), None, PLAN, device="cpu", fixed_data=True)
+
+
+def _tokens(tokenizer: Any, text: str) -> Tensor:
+    return torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
+
+
+def _bundle(tokenizer: Any, prompt: str, completions: Sequence[str]) -> Bundle:
+    ids = [_tokens(tokenizer, text) for text in completions]
     return Bundle(
         torch.tensor(tokenizer(prompt)["input_ids"]), ids, [torch.ones(len(i), dtype=torch.bool) for i in ids], uid=prompt
     )

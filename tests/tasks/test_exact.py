@@ -9,9 +9,10 @@ from torch import tensor
 from alignkit.config import load_recipe
 from alignkit.launch import run_recipe
 from alignkit.objectives.dpo import DPO
+from alignkit.objectives.tdpo import TDPO
 from alignkit.policies.config import ModelConfig
 from alignkit.policies.load import load_model, load_tokenizer
-from alignkit.tasks.exact import figures, folder_logps, kl, outcome_rewards
+from alignkit.tasks.exact import completion_tree, figures, folder_logps, folder_optimum, kl, outcome_rewards
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +104,42 @@ RUN = [
     "train.save_every=0",
     "train.log_samples_every=0",
 ]
+
+
+def test_the_tree_of_completions_lists_every_way_to_leave_it():
+    """Prefixes (), (5), (7); at each, one more outcome for what is not listed."""
+    tree = completion_tree([tensor([5, 1]), tensor([5, 2, 3]), tensor([7, 1])])
+    states = torch.log_softmax(torch.randn(tree.states, tree.vocab, generator=torch.Generator().manual_seed(0)).double(), -1)
+    rows = {(): 0, (5,): 1, (5, 2): 2, (7,): 3}
+    assert (tree.states, tree.vocab) == (4, 3)
+    want = [
+        states[0, 0] + states[1, 0],
+        states[0, 0] + states[1, 1] + states[2, 0],
+        states[0, 1] + states[3, 0],
+        states[0, 2],
+        states[0, 0] + states[1, 2],
+        states[0, 0] + states[1, 1] + states[2, 2],
+        states[0, 1] + states[3, 2],
+    ]
+    assert len(rows) == tree.states
+    assert tree.sequence_logps(states).tolist() == pytest.approx([float(w) for w in want], abs=1e-12)
+
+
+class SoftDPO(DPO):
+    """DPO solved token by token: the backup of its soft value (Rafailov et al. 2024, arXiv:2404.12358)."""
+
+    def backup(self, values, reference):
+        return self.beta * (reference + values / self.beta).logsumexp(-1)
+
+
+def test_optima_on_the_tree_of_a_real_model(small, small_task, base, rewards):
+    """With the soft value the tree gives DPO's flat closed form; with the mean (TDPO) the law of total expectation holds."""
+    where = (small_task.model_folder, small.prompts, list(small.rewards), rewards)
+    flat, tree = folder_optimum(DPO(beta=0.7), *where), folder_optimum(SoftDPO(beta=0.7), *where)
+    assert (flat - DPO(beta=0.7).optimum(rewards, base)).abs().max() < 1e-5
+    assert (tree - flat).abs().max() < 1e-4
+    one_step = folder_optimum(TDPO(beta=0.7), *where)
+    assert one_step.exp().sum(-1).tolist() == pytest.approx([1.0] * len(base), abs=1e-9)
+    assert (one_step - flat).abs().max() > 0.1  # another optimum, and well above rounding
+    assert (kl(folder_optimum(TDPO(beta=100.0), *where), DPO(beta=100.0).optimum(rewards, base)) < 1e-6).all()
+    assert folder_optimum(TDPO(version=2), *where) is None
