@@ -4,12 +4,14 @@ import pytest
 import torch
 from tiny_models import random_bundles, separate_logps, tiny_model
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignkit.policies import head as head_file
 from alignkit.policies.head import AnchorStates, Head, head_figures
 from alignkit.policies.layout import build_rows
 from alignkit.policies.module import PolicyModule
+from alignkit.risk import risk_ratio
 
 
 def kl(logps, anchor, labels):
@@ -101,3 +103,22 @@ def test_no_matrix_of_all_tokens_and_no_wide_copy_of_the_weights(monkeypatch):
             figures = head_figures(Head(module), hidden, torch.randint(vocab, (tokens,)), {})
             figures["policy"].sum().backward()
         assert largest.elements == chunk * vocab
+
+
+def test_one_chunk_of_each_model_is_alive_at_a_time(monkeypatch):
+    """Storages of the log-probs that a statistic over both models was given: all gone when it is given the next chunk's."""
+    monkeypatch.setattr(head_file, "chunk_rows", lambda *_: 3)
+    torch.manual_seed(0)
+    policy, reference = (nn.Linear(5, 33, bias=False) for _ in range(2))
+    calls: list[tuple[StorageWeakRef, StorageWeakRef]] = []
+
+    def cvar(logps, anchor, labels):
+        assert all(old.expired() for chunk in calls for old in chunk), f"call {len(calls)}"
+        calls.append((StorageWeakRef(logps.untyped_storage()), StorageWeakRef(anchor.untyped_storage())))
+        return risk_ratio(logps, anchor, risk="cvar", level=0.9)
+
+    hidden, labels = torch.randn(11, 5, requires_grad=True), torch.randint(33, (11,))
+    anchor = AnchorStates(torch.randn(11, 5), Head(reference))
+    head_figures(Head(policy), hidden, labels, {"risk": cvar}, anchor)["risk"].sum().backward()
+    assert len(calls) == 2 * 4  # forward and backward, four chunks each
+    assert all(old.expired() for chunk in calls for old in chunk)
