@@ -58,10 +58,13 @@ class Ours:
 
 def trl_trainer(folder: Path, rows: list[dict], batch: int, dtype: str, checkpointing: bool, steps: int, callback):
     """TRL's trainer on the same weights and batches."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from datasets import Dataset, disable_progress_bars
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    from transformers.utils.logging import disable_progress_bar
     from trl import DPOConfig, DPOTrainer
 
+    disable_progress_bars()
+    disable_progress_bar()
     arguments = DPOConfig(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=batch,
@@ -82,7 +85,9 @@ def trl_trainer(folder: Path, rows: list[dict], batch: int, dtype: str, checkpoi
     model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = Dataset.from_list(rows)
-    return DPOTrainer(model, reference, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
+    trainer = DPOTrainer(model, reference, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
+    trainer.remove_callback(PrinterCallback)  # the table alone goes to stdout
+    return trainer
 
 
 def callback_between_steps(act):
