@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -18,6 +19,7 @@ from alignkit.held_out import HeldOut
 from alignkit.loop import Source
 from alignkit.objectives.base import Objective
 from alignkit.policies.pair import PolicyPair
+from alignkit.policies.store import cached_in
 from alignkit.reduction import Metrics
 from alignkit.rollout.sampler import make_sampler
 from alignkit.tasks import Task
@@ -52,7 +54,7 @@ def fixed_feed(
         held_out, other = _load(load_bundles, recipe, plan, pair, task, "eval")
         notes = [*notes, *other.lines()]
     if pair.reference_kind == "cached":
-        bundles, held_out = (_scored(part, plan, pair, accelerator) for part in (bundles, held_out))
+        bundles, held_out = (_scored(part, recipe, plan, pair, accelerator) for part in (bundles, held_out))
     source = DatasetSource(bundles, plan, recipe.train.batch_size, seed=recipe.train.seed, rank=rank, world=world)
     texts = {tuple(b.prompt.tolist()): b.prompt for b in held_out or bundles}
     samples = _sampling(recipe, pair, list(texts.values())[:SHOWN_PROMPTS])
@@ -127,10 +129,12 @@ def _load(
     return list(rows), report
 
 
-def _scored(bundles: list[Bundle], plan: Plan, pair: PolicyPair, accelerator: Accelerator) -> list[Bundle]:
-    """The bundles with the reference's log-probs, each rank scoring its share."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    mine = pair.cached(bundles[rank::world], plan) if bundles[rank::world] else []
+def _scored(bundles: list[Bundle], recipe: Recipe, plan: Plan, pair: PolicyPair, accelerator: Accelerator) -> list[Bundle]:
+    """The bundles with the reference's log-probs, each rank scoring its share or reading it from `reference.store`."""
+    rank, world, store = accelerator.process_index, accelerator.num_processes, recipe.reference.store
+    mine = bundles[rank::world]
+    if mine:
+        mine = cached_in(Path(store).expanduser(), pair, mine, plan) if store else pair.cached(mine, plan)
     if world == 1:
         return mine
     shares = gather_object([[b.tokens["reference"] for b in mine]])

@@ -22,6 +22,7 @@ DEFAULT_TASK = "reviews"
 # Fields that may change between a checkpoint and its resumption: they decide where, how fast and how often, not what.
 FREE: dict[str, set[str] | None] = {  # None: the whole section
     "model": {"layout", "gradient_checkpointing"},
+    "reference": {"store"},
     "data": {"train", "eval", "format"},  # what is trained on is compared row by row
     "train": {"micro_batch_tokens", "eval_every", "save_every", "log_samples_every", "keep"},
     "compare": None,

@@ -32,16 +32,19 @@ class ModelConfig(BaseModel):
     trust_remote_code: bool = Field(False, description="run Python code that ships with the model")
 
 
-class ReferenceConfig(BaseModel):
-    """Which policy anchors the KL."""
+class TargetConfig(BaseModel):
+    """A second anchor for the objectives that ask for one."""
 
     model_config = STRICT
-    kind: str = Field("auto", description="auto, frozen, adapter_off, cached, ema, synced, or a path to a model")
-    decay: float = Field(0.99, gt=0, lt=1, description="ema: weight of the old reference per step")
+    kind: Literal["ema", "synced"] = Field("ema", description="what the anchor follows the policy by")
+    decay: float = Field(0.99, gt=0, lt=1, description="ema: weight of the old anchor per step")
     every: PositiveInt = Field(64, description="synced: copy the policy every this many steps")
 
 
-class TargetConfig(ReferenceConfig):
-    """A second anchor for the objectives that ask for one."""
+class ReferenceConfig(TargetConfig):
+    """Which policy anchors the KL."""
 
-    kind: Literal["ema", "synced"] = "ema"  # type: ignore[assignment]
+    kind: str = Field(  # type: ignore[assignment]
+        "auto", description="auto, frozen, adapter_off, cached, ema, synced, or a path to a model"
+    )
+    store: str | None = Field(None, description="cached: a folder that keeps the log-probs for further runs on the same rows")

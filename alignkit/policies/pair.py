@@ -138,15 +138,19 @@ class PolicyPair:
             done += len(group)
             if progress is not None:
                 progress(done)
-        worst = 0.0
-        for index in range(0, len(out), max(1, len(out) // 8)):
-            alone = self._reference_tokens([bundles[index]])[0]
-            pairs = zip(alone, out[index].tokens["reference"])
-            worst = max([worst, *(float((a - b).abs().max()) for a, b in pairs if len(a))])
+        worst = self.rescored(out)
         self.notes.append(
             f"reference log-probs stored for {len(out)} bundles; scored again one by one they differ by at most {worst:.1e}"
         )
         return out
+
+    def rescored(self, bundles: Sequence[Bundle]) -> float:
+        """The largest difference between what eight bundles have stored and live scores; call it before the policy moves."""
+        worst = 0.0
+        for bundle in bundles[:: max(1, len(bundles) // 8)]:
+            pairs = zip(self._reference_tokens([bundle])[0], bundle.tokens["reference"])
+            worst = max([worst, *(float((a - b).abs().max()) for a, b in pairs if len(a))])
+        return worst
 
     def _reference_tokens(self, bundles: Sequence[Bundle]) -> list[list[Tensor]]:
         rows = build_rows(bundles, self.layout, self.device)

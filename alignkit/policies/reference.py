@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from alignkit.batches import Plan
 from alignkit.errors import ConfigError, ModelError
-from alignkit.policies.config import ReferenceConfig
+from alignkit.policies.config import TargetConfig
 from alignkit.policies.module import PolicyModule
 
 KINDS = ("auto", "frozen", "adapter_off", "cached", "ema", "synced")
@@ -50,7 +50,7 @@ class Anchor:
     moved: bool = False  # cached: the policy is no longer what it was at the start
 
     @classmethod
-    def of(cls, kind: str, policy: PolicyModule, config: ReferenceConfig) -> "Anchor":
+    def of(cls, kind: str, policy: PolicyModule, config: TargetConfig) -> "Anchor":
         """The anchor of a kind, started at the policy's present weights."""
         if kind in ("cached", "adapter_off"):
             return cls(kind)

@@ -1,0 +1,85 @@
+"""The store of reference log-probs: each row is scored once, whatever the run, and found again bit for bit."""
+
+import pytest
+import torch
+from world import pairs, save_model
+
+from alignkit.errors import ResourceError
+from alignkit.policies.config import ModelConfig, ReferenceConfig
+from alignkit.policies.load import load_pair
+from alignkit.policies.pair import PolicyPair
+from alignkit.policies.store import cached_in
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("models")
+    return [save_model(base / str(seed), seed) for seed in (0, 1)]
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """How many bundles each pass scored."""
+    calls = []
+    whole = PolicyPair.cached
+    monkeypatch.setattr(PolicyPair, "cached", lambda self, b, p: calls.append(len(b)) or whole(self, b, p))
+    return calls
+
+
+def load(folder):
+    from alignkit import DPO
+
+    plan = DPO().plan
+    return load_pair(ModelConfig(name_or_path=str(folder)), ReferenceConfig(), None, plan, device="cpu", fixed_data=True), plan
+
+
+def test_a_second_run_reads_what_the_first_scored(folders, tmp_path, scored):
+    bundles = pairs(9)
+    pair, plan = load(folders[0])
+    expected = pair.cached(bundles, plan)
+    scored.clear()
+    first = cached_in(tmp_path, pair, bundles, plan)
+    again, plan = load(folders[0])
+    second = cached_in(tmp_path, again, bundles[::-1], plan)[::-1]
+    assert scored == [9]
+    for want, a, b in zip(expected, first, second):
+        for x, y, z in zip(want.tokens["reference"], a.tokens["reference"], b.tokens["reference"]):
+            assert torch.equal(x, y)
+            assert torch.equal(x, z)
+    assert "read from" in again.notes[-1]
+    assert "differ by at most" in again.notes[-1]
+
+
+def test_rows_are_scored_once_and_only_the_missing_ones(folders, tmp_path, scored):
+    bundles = pairs(8)
+    pair, plan = load(folders[0])
+    cached_in(tmp_path, pair, [*bundles[:5], bundles[0]], plan)
+    found = cached_in(tmp_path, pair, bundles, plan)
+    assert scored == [5, 3]
+    assert [b.uid for b in found] == [b.uid for b in bundles]
+
+
+def test_another_model_has_its_own_file(folders, tmp_path, scored):
+    bundles = pairs(4)
+    found = [cached_in(tmp_path, *_args(folder, bundles)) for folder in folders]
+    assert scored == [4, 4]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert not torch.allclose(found[0][0].tokens["reference"][0], found[1][0].tokens["reference"][0])
+
+
+def test_a_damaged_store_is_refused(folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    bundles = pairs(4)
+    pair, plan = load(folders[0])
+    cached_in(tmp_path, pair, bundles, plan)
+    file = next(tmp_path.glob("*.safetensors"))
+    content = load_file(file)
+    save_file({**content, "logps": content["logps"] + 1}, file)
+    with pytest.raises(ResourceError, match=r"differs from live log-probs by 1\.0e\+00; it is damaged, delete it"):
+        cached_in(tmp_path, pair, bundles, plan)
+
+
+def _args(folder, bundles):
+    pair, plan = load(folder)
+    return pair, bundles, plan
