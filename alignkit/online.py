@@ -1,5 +1,6 @@
 """Rollouts: prompts are sampled from, scored or judged, credited, and become the bundles of the next optimiser steps."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from alignkit.batches import Bundle, RolloutBatch, TokenLogps
+from alignkit.batches import Bundle, Draw, RolloutBatch, TokenLogps
 from alignkit.buffer import pack, unpack
 from alignkit.collect import Order
 from alignkit.errors import DataError, NumericsError
@@ -22,6 +23,8 @@ from alignkit.rollout.sampler import Sample, Sampler
 Texts = Sequence[Any]  # strings, or message lists for chats
 Score = Callable[..., list[float | None]]  # TRL's reward signature
 Compare = Callable[[Texts, Texts, Texts], Any]  # (prompts, first, second) -> Verdict
+FLAT_LIMIT = 5  # rollouts in a row without any difference between the scores of a prompt, until it is said
+log = logging.getLogger("alignkit")
 
 
 @dataclass
@@ -49,11 +52,16 @@ class RolloutSource:
     def __post_init__(self) -> None:
         if not self.prompts:
             raise DataError("there are 0 prompts to sample from; see the data report above for what was dropped and why")
+        if self.batch_size < self.accelerator.num_processes:
+            raise DataError(
+                f"train.batch_size {self.batch_size} is smaller than the number of processes {self.accelerator.num_processes}"
+            )
         self.plan = self.objective.plan
         self.order = Order(len(self.prompts), self.seed)
         self.credit_state = self.objective.init_state()
         self.bundles: list[Bundle] = []  # this rank's bundles of the current rollout
         self.number = -1  # the current rollout's number
+        self.flat = 0  # rollouts in a row in which every prompt's completions scored the same
 
     def collect(self, step: int, half: int = 0) -> list[Bundle]:
         """This rank's bundles of optimiser step `step`; samples anew where the rollout is used up (or for a half step)."""
@@ -82,13 +90,24 @@ class RolloutSource:
         for d, draw in enumerate(self.plan.samples):
             draw = replace(draw, n=draw.n or self.completions)
             clock = (2 * number + half) * len(self.plan.samples) + d  # distinct noise for every draw
-            drawn = self.sampler.sample([p.ids for p in prompts], draw, step=clock, prompt_ids=[p for p, _ in chosen])
+            drawn = self._sampled([p.ids for p in prompts], draw, step=clock, prompt_ids=[p for p, _ in chosen])
             for mine, samples in zip(scored if draw.scored else opponents, drawn):
                 mine.extend(samples)
         bundles = [_bundle(prompt, samples) for prompt, samples in zip(prompts, scored)]
         kept = self._appraise(prompts, bundles, scored, opponents)
         self._describe(scored, kept)
         return self._credited([bundle for bundle in kept if bundle is not None])
+
+    def _sampled(self, prompts: list[Tensor], draw: Draw, *, step: int, prompt_ids: list[int]) -> list[list[Sample]]:
+        """The sampler's answer. Where the policy's log-probs are not finite, NumericsError says at which step and what to do."""
+        try:
+            return self.sampler.sample(prompts, draw, step=step, prompt_ids=prompt_ids)
+        except NumericsError as error:
+            at = self.number * self.plan.epochs * self.plan.minibatches + 1
+            raise NumericsError(
+                f"step {at}, before it updated anything: {error}. The updates before it went too far: lower "
+                "train.learning_rate, or go on from an earlier checkpoint with --resume PATH"
+            ) from error
 
     def _appraise(self, prompts, bundles, scored, opponents) -> list[Bundle | None]:
         """Scores or preferences into the bundles' rows; None for a bundle without a valid verdict."""
@@ -183,13 +202,25 @@ class RolloutSource:
         if rows:
             local["reward"] = torch.cat(rows)
             local["reward_std"] = torch.stack([r.std() if len(r) > 1 else r.new_zeros(()) for r in rows])
-            local["frac_reward_zero_std"] = (local["reward_std"] == 0).double()
+            local["frac_reward_zero_std"] = torch.stack([(r == r[0]).all() for r in rows]).double()
         local["rollout/dropped"] = torch.tensor([b is None for b in kept], dtype=torch.float64)
         sums = torch.tensor([[v.sum(), v.numel()] for v in local.values()], dtype=torch.float64, device=self.pair.device)
         totals = self.accelerator.reduce(sums).tolist()
         self.metrics |= {name: total / max(n, 1) for name, (total, n) in zip(local, totals)}
         if not any(b is not None for b in kept):
             raise DataError("no completion of this step has a score or a valid verdict; check the reward or judge")
+        self._watch_flatness()
+
+    def _watch_flatness(self) -> None:
+        """Says when no group's scores differ any more: a group baseline then leaves nothing to learn from."""
+        self.flat = self.flat + 1 if self.metrics.get("frac_reward_zero_std") == 1 else 0
+        if self.flat and self.flat % FLAT_LIMIT == 0 and self.accelerator.is_main_process:
+            log.warning(
+                "in the last %d rollouts every prompt's completions had one and the same score (%.4g on average): scores say "
+                "nothing about which completion is better. Check the reward, take other prompts, or raise rollout.completions",
+                self.flat,
+                self.metrics["reward"],
+            )
 
     def _mismatch(self, tokens: TokenLogps) -> None:
         """How far the engine's log-probs are from the trainer's: logged always, because drift ends in collapse."""
@@ -200,15 +231,20 @@ class RolloutSource:
         self.metrics |= {"sampling/logp_difference_max": float(gap.abs().max()), "sampling/mismatch_kl": float(k3.mean())}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The rollout in use and the objective's state; the position in it follows from the step."""
-        tensors, shapes = pack(self.bundles)
+        """Every rank's part of the rollout in use and the objective's state; the position in it follows from the step."""
+        tensors, shapes = pack(gather_object(self.bundles))
         carried = {f"credit.{k}": v for k, v in self.credit_state.items()}
-        return {**tensors, **carried}, {"number": self.number, "bundles": shapes}
+        return {**tensors, **carried}, {"number": self.number, "bundles": shapes, "parts": gather_object([len(self.bundles)])}
 
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`; with another number of processes the bundles are shared out anew."""
         self.number = state["number"]
-        self.bundles = unpack(tensors, state["bundles"])
+        everyone, rank, world = unpack(tensors, state["bundles"]), self.accelerator.process_index, self.accelerator.num_processes
+        if len(state["parts"]) == world:
+            start = sum(state["parts"][:rank])
+            self.bundles = everyone[start : start + state["parts"][rank]]
+        else:
+            self.bundles = everyone[rank::world]
         device = self.pair.device
         self.credit_state = {k[7:]: v.to(device) for k, v in tensors.items() if k.startswith("credit.")}
 

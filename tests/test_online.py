@@ -1,11 +1,11 @@
 """Rollouts through the loop: learning, resume in the middle of a buffer, what is counted and what stops a run."""
 
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from world import make_job, pairs, save_model
 
 from alignkit import checkpoint
@@ -39,7 +39,7 @@ def more_wanted(prompts, first, second):
     return SimpleNamespace(probability=p, valid=torch.ones(len(p), dtype=torch.bool))
 
 
-def online_job(model, out, objective, *, reward=share_of_wanted, judge=more_wanted, n_prompts=10, **settings):
+def online_job(model, out, objective, *, reward=share_of_wanted, judge=more_wanted, n_prompts=10, prompts_per_step=4, **settings):
     job = make_job(model, out, objective, pairs(1), **settings)
     prompts = [
         SimpleNamespace(ids=b.prompt, text=f"p{i}", uid=b.uid, columns={"n": i}) for i, b in enumerate(pairs(n_prompts, seed=3))
@@ -47,7 +47,7 @@ def online_job(model, out, objective, *, reward=share_of_wanted, judge=more_want
     rollout = RolloutConfig(completions=4, max_new_tokens=6)
     job.source = RolloutSource(
         prompts, objective, job.pair, make_sampler(rollout, job.pair, seed=0), lambda prompt, ids: job.pair.tokenizer.decode(ids),
-        Accelerator(cpu=True), batch_size=4, completions=4, seed=0, reward=reward, judge=judge,
+        job.accelerator, batch_size=prompts_per_step, completions=4, seed=0, reward=reward, judge=judge,
     )  # fmt: skip
     return job
 
@@ -118,6 +118,23 @@ def test_rows_without_a_score_are_set_aside_and_counted(model, tmp_path):
     nothing = online_job(model, tmp_path / "n", GRPO(), reward=lambda p, c, **k: [None] * len(p))
     with pytest.raises(DataError, match="no completion of this step has a score"):
         nothing.source.collect(0)
+
+
+def test_scores_that_never_differ_are_said(model, tmp_path, caplog):
+    """Five rollouts in a row, then once every five; one rollout with a difference starts the count anew."""
+
+    def reward(prompts, completions, **columns):
+        drawn.append(len(drawn))
+        return [0.1 if len(drawn) != 4 else float(i) for i in range(len(prompts))]
+
+    drawn: list[int] = []
+    with caplog.at_level(logging.WARNING, logger="alignkit"):
+        _, rows = run(online_job(model, tmp_path, GRPO(beta=0), reward=reward, steps=14))
+    assert [row["frac_reward_zero_std"] for row in rows] == [1, 1, 1, 0] + [1] * 10
+    said = [r.getMessage() for r in caplog.records]
+    assert [text.partition(" every")[0] for text in said] == ["in the last 5 rollouts", "in the last 10 rollouts"]
+    assert "one and the same score (0.1 on average)" in said[0]
+    assert [row["grad_norm"] == 0 for row in rows] == [bool(row["frac_reward_zero_std"]) for row in rows]
 
 
 def test_a_rewards_own_figures_reach_the_metrics(model, tmp_path):

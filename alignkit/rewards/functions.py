@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import logging
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from alignkit.errors import AlignkitError, DataError
 from alignkit.rewards.checks import quoted, within
 
 Values = Sequence[float | None]
+log = logging.getLogger("alignkit")
 
 
 class FunctionReward:
@@ -54,12 +56,14 @@ class FunctionReward:
             except Exception as again:
                 failed += 1
                 if not self.drop:
+                    log.error("reward %s raised on row %d:", self.name, row, exc_info=again)  # where in the user's code
                     raise DataError(
                         f"reward {self.name} raised {type(again).__name__}: {again}; first on row {row} of {len(completions)}: "
                         f"{quoted(prompts[row], completions[row])}"
                     ) from again
                 values.append(float("nan"))  # set aside and counted by the caller
         if not failed or failed == len(completions):
+            log.error("reward %s raised:", self.name, exc_info=whole)
             raise DataError(
                 f"reward {self.name} raised {type(whole).__name__}: {whole}; on "
                 + (f"each of the {failed} completions" if failed else f"the batch of {len(completions)}, on no single row")

@@ -1,0 +1,42 @@
+"""Run by torchrun in tests: an online run on this many processes, and the same run taken up in the middle of a rollout."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from test_online import online_job
+
+from alignkit.loop import train
+from alignkit.objectives.kl_ppo import KLPPO
+
+# 5 prompts per rollout: 3 for the first rank, 2 for the second; each rollout serves steps 1-3, 4-6, 7-9
+OBJECTIVE = KLPPO(beta=0.1, epochs=3, kl_target=0.5, kl_horizon=20)
+SETTINGS = {"steps": 7, "save_every": 1, "keep": 99, "optimizer": "sgd", "learning_rate": 0.5}
+TAKEN_UP = 5
+
+
+def run(model: Path, out: Path, resume: str | None = None) -> None:
+    """One run in `out`; the main process writes its weights to `weights.safetensors`."""
+    job = online_job(model, out, OBJECTIVE, prompts_per_step=5, **SETTINGS)
+    with job.run:
+        train(job, resume)
+    if job.accelerator.is_main_process:
+        save_file(job.pair.state(), out / "weights.safetensors")
+
+
+def copy_checkpoint(source: Path, out: Path) -> None:
+    """A run folder with nothing but the checkpoint in the middle of a rollout, and the metrics up to there."""
+    shutil.copytree(source / "checkpoints" / f"step-{TAKEN_UP}", out / "checkpoints" / f"step-{TAKEN_UP}")
+    shutil.copy(source / "metrics.jsonl", out / "metrics.jsonl")
+
+
+if __name__ == "__main__":
+    model, out = map(Path, sys.argv[1:])
+    accelerator = Accelerator(cpu=True)
+    run(model, out / "whole")
+    if accelerator.is_main_process:
+        copy_checkpoint(out / "whole", out / "resumed")
+    accelerator.wait_for_everyone()
+    run(model, out / "resumed", "auto")
