@@ -13,6 +13,7 @@ OBJECTIVES: dict[str, str] = {
     "hinge": "hinge:Hinge:hinge_loss",
     "kto": "kto:KTO:kto_loss",
     "simpo": "simpo:SimPO:simpo_loss",
+    "slic": "slic:SLiC:slic_loss",
     "kl_ppo": "kl_ppo:KLPPO:ppo_loss,value_loss",
     "rpg": "rpg:RPG:rpg_loss",
     "grpo": "grpo:GRPO:grpo_loss",
