@@ -15,6 +15,7 @@ OBJECTIVES: dict[str, str] = {
     "simpo": "simpo:SimPO:simpo_loss",
     "slic": "slic:SLiC:slic_loss",
     "orpo": "orpo:ORPO:orpo_loss",
+    "sampo": "sampo:SamPO:",
     "kl_ppo": "kl_ppo:KLPPO:ppo_loss,value_loss",
     "rpg": "rpg:RPG:rpg_loss",
     "grpo": "grpo:GRPO:grpo_loss",
