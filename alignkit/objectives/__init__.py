@@ -16,6 +16,7 @@ OBJECTIVES: dict[str, str] = {
     "slic": "slic:SLiC:slic_loss",
     "orpo": "orpo:ORPO:orpo_loss",
     "sampo": "sampo:SamPO:",
+    "lddpo": "lddpo:LDDPO:",
     "kl_ppo": "kl_ppo:KLPPO:ppo_loss,value_loss",
     "rpg": "rpg:RPG:rpg_loss",
     "grpo": "grpo:GRPO:grpo_loss",
