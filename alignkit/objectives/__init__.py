@@ -17,6 +17,7 @@ OBJECTIVES: dict[str, str] = {
     "orpo": "orpo:ORPO:orpo_loss",
     "sampo": "sampo:SamPO:",
     "lddpo": "lddpo:LDDPO:",
+    "aot": "aot:AOT:aot_loss",
     "kl_ppo": "kl_ppo:KLPPO:ppo_loss,value_loss",
     "rpg": "rpg:RPG:rpg_loss",
     "grpo": "grpo:GRPO:grpo_loss",
