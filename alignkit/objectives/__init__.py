@@ -18,6 +18,7 @@ OBJECTIVES: dict[str, str] = {
     "sampo": "sampo:SamPO:",
     "lddpo": "lddpo:LDDPO:",
     "aot": "aot:AOT:aot_loss",
+    "dpkd": "dpkd:DPKD:dpkd_loss",
     "kl_ppo": "kl_ppo:KLPPO:ppo_loss,value_loss",
     "rpg": "rpg:RPG:rpg_loss",
     "grpo": "grpo:GRPO:grpo_loss",
