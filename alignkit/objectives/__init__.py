@@ -19,6 +19,7 @@ OBJECTIVES: dict[str, str] = {
     "lddpo": "lddpo:LDDPO:",
     "aot": "aot:AOT:aot_loss",
     "dpkd": "dpkd:DPKD:dpkd_loss",
+    "fsft": "fsft:FSFT:fsft_loss",
     "kl_ppo": "kl_ppo:KLPPO:ppo_loss,value_loss",
     "rpg": "rpg:RPG:rpg_loss",
     "grpo": "grpo:GRPO:grpo_loss",
