@@ -21,6 +21,7 @@ OBJECTIVES: dict[str, str] = {
     "dpkd": "dpkd:DPKD:dpkd_loss",
     "fsft": "fsft:FSFT:fsft_loss",
     "typo": "typo:TYPO:typo_loss",
+    "alol": "alol:ALoL:alol_loss",
     "kl_ppo": "kl_ppo:KLPPO:ppo_loss,value_loss",
     "rpg": "rpg:RPG:rpg_loss",
     "grpo": "grpo:GRPO:grpo_loss",
