@@ -80,6 +80,11 @@ def load_model(model: ModelConfig, *, device: torch.device | str, dtype: str = "
     return loaded.to(device).eval(), rates
 
 
+def same_vocabulary(first, second) -> bool:
+    """Whether two tokenizers give every token the same id."""
+    return _vocabulary(first) == _vocabulary(second)
+
+
 def _vocabulary(tokenizer) -> str:
     """Hash of a tokenizer's vocabulary, ids included."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
@@ -100,7 +105,7 @@ def _reference_model(path: str, policy: nn.Module, tokenizer, model: ModelConfig
     source = model.model_copy(update={"name_or_path": path, "revision": None, "adapter": None})
     _check_source(path, "reference.kind")
     other = load_tokenizer(source)
-    if _vocabulary(other) != _vocabulary(tokenizer):
+    if not same_vocabulary(other, tokenizer):
         raise ModelError(
             f"reference.kind: the tokenizer of {path} ({len(other)} tokens) is not the policy's ({len(tokenizer)} tokens): "
             "log-probs of different tokens cannot be compared; choose a reference from the same family"

@@ -6,7 +6,7 @@ from math import comb
 import pytest
 
 from alignkit.errors import ConfigError
-from alignkit.evaluation.pass_at_k import pass_at_k
+from alignkit.evaluation.metrics import pass_at_k
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.93, 1.0])

@@ -1,0 +1,172 @@
+"""Figures of a finished model against its reference: same prompts and same noise for every model that is compared.
+
+Axes: P prompts, K completions of each. All KLs are in nats per completion, of the distribution that is cut at `max_new_tokens`,
+at temperature 1 and over the whole vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alignkit.batches import Bundle, Draw, Plan, TokenLogps
+from alignkit.data.config import DataConfig
+from alignkit.data.load import Prompt, load_bundles
+from alignkit.data.read import Source
+from alignkit.errors import ModelError
+from alignkit.evaluation.measured import Measured
+from alignkit.finished import load_finished
+from alignkit.kl import exact
+from alignkit.policies.layout import micro_batches
+from alignkit.policies.load import choose_layout, probe_bundle, same_vocabulary
+from alignkit.policies.module import PolicyModule, causal_lm
+from alignkit.policies.pair import SCORING_BUDGET, PolicyPair
+from alignkit.policies.reference import Anchor, frozen
+from alignkit.rollout.hf import HFSampler
+from alignkit.rollout.text import OneModel
+
+Reward = Callable[..., Sequence[float | None]]  # TRL's signature
+
+
+def _reverse(policy: Tensor, anchor: Tensor | None, labels: Tensor) -> Tensor:
+    assert anchor is not None
+    return exact(policy, anchor, "reverse")
+
+
+def _forward(policy: Tensor, anchor: Tensor | None, labels: Tensor) -> Tensor:
+    assert anchor is not None
+    return exact(policy, anchor, "forward")
+
+
+REVERSE, FORWARD = (Plan("rollout", statistics={"kl": statistic}) for statistic in (_reverse, _forward))
+LIVE = Plan("sequence")
+
+
+def evaluation_pair(model: str | Path, reference: str | Path | OneModel) -> PolicyPair:
+    """A finished model (run folder, model or adapter folder, hub name, `task:NAME`) with what it is measured against.
+
+    Give an open reference (`alignkit.finished.load_finished`) where several models share it. ModelError where there is no
+    model, or its tokens are not the reference's.
+    """
+    policy = load_finished(str(model))
+    anchor = reference if isinstance(reference, OneModel) else load_finished(str(reference))
+    sizes = [causal_lm(m.network).config.get_text_config().vocab_size for m in (policy, anchor)]
+    if not same_vocabulary(policy.tokenizer, anchor.tokenizer) or sizes[0] != sizes[1]:
+        raise ModelError(
+            f"{model} and its reference{'' if isinstance(reference, OneModel) else f' {reference}'} have different tokenizers "
+            f"({len(policy.tokenizer)} and {len(anchor.tokenizer)} tokens): log-probs of different tokens cannot be compared"
+        )
+    base = PolicyModule(policy.network).eval()
+    text = causal_lm(policy.network).config.get_text_config()
+    window = max((w for w in base.windows.values() if w), default=None)
+    probe = probe_bundle(text.vocab_size, window, getattr(text, "max_position_embeddings", None))
+    layout, note = choose_layout(base, "auto", probe)
+    anchors = {"reference": Anchor("frozen", frozen(PolicyModule(anchor.network)))}
+    return PolicyPair(base, policy.tokenizer, anchors, layout=layout, notes=[note] if note else [])
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What stays the same for every model: prompts, noise, number and length of the completions, the reward."""
+
+    prompts: Sequence[Prompt]
+    samples: int = 8
+    max_new_tokens: int = 64
+    seed: int = 0
+    reward: Reward | None = None
+
+    def measure(self, pair: PolicyPair, name: str, *, base: Measured | None = None) -> Measured:
+        """Samples of the pair's policy with their figures; with `base` (see `measure_reference`) also its forward KL."""
+        return self._measured(pair, name, "policy", base)
+
+    def measure_reference(self, pair: PolicyPair, name: str = "base") -> Measured:
+        """The same for the pair's reference: where every frontier starts."""
+        return self._measured(pair, name, "reference", None)
+
+    def _measured(self, pair: PolicyPair, name: str, source: str, base: Measured | None) -> Measured:
+        sampler = HFSampler(pair, max_new_tokens=self.max_new_tokens, seed=self.seed)
+        ids = [prompt.ids for prompt in self.prompts]
+        drawn = sampler.sample(ids, Draw(self.samples, source), step=0, prompt_ids=range(len(ids)))
+        tokens = [[sample.ids for sample in samples] for samples in drawn]
+        found = scored(pair, [_bundle(p, t) for p, t in zip(ids, tokens)], REVERSE if source == "policy" else LIVE)
+        shape = (len(ids), self.samples)
+        figures = {key: np.array(values).reshape(shape) for key, values in found.items()}
+        if source == "reference":
+            figures |= {"logp": figures["reference_logp"], "kl": np.zeros(shape)}
+        if base is not None:
+            along = scored(pair, [_bundle(p, [torch.tensor(t) for t in ts]) for p, ts in zip(ids, base.tokens)], FORWARD)
+            figures["forward_kl"] = np.array(along["kl"]).reshape(shape)
+        texts = [[pair.tokenizer.decode(t, skip_special_tokens=True) for t in row] for row in tokens]
+        return Measured(
+            name=name,
+            prompts=[prompt.text for prompt in self.prompts],
+            texts=texts,
+            tokens=[[t.tolist() for t in row] for row in tokens],
+            ended=np.array([[sample.ended for sample in samples] for samples in drawn]),
+            score=self._scores(texts, tokens),
+            **figures,
+        )
+
+    def _scores(self, texts: list[list[str]], tokens: list[list[Tensor]]) -> np.ndarray | None:
+        """The reward of every completion [P, K], nan where it does not apply; None without a reward."""
+        if self.reward is None:
+            return None
+        repeated = [prompt for prompt in self.prompts for _ in range(self.samples)]
+        columns = {name: [p.columns[name] for p in repeated] for name in self.prompts[0].columns}
+        chats = [not isinstance(p.text, str) for p in repeated]
+        flat = [text for row in texts for text in row]
+        values = self.reward(
+            [p.text for p in repeated],
+            [[{"role": "assistant", "content": t}] if chat else t for t, chat in zip(flat, chats)],
+            completion_ids=[t.tolist() for row in tokens for t in row],
+            **columns,
+        )
+        found = np.array([np.nan if value is None else value for value in values], dtype=float)
+        return found.reshape(len(texts), self.samples)
+
+
+@torch.no_grad()
+def scored(pair: PolicyPair, bundles: Sequence[Bundle], plan: Plan) -> dict[str, list[float]]:
+    """Sums over each completion, in the bundles' order: "logp", "reference_logp", "entropy", and the plan's statistics."""
+    names = {"logp": "policy", "reference_logp": "reference", "entropy": "entropy", **{s: s for s in plan.statistics}}
+    rows: list[dict[str, list[float]]] = [{} for _ in bundles]
+    for group in micro_batches(bundles, SCORING_BUDGET, pair.layout):
+        logps: TokenLogps = pair.logps([bundles[i] for i in group], plan)
+        sums = {key: iter(logps.sequence(name).double().tolist()) for key, name in names.items()}
+        for index in group:
+            rows[index] = {key: [next(values) for _ in bundles[index].completions] for key, values in sums.items()}
+    return {key: [value for row in rows for value in row[key]] for key in names}
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(mean negative log-prob per token) of a text."""
+
+    policy: float
+    reference: float
+    tokens: int
+
+
+def perplexity(pair: PolicyPair, source: Source, data: DataConfig | None = None) -> Perplexity:
+    """Of held-out text (rows with `text`, or demonstrations): what a model forgot shows as policy above reference."""
+    bundles, _ = load_bundles(data or DataConfig(), "sequence", pair.tokenizer, source=source)
+    found, tokens = scored(pair, bundles, LIVE), sum(bundle.n_trained for bundle in bundles)
+    policy, reference = (math.exp(-sum(found[key]) / tokens) for key in ("logp", "reference_logp"))
+    return Perplexity(policy, reference, tokens)
+
+
+def preference_margins(pair: PolicyPair, source: Source, data: DataConfig | None = None) -> np.ndarray:
+    """log-ratio of the chosen minus log-ratio of the rejected of held-out pairs: [N]. Times an objective's beta it is the
+    margin of the implicit reward (`metrics.preference_calibration`)."""
+    bundles, _ = load_bundles(data or DataConfig(), "pair", pair.tokenizer, source=source)
+    found = scored(pair, bundles, LIVE)
+    ratio = (np.array(found["logp"]) - np.array(found["reference_logp"])).reshape(-1, 2)
+    return ratio[:, 0] - ratio[:, 1]
+
+
+def _bundle(prompt: Tensor, completions: Sequence[Tensor]) -> Bundle:
+    return Bundle(prompt, list(completions), [torch.ones(len(ids), dtype=torch.bool) for ids in completions])
