@@ -10,6 +10,8 @@ from alignkit.errors import CheckpointError, ConfigError, ModelError
 from alignkit.policies.config import AdapterConfig, ModelConfig, ReferenceConfig, TargetConfig
 from alignkit.policies.layout import micro_batches
 from alignkit.policies.load import load_pair, merge
+from alignkit.rollout import HFSampler
+from alignkit.tensors import gather_logps
 
 PAIRS = Plan("pair")
 LORA = AdapterConfig(r=4, alpha=8)
@@ -199,6 +201,21 @@ def test_generation_uses_the_weights_it_names(folder):
     assert (trained - AutoModelForCausalLM.from_pretrained(folder)(text).logits).abs().max() > 1e-2
     with pytest.raises(ModelError, match="no anchor 'target'"), pair.model("target"):
         pass
+
+
+def test_the_reference_half_of_a_mixture_is_the_base_model(folder):
+    """Next-token distributions of a sampled mixture, against the policy's logits and those of the model on disk."""
+    pair, mix = make(folder, "adapter_off", adapter=LORA), 0.5
+    step(pair, random_bundles(4), lr=1.0)
+    prompt, base = torch.tensor([5, 6, 7]), AutoModelForCausalLM.from_pretrained(folder)
+    (samples,) = HFSampler(pair, max_new_tokens=4).sample([prompt], Draw(8, mix=mix), step=0, prompt_ids=[0])
+    with pair.model("policy") as policy, torch.no_grad():
+        for sample in samples:
+            ids = torch.cat([prompt, sample.ids])[None]
+            halves = [model(ids).logits[0, len(prompt) - 1 : -1] for model in (policy, base)]
+            mixed, leaked = ((1 - mix) * halves[0] + mix * halves[1]), halves[0]
+            torch.testing.assert_close(gather_logps(mixed, sample.ids), sample.logps, **CLOSE)
+            assert (gather_logps(leaked, sample.ids) - sample.logps).abs().max() > 1e-2
 
 
 def test_a_pretrained_adapter_keeps_its_start_as_the_reference(folder, tmp_path):
