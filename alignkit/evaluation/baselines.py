@@ -36,8 +36,10 @@ def exact_best_of_n(reference: ArrayLike, rewards: ArrayLike, n: int) -> Baselin
     """
     _check(n)
     probs = np.exp(np.asarray(reference, dtype=float))
-    levels, level = np.unique(np.asarray(rewards, dtype=float), return_inverse=True)
-    mass = np.stack([probs[:, level == i].sum(-1) for i in range(len(levels))], -1)  # [P, levels]
+    found = np.asarray(rewards, dtype=float)
+    order = np.argsort(found, kind="stable")
+    levels, starts = np.unique(found[order], return_index=True)
+    mass = np.add.reduceat(probs[:, order], starts, axis=1)  # [P, levels]
     mass = mass / mass.sum(-1, keepdims=True)
     up_to = np.cumsum(mass, -1)
     below = np.concatenate([np.zeros_like(up_to[:, :1]), up_to[:, :-1]], -1)

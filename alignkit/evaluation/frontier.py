@@ -39,9 +39,10 @@ class Curve:
 
     def means(self, weights: Weights | None = None) -> tuple[Array, Array]:
         """KL and score of each setting: [B] each; under bootstrap weights [R, B] each."""
-        if weights is None:
-            return np.nanmean(self.kl, axis=(1, 2)), np.nanmean(self.score, axis=(1, 2))
-        return weighted_means(self.kl, weights), weighted_means(self.score, weights)
+        _, seeds, prompts = self.kl.shape
+        used = weights or Weights(np.full((1, prompts), 1 / prompts), np.full((1, seeds), 1 / seeds))
+        kl, score = weighted_means(self.kl, used), weighted_means(self.score, used)
+        return (kl[0], score[0]) if weights is None else (kl, score)
 
 
 @dataclass(frozen=True)

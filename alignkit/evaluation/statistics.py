@@ -132,6 +132,14 @@ def standard_error(values: ArrayLike) -> float:
     return float(np.sqrt((found.var(axis=1, ddof=1) / found.shape[1]).sum()) / len(found))
 
 
+def sampling_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
+    """The mean of samples [P, K] with the interval of its `standard_error`: how exact the figure is on these very prompts. Where
+    the prompts stand for others like them, `mean_interval` of the prompts' means is the wider one to quote."""
+    found = np.asarray(values, dtype=float)
+    value, half = float(found.mean()), NormalDist().inv_cdf((1 + level) / 2) * standard_error(found)
+    return Interval(value, value - half, value + half, level)
+
+
 def wilson(means: ArrayLike, *, level: float = 0.95) -> Interval:
     """Wilson's score interval (1927) of a proportion from the prompts' own means [P] in [0, 1].
 
