@@ -1,17 +1,15 @@
 """Group-relative policy optimisation."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from alignkit.batches import LossTerms, Plan, RolloutBatch
-from alignkit.credit import group_advantages
 from alignkit.kl import LOSS_ESTIMATORS, Direction, importance
 from alignkit.objectives.base import Objective, State
-from alignkit.objectives.sampled import Aggregation, ClipWidth, Credit, DualClip, RolloutObjective, filled, ratio_metrics, spread
+from alignkit.objectives.sampled import Aggregation, ClipWidth, Credit, DualClip, RolloutObjective, filled, grouped, ratio_metrics
 from alignkit.objectives.surrogates import ppo_loss
 from alignkit.tensors import check_same_shape, masked_sum
 
@@ -74,8 +72,7 @@ class GRPO(RolloutObjective):
 
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
         """One advantage per completion from its group; exactly 0 in a group whose scores are all equal."""
-        advantages = group_advantages(rollout.scores, rollout.groups, kind="mean", scale=self.scale_by_std)
-        return replace(rollout, advantages=spread(advantages, rollout.tokens)), state
+        return grouped(rollout, scale=self.scale_by_std), state
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
         tokens, (advantages,) = batch.tokens, filled(batch, "advantages")

@@ -3,6 +3,7 @@
 A metric `kl/a_b_estimator` is KL(a || b) in nats per completion: the first name is the distribution that is averaged over.
 """
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -10,6 +11,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from alignkit.batches import Draw, Plan, RolloutBatch, Statistic, Term, TokenLogps
+from alignkit.credit import group_advantages
 from alignkit.errors import ConfigError, ShapeError
 from alignkit.kl import Direction, exact, k3_forward
 from alignkit.objectives.base import Objective
@@ -87,6 +89,13 @@ def spread(values: Tensor, tokens: TokenLogps) -> Tensor:
 def unspread(values: Tensor, tokens: TokenLogps) -> Tensor:
     """The inverse of `spread`: [N, T] -> [N]."""
     return masked_mean(values, tokens.mask)
+
+
+def grouped(rollout: RolloutBatch, *, scale: bool) -> RolloutBatch:
+    """The rollout with one advantage per completion: score minus the group's mean, with `scale` over its standard deviation;
+    exactly 0 in a group whose scores are all equal."""
+    advantages = group_advantages(rollout.scores, rollout.groups, kind="mean", scale=scale)
+    return replace(rollout, advantages=spread(advantages, rollout.tokens))
 
 
 def ratio_metrics(tokens: TokenLogps, ratio: Tensor, low: float | None, high: float | None) -> dict[str, Tensor]:
