@@ -26,6 +26,7 @@ OBJECTIVES: dict[str, str] = {
     "rpg": "rpg:RPG:rpg_loss",
     "grpo": "grpo:GRPO:grpo_loss",
     "rloo": "rloo:RLOO:rloo_loss",
+    "dr_grpo": "dr_grpo:DrGRPO:",
     "nash_md": "nash_md:NashMD:nash_md_loss",
     "online_ipo": "online_ipo:OnlineIPO:online_ipo_loss",
     "ipo_md": "ipo_md:IPOMD:",
