@@ -28,6 +28,7 @@ OBJECTIVES: dict[str, str] = {
     "rloo": "rloo:RLOO:rloo_loss",
     "dr_grpo": "dr_grpo:DrGRPO:",
     "reinforce_plus_plus": "reinforce_plus_plus:ReinforcePlusPlus:",
+    "dapo": "dapo:DAPO:",
     "nash_md": "nash_md:NashMD:nash_md_loss",
     "online_ipo": "online_ipo:OnlineIPO:online_ipo_loss",
     "ipo_md": "ipo_md:IPOMD:",
