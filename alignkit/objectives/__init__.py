@@ -30,6 +30,7 @@ OBJECTIVES: dict[str, str] = {
     "reinforce_plus_plus": "reinforce_plus_plus:ReinforcePlusPlus:",
     "dapo": "dapo:DAPO:",
     "gspo": "gspo:GSPO:gspo_loss",
+    "cispo": "cispo:CISPO:cispo_loss",
     "nash_md": "nash_md:NashMD:nash_md_loss",
     "online_ipo": "online_ipo:OnlineIPO:online_ipo_loss",
     "ipo_md": "ipo_md:IPOMD:",
