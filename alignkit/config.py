@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PrivateAttr
 
 from alignkit.data.config import DataConfig
 from alignkit.errors import ConfigError
+from alignkit.evaluation.config import CompareConfig
 from alignkit.judges.config import JudgeConfig
 from alignkit.objectives import OBJECTIVES, locate
 from alignkit.plugins import load_object
@@ -44,7 +45,7 @@ class Recipe(BaseModel):
     rollout: RolloutConfig = RolloutConfig()
     rewards: list[RewardConfig] = Field([], description="rewards of online objectives, summed")
     judge: JudgeConfig | None = Field(None, description="the judge of self-play objectives")
-    compare: Section | None = Field(None, description="read by `alignkit compare` only")
+    compare: CompareConfig | None = Field(None, description="read by `alignkit compare` only")
     trackers: list[Tracker] = Field([], description="experiment trackers beside metrics.jsonl, through accelerate")
     output_dir: Annotated[str, Field(min_length=1)] = Field(
         "runs/{recipe}", description="the run folder; {recipe} stands for the recipe's file name"
@@ -75,7 +76,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     loaded = validated(Recipe, data, origin)
     parts = loaded.objective if isinstance(loaded.objective, list) else [loaded.objective]
     for keys, part in zip(_part_keys(loaded.objective), parts):
-        _check_name(part, origin, keys)
+        check_part(part, origin, keys)
     _check_across_fields(loaded, origin)
     loaded = loaded.model_copy(update={"output_dir": _output_dir(loaded.output_dir, path, origin)})
     loaded._origin = origin
@@ -106,8 +107,11 @@ def dump_recipe(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json")))
 
 
-def build_objective(section: Section | list[Section], origin: Origin | None = None, *, safe: bool = False) -> "Objective":
-    """The objective of a recipe's section; a list gives the weighted sum. Imports torch, loads no model.
+def build_objective(
+    section: Section | list[Section], origin: Origin | None = None, *, safe: bool = False, keys: Keys = ("objective",)
+) -> "Objective":
+    """The objective of a recipe's section; a list gives the weighted sum. Imports torch, loads no model. `keys` lead to the
+    section in the recipe.
 
     ConfigError for an unknown name or field or a value that the objective refuses, and for `import:` when `safe`.
     """
@@ -115,7 +119,7 @@ def build_objective(section: Section | list[Section], origin: Origin | None = No
 
     origin = origin or Origin()
     if isinstance(section, dict):
-        return _build_part(section, origin, ("objective",), safe)
+        return _build_part(section, origin, keys, safe)
     parts = []
     for keys, part in zip(_part_keys(section), section):
         weight = validated(Weight, {"weight": part["weight"]} if "weight" in part else {}, origin, keys).weight
@@ -129,7 +133,7 @@ def build_objective(section: Section | list[Section], origin: Origin | None = No
 def _build_part(part: Section, origin: Origin, keys: Keys, safe: bool) -> "Objective":
     from alignkit.objectives.base import Objective
 
-    _check_name(part, origin, keys)
+    check_part(part, origin, keys)
     if "import" in part:
         what = f"{origin.at((*keys, 'import'))}: {'.'.join(keys)}.import"
         cls = load_object(part["import"], what=what, safe=safe)
@@ -145,8 +149,8 @@ def _part_keys(section: Section | list[Section]) -> list[Keys]:
     return [("objective",)] if isinstance(section, dict) else [("objective", str(i)) for i in range(len(section))]
 
 
-def _check_name(part: Section, origin: Origin, keys: Keys) -> None:
-    """One part says what it is by exactly one of `name` (registered) and `import`."""
+def check_part(part: Section, origin: Origin, keys: Keys) -> None:
+    """One part of an objective section says what it is by exactly one of `name` (registered) and `import`."""
     where, at = ".".join(keys), origin.at((*keys, "name"))
     given = [key for key in ("name", "import") if key in part]
     if len(given) != 1:

@@ -17,10 +17,13 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alignkit.tasks import Task
 from alignkit.tasks.base import BaseConfig
+
+if TYPE_CHECKING:
+    from alignkit.judges import Verdict
 
 FORMAT = 2  # raise it when the code below makes other files from the same World
 AFFINITY = 0.5  # spread of a prompt's taste for single words in the corpus
@@ -82,6 +85,12 @@ class World:
         """
         return [self.rewards.get(" ".join(completion.split()), self.outside) for completion in completions]
 
+    def judge(self, prompts: Sequence[Any], first: Sequence[str], second: Sequence[str]) -> "Verdict":
+        """How often the first completion wins, by Bradley-Terry on the reward as in the pairs: B texts each -> Verdict of [B]."""
+        from alignkit.judges import BradleyTerry
+
+        return BradleyTerry(self.reward)(prompts, first, second)
+
     def reviews(self, n: int) -> Iterator[dict[str, str]]:
         """The critics' corpus: `n` rows (prompt, completion). A prompt has its favourite words, a review its mood."""
         taste = random.Random(f"taste {self.seed}")
@@ -102,7 +111,7 @@ class World:
         from alignkit.tasks.worker import run_apart
 
         folder = cached_folder(self.key, lambda beside: run_apart(self.name, beside))
-        return Task(self.name, folder / "model", folder / "rows", self.reward)
+        return Task(self.name, folder / "model", folder / "rows", self.reward, self.judge)
 
     def build(self, folder: Path) -> None:
         """Train the base model and write the rows: `folder`/model and `folder`/rows."""

@@ -1,0 +1,149 @@
+"""Measuring the models of one comparison: the same prompts, noise, score and judge for all of them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignkit.batches import FAMILIES
+from alignkit.config import Recipe, build_objective
+from alignkit.data.load import load_bundles, load_prompts
+from alignkit.errors import ConfigError
+from alignkit.evaluation.grid import Point, section_of
+from alignkit.evaluation.listed import Listed, listed_world
+from alignkit.evaluation.measure import Yardstick, evaluation_pair
+from alignkit.evaluation.measured import Measured
+from alignkit.finished import load_finished
+from alignkit.judges import load_judge
+from alignkit.launch import resolve_task
+from alignkit.policies.layout import micro_batches
+from alignkit.policies.pair import SCORING_BUDGET, PolicyPair
+from alignkit.rewards import load_rewards
+
+MARGINS = "rewards/margins"  # a pair objective's own implicit reward, chosen - rejected
+
+
+class Appraiser:
+    """What every model of the comparison is measured by. Made once per process; loads prompts, reward and reference.
+
+    ConfigError where nothing says on which prompts, or by which score; DataError for prompts that cannot be used.
+    """
+
+    def __init__(self, recipe: Recipe, *, safe: bool = False):
+        self.recipe, self.section, self.safe = recipe, section_of(recipe), safe
+        self.task = resolve_task(recipe)
+        base = recipe.model.name_or_path
+        self.base_name = str(self.task.model_folder) if self.task and base == "task" else base
+        self.reference = load_finished(self._start())
+        prompts, report = load_prompts(recipe.data, self.reference.tokenizer, source=self._prompts())
+        self.prompts, self.notes = prompts[: self.section.max_prompts], report.lines()
+        self.reward = self._reward()
+        self.yardstick = Yardstick(self.prompts, self.section.samples, recipe.rollout.max_new_tokens, reward=self.reward)
+
+    @cached_property
+    def key(self) -> str:
+        """Of everything that decides the figures of a model: measured by the same key is measured alike."""
+        section = self.section.model_dump(mode="json", exclude={"grid", "overrides", "seeds", "workers"})
+        used = [section, self.recipe.model_dump(mode="json", include={"model", "rewards", "rollout", "data"})]
+        texts = [prompt.text for prompt in self.prompts]
+        return sha256(json.dumps([used, self.base_name, texts], sort_keys=True).encode()).hexdigest()[:16]
+
+    @cached_property
+    def listed(self) -> Listed | None:
+        """The task's world, where its outcomes can be listed and nothing else than its own reward is asked for."""
+        own = self.task is not None and self.recipe.model.name_or_path == "task" and self.reward == self.task.reward
+        world = listed_world(self.recipe.data.train) if own else None
+        return Listed(world, self.base_name) if world else None
+
+    def base(self) -> dict[str, Any]:
+        """Figures of the reference; where nothing can be listed also a larger pool of its samples, for the baselines."""
+        pair = evaluation_pair(self._start(), self.reference)
+        found: dict[str, Any] = {"key": self.key, "measured": self.yardstick.measure_reference(pair).dump()}
+        if self.listed is None and self.section.base_samples > self.section.samples:
+            more = Yardstick(self.prompts, self.section.base_samples, self.yardstick.max_new_tokens, reward=self.reward)
+            pool = more.measure_reference(pair).dump()
+            found["pool"] = {name: pool[name] for name in ("score", "logp")}
+        return found
+
+    def run(self, point: Point, base: Measured) -> dict[str, Any]:
+        """Figures of a finished run of the grid, as JSON."""
+        model = Path(point.recipe.output_dir) / "model"
+        pair = evaluation_pair(model, self.reference)
+        found = self.yardstick.measure(pair, point.name, base=base)
+        probability, valid = self._verdicts(found, base)
+        result = {"key": self.key, "measured": found.dump(), "wins": probability.tolist(), "valid": valid.tolist()}
+        if self.listed is not None:
+            result["exact"] = {name: values.tolist() for name, values in asdict(self.listed.figures(model)).items()}
+        margins = self._margins(point, pair)
+        return result | ({} if margins is None else {"margins": margins})
+
+    def _start(self) -> str:
+        """Where every run starts, and its KL is measured from."""
+        adapter = self.recipe.model.adapter
+        return adapter.path if adapter and adapter.path else self.base_name
+
+    def _prompts(self) -> Any:
+        source = self.section.prompts or self.recipe.data.eval
+        if source is None and self.task is None:
+            at = self.recipe.origin.at(("compare",))
+            raise ConfigError(f"{at}: nothing says which prompts to evaluate on; set compare.prompts (or data.eval) to a file")
+        if source is None or source.startswith("task:"):
+            assert self.task is not None
+            return self.task.rows("rollout", "eval")
+        return source
+
+    def _reward(self) -> Any:
+        asked = self.section.score or self.recipe.rewards
+        if asked:
+            return load_rewards(asked, safe=self.safe)
+        if self.task is None:
+            place, example = self.recipe.origin.at(("compare",)), "compare.score.0.function=my_file.py:my_function"
+            raise ConfigError(f"{place}: nothing says by which score to compare; set {example}")
+        return self.task.reward
+
+    @cached_property
+    def _judge(self) -> Any:
+        return load_judge(self.section.judge, safe=self.safe) if self.section.judge else None
+
+    def _verdicts(self, first: Measured, second: Measured) -> tuple[np.ndarray, np.ndarray]:
+        """P(first wins) and validity of each completion against the base's under the same noise: [P, K] each."""
+        if self._judge is not None:
+            prompts = [prompt for prompt in first.prompts for _ in range(self.section.samples)]
+            ours, theirs = ([text for row in m.texts for text in row] for m in (first, second))
+            verdict = self._judge(prompts, ours, theirs)
+            return tuple(v.numpy().reshape(len(first.prompts), -1) for v in (verdict.probability, verdict.valid))  # type: ignore[return-value]
+        assert first.score is not None
+        assert second.score is not None
+        gap = first.score - second.score
+        return np.where(np.isnan(gap), 0.5, (np.sign(gap) + 1) / 2), ~np.isnan(gap)
+
+    @torch.no_grad()
+    def _margins(self, point: Point, pair: PolicyPair) -> list[float] | None:
+        """The objective's own implicit-reward margins of held-out pairs [N]; None where it learns from no pairs or has none."""
+        objective = build_objective(point.recipe.objective, safe=self.safe)
+        source = self._held_out_pairs()
+        if objective.plan.data != "pair" or source is None:
+            return None
+        bundles, _ = load_bundles(point.recipe.data, "pair", pair.tokenizer, source=source)
+        found: list[float] = [0.0] * len(bundles)
+        for group in micro_batches(bundles, SCORING_BUDGET, pair.layout):
+            part = [bundles[i] for i in group]
+            batch = FAMILIES["pair"].build(part, pair.logps(part, objective.plan))  # type: ignore[attr-defined]
+            values = objective.loss(batch).metrics.get(MARGINS)
+            if values is None:
+                return None
+            for index, value in zip(group, values.tolist()):
+                found[index] = value
+        return found
+
+    def _held_out_pairs(self) -> str | Sequence[Any] | None:
+        source = self.recipe.data.eval
+        if source is None or source.startswith("task:"):
+            return self.task.rows("pair", "eval") if self.task else None
+        return source
