@@ -204,18 +204,15 @@ def test_generation_uses_the_weights_it_names(folder):
 
 
 def test_the_reference_half_of_a_mixture_is_the_base_model(folder):
-    """Next-token distributions of a sampled mixture, against the policy's logits and those of the model on disk."""
-    pair, mix = make(folder, "adapter_off", adapter=LORA), 0.5
+    pair, prompt = make(folder, "adapter_off", adapter=LORA), torch.tensor([5, 6, 7])
     step(pair, random_bundles(4), lr=1.0)
-    prompt, base = torch.tensor([5, 6, 7]), AutoModelForCausalLM.from_pretrained(folder)
-    (samples,) = HFSampler(pair, max_new_tokens=4).sample([prompt], Draw(8, mix=mix), step=0, prompt_ids=[0])
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    (samples,) = HFSampler(pair, max_new_tokens=4).sample([prompt], Draw(8, mix=0.5), step=0, prompt_ids=[0])
     with pair.model("policy") as policy, torch.no_grad():
         for sample in samples:
-            ids = torch.cat([prompt, sample.ids])[None]
-            halves = [model(ids).logits[0, len(prompt) - 1 : -1] for model in (policy, base)]
-            mixed, leaked = ((1 - mix) * halves[0] + mix * halves[1]), halves[0]
-            torch.testing.assert_close(gather_logps(mixed, sample.ids), sample.logps, **CLOSE)
-            assert (gather_logps(leaked, sample.ids) - sample.logps).abs().max() > 1e-2
+            own, disk = (model(torch.cat([prompt, sample.ids])[None]).logits[0, 2:-1] for model in (policy, base))
+            torch.testing.assert_close(gather_logps(0.5 * own + 0.5 * disk, sample.ids), sample.logps, **CLOSE)
+            assert (gather_logps(own, sample.ids) - sample.logps).abs().max() > 1e-2
 
 
 def test_a_pretrained_adapter_keeps_its_start_as_the_reference(folder, tmp_path):
