@@ -8,8 +8,10 @@ the sample (Rao-Blackwellised: unbiased, less noisy than log-ratios).
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -23,6 +25,12 @@ from alignkit.policies.load import load_pair
 from alignkit.rollout.hf import HFSampler
 
 SAMPLES, TOKENS = 4, 48
+SCORER = SentimentIntensityAnalyzer()
+
+
+def happiness(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """VADER compound of prompt + completion, in [-1, 1]: what `configs/rpg_stories.yaml` learns from."""
+    return [SCORER.polarity_scores(prompt + completion)["compound"] for prompt, completion in zip(prompts, completions)]
 
 
 def evaluate(base: Path, model: Path, prompts: Path, last: int = 0) -> tuple[float, float]:
@@ -33,13 +41,12 @@ def evaluate(base: Path, model: Path, prompts: Path, last: int = 0) -> tuple[flo
     openings = load_prompts(DataConfig(train=str(prompts)), pair.tokenizer)[0][-last:]
     sampler = HFSampler(pair, max_new_tokens=TOKENS, temperature=1.0, top_p=1.0, seed=0)
     drawn = sampler.sample([p.ids for p in openings], Draw(SAMPLES), step=0, prompt_ids=range(len(openings)))
-    scorer, scores, divergences = SentimentIntensityAnalyzer(), [], []
+    scores, divergences = [], []
     for opening, samples in zip(openings, drawn):
         bundle = Bundle(opening.ids, [s.ids for s in samples], [torch.ones_like(s.ids, dtype=torch.bool) for s in samples])
         with torch.no_grad():
             divergences += pair.logps([bundle], plan).sequence("kl").tolist()
-        texts = [opening.text + pair.tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples]
-        scores += [scorer.polarity_scores(text)["compound"] for text in texts]
+        scores += happiness([opening.text] * SAMPLES, [pair.tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples])
     return sum(scores) / len(scores), sum(divergences) / len(divergences)
 
 

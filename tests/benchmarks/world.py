@@ -35,6 +35,11 @@ def write_world(folder: Path, size: str = "15M", vocab: int = 8192) -> Path:
     )
     inner.train_from_iterator((text for row in pairs() for text in row.values()), trainer)
     PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return write_model(folder, size, vocab)
+
+
+def write_model(folder: Path, size: str = "15M", vocab: int = 8192) -> Path:
+    """A Llama with random weights."""
     width, hidden, layers, heads = SHAPES[size]
     config = LlamaConfig(
         vocab_size=vocab,
