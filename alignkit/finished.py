@@ -1,26 +1,40 @@
-"""Finished models, however they are named, ready to sample from."""
+"""Finished models, however they are named, ready to sample from. Importing this imports no torch."""
 
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from alignkit.errors import ModelError
 from alignkit.policies.config import ModelConfig
-from alignkit.policies.load import load_model, load_tokenizer
-from alignkit.rollout.text import OneModel
 from alignkit.tasks import resolve
 
+if TYPE_CHECKING:
+    from alignkit.rollout.text import OneModel
 
-def load_finished(name: str) -> OneModel:
-    """The model of a run folder, a model or adapter folder, a hub name or `task:NAME` (its base model), with its tokenizer.
 
-    On a GPU where there is one. Raises ModelError where there is no model, or a run has not finished.
-    """
+def find_finished(name: str) -> Path:
+    """Where the model called `name` is: a run's `model`, a model or adapter folder, a task's base model (made on first use), or
+    a path that is not there: a hub name. Raises ModelError for a run that has not finished and a folder that is missing."""
     folder = resolve(name).model_folder if name.startswith("task:") else Path(name).expanduser()
     if (folder / "recipe.yaml").is_file():  # a run folder
         folder = folder / "model"
         if not folder.is_dir():
             raise ModelError(f"the run {name} has not finished, it has no model/ yet; go on with --resume auto")
+    if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
+        raise ModelError(f"there is no folder {name}; give a run folder, a model folder, a hub name or task:NAME")
+    return folder
+
+
+def load_finished(name: str) -> "OneModel":
+    """The model of a run folder, a model or adapter folder, a hub name or `task:NAME` (its base model), with its tokenizer.
+
+    On a GPU where there is one. Raises ModelError where there is no model, or a run has not finished.
+    """
+    import torch
+
+    from alignkit.policies.load import load_model, load_tokenizer
+    from alignkit.rollout.text import OneModel
+
+    folder = find_finished(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = ModelConfig(name_or_path=str(folder) if folder.exists() else name)
     if not (folder / "adapter_config.json").is_file():

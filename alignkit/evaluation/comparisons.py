@@ -1,6 +1,6 @@
-"""Which objective is better at the same KL, and whether the data say so."""
+"""Which objective is better, at the same KL or as it is, and whether the data say so."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -8,16 +8,27 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from alignkit.evaluation.frontier import Curve, common_kl, frontier_replicates, score_at
-from alignkit.evaluation.statistics import DRAWS, Interval, holm, holm_levels, interval, p_value
+from alignkit.evaluation.statistics import (
+    DRAWS,
+    Array,
+    Interval,
+    bootstrap_weights,
+    holm,
+    holm_levels,
+    interval,
+    known_mean,
+    p_value,
+    weighted_means,
+)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two frontiers at one KL. `difference` is first - second, its interval's level corrected for the whole family."""
+    """Two models, or two frontiers at one KL. `difference` is first - second, its interval's level corrected for the family."""
 
     first: str
     second: str
-    kl: float  # nats per completion
+    kl: float | None  # nats per completion; None where KL is not matched
     difference: Interval
     p: float
     adjusted_p: float  # Holm
@@ -25,7 +36,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """In words, from the interval."""
-        return verdict(self.first, self.second, self.difference, f"at matched KL {self.kl:.2g}")
+        return verdict(self.first, self.second, self.difference, "" if self.kl is None else f"at matched KL {self.kl:.2g}")
 
 
 def verdict(first: str, second: str, difference: Interval, where: str = "") -> str:
@@ -55,18 +66,35 @@ def compare_frontiers(
     replicates = [frontier_replicates(c, start, unique, draws=draws, seed=seed, stream=i) for i, c in enumerate(curves)]
     where = [int(np.searchsorted(unique, place)) for place in places]
     gaps = [replicates[i][:, g] - replicates[j][:, g] for (i, j), g in zip(pairs, where)]
-    p_values = [p_value(gap) for gap in gaps]
-    levels, adjusted = holm_levels(p_values, level), holm(p_values)
+    names = [(curves[i].name, curves[j].name) for i, j in pairs]
+    differences = [float(values[i][g] - values[j][g]) for (i, j), g in zip(pairs, where)]
+    return _family(names, places, differences, gaps, level)
+
+
+def compare_means(
+    figures: Mapping[str, ArrayLike], *, level: float = 0.95, draws: int = DRAWS, seed: int = 0
+) -> list[Comparison]:
+    """Every pair of models by the mean of a figure, name -> [P], paired by prompt; one family, corrected by Holm."""
+    found = {name: np.asarray(values, dtype=float) for name, values in figures.items()}
+    names = list(combinations(found, 2))
+    gaps = [found[first] - found[second] for first, second in names]
+    replicates = [weighted_means(gap[None], bootstrap_weights(len(gap), draws=draws, seed=seed)) for gap in gaps]
+    return _family(names, [None] * len(names), [float(known_mean(gap)) for gap in gaps], replicates, level)
+
+
+def _family(
+    names: Sequence[tuple[str, str]],
+    places: Sequence[float | None],
+    differences: Sequence[float],
+    replicates: Sequence[Array],
+    level: float,
+) -> list[Comparison]:
+    """Comparisons from their bootstrap replicates, corrected together."""
+    p_values = [p_value(found) for found in replicates]
+    corrected = zip(p_values, holm(p_values), holm_levels(p_values, level))
     return [
-        Comparison(
-            curves[i].name,
-            curves[j].name,
-            places[n],
-            interval(float(values[i][g] - values[j][g]), gaps[n], level=levels[n]),
-            p_values[n],
-            adjusted[n],
-        )
-        for n, ((i, j), g) in enumerate(zip(pairs, where))
+        Comparison(*pair, kl, interval(difference, found, level=own), p, adjusted)
+        for pair, kl, difference, found, (p, adjusted, own) in zip(names, places, differences, replicates, corrected)
     ]
 
 

@@ -85,7 +85,7 @@ def band(
     places = np.linspace(0, np.nanmax(kl), 101) if at is None else np.atleast_1d(np.asarray(at, dtype=float))
     replicates = frontier_replicates(curve, base, places, draws=draws, seed=seed)
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return Band(places, score_at(kl, score, np.mean(base), places), low, high, level)
+    return Band(places, score_at(kl, score, np.asarray(base, dtype=float).mean(), places), low, high, level)
 
 
 def frontier_replicates(

@@ -13,8 +13,9 @@ import numpy as np
 from alignkit.evaluation.baselines import Baseline, exact_best_of_n
 from alignkit.evaluation.frontier import OptimalFrontier
 from alignkit.evaluation.statistics import Array
+from alignkit.policies.pair import PolicyPair
 from alignkit.tasks.cyclic import BASES
-from alignkit.tasks.exact import folder_logps, kl, outcome_rewards
+from alignkit.tasks.exact import folder_logps, kl, outcome_logps, outcome_rewards
 from alignkit.tasks.reviews import WORLDS, World
 
 
@@ -36,9 +37,10 @@ class Listed:
         self.rewards = outcome_rewards(list(world.rewards.values()), world.outside)  # [n + 1]
         self.reference = folder_logps(reference, self.prompts, self.completions)  # [P, n + 1]
 
-    def figures(self, model: Path | str) -> ExactFigures:
-        """Exact figures of the model in a folder (a run's `model`)."""
-        policy = folder_logps(model, self.prompts, self.completions)
+    def figures(self, model: Path | str | PolicyPair) -> ExactFigures:
+        """Exact figures of the model in a folder (a run's `model`), or of a pair's policy (adapters too)."""
+        score = outcome_logps if isinstance(model, PolicyPair) else folder_logps
+        policy = score(model, self.prompts, self.completions)
         return ExactFigures(
             (policy.exp() * self.rewards).sum(-1).numpy(),
             kl(policy, self.reference).numpy(),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignkit.batches import Bundle, Draw, Plan, TokenLogps
+from alignkit.batches import Bundle, Draw, PairBatch, Plan, TokenLogps
 from alignkit.data.config import DataConfig
 from alignkit.data.load import Prompt, load_bundles
 from alignkit.data.read import Source
@@ -21,6 +21,7 @@ from alignkit.errors import ModelError
 from alignkit.evaluation.measured import Measured
 from alignkit.finished import load_finished
 from alignkit.kl import exact
+from alignkit.objectives.base import Objective
 from alignkit.policies.layout import micro_batches
 from alignkit.policies.load import choose_layout, probe_bundle, same_vocabulary
 from alignkit.policies.module import PolicyModule, causal_lm
@@ -116,7 +117,7 @@ class Yardstick:
         if self.reward is None:
             return None
         repeated = [prompt for prompt in self.prompts for _ in range(self.samples)]
-        columns = {name: [p.columns[name] for p in repeated] for name in self.prompts[0].columns}
+        columns = {name: [p.columns.get(name) for p in repeated] for name in self.prompts[0].columns}
         chats = [not isinstance(p.text, str) for p in repeated]
         flat = [text for row in texts for text in row]
         values = self.reward(
@@ -159,13 +160,31 @@ def perplexity(pair: PolicyPair, source: Source, data: DataConfig | None = None)
     return Perplexity(policy, reference, tokens)
 
 
-def preference_margins(pair: PolicyPair, source: Source, data: DataConfig | None = None) -> np.ndarray:
-    """log-ratio of the chosen minus log-ratio of the rejected of held-out pairs: [N]. Times an objective's beta it is the
-    margin of the implicit reward (`metrics.preference_calibration`)."""
+@torch.no_grad()
+def preference_margins(
+    pair: PolicyPair, source: Source, data: DataConfig | None = None, *, objective: Objective | None = None
+) -> np.ndarray | None:
+    """How much each held-out pair's chosen completion is preferred to the rejected: [N].
+
+    Without `objective` the difference of their log-ratios: its sign is a preference, its size says nothing. With it the margin
+    of the objective's own implicit reward (beta times that, for DPO), in log-odds: what `metrics.preference_calibration`
+    takes; None for an objective that does not learn from pairs or has no such reward.
+    """
     bundles, _ = load_bundles(data or DataConfig(), "pair", pair.tokenizer, source=source)
-    found = scored(pair, bundles, LIVE)
-    ratio = (np.array(found["logp"]) - np.array(found["reference_logp"])).reshape(-1, 2)
-    return ratio[:, 0] - ratio[:, 1]
+    if objective is None:
+        found = scored(pair, bundles, LIVE)
+        ratio = (np.array(found["logp"]) - np.array(found["reference_logp"])).reshape(-1, 2)
+        return ratio[:, 0] - ratio[:, 1]
+    if objective.plan.data != "pair":
+        return None
+    margins = np.empty(len(bundles))
+    for group in micro_batches(bundles, SCORING_BUDGET, pair.layout):
+        rows = [bundles[i] for i in group]
+        values = objective.loss(PairBatch.build(rows, pair.logps(rows, objective.plan))).metrics.get("rewards/margins")
+        if values is None:
+            return None
+        margins[group] = values.cpu()
+    return margins
 
 
 def _bundle(prompt: Tensor, completions: Sequence[Tensor]) -> Bundle:

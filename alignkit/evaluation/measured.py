@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from alignkit.evaluation.metrics import distinct_n
-from alignkit.evaluation.statistics import Array, Interval, mean_interval, standard_error
+from alignkit.evaluation.statistics import Array, Interval, known_mean, mean_interval, standard_error
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Measured:
             "length": lengths,
             "ended": self.ended,
         }
-        means = {name: np.nanmean(values, axis=1) for name, values in found.items() if values is not None}
+        means = {name: known_mean(values) for name, values in found.items() if values is not None}
         means["kl_per_token"] = self.kl.sum(1) / lengths.sum(1)
         return means | {f"distinct_{n}": values for n, values in self.distinct.items()}
 

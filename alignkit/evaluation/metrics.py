@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import comb
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from alignkit.errors import ConfigError
 from alignkit.evaluation.statistics import Array, Interval, wilson
@@ -99,6 +99,13 @@ def win_rate(probability: ArrayLike, valid: ArrayLike | None = None, *, level: f
     counts = known[kept].sum(-1)
     means = np.where(known[kept], found[kept], 0).sum(-1) / counts
     return WinRate(wilson(means, level=level), invalid)
+
+
+def score_wins(first: ArrayLike, second: ArrayLike) -> tuple[Array, NDArray[np.bool_]]:
+    """Verdicts of a score that judges: 1 where `first` is higher, 1/2 where equal, and valid where both have one: [...] x 2."""
+    gap = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    known = ~np.isnan(gap)
+    return np.where(known, (np.sign(gap) + 1) / 2, 0.5), known
 
 
 def length_controlled_win_rate(probability: ArrayLike, first_lengths: ArrayLike, second_lengths: ArrayLike) -> float:

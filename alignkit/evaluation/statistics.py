@@ -82,6 +82,14 @@ def _sums(values: Array, weights: Weights) -> Array:
     return np.einsum("r...s,rs->r...", by_prompt, weights.seeds)
 
 
+def known_mean(values: ArrayLike) -> Array:
+    """Mean over the last axis of what is not nan; nan where nothing is known. [..., n] -> [...]."""
+    found = np.asarray(values, dtype=float)
+    known = ~np.isnan(found)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, found, 0.0).sum(-1) / known.sum(-1)
+
+
 def interval(value: float, replicates: ArrayLike, *, level: float = 0.95, jackknife: ArrayLike | None = None) -> Interval:
     """The interval that bootstrap `replicates` [R] give a figure: percentile, or BCa where the figure's `jackknife` values [n]
     are given (Efron 1987: corrected for bias and for a spread that changes with the value). Missing replicates (nan) are
@@ -118,7 +126,7 @@ def mean_interval(
     seeds, prompts = found.shape
     replicates = weighted_means(found, bootstrap_weights(prompts, seeds, draws=draws, seed=seed))
     jackknife = weighted_means(found, jackknife_weights(prompts, seeds)) if method == "bca" else None
-    return interval(float(np.nanmean(found)), replicates, level=level, jackknife=jackknife)
+    return interval(float(known_mean(found.ravel())), replicates, level=level, jackknife=jackknife)
 
 
 def standard_error(values: ArrayLike) -> float:
