@@ -58,7 +58,7 @@ h2 { font-size: 1.25rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid #ccc; 
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #444; font-size: .92rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; margin: .6rem 0; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
-th { border-bottom: 2px solid #888; } td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { border-bottom: 2px solid #888; } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 code { background: #f2f2f2; padding: 0 .2em; } summary { cursor: pointer; color: #0b4f8a; }
 tr.failed td { background: #fbeaea; }
 @media print { body { margin: 0; max-width: none; font-size: 10.5pt; } h2 { break-after: avoid; }
@@ -113,12 +113,12 @@ def _html(block: Block, folder: Path) -> str:
 
 
 def _table(block: Table) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in block.header)
+    columns = zip(*block.rows) if block.rows else [[""] for _ in block.header]
+    right = [' class="number"' if all(_NUMBER.fullmatch(cell) for cell in column) else "" for column in columns]
+    head = "".join(f"<th{mark}>{escape(cell)}</th>" for cell, mark in zip(block.header, right))
     rows = []
     for row in block.rows:
-        cells = "".join(
-            f'<td class="number">{escape(cell)}</td>' if _NUMBER.fullmatch(cell) else f"<td>{escape(cell)}</td>" for cell in row
-        )
+        cells = "".join(f"<td{mark}>{escape(cell)}</td>" for cell, mark in zip(row, right))
         rows.append(f'<tr class="failed">{cells}</tr>' if "failed" in row else f"<tr>{cells}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 

@@ -97,15 +97,16 @@ def _summary(measured: Measured) -> Found:
 
 
 def _wins(found: Found, measured: Measured, base: Measured) -> Found:
-    """The win rate against the base, or why there is none."""
+    """The win rate against the base, or why there is none. Equal texts are ties that no judge was asked about."""
     probability, valid = np.array(found["wins"]), np.array(found["valid"], dtype=bool)
-    rate = win_rate(probability, valid)
-    row: Found = {"rate": _plain(rate.rate), "invalid": rate.invalid, "length_controlled": None, "words": ""}
-    if valid.any():
-        lengths = measured.lengths[valid], base.lengths[valid]
-        return row | {"length_controlled": length_controlled_win_rate(probability[valid], *lengths)}
-    words = f"no win rate: all {valid.size} verdicts of the judge are invalid; look at its answers and its endpoint"
-    return row | {"words": words}
+    asked = np.array([[a != b for a, b in zip(*row)] for row in zip(measured.texts, base.texts)])
+    row: Found = {"rate": dict.fromkeys(("value", "low", "high")), "invalid": 1.0, "length_controlled": None, "words": ""}
+    if asked.any() and not valid[asked].any():
+        words = f"no win rate: all {asked.sum()} verdicts of the judge are invalid; look at its answers and its endpoint"
+        return row | {"words": words}
+    rate, lengths = win_rate(probability, valid), (measured.lengths[valid], base.lengths[valid])
+    controlled = length_controlled_win_rate(probability[valid], *lengths)
+    return row | {"rate": _plain(rate.rate), "invalid": rate.invalid, "length_controlled": controlled}
 
 
 def _curves(points: Sequence[Point], measured: dict[str, Found | None], *, exact: bool) -> list[Curve]:
