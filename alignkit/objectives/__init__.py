@@ -36,6 +36,11 @@ OBJECTIVES: dict[str, str] = {
     "ipo_md": "ipo_md:IPOMD:",
     "egpo": "egpo:EGPO:",
     "nash_mp": "nash_mp:NashMP:",
+    "nash_ema": "nash_ema:NashEMA:",
+    "inpo": "inpo:INPO:",
+    "sppo": "sppo:SPPO:sppo_loss",
+    "online_dpo": "online_dpo:OnlineDPO:",
+    "xpo": "xpo:XPO:",
 }
 
 

@@ -30,22 +30,10 @@ def nash_md_loss(policy_logps: Tensor, reference_logps: Tensor, preference: Tens
     return -masked_sum(credit * policy_logps, mask)
 
 
-class NashMD(Objective):
-    """Nash learning by mirror descent, policy-gradient form (Munos et al. 2023, arXiv:2312.00886, section 7).
-
-    The opponent mixes next-token distributions, q proportional to pi^(1 - mixture) ref^mixture at every token. A constant mixture
-    ends at the best response to itself, near but not at the equilibrium; 0 is plain self-play.
-    """
-
-    paper: ClassVar[str] = "Munos et al. 2023, arXiv:2312.00886, section 7"
-    equation: ClassVar[str] = "grad L = -grad log pi(y) * (P(y > y') - 1/2 - beta log pi(y)/ref(y)), y ~ pi, y' ~ mixture"
+class NashPolicyGradient(Objective):
+    """One sample against one opponent; objectives differ in who that is."""
 
     beta: PositiveFloat = Field(0.1, description="strength of the reverse KL to the reference, per completion")
-    mixture: Mixture = Field(0.125, description="weight of the reference in the opponent; 0 = the policy, 1 = the reference")
-
-    @property
-    def plan(self) -> Plan:
-        return Plan("game", samples=(Draw(1), Draw(1, mix=self.mixture, scored=False)), judged="pair")
 
     @property
     def surrogate(self) -> bool:
@@ -59,3 +47,20 @@ class NashMD(Objective):
         kl = masked_sum(tokens.log_ratio.detach(), tokens.mask)
         metrics = {"rewards/probabilities": preference, "kl": kl, "logps/policy": tokens.sequence().detach()}
         return LossTerms([Term("nash_md", losses)], metrics)
+
+
+class NashMD(NashPolicyGradient):
+    """Nash learning by mirror descent, policy-gradient form (Munos et al. 2023, arXiv:2312.00886, section 7).
+
+    The opponent mixes next-token distributions, q proportional to pi^(1 - mixture) ref^mixture at every token. A constant mixture
+    ends at the best response to itself, near but not at the equilibrium; 0 is plain self-play.
+    """
+
+    paper: ClassVar[str] = "Munos et al. 2023, arXiv:2312.00886, section 7"
+    equation: ClassVar[str] = "grad L = -grad log pi(y) * (P(y > y') - 1/2 - beta log pi(y)/ref(y)), y ~ pi, y' ~ mixture"
+
+    mixture: Mixture = Field(0.125, description="weight of the reference in the opponent; 0 = the policy, 1 = the reference")
+
+    @property
+    def plan(self) -> Plan:
+        return Plan("game", samples=(Draw(1), Draw(1, mix=self.mixture, scored=False)), judged="pair")
