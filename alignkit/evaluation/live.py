@@ -69,7 +69,7 @@ class LiveTable:
 
     def _say(self, point: Point, found: _Seen) -> None:
         done = sum(seen.state in ("finished", "failed") for seen in self.seen.values())
-        eta = f"  ETA {_duration(self._eta())}" if found.state != "running" else ""
+        eta = f"  {self._eta()}" if found.state != "running" else ""
         text = f"[{done}/{len(self.points)}] {point.name}: {found.state}  {found.figures}".rstrip()
         self.console.print(text + eta, highlight=False, soft_wrap=True, markup=False)
 
@@ -86,8 +86,8 @@ class LiveTable:
         began = self.began.setdefault(point.name, time.monotonic())
         return _Seen("measuring" if outcome.status == "finished" else "running", step, total, figures, time.monotonic() - began)
 
-    def _eta(self) -> float:
-        """Seconds: what is left of each run by the duration of its curve's finished runs, else of all, shared by the workers."""
+    def _eta(self) -> str:
+        """What is left of each run by the duration of its curve's finished runs, else of all, shared by the workers."""
         known: dict[str, list[float]] = {}
         for point in self.points:
             seen = self.seen[point.name]
@@ -97,18 +97,18 @@ class LiveTable:
                 known.setdefault(point.label, []).append(seen.seconds * seen.total / seen.step)
         everything = [seconds for found in known.values() for seconds in found]
         if not everything:
-            return 0.0
+            return "ETA not known yet"
         left = 0.0
         for point in self.points:
             seen = self.seen[point.name]
             if seen.state in ("waiting", "running"):
                 left += max(0.0, mean(known.get(point.label, everything)) - (seen.seconds if seen.state == "running" else 0.0))
-        return left / self.processes
+        return f"ETA {_duration(left / self.processes)}"
 
     def _table(self) -> Table:
         count = {state: sum(seen.state == state for seen in self.seen.values()) for state in STYLES}
         said = ", ".join(f"{n} {state}" for state, n in count.items() if n)
-        table = Table(title=f"{said}; ETA {_duration(self._eta())}", title_justify="left", expand=True)
+        table = Table(title=f"{said}; {self._eta()}", title_justify="left", expand=True)
         for column, justify in (("run", "left"), ("", "left"), ("step", "right"), ("time", "right"), ("", "left")):
             table.add_column(column, justify=justify, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
         room = max(4, self.console.height - 6)

@@ -221,7 +221,9 @@ def _method(results: Found) -> list[Block]:
         "Between two points the frontier is straight: choosing one of the two models at random is at least as good. Efficiency "
         "is the gain over the base model divided by the best possible gain at the same KL, from 0.1 nat on."
     )
-    command = f"`alignkit compare {results['recipe']}`, seeds {', '.join(map(str, results['seeds']))}."
+    minutes = sum(run["seconds"] for run in results["runs"]) / 60
+    seeds = ", ".join(map(str, results["seeds"]))
+    command = f"`alignkit compare {results['recipe']}`, seeds {seeds}; the runs took {minutes:.1f} minutes, summed."
     return [Heading("How it was measured"), Text(text), Text(command)]
 
 

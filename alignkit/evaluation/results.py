@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from alignkit.config import Recipe
+from alignkit.config import Recipe, shipped_recipes
 from alignkit.evaluation.baselines import Baseline, best_of_n, folklore_kl, tilted_optimum
 from alignkit.evaluation.comparisons import compare_frontiers
 from alignkit.evaluation.frontier import Curve, area, band, common_kl, efficiency
@@ -36,7 +36,7 @@ def gather(recipe: Recipe, points: Sequence[Point], appraiser: Any, *, seconds: 
     start = listed.base if listed else base.per_prompt()["score"]
     curves = _curves(points, measured, exact=listed is not None)
     results: Found = {
-        "recipe": recipe.origin.name,
+        "recipe": _name(recipe),
         "model": recipe.model.name_or_path,
         "data": recipe.data.train,
         "exact": listed is not None,
@@ -56,6 +56,12 @@ def gather(recipe: Recipe, points: Sequence[Point], appraiser: Any, *, seconds: 
     results = _finite(results)
     (out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     return results
+
+
+def _name(recipe: Recipe) -> str:
+    """How the recipe is named on a command line: by its bare name where it ships with the package."""
+    file = Path(recipe.origin.name)
+    return next((name for name, shipped in shipped_recipes().items() if shipped == file), str(file))
 
 
 def _measured_of(point: Point, key: str) -> Found | None:
