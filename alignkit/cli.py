@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from alignkit.cli_pairs import pairs
 from alignkit.errors import AlignkitError, ConfigError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ checkpoint_app = typer.Typer(help="Look at the checkpoints of a run.", no_args_i
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.command()(pairs)
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships with alignkit.")
