@@ -10,11 +10,11 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from alignkit.plan import Draw as Draw
+from alignkit.plan import Family as Family
+from alignkit.plan import Plan as Plan
+from alignkit.plan import Statistic as Statistic
 from alignkit.tensors import masked_sum
-
-# (policy_logprobs [C, V], anchor_logprobs [C, V] or None, labels [C]) -> [C], evaluated inside one head chunk
-Statistic = Callable[[Tensor, Tensor | None, Tensor], Tensor]
-Family = Literal["sequence", "pair", "labelled", "rollout", "game"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Bundle:
 class TokenLogps:
     """Per-token log-probs of N completions, padded to T. Everything is 0 where `mask` is False."""
 
-    policy: Tensor  # [N, T] log pi(y_t | prompt, y_<t), with gradient when the policy is trained
+    policy: Tensor  # [N, T] log pi(y_t | prompt, y_<t), with gradient when trained; [N, D] where the plan asks for outputs
     anchors: Mapping[str, Tensor]  # name -> [N, T], never with gradient; "reference" anchors the KL
     mask: Tensor  # [N, T] bool, True at trained tokens
     behavior: Tensor | None = None  # [N, T] log-probs of the policy that sampled the tokens
@@ -125,34 +125,6 @@ class LossTerms:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """`n` completions per prompt (None: the recipe's rollout.completions) from `source` (policy, reference, an anchor),
-    or from the token-level mixture with weight `mix` on the reference."""
-
-    n: int | None = None
-    source: str = "policy"
-    mix: float = 0.0
-    scored: bool = True  # False: an opponent, judged against and then set aside
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an objective needs from the loop. Everything the loop knows of an objective is in here."""
-
-    data: Family
-    statistics: Mapping[str, Statistic] = field(default_factory=dict)
-    anchors: tuple[str, ...] = ("reference",)
-    samples: tuple[Draw, ...] = ()
-    judged: Literal["none", "score", "pair", "table"] = "none"
-    values: bool = False
-    epochs: int = 1
-    minibatches: int = 1
-    coupled: bool = False
-    mismatched: bool = False
-    update: Literal["gradient", "extragradient"] = "gradient"
-
-
-@dataclass(frozen=True)
 class SequenceBatch:
     """Demonstrations: one completion per prompt (N = B)."""
 
@@ -176,11 +148,13 @@ class PairBatch:
     completions_per_bundle: ClassVar[int | None] = 2
     chosen: TokenLogps
     rejected: TokenLogps
+    sampled: TokenLogps | None = None  # [B S, T] completions drawn beside each pair, where the plan asks for them
 
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
-        first = 2 * torch.arange(len(bundles), device=tokens.policy.device)
-        return cls(tokens.select(first), tokens.select(first + 1))
+        every = torch.arange(len(tokens.policy), device=tokens.policy.device).view(len(bundles), -1)
+        beside = tokens.select(every[:, 2:].flatten()) if every.shape[1] > 2 else None
+        return cls(tokens.select(every[:, 0]), tokens.select(every[:, 1]), beside)
 
     @staticmethod
     def counts(bundles: Sequence[Bundle]) -> dict[str, int]:
@@ -210,6 +184,28 @@ class PairBatch:
             "logps/rejected": self.rejected.sequence().detach(),
         }
         return LossTerms([Term(name, values)], metrics)
+
+
+@dataclass(frozen=True)
+class RankedBatch:
+    """Rankings: the completions of each prompt, best first; a pair is a ranking of two."""
+
+    completions_per_bundle: ClassVar[int | None] = None
+    tokens: TokenLogps  # [N, T]
+    sizes: Tensor  # [B] int64, completions of each prompt
+
+    @classmethod
+    def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
+        return cls(tokens, torch.tensor([len(b.completions) for b in bundles], device=tokens.policy.device))
+
+    @staticmethod
+    def counts(bundles: Sequence[Bundle]) -> dict[str, int]:
+        return {"rows": len(bundles), "tokens": sum(b.n_trained for b in bundles)}
+
+    def ranked(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """One value per completion [N] -> [B, K], best first, 0 behind short rankings; and which are there, [B, K] bool."""
+        mask = torch.arange(int(self.sizes.max()), device=values.device) < self.sizes.unsqueeze(-1)
+        return values.new_zeros(mask.shape).masked_scatter(mask, values), mask
 
 
 @dataclass(frozen=True)
@@ -291,10 +287,11 @@ class GameBatch:
         return {"rows": len(bundles), "tokens": sum(b.n_trained for b in bundles)}
 
 
-Batch = SequenceBatch | PairBatch | LabelledBatch | RolloutBatch | GameBatch
+Batch = SequenceBatch | PairBatch | RankedBatch | LabelledBatch | RolloutBatch | GameBatch
 FAMILIES: dict[str, type] = {
     "sequence": SequenceBatch,
     "pair": PairBatch,
+    "ranked": RankedBatch,
     "labelled": LabelledBatch,
     "rollout": RolloutBatch,
     "game": GameBatch,

@@ -8,7 +8,7 @@ import alignkit
 ROOT = Path(alignkit.__file__).parent
 LAYERS = {
     0: ["errors", "plugins", "tensors", "divergences", "kl", "risk", "credit"],
-    1: ["batches"],
+    1: ["plan", "batches"],
     2: ["objectives", "losses"],
     3: ["policies", "rollout", "rewards", "judges", "data"],
     4: ["collect", "online", "buffer", "reduction", "updates", "loop", "run", "progress", "checkpoint", "oracles", "testing"],

@@ -15,7 +15,7 @@ class DataConfig(BaseModel):
     eval: str | None = Field(None, description="the same for held-out rows")
     split: str = Field("train", description="split of a hub dataset or dataset folder with several")
     subset: str | None = Field(None, description="configuration of a hub dataset that has several")
-    format: Literal["auto", "pair", "implicit_pair", "completion", "messages", "text", "labelled", "prompt"] = Field(
+    format: Literal["auto", "pair", "ranking", "implicit_pair", "completion", "messages", "text", "labelled", "prompt"] = Field(
         "auto", description="row format; auto decides from the columns of all rows"
     )
     columns: dict[str, str] = Field({}, description="our name -> the file's column name")

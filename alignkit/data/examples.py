@@ -53,8 +53,11 @@ def example(row: Row, format: str, family: str | None, name: str) -> Example:
     for column in needs:
         if column not in values:
             raise BadRow("missing", f"no `{column}` among {', '.join(map(str, values)) or 'no columns'}")
-    texts = {column: _text(values[column], column) for column in needs if column != "label"}
-    prompt, completions = _parts(texts, format, family)
+    texts = {column: _text(values[column], column) for column in needs if column not in ("label", "ranking")}
+    if format == "ranking":
+        prompt, completions = texts["prompt"], _ranking(values["ranking"])
+    else:
+        prompt, completions = _parts(texts, format, family)
     if format != "implicit_pair" and isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
         raise BadRow("role", "the prompt ends with an assistant turn; it has to end with the user's (or a tool's)")
     label = _label(values["label"]) if format == "labelled" else None
@@ -94,6 +97,21 @@ def _parts(texts: Mapping[str, Text], format: str, family: str | None) -> tuple[
             raise BadRow("empty", "text")
         return "", [texts["text"]]
     return texts["prompt"], []
+
+
+def _ranking(value: object) -> list[Text]:
+    """Two or more completions, best first."""
+    if not isinstance(value, list) or len(value) < 2:
+        given = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
+        raise BadRow("null" if value is None else "type", f"ranking is {given}, expected two or more completions, best first")
+    completions = [_text(completion, "ranking") for completion in value]
+    for completion in completions:
+        _check_ending(completion, "ranking")
+        if not _filled(completion):
+            raise BadRow("empty", "ranking")
+    if any(completion in completions[:i] for i, completion in enumerate(completions)):
+        raise BadRow("identical", "a completion stands in the ranking twice")
+    return completions
 
 
 def _split_dialogues(chosen: list[Message], rejected: list[Message], family: str | None) -> tuple[Text, list[Text]]:

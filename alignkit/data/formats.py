@@ -8,6 +8,7 @@ from alignkit.errors import ConfigError, DataError
 # Format -> needed columns, the most specific first: the first whose columns are all there is what the data are.
 NEEDS: dict[str, tuple[str, ...]] = {
     "pair": ("prompt", "chosen", "rejected"),
+    "ranking": ("prompt", "ranking"),
     "implicit_pair": ("chosen", "rejected"),
     "labelled": ("prompt", "completion", "label"),
     "completion": ("prompt", "completion"),
@@ -20,11 +21,13 @@ ACCEPTS: dict[str, tuple[str, ...]] = {
     "pair": ("pair", "implicit_pair"),
     "sequence": ("completion", "messages", "text", "pair", "implicit_pair"),
     "labelled": ("labelled",),
+    "ranked": ("ranking", "pair", "implicit_pair"),
     "rollout": ("prompt",),
     "game": ("prompt",),
 }
 WANTED = {
     "pair": "preference pairs: columns prompt, chosen and rejected, or chosen and rejected that both begin with the prompt",
+    "ranked": "rankings: columns prompt and ranking (a list of completions, best first), or preference pairs",
     "sequence": "demonstrations: columns prompt and completion, or messages, or text (of pairs, chosen is used)",
     "labelled": "labelled completions: columns prompt, completion and label (true or false)",
     "rollout": "prompts: a column prompt",
@@ -35,6 +38,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "prompt": ("question", "instruction", "input", "query", "problem", "context"),
     "chosen": ("preferred", "accepted", "winner", "better", "positive", "good", "response_chosen", "chosen_response"),
     "rejected": ("dispreferred", "refused", "loser", "worse", "negative", "bad", "response_rejected", "rejected_response"),
+    "ranking": ("ranked", "completions", "responses"),
     "completion": ("response", "answer", "output", "solution", "reply"),
     "messages": ("conversation", "conversations", "dialog", "dialogue"),
     "text": ("content", "document", "story"),
@@ -83,7 +87,7 @@ def _alternative(present: Sequence[str]) -> str:
     families = [family for family, formats in ACCEPTS.items() if family != "game" and any(f in present for f in formats)]
     if not families:
         return ""
-    uses = {"pair": "dpo", "sequence": "sft", "labelled": "kto", "rollout": "an online objective"}
+    uses = {"pair": "dpo", "ranked": "reward_model", "sequence": "sft", "labelled": "kto", "rollout": "an online objective"}
     return f"these rows suit {' or '.join(uses[family] for family in families)}"
 
 

@@ -27,7 +27,13 @@ def _sequence(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
 
 
 def _pair(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
-    return [Draft(torch.tensor([1.0, -1.0]))]
+    beside = sum(d.n or GROUP for d in plan.samples)
+    return [Draft(torch.tensor([1.0, -1.0, *[0.0] * beside]))]
+
+
+def _ranked(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
+    count = 2 + i % 3
+    return [Draft(torch.linspace(1, -1, count))]
 
 
 def _labelled(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
@@ -57,6 +63,7 @@ def _game(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
 DRAFTS: dict[Family, Callable[[Plan, torch.Generator, int], list[Draft]]] = {
     "sequence": _sequence,
     "pair": _pair,
+    "ranked": _ranked,
     "labelled": _labelled,
     "rollout": _rollout,
     "game": _game,

@@ -22,6 +22,7 @@ TASKS: dict[str, str] = {
 # objective's data family -> the rows it learns from
 FILES = {
     "pair": "pairs",
+    "ranked": "pairs",
     "labelled": "pairs",
     "sequence": "demonstrations",
     "rollout": "prompts",
