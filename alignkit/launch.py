@@ -159,17 +159,28 @@ def build_job(
     from alignkit.card import model_card
     from alignkit.feed import fixed_feed, sampled_feed
     from alignkit.loop import Job
-    from alignkit.policies.load import load_pair
+    from alignkit.policies.load import load_pair, load_scorer
+    from alignkit.preference_feed import preference_feed
 
     model, plan = recipe.model, objective.plan
     if task is not None and model.name_or_path == "task":
         model = model.model_copy(update={"name_or_path": str(task.model_folder)})
     fixed = plan.data not in ("rollout", "game")
-    pair = load_pair(
-        model, recipe.reference, recipe.target, plan, device=accelerator.device, fixed_data=fixed, seed=recipe.train.seed
-    )
+    if plan.outputs:
+        pair: PolicyPair = load_scorer(model, plan, device=accelerator.device, seed=recipe.train.seed)
+    else:
+        pair = load_pair(
+            model,
+            recipe.reference,
+            recipe.target,
+            plan,
+            device=accelerator.device,
+            fixed_data=fixed and not plan.samples,
+            seed=recipe.train.seed,
+        )
     recipe = _replaced(recipe, _found_autos(pair, accelerator, fixed))
-    feed = (fixed_feed if fixed else sampled_feed)(recipe, objective, task, pair, accelerator, safe)
+    make_feed = preference_feed if plan.outputs else fixed_feed if fixed else sampled_feed
+    feed = make_feed(recipe, objective, task, pair, accelerator, safe)
     recipe = _replaced(recipe, {"data": {"format": feed.format}})
     steps = recipe.train.steps
     if recipe.train.epochs is not None:

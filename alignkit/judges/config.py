@@ -5,7 +5,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 from alignkit.rewards.config import RewardConfig
 
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, protected_namespaces=())
-KINDS = ("function", "rewards", "trl", "chat")
+KINDS = ("function", "rewards", "model", "trl", "chat")
 
 
 class ChatConfig(BaseModel):
@@ -26,13 +26,14 @@ class ChatConfig(BaseModel):
 
 
 class JudgeConfig(BaseModel):
-    """A judge: exactly one of function, rewards, trl and chat."""
+    """A judge: exactly one of function, rewards, model, trl and chat."""
 
     model_config = STRICT
     function: str | None = Field(
         None, description="`module:name` or `file.py:name`: f(prompts, first, second) -> probabilities that the first wins"
     )
     rewards: list[RewardConfig] | None = Field(None, description="Bradley-Terry of this weighted sum of rewards")
+    model: str | None = Field(None, description="a folder or hub name that `reward_model` or `preference_model` trained")
     trl: str | None = Field(None, description="`module:name` of an object or class with TRL's judge(prompts, completions, ...)")
     chat: ChatConfig | None = Field(None, description="a language model behind an endpoint")
     temperature: NonNegativeFloat = Field(1.0, description="rewards: P = sigmoid(difference / temperature); 0: the higher wins")

@@ -6,15 +6,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from alignkit.errors import AlignkitError, ConfigError, DataError
+from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError
 from alignkit.judges.base import BothOrders, BradleyTerry, Judge
 from alignkit.judges.chat import ChatJudge
 from alignkit.judges.config import ChatConfig, JudgeConfig
 from alignkit.judges.endpoint import Endpoint
+from alignkit.judges.preference import PreferenceJudge
 from alignkit.judges.trl_style import from_trl_judge
 from alignkit.plugins import load_object
 from alignkit.rewards.checks import within
-from alignkit.rewards.load import load_rewards
+from alignkit.rewards.load import load_classifier, load_rewards
+from alignkit.rewards.model import RewardModel
 
 
 def load_judge(
@@ -29,6 +31,8 @@ def load_judge(
     config = section if isinstance(section, JudgeConfig) else _parsed(section)
     if config.rewards is not None:
         return BradleyTerry(load_rewards(config.rewards, safe=safe, device=device), temperature=config.temperature)
+    if config.model is not None:
+        return _trained(config, device)
     if config.chat is not None:
         return BothOrders(_chat(config.chat, allow_private), name=config.chat.model, symmetrise=config.both_orders)
     spec, field = (config.function, "function") if config.function is not None else (config.trl or "", "trl")
@@ -42,6 +46,18 @@ def load_judge(
     if not callable(found):
         raise ConfigError(f"judge.function: {spec} is a {type(found).__name__}, not a function")
     return BothOrders(_guarded(found, name, config.timeout), name=name, symmetrise=config.both_orders)
+
+
+def _trained(config: JudgeConfig, device: Any) -> Judge:
+    """Bradley-Terry of a reward model, or a preference model asked in both orders."""
+    name = str(config.model)
+    model, tokenizer = load_classifier(name, device=device, field="judge.model")
+    kind = getattr(model.config, "alignkit_outputs", "reward" if model.config.num_labels == 1 else None)
+    if kind == "reward":
+        return BradleyTerry(RewardModel(model, tokenizer), temperature=config.temperature)
+    if kind not in ("embedding", "joined"):
+        raise ModelError(f"judge.model: {name} is neither a reward model (num_labels=1) nor trained by `preference_model`")
+    return BothOrders(PreferenceJudge(model, tokenizer).ask, name=name, symmetrise=config.both_orders)
 
 
 def _guarded(function: Callable[..., Any], name: str, timeout: float) -> Callable[..., Any]:

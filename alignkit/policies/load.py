@@ -6,16 +6,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from alignkit.batches import Bundle, Plan
-from alignkit.errors import ModelError
+from alignkit.errors import ConfigError, ModelError
 from alignkit.policies.config import AdapterConfig, ModelConfig, ReferenceConfig, TargetConfig
 from alignkit.policies.layout import Layout, build_rows
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.reference import KINDS, START_ADAPTER, Anchor, frozen, resolve_kind
+from alignkit.policies.scorer import ScorePair
 
 AGREE = 1e-4  # largest difference of log-probs between the two layouts, float32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,8 +59,11 @@ def load_tokenizer(model: ModelConfig):
     return tokenizer
 
 
-def load_model(model: ModelConfig, *, device: torch.device | str, dtype: str = "float32") -> tuple[nn.Module, dict[str, float]]:
-    """A causal LM without dropout, in evaluation mode, and the dropout rates its config had."""
+def load_model(
+    model: ModelConfig, *, device: torch.device | str, dtype: str = "float32", outputs: int = 0
+) -> tuple[nn.Module, dict[str, float]]:
+    """A causal LM without dropout, in evaluation mode, and the dropout rates its config had. With `outputs` its backbone under
+    a fresh head of so many numbers per text, as a sequence classifier."""
     _check_source(model.name_or_path)
     transformers_logging.disable_progress_bar()  # a bar per load would tear the run's own display
     kernel = {} if model.attention == "auto" else {"attn_implementation": model.attention}
@@ -72,10 +76,13 @@ def load_model(model: ModelConfig, *, device: torch.device | str, dtype: str = "
         }
         for name in rates:
             setattr(config, name, 0.0)
-        loaded = AutoModelForCausalLM.from_pretrained(model.name_or_path, config=config, dtype=weights, **kernel, **shared)
+        auto = AutoModelForSequenceClassification if outputs else AutoModelForCausalLM
+        if outputs:
+            config.num_labels = outputs
+        loaded = auto.from_pretrained(model.name_or_path, config=config, dtype=weights, **kernel, **shared)
     except Exception as error:  # loaders raise anything, from OSError to SafetensorError
         raise ModelError(f"model.name_or_path: {model.name_or_path} could not be loaded: {_first_line(error)}") from error
-    if loaded.get_output_embeddings() is None:
+    if not outputs and loaded.get_output_embeddings() is None:
         raise ModelError(f"model.name_or_path: {model.name_or_path} has no language-model head; give a causal language model")
     return loaded.to(device).eval(), rates
 
@@ -230,6 +237,31 @@ def load_pair(
         if name != "reference":
             anchors[name] = Anchor.of((target or TargetConfig()).kind, base, target or TargetConfig())
     return PolicyPair(base, tokenizer, anchors, layout=layout, notes=[note] if note else [], save_config=dropout)
+
+
+def load_scorer(
+    model: ModelConfig, plan: Plan, *, device: torch.device | str = "cpu", dtype: str = "float32", seed: int = 0
+) -> ScorePair:
+    """A model of `plan.outputs` numbers per text, ready to train: a language model's backbone and a fresh head.
+
+    What the numbers mean is written into the config that is saved. Raises ModelError, and ConfigError for LoRA.
+    """
+    if model.adapter is not None:
+        raise ConfigError("model.adapter: reward and preference models are trained whole; leave the adapter out")
+    tokenizer = load_tokenizer(model)
+    torch.manual_seed(seed)  # of the fresh head
+    told = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # that the head is new and the language model's is unused, as it should be
+    try:
+        loaded, dropout = load_model(model, device=device, dtype=dtype, outputs=plan.outputs)
+    finally:
+        transformers_logging.set_verbosity(told)
+    check_vocabulary(loaded, tokenizer, model.name_or_path)
+    if model.gradient_checkpointing:
+        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loaded.config.get_text_config().pad_token_id = loaded.config.pad_token_id = tokenizer.pad_token_id
+    loaded.config.alignkit_outputs = "joined" if plan.joined else "reward" if plan.outputs == 1 else "embedding"
+    return ScorePair(loaded, tokenizer, save_config=dropout)
 
 
 def merge(folder: Path | str, out: Path | str) -> None:

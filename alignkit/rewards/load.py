@@ -35,6 +35,20 @@ def load_rewards(section: Sequence[RewardConfig | Mapping[str, Any]], *, safe: b
 
 def load_reward_model(name_or_path: str, *, revision: str | None = None, device: Any = "cpu") -> RewardModel:
     """A sequence-classification model with one output, and its tokenizer. Raises ModelError. Runs no code of the model's."""
+    model, tokenizer = load_classifier(name_or_path, revision=revision, device=device)
+    kind = getattr(model.config, "alignkit_outputs", "reward")
+    if model.config.num_labels != 1 or kind != "reward":
+        what = "is a `judge`" if kind != "reward" else "is no reward model"
+        raise ModelError(
+            f"rewards.model: {name_or_path} has {model.config.num_labels} outputs and {what}; a reward model has num_labels=1"
+        )
+    return RewardModel(model, tokenizer)
+
+
+def load_classifier(
+    name_or_path: str, *, revision: str | None = None, device: Any = "cpu", field: str = "rewards.model"
+) -> tuple[Any, Any]:
+    """A sequence-classification model that knows its pad token, and its tokenizer. Raises ModelError, which names `field`."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
@@ -42,17 +56,13 @@ def load_reward_model(name_or_path: str, *, revision: str | None = None, device:
         model = AutoModelForSequenceClassification.from_pretrained(name_or_path, revision=revision)
     except Exception as error:  # loaders raise anything, from OSError to SafetensorError
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"rewards.model: {name_or_path} could not be loaded: {reason}") from error
+        raise ModelError(f"{field}: {name_or_path} could not be loaded: {reason}") from error
     config = model.config.get_text_config()
-    if model.config.num_labels != 1:
-        raise ModelError(
-            f"rewards.model: {name_or_path} has {model.config.num_labels} outputs; a reward model has one (num_labels=1)"
-        )
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if config.pad_token_id is None:
-        raise ModelError(f"rewards.model: {name_or_path} has neither a pad nor an end token; set pad_token_id in its config")
-    return RewardModel(model.to(device), tokenizer)
+        raise ModelError(f"{field}: {name_or_path} has neither a pad nor an end token; set pad_token_id in its config")
+    return model.to(device), tokenizer
 
 
 def _parsed(entry: RewardConfig | Mapping[str, Any], number: int) -> RewardConfig:

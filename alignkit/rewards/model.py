@@ -25,7 +25,7 @@ class RewardModel:
         rows = [self._ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         scores = [0.0] * len(rows)
         for batch in self._batches(rows):
-            for row, score in zip(batch, self._score([rows[row] for row in batch]).tolist(), strict=True):
+            for row, score in zip(batch, self._score([rows[row] for row in batch])[:, 0].tolist(), strict=True):
                 scores[row] = score
         return scores
 
@@ -35,6 +35,9 @@ class RewardModel:
         else:
             turn = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
             ids = self.tokenizer.apply_chat_template([*prompt, *turn], tokenize=True, return_dict=False)
+        return self._within(ids)
+
+    def _within(self, ids: list[int]) -> list[int]:
         if len(ids) > self.longest:
             raise DataError(f"prompt and completion have {len(ids)} tokens; the reward model reads at most {self.longest}")
         return ids
@@ -49,10 +52,10 @@ class RewardModel:
         return batches
 
     def _score(self, rows: list[list[int]]) -> Tensor:
-        """Scores [B] float32 of token ids, padded on the right: the model reads the last token that is not padding."""
+        """Outputs [B, D] float32 of token ids, padded on the right: the model reads the last token that is not padding."""
         device, width = next(self.model.parameters()).device, len(rows[0])
         pad = self.model.config.get_text_config().pad_token_id
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         mask = (torch.arange(width, device=device) < lengths[:, None]).long()
-        return self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
+        return self.model(input_ids=ids, attention_mask=mask).logits.float()
