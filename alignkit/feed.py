@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from alignkit.batches import Bundle, Draw, Plan
+from alignkit.beside import SamplesBeside
 from alignkit.collect import DatasetSource
 from alignkit.config import Recipe
 from alignkit.data.load import fingerprint, load_bundles, load_prompts
@@ -55,7 +56,11 @@ def fixed_feed(
         notes = [*notes, *other.lines()]
     if pair.reference_kind == "cached":
         bundles, held_out = (_scored(part, recipe, plan, pair, accelerator) for part in (bundles, held_out))
-    source = DatasetSource(bundles, plan, recipe.train.batch_size, seed=recipe.train.seed, rank=rank, world=world)
+    rows = DatasetSource(bundles, plan, recipe.train.batch_size, seed=recipe.train.seed, rank=rank, world=world)
+    source: Source = rows
+    if plan.samples:
+        sampler = make_sampler(recipe.rollout, pair, seed=recipe.train.seed)
+        source = SamplesBeside(rows, sampler, plan, recipe.rollout.completions)
     texts = {tuple(b.prompt.tolist()): b.prompt for b in held_out or bundles}
     samples = _sampling(recipe, pair, list(texts.values())[:SHOWN_PROMPTS])
     return Feed(source, len(bundles), report.format, identity, notes, samples, held_out[rank::world])

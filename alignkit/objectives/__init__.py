@@ -22,6 +22,8 @@ OBJECTIVES: dict[str, str] = {
     "fsft": "fsft:FSFT:fsft_loss",
     "typo": "typo:TYPO:typo_loss",
     "alol": "alol:ALoL:alol_loss",
+    "hypo": "hypo:HyPO:sampled_kl_loss",
+    "d2o": "d2o:D2O:d2o_loss",
     "reward_model": "reward_model:PlackettLuce:plackett_luce_loss",
     "preference_model": "preference_model:PreferenceModel:",
     "kl_ppo": "kl_ppo:KLPPO:ppo_loss,value_loss",

@@ -1,0 +1,52 @@
+"""Fixed rows, beside which completions of the same prompts are drawn anew in every step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignkit.batches import Bundle, Plan
+from alignkit.collect import DatasetSource
+from alignkit.rollout.sampler import Sampler
+
+
+@dataclass
+class SamplesBeside:
+    """The bundles of `rows` with the plan's samples behind their own completions. The noise follows from the row's place in
+    the order, so that samples are the same for any number of processes and after a resumption."""
+
+    rows: DatasetSource
+    sampler: Sampler
+    plan: Plan
+    completions: int  # where a draw does not say how many
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the rows."""
+        return self.rows.metrics
+
+    def collect(self, step: int, half: int = 0) -> list[Bundle]:
+        """This rank's bundles of optimiser step `step`."""
+        bundles = self.rows.collect(step, half)
+        first = step * self.rows.batch_size + self.rows.rank
+        places = range(first, first + len(bundles) * self.rows.world, self.rows.world)
+        for d, draw in enumerate(self.plan.samples):
+            clock = (2 * step + half) * len(self.plan.samples) + d  # distinct noise for every draw
+            counted = replace(draw, n=draw.n or self.completions)
+            drawn = self.sampler.sample([b.prompt for b in bundles], counted, step=clock, prompt_ids=places)
+            for i, samples in enumerate(drawn):
+                ids = [sample.ids for sample in samples]
+                masks = [torch.ones(len(row), dtype=torch.bool) for row in ids]
+                own = bundles[i]
+                bundles[i] = replace(own, completions=[*own.completions, *ids], masks=[*own.masks, *masks], tokens={})
+        return bundles
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Nothing: rows and samples are functions of the step and the policy."""
+        return self.rows.state()
+
+    def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
+        self.rows.load_state(tensors, state)

@@ -1,0 +1,43 @@
+"""Rows with samples beside them: the row's own completions stay, samples depend on the row's place alone, training runs."""
+
+import torch
+
+from alignkit import HyPO
+from alignkit.beside import SamplesBeside
+from alignkit.collect import DatasetSource
+from alignkit.loop import train
+from alignkit.policies.config import ModelConfig, ReferenceConfig
+from alignkit.policies.load import load_pair
+from alignkit.rollout.hf import HFSampler
+from tests.world import make_job, pairs, save_model
+
+
+def test_samples_are_the_same_for_any_number_of_processes(tmp_path):
+    plan = HyPO().plan
+    pair = load_pair(ModelConfig(name_or_path=str(save_model(tmp_path / "m"))), ReferenceConfig(), None, plan, fixed_data=False)
+    sampler = HFSampler(pair, max_new_tokens=4, seed=1)
+    bundles = pairs(10)
+
+    def collect(rank, world, step):
+        rows = DatasetSource(bundles, plan, 4, seed=0, rank=rank, world=world)
+        return SamplesBeside(rows, sampler, plan, 8).collect(step)
+
+    whole = collect(0, 1, 3)
+    for rank in range(2):
+        for mine, same in zip(collect(rank, 2, 3), whole[rank::2], strict=True):
+            assert mine.uid == same.uid
+            assert len(mine.completions) == 4
+            assert all(map(torch.equal, mine.completions, same.completions))
+    plain = DatasetSource(bundles, plan, 4, seed=0).collect(3)
+    assert all(torch.equal(a.completions[1], b.completions[1]) for a, b in zip(whole, plain))
+    assert any(not torch.equal(a.completions[2], b.completions[2]) for a, b in zip(whole, collect(0, 1, 4)))
+
+
+def test_hypo_trains_with_samples_of_its_own_policy(tmp_path):
+    objective = HyPO(beta=1.0, kl_weight=1.0, samples=2)
+    job = make_job(save_model(tmp_path / "m"), tmp_path / "run", objective, pairs(16), steps=3)
+    job.source = SamplesBeside(job.source, HFSampler(job.pair, max_new_tokens=4), objective.plan, 8)
+    with job.run:
+        found = train(job)
+    assert found.metrics["loss"] == found.metrics["loss"]
+    assert "kl/policy_reference_k1" in found.metrics
