@@ -12,7 +12,7 @@ import torch
 from torch import Generator
 
 from alignkit.batches import Draw
-from alignkit.checkpoint import write_text
+from alignkit.checkpoint import fsync
 from alignkit.data.config import DataConfig
 from alignkit.data.load import Prompt, load_prompts
 from alignkit.errors import ConfigError, DataError, ResourceError
@@ -113,7 +113,10 @@ def make_pairs(request: PairRequest, to: Path) -> Counter[str]:
         raise DataError(f"pairs: no pair is left ({told}); draw more samples, raise the temperature, or check the reward")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        write_text(to, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        beside = to.with_name(f".{to.name}.tmp")
+        beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        fsync(beside)
+        beside.replace(to)
     except OSError as error:
         raise ResourceError(f"pairs: {to} could not be written: {error.strerror or error}") from error
     return counts
