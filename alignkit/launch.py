@@ -12,6 +12,7 @@ from alignkit.validation import nearest
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from alignkit.batches import Plan
     from alignkit.loop import Job, Result
     from alignkit.objectives.base import Objective
     from alignkit.policies.pair import PolicyPair
@@ -159,25 +160,11 @@ def build_job(
     from alignkit.card import model_card
     from alignkit.feed import fixed_feed, sampled_feed
     from alignkit.loop import Job
-    from alignkit.policies.load import load_pair, load_scorer
     from alignkit.preference_feed import preference_feed
 
-    model, plan = recipe.model, objective.plan
-    if task is not None and model.name_or_path == "task":
-        model = model.model_copy(update={"name_or_path": str(task.model_folder)})
+    plan = objective.plan
     fixed = plan.data not in ("rollout", "game")
-    if plan.outputs:
-        pair: PolicyPair = load_scorer(model, plan, device=accelerator.device, seed=recipe.train.seed)
-    else:
-        pair = load_pair(
-            model,
-            recipe.reference,
-            recipe.target,
-            plan,
-            device=accelerator.device,
-            fixed_data=fixed and not plan.samples,
-            seed=recipe.train.seed,
-        )
+    pair = _load(recipe, plan, task, accelerator)
     recipe = _replaced(recipe, _found_autos(pair, accelerator, fixed))
     make_feed = preference_feed if plan.outputs else fixed_feed if fixed else sampled_feed
     feed = make_feed(recipe, objective, task, pair, accelerator, safe)
@@ -202,6 +189,19 @@ def build_job(
         card=model_card(recipe, objective, feed.notes),
         notes=[*feed.notes, *_unused(recipe, objective)],
     )
+
+
+def _load(recipe: Recipe, plan: "Plan", task: "Task | None", accelerator: "Accelerator") -> "PolicyPair":
+    """The model with what anchors it, or with the outputs that the plan asks for."""
+    from alignkit.policies.load import load_pair, load_scorer
+
+    model, device, seed = recipe.model, accelerator.device, recipe.train.seed
+    if task is not None and model.name_or_path == "task":
+        model = model.model_copy(update={"name_or_path": str(task.model_folder)})
+    if plan.outputs:
+        return load_scorer(model, plan, device=device, seed=seed)
+    fixed = plan.data not in ("rollout", "game") and not plan.samples
+    return load_pair(model, recipe.reference, recipe.target, plan, device=device, fixed_data=fixed, seed=seed)
 
 
 def _found_autos(pair: "PolicyPair", accelerator: "Accelerator", fixed: bool) -> dict[str, dict[str, Any]]:
