@@ -14,13 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit.errors import CheckpointError
 
-MANIFEST = "manifest.json"
+MANIFEST, BEST = "manifest.json", "best.json"
 FORMAT = 1
 
 
@@ -60,10 +60,10 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write JSON beside `path` and rename it into place."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside `path` and rename it into place: readers see the old text or the new one."""
     beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    beside.write_text(text)
     fsync(beside)
     beside.replace(path)
 
@@ -75,8 +75,12 @@ def save(
     state: Mapping[str, Any],
     identity: Mapping[str, Any],
 ) -> Path:
-    """Write `folder/step-N` and return it. Raises CheckpointError where the disk refuses; older checkpoints stay whole."""
+    """Write `folder/step-N` and return it. Raises CheckpointError where the disk refuses; older checkpoints stay whole.
+
+    A checkpoint of the same step (an earlier run came this far; it may be damaged) is replaced.
+    """
     final, beside = folder / f"step-{step}", folder / f".tmp-step-{step}-{os.getpid()}"
+    replaced = folder / f"{beside.name}-old"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)
@@ -88,21 +92,22 @@ def save(
         files = {p.name: {"sha256": sha256(p), "bytes": p.stat().st_size} for p in sorted(beside.iterdir())}
         versions = {name: version(name) for name in ("torch", "transformers", "safetensors")}
         manifest = {"format": FORMAT, "step": step, "files": files, "identity": dict(identity), "versions": versions}
-        (beside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (beside / MANIFEST).write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
         for path in beside.iterdir():
             fsync(path)
         fsync(beside)
-        if final.exists():  # the same step saved twice (a signal right after a regular save): the old one is as good
-            shutil.rmtree(beside)
-            return final
+        if final.exists():
+            final.rename(replaced)
         beside.rename(final)
         fsync(folder)
-    except OSError as error:
+        fsync(folder.parent)
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         shutil.rmtree(beside, ignore_errors=True)
         raise CheckpointError(
-            f"could not write checkpoint step-{step} to {folder}: {error.strerror or error}; "
-            "free space or change output_dir, then go on with --resume auto (older checkpoints are untouched)"
+            f"could not write checkpoint step-{step} to {folder}: {getattr(error, 'strerror', None) or error}; "
+            "free space or mend the disk, then go on with --resume auto (older checkpoints are untouched)"
         ) from error
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
@@ -118,6 +123,8 @@ def check(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] > FORMAT:
             return f"format {manifest['format']} is newer than this version reads ({FORMAT})"
+        if manifest.pop("sha256") != _digest(manifest):
+            return f"{MANIFEST} does not match its own SHA-256"
         for name, entry in manifest["files"].items():
             file = path / name
             if Path(name).name != name:
@@ -146,6 +153,10 @@ def load(path: Path) -> Checkpoint:
     reason = check(path)
     if reason:
         raise CheckpointError(f"checkpoint {path} is damaged: {reason}; use another one or start without --resume")
+    return _read(path)
+
+
+def _read(path: Path) -> Checkpoint:
     manifest = json.loads((path / MANIFEST).read_text())
     tensors = {p.stem: load_file(p) for p in sorted(path.glob("*.safetensors"))}
     return Checkpoint(manifest["step"], path, tensors, json.loads((path / "state.json").read_text()), manifest["identity"])
@@ -161,7 +172,7 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[Verdict]]:
         path = folder / f"step-{step}"
         reason = check(path)
         if reason is None:
-            return load(path), skipped
+            return _read(path), skipped
         skipped.append(Verdict(path, step, reason))
     if skipped:
         listed = "; ".join(f"{v.path.name}: {v.reason}" for v in skipped)
@@ -170,38 +181,36 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[Verdict]]:
 
 
 def best_step(folder: Path) -> int | None:
-    """The step that keep-best protects, if an evaluation chose one."""
+    """The step that an evaluation found best, which is kept, if there was one."""
     try:
-        return int(json.loads((folder / "best.json").read_text())["step"])
+        return int(json.loads((folder / BEST).read_text())["step"])
     except (OSError, ValueError, KeyError):
         return None
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one; only folders that carry our manifest."""
-    protected = {*steps(folder)[-keep:], best_step(folder)}
-    for step in steps(folder):
-        path = folder / f"step-{step}"
-        if step not in protected and (path / MANIFEST).is_file():
+def mark_best(folder: Path, step: int) -> None:
+    """Say which step an evaluation found best. CheckpointError where the disk refuses."""
+    try:
+        write_text(folder / BEST, json.dumps({"step": step}))
+    except OSError as error:
+        raise CheckpointError(f"could not write {folder / BEST}: {error.strerror}; free space, then --resume auto") from error
+
+
+def prune(folder: Path, step: int, keep: int) -> None:
+    """After the save of `step`, delete all but the newest `keep` checkpoints up to it and the best.
+
+    Later ones, left by a run that went further and was then damaged, do not count; they are replaced when the run gets there.
+    Folders without our manifest are never deleted.
+    """
+    past = [n for n in steps(folder) if n <= step]
+    for old in set(past) - {*past[-keep:], best_step(folder)}:
+        path = folder / f"step-{old}"
+        if (path / MANIFEST).is_file():
             (path / MANIFEST).unlink()  # first: a half-deleted folder must not look valid
             shutil.rmtree(path)
     for left in folder.glob(".tmp-step-*"):  # of a run that was killed while saving; the lock says nobody writes now
         shutil.rmtree(left, ignore_errors=True)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as flat tensors ("0.exp_avg") and JSON (groups without parameters, scalar entries)."""
-    content = optimizer.state_dict()
-    tensors = {f"{i}.{k}": v for i, entry in content["state"].items() for k, v in entry.items() if isinstance(v, Tensor)}
-    scalars = {f"{i}.{k}": v for i, entry in content["state"].items() for k, v in entry.items() if not isinstance(v, Tensor)}
-    return tensors, {"scalars": scalars, "groups": content["param_groups"]}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """The inverse of `optimizer_tensors`."""
-    entries: dict[int, dict[str, Any]] = {}
-    for key, value in [*tensors.items(), *state["scalars"].items()]:
-        index, name = key.split(".", 1)
-        entries.setdefault(int(index), {})[name] = value
-    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in state["groups"]]
-    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

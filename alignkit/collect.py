@@ -2,13 +2,31 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from alignkit.batches import Bundle, Plan
 from alignkit.errors import DataError
+
+
+class Source(Protocol):
+    """Where the bundles of a step come from; `metrics` describes the last collection, `state` goes into checkpoints."""
+
+    metrics: dict[str, float]
+
+    def collect(self, step: int, half: int) -> Sequence[Bundle]:
+        """This rank's bundles of optimiser step `step`; `half` is 1 for the second collection of an extragradient step."""
+        ...
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON that `load_state` needs to go on; called on every rank."""
+        ...
+
+    def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        ...
 
 
 class Order:

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from alignkit.batches import Bundle, Draw, Plan
 from alignkit.beside import SamplesBeside
-from alignkit.collect import DatasetSource
+from alignkit.collect import DatasetSource, Source
 from alignkit.config import Recipe
 from alignkit.data.load import fingerprint, load_bundles, load_prompts
 from alignkit.data.report import Report
 from alignkit.held_out import HeldOut
-from alignkit.loop import Source
 from alignkit.objectives.base import Objective
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.store import cached_in
@@ -38,7 +37,7 @@ class Feed:
     identity: Mapping[str, Any]  # what a checkpoint must match
     notes: Sequence[str]  # the data report
     samples: Callable[[int], list[dict[str, Any]]]
-    evaluation: Sequence[Bundle] = ()
+    evaluation: Sequence[Bundle] | None = None  # of this rank
     measure: Callable[[], Metrics] | None = None
 
 
@@ -63,7 +62,9 @@ def fixed_feed(
         source = SamplesBeside(rows, sampler, plan, recipe.rollout.completions)
     texts = {tuple(b.prompt.tolist()): b.prompt for b in held_out or bundles}
     samples = _sampling(recipe, pair, list(texts.values())[:SHOWN_PROMPTS])
-    return Feed(source, len(bundles), report.format, identity, notes, samples, held_out[rank::world])
+    return Feed(
+        source, len(bundles), report.format, identity, notes, samples, held_out[rank::world] if recipe.data.eval else None
+    )
 
 
 def sampled_feed(

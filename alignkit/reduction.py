@@ -4,6 +4,7 @@ The step's bundles are known before the first forward, so its counts (rows, toke
 Micro-batches, accumulation and the number of processes then change memory and speed, never the gradient.
 """
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -15,29 +16,36 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from alignkit.batches import FAMILIES, Bundle, LossTerms, TokenLogps
-from alignkit.errors import NumericsError
+from alignkit.errors import ResourceError
+from alignkit.guard import Guard
 from alignkit.objectives.base import Objective
-from alignkit.policies.layout import micro_batches
+from alignkit.policies.layout import micro_batches, stand_in
 from alignkit.policies.pair import PolicyPair
 
 Metrics = dict[str, float]
+log = logging.getLogger("alignkit")
 
 
 @dataclass
 class Sums:
     """Running sums of one step on this rank: terms already divided by their counts, metrics with their element counts."""
 
-    loss: Tensor
+    loss: Tensor  # float64
+    guard: Guard
+    tokens: int = 0  # computed
     metrics: dict[str, Tensor] = field(default_factory=dict)  # name -> [sum, elements], float64
-    broken: list[tuple[str, Tensor, Sequence[Bundle]]] = field(default_factory=list)  # what to look into if the step breaks
 
-    def add(self, out: LossTerms, bundles: Sequence[Bundle], counted: bool) -> None:
+    @classmethod
+    def zero(cls, device: torch.device) -> "Sums":
+        return cls(torch.zeros((), device=device, dtype=torch.float64), Guard(device))
+
+    def add(self, out: LossTerms, bundles: Sequence[Bundle], counted: bool = True) -> None:
         for name, values in out.metrics.items():
             entry = torch.stack([values.double().sum(), values.new_tensor(values.numel(), dtype=torch.float64)])
             previous = self.metrics.get(name, torch.zeros_like(entry))
             self.metrics[name] = previous + entry if counted else previous
         if counted:
-            self.broken += [(term.name, term.values.detach(), bundles) for term in out.terms]
+            self.guard.watch_terms(out, bundles)
 
 
 class Reducer:
@@ -49,48 +57,78 @@ class Reducer:
         self.objective, self.pair, self.accelerator = objective, pair, accelerator
         self.plan, self.family = objective.plan, FAMILIES[objective.plan.data]
         self.budget, self.clip = micro_batch_tokens, clip
-        self.tokens = 0  # computed so far on this rank
+        self.tokens = 0  # computed so far, over all ranks
 
     def backward(self, bundles: Sequence[Bundle]) -> Metrics:
-        """Leave the step's clipped gradient in the parameters; its metrics. NumericsError on all ranks if it broke."""
+        """Leave the step's clipped gradient in the parameters; its metrics.
+
+        BrokenStep on all ranks if the step is not finite on one. Out of memory: one process halves its micro-batches, which
+        changes no gradient, and takes the step anew; several processes, or micro-batches of one, are a ResourceError.
+        """
+        while True:
+            try:
+                return self._backward(bundles)
+            except torch.OutOfMemoryError as error:
+                self._halve(bundles, error)
+
+    def _halve(self, bundles: Sequence[Bundle], error: torch.OutOfMemoryError) -> None:
+        chunks = micro_batches(bundles, self.budget, self.pair.layout)
+        if self.accelerator.num_processes > 1 or len(chunks) == len(bundles):
+            raise ResourceError(
+                f"out of memory in a micro-batch of at most {max(map(len, chunks))} rows and {self.budget} tokens: lower "
+                "train.micro_batch_tokens, set model.gradient_checkpointing=true, lower data.max_length, or train an adapter "
+                "(model.adapter.r=16); the first two change no result"
+            ) from error
+        while len(micro_batches(bundles, self.budget, self.pair.layout)) == len(chunks):
+            self.budget //= 2
+        log.warning("out of memory: train.micro_batch_tokens is %d from here on; this changes no gradient", self.budget)
+        for parameter in self.pair.parameters():
+            parameter.grad = None
+
+    def _backward(self, bundles: Sequence[Bundle]) -> Metrics:
         counts = self._counts(bundles)
         chunks = self._chunks(bundles)
-        sums = Sums(torch.zeros((), device=self.pair.device, dtype=torch.float64))
+        sums = Sums.zero(self.pair.device)
         leaves = self._coupled(chunks, counts, sums) if self.plan.coupled else None
         for i, (chunk, counted) in enumerate(chunks):
             last = i == len(chunks) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.pair.module):
-                tokens = self.pair.logps(chunk, self.plan, anchors=counted)
+                tokens = self.pair.logps(chunk, self.plan)
                 if not counted:  # another rank has more micro-batches: take part in the synchronisation with a zero
-                    loss = tokens.policy.sum() * 0
+                    loss = _zero(tokens)
                 elif leaves is not None:
                     loss = _pull_back(tokens, leaves[i])
                 else:
                     loss = self._loss(chunk, tokens, counts, sums)
                 self.accelerator.backward(loss * self.accelerator.num_processes)
-            self.tokens += sum(b.n_tokens for b in chunk) if counted else 0
-        norm = self._clip()
-        metrics = self._reduce(sums)
-        self._guard(metrics["loss"], norm, sums)
+            sums.tokens += sum(b.n_tokens for b in chunk) if counted else 0
+        parameters = list(self.pair.parameters())
+        norm = float(self.accelerator.clip_grad_norm_(parameters, self.clip or float("inf")))
+        metrics, broken, computed = self._reduce(sums)
+        sums.guard.check(metrics["loss"], norm, broken, self.accelerator)
+        self.tokens += computed
         return {**metrics, "grad_norm": norm}
 
     @torch.no_grad()
     def evaluate(self, bundles: Sequence[Bundle]) -> Metrics:
         """Loss and metrics of `bundles` (this rank's share), without a gradient."""
         counts, chunks = self._counts(bundles), self._chunks(bundles)
-        sums = Sums(torch.zeros((), device=self.pair.device, dtype=torch.float64))
+        sums = Sums.zero(self.pair.device)
         if self.plan.coupled:
             self._coupled(chunks, counts, sums)
         else:
             for chunk, counted in chunks:
-                tokens = self.pair.logps(chunk, self.plan, anchors=counted)
+                tokens = self.pair.logps(chunk, self.plan)
                 if counted:
                     self._loss(chunk, tokens, counts, sums)
-        return self._reduce(sums)
+        for name in gather_object(list(sums.metrics)):  # a rank may have no row of a small evaluation, hence no metric
+            sums.metrics.setdefault(name, sums.loss.new_zeros(2))
+        return self._reduce(sums)[0]
 
     def _loss(self, chunk: Sequence[Bundle], tokens: TokenLogps, counts: dict[str, float], sums: Sums) -> Tensor:
+        sums.guard.watch_logps(tokens, chunk)
         out = self.objective.loss(self.family.build(chunk, tokens))
-        sums.add(out, chunk, counted=True)
+        sums.add(out, chunk)
         loss = sum(term.weight * term.values.sum() / counts[term.unit] for term in out.terms)
         sums.loss += loss.detach().double()
         return loss
@@ -104,16 +142,21 @@ class Reducer:
         """Micro-batches of this rank, as many as the rank with most has; (chunk, False) is a stand-in that counts nothing."""
         chunks = [([bundles[i] for i in part], True) for part in micro_batches(bundles, self.budget, self.pair.layout)]
         most = int(self.accelerator.gather(torch.tensor([len(chunks)], device=self.pair.device)).max())
-        stand_in = Bundle(torch.zeros(1, dtype=torch.long), [torch.zeros(1, dtype=torch.long)], [torch.ones(1, dtype=torch.bool)])
-        return chunks + [([stand_in], False)] * (most - len(chunks))
+        return chunks + [([self._stand_in(bundles)], False)] * (most - len(chunks))
+
+    def _stand_in(self, bundles: Sequence[Bundle]) -> Bundle:
+        """Of the same make as this rank's bundles: what they have stored is not computed, what they have not is, on all ranks."""
+        stored = bundles[0].tokens if bundles else [n for n in self.plan.anchors if self.pair.anchors[n].kind == "cached"]
+        return replace(stand_in(), tokens={name: [torch.zeros(1)] for name in stored})
 
     def _coupled(self, chunks: list[tuple[list[Bundle], bool]], counts: dict[str, float], sums: Sums) -> list[TokenLogps]:
         """The loss of the whole step over all ranks on leaf log-probs; per micro-batch, its gradient with respect to them."""
         with torch.no_grad():
-            parts = [self.pair.logps(chunk, self.plan, anchors=counted) for chunk, counted in chunks]
+            parts = [self.pair.logps(chunk, self.plan) for chunk, _ in chunks]
         kept = [part for part, (_, counted) in zip(parts, chunks) if counted]
         light = [replace(b, prompt=b.prompt[:1], tokens={}) for chunk, counted in chunks if counted for b in chunk]
-        mine = concat(kept)
+        mine = concat(kept or [parts[0].map(lambda t: t[:0])])
+        sums.guard.watch_logps(mine, light)
         everyone, offset = gather_rows(mine, self.accelerator)
         everyone = replace(
             everyone,
@@ -121,9 +164,10 @@ class Reducer:
             extras={k: v.requires_grad_() for k, v in everyone.extras.items()},
         )
         with torch.enable_grad():
-            out = self.objective.loss(self.family.build(gather_object(light), everyone))
+            rows = gather_object(light)
+            out = self.objective.loss(self.family.build(rows, everyone))
             loss = sum(term.weight * term.values.sum() / counts[term.unit] for term in out.terms)
-        sums.add(out, light, counted=self.accelerator.is_main_process)
+        sums.add(out, rows, counted=self.accelerator.is_main_process)
         sums.loss += loss.detach().double() / self.accelerator.num_processes
         inputs = {"policy": everyone.policy, **everyone.extras}
         found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
@@ -136,37 +180,14 @@ class Reducer:
             offset += rows if counted else 0
         return result
 
-    def _clip(self) -> float:
-        parameters = list(self.pair.parameters())
-        return float(self.accelerator.clip_grad_norm_(parameters, self.clip or float("inf")))
-
-    def _reduce(self, sums: Sums) -> Metrics:
+    def _reduce(self, sums: Sums) -> tuple[Metrics, float, int]:
+        """Over all ranks: the loss with the metrics, the rows that are not finite, the tokens computed."""
         names = sorted(sums.metrics)
-        flat = torch.cat([sums.loss.reshape(1), *(sums.metrics[n] for n in names)])
-        loss, *rest = self.accelerator.reduce(flat).tolist()
-        return {"loss": loss, **{n: rest[2 * i] / rest[2 * i + 1] for i, n in enumerate(names) if rest[2 * i + 1]}}
-
-    def _guard(self, loss: float, norm: float, sums: Sums) -> None:
-        """Both figures are global, so every rank comes to the same verdict and stops in the same step."""
-        if all(map(_finite, (loss, norm))):
-            return
-        found = [line for name, values, bundles in sums.broken for line in _name_rows(name, values, bundles)]
-        where = "; ".join(found[:8]) or "no row's own loss is broken: the gradient overflowed, or another rank's rows did"
-        raise NumericsError(
-            f"loss {loss}, gradient norm {norm}: {where}. Nothing was updated; lower train.learning_rate, "
-            "check these rows, or go on from the last checkpoint with --resume auto"
-        )
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
-
-
-def _name_rows(name: str, values: Tensor, bundles: Sequence[Bundle]) -> list[str]:
-    """Which rows of a term are not finite, by uid where rows and bundles correspond."""
-    bad = (~values.isfinite()).reshape(values.shape[0], -1).any(-1).nonzero()[:, 0].tolist() if values.dim() else []
-    per = max(1, values.shape[0] // max(1, len(bundles))) if values.dim() else 1
-    return [f"term `{name}` is not finite at row {bundles[min(i // per, len(bundles) - 1)].uid or i}" for i in bad]
+        own = torch.stack([sums.loss, sums.guard.broken, sums.loss.new_tensor(sums.tokens)])
+        flat = torch.cat([own, *(sums.metrics[n] for n in names)])
+        loss, broken, tokens, *rest = self.accelerator.reduce(flat).tolist()
+        metrics = {n: rest[2 * i] / rest[2 * i + 1] for i, n in enumerate(names) if rest[2 * i + 1]}
+        return {"loss": loss, **metrics}, broken, int(tokens)
 
 
 def gather_rows(mine: TokenLogps, accelerator: Accelerator) -> tuple[TokenLogps, int]:
@@ -194,6 +215,11 @@ def concat(parts: Sequence[TokenLogps]) -> TokenLogps:
         None if first.behavior is None else torch.cat([p.behavior for p in same]),
         {k: torch.cat([p.extras[k] for p in same]) for k in first.extras},
     )
+
+
+def _zero(tokens: TokenLogps) -> Tensor:
+    """A loss of 0 that every trained parameter takes part in."""
+    return torch.stack([t.sum() * 0 for t in (tokens.policy, *tokens.extras.values()) if t.requires_grad]).sum()
 
 
 def _pull_back(tokens: TokenLogps, gradient: TokenLogps) -> Tensor:

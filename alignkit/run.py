@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from alignkit import checkpoint
-from alignkit.errors import ConfigError, ResourceError
+from alignkit.errors import CheckpointError, ConfigError, ResourceError
 
 
 class RunFolder:
@@ -54,16 +56,48 @@ class RunFolder:
                 f"output_dir {self.path} already holds a run; continue it with --resume auto, or choose another output_dir"
             )
 
+    def find(self, resume: str | None, identity: Mapping[str, Any]) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+        """The checkpoint that `resume` (None, "auto" or a folder) names, and what to tell about the search.
+
+        CheckpointError if it belongs to another run: every difference from `identity` is named.
+        """
+        if resume is None:
+            self.refuse_to_overwrite()
+            return None, []
+        skipped: list[checkpoint.Verdict] = []
+        if resume == "auto":
+            found, skipped = checkpoint.newest(self.checkpoints)
+        else:
+            found = checkpoint.load(Path(resume).expanduser())
+        notes = [f"skipped damaged checkpoint {v.path.name}: {v.reason}" for v in skipped]
+        if found is None:
+            return None, ["no checkpoint yet: starting from the beginning"]
+        differences = compare(found.identity, identity)
+        if differences and not self.finished:
+            raise CheckpointError(
+                f"checkpoint {found.path.name} belongs to another run: {'; '.join(differences)}. Undo the change, or start "
+                "without --resume in another output_dir"
+            )
+        return found, [*notes, f"resumed from {found.path.name}"]
+
+    def last_good(self) -> str:
+        """Where a run that stopped can be taken up, in words."""
+        good = [v for v in checkpoint.verify(self.checkpoints) if v.reason is None]
+        if not good:
+            return "There is no checkpoint to go on from"
+        return f"The last good checkpoint is {good[-1].path.name}; --resume auto goes on from it"
+
     def start(self, recipe: str, step: int) -> None:
         """Write the resolved recipe and cut the logs back to `step` (0 for a new run)."""
         if not self.writes:
             return
-        (self.path / "recipe.yaml").write_text(recipe)
-        for file in (self.metrics_file, self.samples_file):
-            kept = [line for line in read_lines(file) if line["step"] <= step and step > 0]
-            beside = file.with_name(f".{file.name}.tmp")
-            beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            beside.replace(file)
+        try:
+            checkpoint.write_text(self.path / "recipe.yaml", recipe)
+            for file in (self.metrics_file, self.samples_file):
+                kept = [line for line in read_lines(file) if line["step"] <= step and step > 0]
+                checkpoint.write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
+        except OSError as error:
+            raise ResourceError(f"cannot write to {self.path}: {error.strerror}; free space or mend the disk") from error
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl."""
@@ -97,9 +131,11 @@ class RunFolder:
             for file in beside.iterdir():
                 checkpoint.fsync(file)
             beside.rename(self.model)
-        except OSError as error:
+            checkpoint.fsync(self.path)
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(beside, ignore_errors=True)
-            raise ResourceError(f"cannot write {self.model}: {error.strerror}; free space, then --resume auto") from error
+            reason = getattr(error, "strerror", None) or error
+            raise ResourceError(f"cannot write {self.model}: {reason}; free space, then --resume auto") from error
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -111,3 +147,15 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Every leaf in which two nested mappings differ, as "name: old -> new"."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += compare(a, b, f"{name}.")
+        elif a != b:
+            found.append(f"{name}: {a} -> {b}")
+    return found

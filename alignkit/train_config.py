@@ -11,7 +11,7 @@ class TrainConfig(BaseModel):
     """Optimiser, schedule and rhythm of the one loop."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
-    steps: PositiveInt | None = Field(300, description="optimiser steps; null with `epochs`")
+    steps: PositiveInt | None = Field(300, le=10**12, description="optimiser steps; null with `epochs`")
     epochs: PositiveFloat | None = Field(None, description="passes over the data; takes the place of `steps`")
     batch_size: PositiveInt = Field(16, description="pairs or prompts per optimiser step over all processes")
     micro_batch_tokens: Literal["auto"] | PositiveInt = Field(
@@ -24,10 +24,12 @@ class TrainConfig(BaseModel):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning-rate schedule after the warm-up")
     warmup_steps: NonNegativeInt = Field(10, description="linear warm-up")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="gradient clipping; 0 = off")
-    seed: NonNegativeInt = Field(0, description="seeds data order, sampling noise and initialisation")
+    max_skipped_steps: NonNegativeInt = Field(0, description="steps that may be left out because they are not finite; 0 = stop")
+    seed: NonNegativeInt = Field(0, lt=2**32, description="seeds data order, sampling noise and initialisation")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute dtype; bfloat16 is autocast over float32 weights"
     )
+    shard: bool = Field(False, description="shard weights, gradients and moments over the processes (FSDP2)")
     eval_every: NonNegativeInt = Field(100, description="steps between evaluations; 0 = never")
     save_every: NonNegativeInt = Field(100, description="steps between checkpoints; 0 = never")
     log_samples_every: NonNegativeInt = Field(100, description="steps between sample generations; 0 = never")

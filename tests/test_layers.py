@@ -6,12 +6,13 @@ from pathlib import Path
 import alignkit
 
 ROOT = Path(alignkit.__file__).parent
+LOOP = ["loop", "online", "collect", "buffer", "reduction", "guard", "updates", "signals", "snapshot", "checkpoint"]
 LAYERS = {
     0: ["errors", "plugins", "tensors", "divergences", "kl", "risk", "credit"],
     1: ["plan", "batches"],
     2: ["objectives", "losses"],
     3: ["policies", "rollout", "rewards", "judges", "data"],
-    4: ["collect", "online", "buffer", "reduction", "updates", "loop", "run", "progress", "checkpoint", "oracles", "testing"],
+    4: [*LOOP, "run", "progress", "oracles", "testing"],
 }
 CONFIG_ONLY = {"train_config"} | {f"{package}.config" for package in ("policies", "data", "rollout", "evaluation")}
 

@@ -54,8 +54,8 @@ def pairs(n: int, seed: int = 0, k: int = 2, **rows) -> list[Bundle]:
 
 
 def make_job(
-    model: Path, out: Path, objective, bundles, *, lora=False, checkpointing=False, budget=4096, evaluation=(), accelerator=None,
-    reference="frozen", layout="shared_prefix", steps=6, **config,
+    model: Path, out: Path, objective, bundles, *, lora=False, checkpointing=False, budget=4096, evaluation=None,
+    accelerator=None, reference="frozen", layout="shared_prefix", steps=6, **config,
 ) -> Job:  # fmt: skip
     """A job over `bundles` with small defaults; keyword arguments beyond the named ones are TrainConfig's."""
     settings = {"steps": steps, "batch_size": 4, "warmup_steps": 2, "learning_rate": 1e-2, "save_every": 0, "eval_every": 0}

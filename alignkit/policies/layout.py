@@ -166,6 +166,11 @@ def computed_tokens(bundle: Bundle, layout: Layout) -> list[int]:
     return [prompt + sum(used)] if layout == "shared_prefix" else [prompt + n for n in used]
 
 
+def stand_in() -> Bundle:
+    """The smallest bundle there is, for a rank that has to take part in a forward without rows of its own."""
+    return Bundle(torch.zeros(1, dtype=torch.long), [torch.zeros(1, dtype=torch.long)], [torch.ones(1, dtype=torch.bool)])
+
+
 def micro_batches(bundles: Sequence[Bundle], budget: int, layout: Layout, overhead: int = 128) -> list[list[int]]:
     """Indices of the bundles of each forward: rows x longest row stays within `budget` tokens, pads counted.
 

@@ -1,5 +1,6 @@
 """The policy and its anchors: the one thing the loop asks for log-probs."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.batches import Bundle, Plan, TokenLogps
-from alignkit.errors import CheckpointError, ModelError
+from alignkit.errors import CheckpointError, ConfigError, ModelError
 from alignkit.policies.head import AnchorStates
-from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches
+from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches, stand_in
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.reference import START_ADAPTER, Anchor
+from alignkit.policies.sharding import assign, gathered, is_sharded, shard, whole
 
 SCORING_BUDGET = 8192  # tokens per forward without gradient
 ANCHOR_PREFIX = "anchor."
@@ -40,6 +42,7 @@ class PolicyPair:
         self.notes = list(notes)
         self._save_config = dict(save_config or {})  # config fields that loading changed and saving restores
         self._autocast: Callable = nullcontext
+        self._whole = False  # whether `whole` is entered
 
     @property
     def device(self) -> torch.device:
@@ -60,13 +63,34 @@ class PolicyPair:
         """The trainable parameters."""
         return [p for p in self.base.parameters() if p.requires_grad]
 
-    def prepare(self, accelerator) -> None:
-        """Let accelerate wrap the policy, and move the anchors to its device."""
-        self.module = accelerator.prepare(self.base)
+    def prepare(
+        self, accelerator, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer], *, sharded: bool = False
+    ) -> torch.optim.Optimizer:
+        """Spread the policy over the processes, move the anchors to its device, and return the optimiser of its parameters.
+
+        `sharded` asks for FSDP2 over torch's own `fully_shard`; else accelerate wraps the policy as it was launched to (DDP,
+        FSDP2). ConfigError where accelerate was asked for shards and there are none.
+        """
         self._autocast = accelerator.autocast
         for anchor in self.anchors.values():
             if anchor.module is not None:
                 anchor.module.to(accelerator.device)
+        if str(accelerator.distributed_type).endswith(("DEEPSPEED", "MEGATRON_LM")):
+            raise ConfigError(
+                "accelerate was launched for DeepSpeed or Megatron, which alignkit cannot checkpoint; use train.shard"
+            )
+        if sharded and accelerator.num_processes > 1:
+            shard(self.base, accelerator.num_processes)
+            with torch.no_grad():  # the root must be the first to run: generation enters further down
+                self.logps([stand_in()], Plan("sequence"), anchors=False)
+            return accelerator.prepare(make_optimizer(self.parameters()))
+        self.module, optimizer = accelerator.prepare(self.base, make_optimizer(self.parameters()))
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not is_sharded(self.base):
+            raise ConfigError(
+                "accelerate was launched for FSDP but did not shard the policy (it does not on CPUs, nor with FSDP version 1); "
+                "set train.shard=true and launch without FSDP, or set fsdp_version: 2"
+            )
+        return optimizer
 
     def logps(self, bundles: Sequence[Bundle], plan: Plan, *, anchors: bool = True) -> TokenLogps:
         """Per-token log-probs of the N completions of `bundles`, with gradient iff it is enabled.
@@ -85,7 +109,8 @@ class PolicyPair:
             else:
                 figures[name] = rows.scatter(self._score(name, rows))
         self.module.train(torch.is_grad_enabled())
-        found = self.module(rows, plan.statistics if anchors else {}, states)
+        with self._autocast():
+            found = self.module(rows, plan.statistics if anchors else {}, states)
         extras = {name: rows.scatter(values) for name, values in found.items()}
         if states is not None:
             figures[plan.anchors[0]] = extras.pop("anchor")
@@ -182,10 +207,20 @@ class PolicyPair:
         if name != "policy" and self.anchors.get(name, Anchor("")).kind == "cached" and self.anchors[name].moved:
             raise ModelError("reference.kind: a cached reference cannot generate; set reference.kind=frozen")
         active = nullcontext(self.base) if name == "policy" else self._active(name)
-        with active as module, self._autocast():
+        with self.whole(), active as module, self._autocast():
             base = self.base if module is self.module else module
             base.eval()
             yield base.model
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, a sharded policy is whole on every process and each may call it as often as it likes; all have to enter."""
+        outer, self._whole = self._whole, True
+        try:
+            with nullcontext() if outer else whole(self.base):
+                yield
+        finally:
+            self._whole = outer
 
     def after_step(self, step: int) -> None:
         """Tell the anchors that optimiser step `step` (counted from 1) is done."""
@@ -199,9 +234,12 @@ class PolicyPair:
             found |= {f"{ANCHOR_PREFIX}{name}.{key}": value for key, value in anchor.state(self.base).items()}
         return found
 
-    def state(self) -> dict[str, Tensor]:
-        """Trainable parameters and moving anchors, copied to the CPU."""
-        return {name: tensor.detach().cpu().clone() for name, tensor in self._tensors().items()}
+    def state(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Trainable parameters and moving anchors, whole, copied to the CPU.
+
+        Shards are gathered one by one: every process has to ask, and those that do not `keep` the answer get nothing.
+        """
+        return gathered(self._tensors(), keep)
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -213,12 +251,19 @@ class PolicyPair:
                 f"the checkpoint does not fit this model and reference: {len(wrong)} tensors differ, e.g. {wrong[0]}"
             )
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            assign(tensor, state[name])
         for anchor in self.anchors.values():
             anchor.moved = True
 
-    def save(self, folder: Path | str) -> None:
-        """Write the policy so that `from_pretrained` loads it (a LoRA run: the adapter, in peft's layout), and the tokenizer."""
+    def whole_state(self, *, keep: bool = True) -> dict[str, Tensor] | None:
+        """What `save` needs of a sharded policy, gathered as by `state`; None for a policy that is whole already."""
+        return gathered(self.base.model.state_dict(), keep) if is_sharded(self.base) else None
+
+    def save(self, folder: Path | str, state: dict[str, Tensor] | None = None) -> None:
+        """Write the policy so that `from_pretrained` loads it (a LoRA run: the adapter, in peft's layout), and the tokenizer.
+
+        A sharded policy needs `state`, its `whole_state`.
+        """
         model, config = self.base.model, causal_lm(self.base.model).config
         changed = {name: getattr(config, name) for name in self._save_config}
         for name, value in self._save_config.items():
@@ -227,7 +272,7 @@ class PolicyPair:
             {"selected_adapters": [a for a in model.peft_config if a != START_ADAPTER]} if hasattr(model, "peft_config") else {}
         )
         try:
-            model.save_pretrained(folder, **only)
+            model.save_pretrained(folder, state_dict=state, **only)
         finally:
             for name, value in changed.items():
                 setattr(config, name, value)

@@ -12,6 +12,7 @@ from alignkit.batches import Plan
 from alignkit.errors import ConfigError, ModelError
 from alignkit.policies.config import TargetConfig
 from alignkit.policies.module import PolicyModule
+from alignkit.policies.sharding import full
 
 KINDS = ("auto", "frozen", "adapter_off", "cached", "ema", "synced")
 START_ADAPTER = "reference"  # the frozen twin of a pretrained adapter that is trained on
@@ -86,7 +87,8 @@ class Anchor:
         if self.module is None or self.kind not in ("ema", "synced") or (self.kind == "synced" and step % self.every):
             return
         weight = 1.0 if self.kind == "synced" else 1 - self.decay
-        for _, own, new in self._trained(base):
+        for _, own, trained in self._trained(base):
+            new = full(trained)
             own.lerp_(new.to(own.dtype), weight) if weight < 1 else own.copy_(new)
 
     def _trained(self, base: PolicyModule) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -11,6 +11,7 @@ import json
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,9 +45,7 @@ class Ours:
         bundles, _ = load_bundles(DataConfig(train=str(file)), "pair", self.pair.tokenizer)
         self.batches = [bundles[i : i + batch] for i in range(0, len(bundles), batch)]
         config = TrainConfig(learning_rate=RATE)
-        optimizer = make_optimizer(config, self.pair.parameters())
-        self.pair.prepare(accelerator)
-        self.optimizer = accelerator.prepare(optimizer)
+        self.optimizer = self.pair.prepare(accelerator, partial(make_optimizer, config))
         self.reducer = Reducer(objective, self.pair, accelerator, 4096, 1.0)
 
     def step(self, index: int) -> float:

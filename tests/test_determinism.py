@@ -1,0 +1,73 @@
+"""Same seed, same run; a run taken up in its middle is the run that was never stopped. Every objective, bit for bit."""
+
+import random
+from importlib import import_module
+
+import numpy
+import pytest
+import torch
+from test_online import more_wanted, online_job, share_of_wanted
+from world import make_job, pairs, save_model
+
+from alignkit.loop import train
+from alignkit.objectives import OBJECTIVES, locate
+from alignkit.run import read_lines
+
+FIXED = {
+    "sequence": {"k": 1},
+    "pair": {},
+    "labelled": {"k": 1, "label": lambda i: torch.tensor([i % 2 == 0])},
+}
+STEPS, TAKEN_UP = 4, 2
+
+
+def example(name):
+    module, cls, _ = locate(name)
+    return getattr(import_module(module), cls).examples()[0]
+
+
+def covered(name):
+    """Objectives whose data this file can make; a judge's table and ranked data are not among them."""
+    plan = example(name).plan
+    return plan.data in FIXED or (plan.data in ("rollout", "game") and plan.judged != "table")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def noisy(prompts, completions, **columns):
+    """A reward that draws from every generator it can reach."""
+    noise = random.random() + numpy.random.rand() + float(torch.rand(()))
+    return [value + noise * i for i, value in enumerate(share_of_wanted(prompts, completions, **columns))]
+
+
+def job(model, out, objective):
+    settings = {"steps": STEPS, "save_every": TAKEN_UP, "keep": 9, "learning_rate": 0.05, "ema_decay": 0.5}
+    if objective.plan.data in FIXED:
+        return make_job(model, out, objective, pairs(10, **FIXED[objective.plan.data]), lora=True, **settings)
+    return online_job(model, out, objective, reward=noisy, judge=more_wanted, **settings)
+
+
+def run(made, resume=None):
+    """Final weights and anchors, and every logged figure but the time."""
+    with made.run:
+        train(made, resume)
+    rows = [{k: v for k, v in row.items() if k != "time"} for row in read_lines(made.run.metrics_file)]
+    return made.pair.state(), rows
+
+
+def assert_same(found, expected):
+    assert found[1] == expected[1]
+    assert found[0].keys() == expected[0].keys()
+    assert all(torch.equal(value, expected[0][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("name", filter(covered, OBJECTIVES))
+def test_same_seed_same_run_and_resume_is_the_uninterrupted_run(model, tmp_path, name):
+    objective = example(name)
+    expected = run(job(model, tmp_path / "a", objective))
+    assert_same(run(job(model, tmp_path / "b", objective)), expected)
+    (tmp_path / "b" / "model").rename(tmp_path / "finished")
+    assert_same(run(job(model, tmp_path / "b", objective), "auto"), expected)
