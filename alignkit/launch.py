@@ -25,7 +25,7 @@ FREE: dict[str, set[str] | None] = {  # None: the whole section
     "model": {"layout", "gradient_checkpointing"},
     "reference": {"store"},
     "data": {"train", "eval", "format"},  # what is trained on is compared row by row
-    "train": {"micro_batch_tokens", "eval_every", "save_every", "log_samples_every", "keep"},
+    "train": {"micro_batch_tokens", "eval_every", "save_every", "log_samples_every", "keep", "shard", "max_skipped_steps"},
     "compare": None,
     "trackers": None,
     "output_dir": None,
@@ -45,16 +45,18 @@ def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False)
     from alignkit.run import RunFolder
 
     objective = build_objective(recipe.objective, recipe.origin, safe=safe)
+    changes: list[str] = []
     if resume is None:
         RunFolder(recipe.output_dir).refuse_to_overwrite()  # before anything is loaded; the loop asks again under the lock
     else:
-        recipe = with_resolved_autos(recipe)
+        recipe, changes = with_resolved_autos(recipe)
     task = resolve_task(recipe)
     check_appraisal(recipe, objective, task)
     accelerator = make_accelerator(recipe)
     run = RunFolder(recipe.output_dir, writes=accelerator.is_main_process)
     try:
         job = build_job(recipe, objective, task, accelerator, run, safe=safe)
+        job.notes = [*job.notes, *changes]
         with run:
             return train(job, resume)
     finally:
@@ -117,12 +119,17 @@ def _unused(recipe: Recipe, objective: "Objective") -> list[str]:
     return [f"`{section}` is set in the recipe, but this objective does not use it" for section, holds in unused.items() if holds]
 
 
-def with_resolved_autos(recipe: Recipe) -> Recipe:
-    """The recipe with each `auto` replaced by what the run in its output_dir resolved it to."""
-    kept = Path(recipe.output_dir).expanduser() / "recipe.yaml"
-    if not kept.is_file():
-        return recipe
-    return _replaced(recipe, load_recipe(kept).model_dump())
+def with_resolved_autos(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe with each `auto` replaced by what the run in its output_dir resolved it to, and what else is not as it was."""
+    from alignkit.run import compare
+
+    file = Path(recipe.output_dir).expanduser() / "recipe.yaml"
+    if not file.is_file():
+        return recipe, []
+    kept = load_recipe(file)
+    recipe = _replaced(recipe, kept.model_dump())
+    changes = compare(kept.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    return recipe, [f"changed since this run began: {'; '.join(changes)}"] if changes else []
 
 
 def make_accelerator(recipe: Recipe) -> "Accelerator":
@@ -130,13 +137,18 @@ def make_accelerator(recipe: Recipe) -> "Accelerator":
     import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
 
     cuda = torch.cuda.is_available()
     half = recipe.train.dtype == "bfloat16" or (recipe.train.dtype == "auto" and cuda and torch.cuda.is_bf16_supported())
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     trackers = list(recipe.trackers)
     accelerator = Accelerator(
-        mixed_precision="bf16" if half else "no", cpu=not cuda, log_with=trackers or None, project_dir=recipe.output_dir
+        mixed_precision="bf16" if half else "no",
+        cpu=not cuda,
+        log_with=trackers or None,
+        project_dir=recipe.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # nothing writes to them
     )
     missing = set(trackers) - {"all"} - {str(tracker) for tracker in accelerator.log_with}
     if missing:
@@ -160,6 +172,7 @@ def build_job(
     from alignkit.card import model_card
     from alignkit.feed import fixed_feed, sampled_feed
     from alignkit.loop import Job
+    from alignkit.policies.load import vocabulary_hash
     from alignkit.preference_feed import preference_feed
 
     plan = objective.plan
@@ -182,7 +195,7 @@ def build_job(
         steps or 0,
         micro_batch_tokens=int(recipe.train.micro_batch_tokens),
         recipe=dump_recipe(recipe),
-        identity={**_identity(recipe), **feed.identity},
+        identity={**_identity(recipe), **feed.identity, "tokenizer": vocabulary_hash(pair.tokenizer)},
         evaluation=feed.evaluation,
         measure=feed.measure,
         samples=feed.samples,

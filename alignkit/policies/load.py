@@ -89,10 +89,10 @@ def load_model(
 
 def same_vocabulary(first, second) -> bool:
     """Whether two tokenizers give every token the same id."""
-    return _vocabulary(first) == _vocabulary(second)
+    return vocabulary_hash(first) == vocabulary_hash(second)
 
 
-def _vocabulary(tokenizer) -> str:
+def vocabulary_hash(tokenizer) -> str:
     """Hash of a tokenizer's vocabulary, ids included."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
