@@ -17,13 +17,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from alignkit.config import Recipe, build_objective, dump_recipe
-from alignkit.errors import AlignkitError, ModelError
+from alignkit.errors import AlignkitError, ModelError, ResourceError
 from alignkit.evaluation.grid import Point, expand, section_of
 from alignkit.evaluation.live import LiveTable
 from alignkit.evaluation.outcome import Outcome, outcome_of, prepare
@@ -42,8 +43,10 @@ def compare(recipe: Recipe, *, safe: bool = False, console: Console | None = Non
     """
     console = console or Console(stderr=True)
     points = expand(recipe)
-    for shared in {id(point.recipe): point.recipe for point in points}.values():
-        check_without_torch(shared, safe)
+    for point in points:
+        check_without_torch(point.recipe, safe)
+    if find_spec("matplotlib") is None:
+        raise ResourceError("the report's pictures need matplotlib: pip install 'alignkit[eval]'")
     from alignkit.evaluation.report import write_report
     from alignkit.evaluation.results import gather
     from alignkit.run import RunFolder
@@ -52,12 +55,12 @@ def compare(recipe: Recipe, *, safe: bool = False, console: Console | None = Non
     out = RunFolder(recipe.output_dir)
     with out, _stoppable(points):
         began = time.monotonic()
+        prepare(points)
         appraiser = _appraiser(recipe, safe)
         (out.path / "recipe.yaml").write_text(dump_recipe(recipe))
         for note in appraiser.notes:
             console.print(f"evaluation prompts: {note}", highlight=False, soft_wrap=True, markup=False)
         _measure_base(out.path, appraiser)
-        prepare(points)
         waiting = [point for point in points if outcome_of(point).status != "finished" or _stale(point, appraiser.key)]
         if len(waiting) < len(points):
             console.print(f"{len(points) - len(waiting)} of {len(points)} runs are finished and not repeated", highlight=False)
@@ -121,10 +124,11 @@ def work(point: Point, *, recipe: Recipe, safe: bool, quiet: bool) -> None:
 def _train(point: Point, safe: bool) -> None:
     from alignkit.launch import run_recipe
 
-    folder, began = Path(point.recipe.output_dir), time.monotonic()
+    folder, began, cpu = Path(point.recipe.output_dir), time.monotonic(), time.process_time()
     Outcome("started", settings=point.settings).write(folder)
     run_recipe(point.recipe, "auto", safe=safe)
-    Outcome("finished", seconds=time.monotonic() - began, settings=point.settings).write(folder)
+    spent = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu}
+    Outcome("finished", **spent, settings=point.settings).write(folder)
 
 
 def _measure(point: Point, recipe: Recipe, safe: bool) -> None:
@@ -139,7 +143,7 @@ def _measure(point: Point, recipe: Recipe, safe: bool) -> None:
 
 
 def _failed(point: Point, reason: str, seconds: float) -> None:
-    Outcome("failed", reason, seconds, point.settings).write(Path(point.recipe.output_dir))
+    Outcome("failed", reason, seconds, settings=point.settings).write(Path(point.recipe.output_dir))
 
 
 def _stale(point: Point, key: str) -> bool:

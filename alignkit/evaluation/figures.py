@@ -114,7 +114,7 @@ def _efficiency(axes: Axes, results: Found, look: Mapping[str, Any], reach: floa
             axes.plot(*zip(*points), linewidth=1.8, markersize=7, **look[curve["label"]])
     axes.axhline(1.0, color="black", linewidth=2.6, alpha=0.55)
     low = min((p["efficiency"] for c in results["curves"] for p in c["points"] if _known(p["efficiency"])), default=0.0)
-    axes.set(xlabel=KL_AXIS, xlim=(-0.02 * reach, reach), ylim=(max(0.0, min(0.85, low - 0.03)), 1.02))
+    axes.set(xlabel=KL_AXIS, xlim=(-0.02 * reach, reach), ylim=(max(0.0, min(0.9, low - 0.02)), 1.01))
     axes.set_title("efficiency: share of the best possible gain at the same KL", loc="left", fontsize=11)
 
 

@@ -21,7 +21,8 @@ class Outcome:
 
     status: Status = "new"
     reason: str = ""
-    seconds: float = 0.0  # of the last attempt's training
+    seconds: float = 0.0  # of the last attempt's training, by the clock
+    cpu_seconds: float = 0.0  # and by the processor: runs may share a machine
     settings: dict[str, Any] = field(default_factory=dict)  # the point's
 
     def write(self, folder: Path) -> None:
@@ -43,23 +44,18 @@ def outcome_of(point: Point) -> Outcome:
         raise ConfigError(f"{file} cannot be read ({error}); delete its folder to run {point.name} again") from None
 
 
-def prepare(points: Sequence[Point]) -> list[Point]:
-    """The points that still have to run; folders of unfinished runs with other settings are cleared.
+def prepare(points: Sequence[Point]) -> None:
+    """Clear the folders of unfinished runs with other settings.
 
     ConfigError where a folder holds a finished run with other settings: it is neither this run's result nor ours to delete.
     """
-    waiting = []
     for point in points:
         folder, outcome = Path(point.recipe.output_dir), outcome_of(point)
         changed = differences(outcome.settings, point.settings) if outcome.status != "new" else []
-        if not changed and outcome.status == "finished":
-            continue
-        if outcome.status == "finished":
+        if changed and outcome.status == "finished":
             raise ConfigError(
                 f"{folder} holds a finished run with other settings ({'; '.join(changed)}): undo the change, delete that folder, "
                 "or choose another output_dir"
             )
         if changed:
             shutil.rmtree(folder)
-        waiting.append(point)
-    return waiting

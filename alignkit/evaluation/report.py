@@ -154,10 +154,10 @@ def _run_part(results: Found) -> list[Block]:
 
 
 def _run_table(results: Found) -> Table:
-    header = ["run", "", "score", "KL", "KL per token", "forward KL", "win rate", "equal lengths", "invalid", "seconds"]
+    header = ["run", "", "score", "KL", "KL per token", "forward KL", "win rate", "equal lengths", "invalid", "seconds", "of CPU"]
     rows = []
     for run in results["runs"]:
-        row = [run["name"], run["status"], *[MISSING] * 7, f"{run['seconds']:.0f}"]
+        row = [run["name"], run["status"], *[MISSING] * 7, f"{run['seconds']:.0f}", f"{run['cpu_seconds']:.0f}"]
         if "figures" in run:
             figures, errors, wins = run["figures"], run["standard_errors"], run["wins"]
             row[2:9] = [
@@ -221,9 +221,9 @@ def _method(results: Found) -> list[Block]:
         "Between two points the frontier is straight: choosing one of the two models at random is at least as good. Efficiency "
         "is the gain over the base model divided by the best possible gain at the same KL, from 0.1 nat on."
     )
-    minutes = sum(run["seconds"] for run in results["runs"]) / 60
+    minutes = sum(run["cpu_seconds"] for run in results["runs"]) / 60
     seeds = ", ".join(map(str, results["seeds"]))
-    command = f"`alignkit compare {results['recipe']}`, seeds {seeds}; the runs took {minutes:.1f} minutes, summed."
+    command = f"`alignkit compare {results['recipe']}`, seeds {seeds}; training took {minutes:.1f} minutes of CPU."
     return [Heading("How it was measured"), Text(text), Text(command)]
 
 

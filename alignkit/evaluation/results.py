@@ -83,6 +83,7 @@ def _run(point: Point, found: Found | None, base: Measured, correct: float | Non
         "status": outcome.status,
         "reason": outcome.reason,
         "seconds": outcome.seconds,
+        "cpu_seconds": outcome.cpu_seconds,
         "objective": point.recipe.objective,
     }
     if found is None:
@@ -182,8 +183,8 @@ def _baselines(counts: Sequence[int], pool: Found | None, listed: Any, base: Mea
     """Best-of-n, the tilted optimum and, where it can be listed, the optimal frontier."""
     found: Found = {"best_of_n": [], "tilted": [], "optimal": None}
     if listed is not None:
-        at, score = listed.optimal.curve(places=PLACES)
-        found["optimal"] = {"kl": _listed(at), "score": _listed(score)}
+        at = listed.optimal.max_kl * np.linspace(0, 1, PLACES) ** 2  # it rises like a square root
+        found["optimal"] = {"kl": _listed(at), "score": _listed(listed.optimal.score_at(at))}
         found["best_of_n"] = [_baseline(listed.best_of_n(n), n=n, folklore=folklore_kl(n)) for n in counts]
         return found
     drawn = (pool["score"], pool["logp"]) if pool else (base.score, base.logp)

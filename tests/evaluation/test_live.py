@@ -43,7 +43,7 @@ def test_the_table_says_what_each_run_does_and_estimates_the_rest(points, monkey
     monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])
     Outcome("finished", seconds=60.0, settings=points[0].settings).write(Path(points[0].recipe.output_dir))
     log(points[0], {"step": 40, "loss": 0.5})
-    Outcome("failed", "the reward\nraised", 3.0, points[3].settings).write(Path(points[3].recipe.output_dir))
+    Outcome("failed", "the reward\nraised", settings=points[3].settings).write(Path(points[3].recipe.output_dir))
     table, out = shown(points)
     log(points[1], {"step": 10, "loss": 0.61}, torn='{"step": 1')
     table.watch([points[1]])

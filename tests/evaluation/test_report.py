@@ -30,7 +30,8 @@ def results(labels=("dpo", "rpg"), exact=True):
             runs.append(
                 {
                     "name": name, "label": label, "swept": {"beta": j + 1}, "seed": 0, "status": "finished", "reason": "",
-                    "seconds": 31.4, "figures": {**dict.fromkeys(FIGURES, span(0.5)), "score": span(score), "kl": span(kl)},
+                    "seconds": 31.4, "cpu_seconds": 29.0,
+                    "figures": {**dict.fromkeys(FIGURES, span(0.5)), "score": span(score), "kl": span(kl)},
                     "standard_errors": {"score": 0.01, "kl": 0.02},
                     "wins": {"rate": span(0.7), "invalid": 0.0, "length_controlled": 0.69, "words": ""},
                     "calibration": {
@@ -45,7 +46,15 @@ def results(labels=("dpo", "rpg"), exact=True):
         at = np.linspace(0, 1.4, 5)
         band = {"at": at, "score": 0.8 * at, "low": 0.8 * at - 0.05, "high": 0.8 * at + 0.05}
         curves.append({"label": label, "points": points, "band": {key: value.tolist() for key, value in band.items()}})
-    failed = {"name": "bad-seed=0", "label": "bad", "swept": {}, "seed": 0, "status": "failed", "seconds": 2.0}
+    failed = {
+        "name": "bad-seed=0",
+        "label": "bad",
+        "swept": {},
+        "seed": 0,
+        "status": "failed",
+        "seconds": 2.0,
+        "cpu_seconds": 1.0,
+    }
     runs.append({**failed, "reason": "the reward said <script>alert(1)</script> | and fell"})
     training["bad-seed=0"] = {"metric": None, "step": [], "value": []}
     at = [0.0, 1.0, 2.0]
@@ -136,7 +145,7 @@ def test_the_markdown_says_the_same(written):
     ):
         assert words in text, words
     widths = [line.count(" | ") for line in text.splitlines() if line.startswith("| bad-seed=0")]
-    assert widths == [9]  # a cell's bar did not open another
+    assert widths == [10]  # a cell's bar did not open another
 
 
 def test_a_comparison_without_results_is_still_a_report(tmp_path):
