@@ -7,10 +7,11 @@ from itertools import permutations
 import pytest
 import torch
 
-from alignkit.config import load_recipe
+from alignkit.config import build_objective, load_recipe
 from alignkit.data.config import DataConfig
 from alignkit.data.load import check
-from alignkit.errors import ModelError
+from alignkit.errors import ConfigError, ModelError
+from alignkit.finished import load_finished
 from alignkit.judges import load_judge
 from alignkit.judges.report import preference_figures
 from alignkit.launch import run_recipe
@@ -140,6 +141,13 @@ def test_rankings_that_cannot_be_learned_from_are_named():
     assert found == {"type": [2, 3, 7], "identical": [4], "empty": [5], "null": [6]}
     assert "expected two or more completions, best first" in str(refusal)
     assert report.format == "ranking"
+
+
+def test_a_judge_writes_no_text_and_is_no_part_of_a_sum(general):
+    with pytest.raises(ModelError, match="reward or preference model, which writes nothing"):
+        load_finished(str(general[1]))
+    with pytest.raises(ConfigError, match="disagree on `outputs`"):
+        build_objective([{"name": "preference_model"}, {"name": "dpo"}])
 
 
 # ---------------------------------------------------------------- the losses and figures alone

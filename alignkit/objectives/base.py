@@ -100,7 +100,7 @@ class Weighted(Objective):
             raise ConfigError(f"objective: sft can join sequence or pair objectives, not {family}")
         single = [p for p in plans if p.data == family]
         first = single[0]
-        shared = ("samples", "judged", "values", "epochs", "minibatches", "update")
+        shared = ("samples", "judged", "values", "epochs", "minibatches", "update", "outputs", "joined")
         for field in shared:
             if any(getattr(p, field) != getattr(first, field) for p in single):
                 raise ConfigError(f"objective: the parts of a weighted list disagree on `{field}`; give each its own run")

@@ -71,6 +71,8 @@ def load_model(
     shared = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(model.name_or_path, **shared)
+        if getattr(config, "alignkit_outputs", None) and not outputs:
+            raise ModelError("it is a reward or preference model, which writes nothing; name it under `rewards` or `judge`")
         rates = {
             k: v for k, v in config.to_dict().items() if k.endswith(("dropout", "_pdrop")) and isinstance(v, float) and v > 0
         }
