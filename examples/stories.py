@@ -4,7 +4,9 @@
 
 `$STORIES` holds `stories260k/` and `stories_sentiment/prompts_{train,test}.jsonl`. Four samples of 48 tokens for each opening,
 temperature 1, whole distribution. KL(policy || base) per completion: the exact KL of each token's distribution, summed along
-the sample (Rao-Blackwellised: unbiased, less noisy than log-ratios).
+the sample (Rao-Blackwellised: unbiased, less noisy than log-ratios). With intervals and more figures, for any model and score:
+
+    alignkit eval runs/happy-0 --prompts prompts_test.jsonl --reward examples/stories.py:happiness --samples 4 --max-new-tokens 48
 """
 
 import argparse
@@ -13,16 +15,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from alignkit.batches import Bundle, Draw, Plan
 from alignkit.data.config import DataConfig
 from alignkit.data.load import load_prompts
-from alignkit.objectives.sampled import exact_kl
-from alignkit.policies.config import ModelConfig, ReferenceConfig
-from alignkit.policies.load import load_pair
-from alignkit.rollout.hf import HFSampler
+from alignkit.evaluation.measure import Yardstick, evaluation_pair
 
 SAMPLES, TOKENS = 4, 48
 SCORER = SentimentIntensityAnalyzer()
@@ -35,19 +32,10 @@ def happiness(prompts: Sequence[str], completions: Sequence[str], **columns: Any
 
 def evaluate(base: Path, model: Path, prompts: Path, last: int = 0) -> tuple[float, float]:
     """Mean VADER compound of prompt + completion, and mean KL(model || base) in nats per completion."""
-    plan = Plan("sequence", statistics={"kl": exact_kl})
-    settings = ModelConfig(name_or_path=str(model))
-    pair = load_pair(settings, ReferenceConfig(kind=str(base)), None, plan, device="cpu", fixed_data=False)
-    openings = load_prompts(DataConfig(train=str(prompts)), pair.tokenizer)[0][-last:]
-    sampler = HFSampler(pair, max_new_tokens=TOKENS, temperature=1.0, top_p=1.0, seed=0)
-    drawn = sampler.sample([p.ids for p in openings], Draw(SAMPLES), step=0, prompt_ids=range(len(openings)))
-    scores, divergences = [], []
-    for opening, samples in zip(openings, drawn):
-        bundle = Bundle(opening.ids, [s.ids for s in samples], [torch.ones_like(s.ids, dtype=torch.bool) for s in samples])
-        with torch.no_grad():
-            divergences += pair.logps([bundle], plan).sequence("kl").tolist()
-        scores += happiness([opening.text] * SAMPLES, [pair.tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples])
-    return sum(scores) / len(scores), sum(divergences) / len(divergences)
+    pair = evaluation_pair(model, base)
+    openings = load_prompts(DataConfig(), pair.tokenizer, source=prompts)[0][-last:]
+    found = Yardstick(openings, SAMPLES, TOKENS, reward=happiness).measure(pair, model.name)
+    return found.score.mean(), found.kl.mean()
 
 
 def main() -> None:
