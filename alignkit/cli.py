@@ -226,6 +226,7 @@ def _print_checkpoints(run: Path) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line (default: sys.argv). The one place where an error becomes a line on stderr and an exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's library is imported
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # outside of training, which saves first
     try:
         app(arguments)

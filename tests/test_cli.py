@@ -1,7 +1,6 @@
 """The command line: speed of its help, one test per exit code, and what a run leaves on disk."""
 
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -249,15 +248,3 @@ def test_several_processes_give_the_exit_code_of_the_first_that_fails(capfd):
 
     assert launch(2, ["recipes", "show", "nope"]) == 2
     assert "ended with exit code 2" in capfd.readouterr().err
-
-
-def test_two_processes_train_as_one(world, finished, tmp_path):
-    arguments = [*options(world, tmp_path / "out"), "train.save_every=2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "alignkit", "train", "dpo", *arguments, "--processes", "2"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    one, two = (read_lines(folder / "metrics.jsonl") for folder in (finished, tmp_path / "out"))
-    for a, b in zip(one, two, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], abs=1e-6)

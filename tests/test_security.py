@@ -1,0 +1,85 @@
+"""What a recipe, a model or a network can make alignkit do: nothing that the user did not ask for."""
+
+import json
+import os
+import socket
+
+import pytest
+import torch
+from test_cli import run
+from world import save_model
+
+from alignkit.errors import ModelError
+from alignkit.policies.config import ModelConfig
+from alignkit.policies.load import load_model
+
+CODE = "import pathlib\npathlib.Path({flag!r}).touch()\ndef f(prompts, completions, **columns): return [0.0] * len(prompts)\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_model(tmp_path / "model")
+    (tmp_path / "mine.py").write_text(CODE.format(flag=str(tmp_path / "ran")))
+    rows = [{"prompt": f"w{3 + i}", "chosen": f"w5 w{6 + i}", "rejected": f"w{7 + i}"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def arguments(folder, recipe, *overrides):
+    paths = [f"model.name_or_path={folder / 'model'}", f"data.train={folder / 'rows.jsonl'}", f"output_dir={folder / 'out'}"]
+    small = ["train.steps=1", "train.batch_size=2", "train.epochs=null", "rollout.completions=2", "rollout.max_new_tokens=3"]
+    return ["train", recipe, *paths, *small, *overrides]
+
+
+CODE_FIELDS = {
+    "objective": ("dpo", "objective={{import: '{0}:f'}}"),
+    "reward": ("rloo", "rewards.0.function={0}:f"),
+    "verifier": ("rloo", "rewards.0.verifier={0}:f"),
+    "judge": ("nash_md", "judge.function={0}:f"),
+    "model": ("dpo", "model.trust_remote_code=true"),
+}
+
+
+@pytest.mark.parametrize("field", CODE_FIELDS)
+def test_safe_refuses_every_field_that_runs_code(folder, capsys, field):
+    recipe, override = CODE_FIELDS[field]
+    assert run(*arguments(folder, recipe, override.format(folder / "mine.py")), "--safe") == 2
+    assert "--safe" in capsys.readouterr().err
+    assert not (folder / "ran").exists()
+
+
+def test_code_is_announced(folder, capsys):
+    assert run(*arguments(folder, "rloo", f"rewards.0.function={folder / 'mine.py'}:f")) == 0
+    assert f"alignkit: rewards.0.function runs code from {folder / 'mine.py'}:f" in capsys.readouterr().err
+    assert (folder / "ran").exists()
+
+
+def test_a_run_opens_no_connection_and_no_port(folder, monkeypatch):
+    def refuse(self, address):
+        raise AssertionError(f"a run wanted to use the network: {address}")
+
+    for name in ("connect", "connect_ex", "bind"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    assert run(*arguments(folder, "rloo", f"rewards.0.function={folder / 'mine.py'}:f")) == 0
+
+
+class Trap:
+    def __init__(self, flag):
+        self.flag = flag
+
+    def __reduce__(self):
+        return os.mkdir, (self.flag,)
+
+
+def test_a_pickle_in_a_models_folder_is_not_run(folder):
+    (folder / "model" / "model.safetensors").unlink()
+    torch.save({"weight": Trap(str(folder / "ran"))}, folder / "model" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_model(ModelConfig(name_or_path=str(folder / "model")), device="cpu")
+    assert not (folder / "ran").exists()
+
+
+def test_the_hubs_library_is_told_to_report_nothing(monkeypatch):
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+    assert run("recipes", "list") == 0
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
