@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from alignkit.batches import FAMILIES
+from alignkit.batches import FAMILIES, Draw
 from alignkit.config import Recipe, build_objective
 from alignkit.data.load import load_bundles, load_prompts
 from alignkit.errors import ConfigError
@@ -25,6 +25,7 @@ from alignkit.launch import resolve_task
 from alignkit.policies.layout import micro_batches
 from alignkit.policies.pair import SCORING_BUDGET, PolicyPair
 from alignkit.rewards import load_rewards
+from alignkit.rollout.hf import HFSampler
 
 MARGINS = "rewards/margins"  # a pair objective's own implicit reward, chosen - rejected
 
@@ -66,9 +67,7 @@ class Appraiser:
         pair = evaluation_pair(self._start(), self.reference)
         found: dict[str, Any] = {"key": self.key, "measured": self.yardstick.measure_reference(pair).dump()}
         if self.listed is None and self.section.base_samples > self.section.samples:
-            more = Yardstick(self.prompts, self.section.base_samples, self.yardstick.max_new_tokens, reward=self.reward)
-            pool = more.measure_reference(pair).dump()
-            found["pool"] = {name: pool[name] for name in ("score", "logp")}
+            found["pool"] = self._pool(pair, self.section.base_samples)
         return found
 
     def run(self, point: Point, base: Measured) -> dict[str, Any]:
@@ -82,6 +81,17 @@ class Appraiser:
             result["exact"] = {name: values.tolist() for name, values in asdict(self.listed.figures(model)).items()}
         margins = self._margins(point, pair)
         return result | ({} if margins is None else {"margins": margins})
+
+    def _pool(self, pair: PolicyPair, count: int) -> dict[str, Any]:
+        """Scores and log-probs of `count` samples of the reference per prompt, [P, count] each: the sampler knows the latter."""
+        sampler = HFSampler(pair, max_new_tokens=self.yardstick.max_new_tokens, seed=self.yardstick.seed)
+        ids = [prompt.ids for prompt in self.prompts]
+        drawn = sampler.sample(ids, Draw(count, "reference"), step=0, prompt_ids=range(len(ids)))
+        texts = [[pair.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in row] for row in drawn]
+        more = replace(self.yardstick, samples=count)
+        scores = more.scores(texts, [[sample.ids for sample in row] for row in drawn])
+        assert scores is not None
+        return {"score": scores.tolist(), "logp": [[float(sample.logps.double().sum()) for sample in row] for row in drawn]}
 
     def _start(self) -> str:
         """Where every run starts, and its KL is measured from."""

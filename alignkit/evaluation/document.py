@@ -48,17 +48,18 @@ class Table:
 
 
 Block = Heading | Text | Items | Picture | Table
-_NUMBER = re.compile(r"[-+]?\d.*|-|")
+_NUMBER = re.compile(r"[-+]?\d.*|-||failed")
 STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1a1a1a; background: #fff; max-width: 62rem; margin: 2rem auto;
+body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1a1a1a; background: #fff; max-width: 64rem; margin: 2rem auto;
        padding: 0 1rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin-bottom: .3rem; }
 h2 { font-size: 1.25rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid #ccc; padding-bottom: .2rem; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #444; font-size: .92rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; margin: .6rem 0; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
-th { border-bottom: 2px solid #888; } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .82rem; margin: .6rem 0; }
+th, td { padding: .25rem .5rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+th { border-bottom: 2px solid #888; } .name { white-space: nowrap; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 code { background: #f2f2f2; padding: 0 .2em; } summary { cursor: pointer; color: #0b4f8a; }
 tr.failed td { background: #fbeaea; }
 @media print { body { margin: 0; max-width: none; font-size: 10.5pt; } h2 { break-after: avoid; }
@@ -114,13 +115,20 @@ def _html(block: Block, folder: Path) -> str:
 
 def _table(block: Table) -> str:
     columns = zip(*block.rows) if block.rows else [[""] for _ in block.header]
-    right = [' class="number"' if all(_NUMBER.fullmatch(cell) for cell in column) else "" for column in columns]
-    head = "".join(f"<th{mark}>{escape(cell)}</th>" for cell, mark in zip(block.header, right))
+    marks = [_mark(column) for column in columns]
+    head = "".join(f"<th{mark}>{escape(cell)}</th>" for cell, mark in zip(block.header, marks))
     rows = []
     for row in block.rows:
-        cells = "".join(f"<td{mark}>{escape(cell)}</td>" for cell, mark in zip(row, right))
+        cells = "".join(f"<td{mark}>{escape(cell)}</td>" for cell, mark in zip(row, marks))
         rows.append(f'<tr class="failed">{cells}</tr>' if "failed" in row else f"<tr>{cells}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _mark(column: Sequence[str]) -> str:
+    """Numbers are set right; single words (names of runs) are not broken."""
+    if all(_NUMBER.fullmatch(cell) for cell in column):
+        return ' class="number"'
+    return "" if any(re.search(r"\s", cell) for cell in column) else ' class="name"'
 
 
 def _inline(text: str) -> str:

@@ -108,11 +108,11 @@ class Yardstick:
             texts=texts,
             tokens=[[t.tolist() for t in row] for row in tokens],
             ended=np.array([[sample.ended for sample in samples] for samples in drawn]),
-            score=self._scores(texts, tokens),
+            score=self.scores(texts, tokens),
             **figures,
         )
 
-    def _scores(self, texts: list[list[str]], tokens: list[list[Tensor]]) -> np.ndarray | None:
+    def scores(self, texts: list[list[str]], tokens: list[list[Tensor]]) -> np.ndarray | None:
         """The reward of every completion [P, K], nan where it does not apply; None without a reward."""
         if self.reward is None:
             return None

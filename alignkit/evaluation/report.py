@@ -10,6 +10,10 @@ from alignkit.evaluation.figures import draw
 Found = Mapping[str, Any]
 MISSING = "-"
 EFFICIENT = 0.9
+EXACT = (
+    "Score and KL of the frontier are exact sums over all outcomes instead; everything that the task's grammar cannot write is "
+    "one outcome, so where a model leaves the grammar the sampled KL is larger. "
+)
 CAPTIONS = {
     "frontier": "Score against KL to the base model. A curve joins one objective's runs, from the base model on; bands are 95 % "
     "intervals from a bootstrap over prompts{seeds}.{best}",
@@ -154,16 +158,15 @@ def _run_part(results: Found) -> list[Block]:
 
 
 def _run_table(results: Found) -> Table:
-    header = ["run", "", "score", "KL", "KL per token", "forward KL", "win rate", "equal lengths", "invalid", "seconds", "of CPU"]
+    header = ["run", "score", "KL", "forward KL", "win rate", "equal lengths", "invalid", "seconds", "CPU"]
     rows = []
     for run in results["runs"]:
-        row = [run["name"], run["status"], *[MISSING] * 7, f"{run['seconds']:.0f}", f"{run['cpu_seconds']:.0f}"]
+        row = [run["name"], run["status"], *[MISSING] * 5, f"{run['seconds']:.0f}", f"{run['cpu_seconds']:.0f}"]
         if "figures" in run:
             figures, errors, wins = run["figures"], run["standard_errors"], run["wins"]
-            row[2:9] = [
+            row[1:7] = [
                 f"{_number(figures['score']['value'])} ± {_number(errors['score'])}",
                 f"{_number(figures['kl']['value'])} ± {_number(errors['kl'])}",
-                _number(figures["kl_per_token"]["value"], 4),
                 _number(figures["forward_kl"]["value"]),
                 _with_span(wins["rate"]),
                 _number(wins["length_controlled"]),
@@ -174,7 +177,7 @@ def _run_table(results: Found) -> Table:
 
 
 def _text_table(results: Found) -> Table:
-    names = {"length": "tokens", "ended": "ended by itself", "entropy": "entropy, nats"}
+    names = {"length": "tokens", "ended": "ended by itself", "kl_per_token": "KL per token", "entropy": "entropy, nats"}
     names |= {f"distinct_{n}": f"distinct-{n}" for n in (1, 2)}
     models = {"base model": results["base"]} | {run["name"]: run["figures"] for run in results["runs"] if "figures" in run}
     rows = [[name, *(_number(figures[key]["value"]) for key in names)] for name, figures in models.items()]
@@ -216,7 +219,7 @@ def _method(results: Found) -> list[Block]:
         "KL(model || base) in nats per completion: the exact KL of each token's distribution, summed along the sample "
         "(Rao-Blackwellised). "
     )
-    text += "Score and KL of the frontier are exact sums over all outcomes instead. " if results["exact"] else ""
+    text += EXACT if results["exact"] else ""
     text += (
         "Between two points the frontier is straight: choosing one of the two models at random is at least as good. Efficiency "
         "is the gain over the base model divided by the best possible gain at the same KL, from 0.1 nat on."
@@ -242,8 +245,8 @@ def _sample(side: Found) -> str:
     return f"{side['text'].strip()} ({score})"
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return MISSING if value is None else f"{value:.{digits}f}"
+def _number(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.3f}"
 
 
 def _with_span(found: Found) -> str:

@@ -145,7 +145,7 @@ def test_the_markdown_says_the_same(written):
     ):
         assert words in text, words
     widths = [line.count(" | ") for line in text.splitlines() if line.startswith("| bad-seed=0")]
-    assert widths == [10]  # a cell's bar did not open another
+    assert widths == [8]  # a cell's bar did not open another
 
 
 def test_a_comparison_without_results_is_still_a_report(tmp_path):
