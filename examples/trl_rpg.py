@@ -31,7 +31,6 @@ trainer = Trainer(
         per_device_train_batch_size=8,
         num_generations=4,
         max_completion_length=16,
-        scale_rewards="none",  # RPG takes the group's mean as baseline and no standard deviation
         logging_steps=1,
         report_to=[],
         bf16=False,
