@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -140,6 +141,7 @@ class RolloutSource:
             [p.text for p in repeated],
             [text for row in texts for text in row],
             completion_ids=[s.ids.tolist() for row in scored for s in row],
+            trainer_state=SimpleNamespace(global_step=self.number * self.plan.epochs * self.plan.minibatches),
             **columns,
         )
         self.metrics |= getattr(self.reward, "metrics", {})  # each function's own mean, set-aside rows, failures

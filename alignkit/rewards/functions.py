@@ -11,14 +11,15 @@ from alignkit.errors import AlignkitError, DataError
 from alignkit.rewards.checks import quoted, within
 
 Values = Sequence[float | None]
+CONTEXT = ("trainer_state", "log_metric", "log_extra")  # what TRL hands a reward function beside its columns
 log = logging.getLogger("alignkit")
 
 
 class FunctionReward:
     """A user's function f(prompts, completions, **columns) -> list, sync or async, under a wall-clock limit.
 
-    It is given what it names, or everything when it takes **kwargs: prompts, completions, the columns. What it logs through
-    TRL's `log_metric` is in `metrics`.
+    It is given what it names, or everything when it takes **kwargs: prompts, completions, the columns, and TRL's `trainer_state`
+    (of which there is `global_step`), `log_metric` (into `metrics`) and `log_extra` (nowhere). A caller may bring its own three.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], *, timeout: float = 600.0, drop: bool = False):
@@ -41,7 +42,7 @@ class FunctionReward:
 
     def _call(self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]) -> Any:
         own = {"trainer_state": None, "log_metric": self._log_metric, "log_extra": lambda column, values: None}
-        offered = {**columns, **own, "prompts": prompts, "completions": completions}
+        offered = {**own, **columns, "prompts": prompts, "completions": completions}
         given = offered if self.takes_all else {name: value for name, value in offered.items() if name in self.named}
         result = self.function(**given)
         return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
@@ -50,7 +51,7 @@ class FunctionReward:
         values: list[Any] = []
         failed = 0
         for row in range(len(completions)):
-            one = {name: [column[row]] for name, column in columns.items()}
+            one = {name: value if name in CONTEXT else [value[row]] for name, value in columns.items()}
             try:
                 values += self._call([prompts[row]], [completions[row]], one)
             except Exception as again:
