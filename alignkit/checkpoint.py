@@ -206,9 +206,8 @@ def prune(folder: Path, step: int, keep: int) -> None:
     for old in set(past) - {*past[-keep:], best_step(folder)}:
         path = folder / f"step-{old}"
         if (path / MANIFEST).is_file():
-            (path / MANIFEST).unlink()  # first: a half-deleted folder must not look valid
-            shutil.rmtree(path)
-    for left in folder.glob(".tmp-step-*"):  # of a run that was killed while saving; the lock says nobody writes now
+            path.rename(folder / f".tmp-step-{old}-{os.getpid()}-old")  # gone at once: none is ever seen half deleted
+    for left in folder.glob(".tmp-step-*"):  # those, and what a killed run left; the lock says nobody writes now
         shutil.rmtree(left, ignore_errors=True)
 
 

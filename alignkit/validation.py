@@ -17,6 +17,7 @@ _WORDS = {  # pydantic's error types whose own words speak of JSON or Python
     "model_type": "a mapping of fields",
     "dict_type": "a mapping of fields",
     "list_type": "a list",
+    "missing": "a list with more values",
     "string_type": "text (quote it)",
     "string_too_short": "not empty",
     "too_short": "not empty",
@@ -61,7 +62,9 @@ def _place(fault: ErrorDetails, data: Any) -> Keys:
     """The fault's location without pydantic's own marks (which member of a union failed)."""
     keys: list[str] = []
     for part in fault["loc"]:
-        inside = (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int))
+        inside = (isinstance(data, dict) and part in data) or (
+            isinstance(data, list) and isinstance(part, int) and part < len(data)
+        )
         if inside:
             data = data[part]
         if inside or (fault["type"] == "missing" and isinstance(data, dict)):
@@ -73,7 +76,7 @@ def _describe(model: type[BaseModel], data: Mapping[str, Any], keys: Keys, place
     name, fault = ".".join((*keys, *place)) or "recipe", faults[0]
     if fault["type"] == "extra_forbidden":
         return _unknown(model, data, keys, place)
-    if fault["type"] == "missing":
+    if fault["type"] == "missing" and not isinstance(fault["input"], list):
         return f"`{name}` is missing"
     if fault["type"] == "value_error":
         return f"`{name}`: {fault['msg'].removeprefix('Value error, ')}"

@@ -152,6 +152,8 @@ def test_a_fault_is_told_with_its_line(write, old, new, line, words):
         ("train..steps=5", "write it as section.field=value"),
         ("train.steps.x=5", "`train.steps` is 5, which has no fields"),
         ("train.steps=[", "not valid YAML"),
+        ("train.adam_betas=[]", "`train.adam_betas` is []; it should be a list with more values"),
+        ("train.adam_betas=[0.9]", "`train.adam_betas` is [0.9]; it should be a list with more values"),
         ("train.metric=*a", "not valid YAML"),
         ("train={seed: 1, seed: 2}", "duplicate key"),
         ("train.metric=!!str x", "the tag"),

@@ -20,10 +20,14 @@ def shard(module: PolicyModule, processes: int) -> None:
     mesh = init_device_mesh(next(module.parameters()).device.type, (processes,))
     language_model = causal_lm(module.model)
     names = set(getattr(language_model, "_no_split_modules", None) or ())
-    for block in [m for m in language_model.modules() if type(m).__name__ in names]:
+    blocks = [m for m in language_model.modules() if type(m).__name__ in names]
+    for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     # the root too, against torch's default: what a forward without gradient left whole would be stale after the next update
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    # the order of gathering in backward is said, not recorded: what processes sample in between may differ between them
+    for later, earlier in zip([module, *blocks[::-1]], [*blocks[::-1], *blocks[:1]]):
+        later.set_modules_to_backward_prefetch([earlier])
 
 
 def is_sharded(module: nn.Module) -> bool:
