@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
@@ -22,6 +23,8 @@ class OnlineDPO(Objective):
         "L = -p log sigmoid(beta h) - (1 - p) log sigmoid(-beta h), h = log pi/ref(y) - log pi/ref(y'), p = P(y > y')"
     )
 
+    own: ClassVar[int] = 2  # how many of the two samples are the policy's
+
     beta: PositiveFloat = Field(0.1, description="strength of the KL to the reference, per completion")
 
     @property
@@ -41,6 +44,6 @@ class OnlineDPO(Objective):
         metrics = {
             "rewards/margins": self.beta * (ratios[0] - ratios[1]),
             "rewards/probabilities": batch.preference[:, 0],
-            "kl": sum(ratios[: self.plan.samples[0].n]) / self.plan.samples[0].n,  # of the policy's own samples
+            "kl": torch.stack(ratios[: self.own]).mean(0),
         }
         return LossTerms([Term("online_dpo", self.pair_losses(batch))], metrics)

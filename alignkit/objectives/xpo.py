@@ -20,6 +20,8 @@ class XPO(OnlineDPO):
     paper: ClassVar[str] = "Xie et al. 2024, arXiv:2405.21046, algorithm 1"
     equation: ClassVar[str] = "L = online DPO(y, y') + alpha log pi(y'), y ~ pi, y' ~ ref"
 
+    own: ClassVar[int] = 1
+
     alpha: NonNegativeFloat = Field(1e-5, description="weight of the optimism; 0 = none")
 
     @property
