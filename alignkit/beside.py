@@ -1,7 +1,7 @@
 """Fixed rows, beside which completions of the same prompts are drawn anew in every step."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,15 +21,12 @@ class SamplesBeside:
     sampler: Sampler
     plan: Plan
     completions: int  # where a draw does not say how many
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Of the rows."""
-        return self.rows.metrics
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def collect(self, step: int, half: int = 0) -> list[Bundle]:
         """This rank's bundles of optimiser step `step`."""
         bundles = self.rows.collect(step, half)
+        self.metrics = self.rows.metrics
         first = step * self.rows.batch_size + self.rows.rank
         places = range(first, first + len(bundles) * self.rows.world, self.rows.world)
         for d, draw in enumerate(self.plan.samples):
