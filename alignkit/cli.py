@@ -65,9 +65,22 @@ def train(
 
 
 @app.command()
-def compare(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Compare objectives on one task: a grid of runs, one report."""
-    raise ConfigError("`alignkit compare` is not available in this version")
+def compare(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    safe: Annotated[bool, typer.Option("--safe", help="Refuse to run code that the recipe or the model brings.")] = False,
+) -> None:
+    """Compare objectives on one task: a grid of runs, one report. The same command goes on where it was stopped."""
+    from alignkit.config import load_recipe
+    from alignkit.evaluation.grid import expand
+
+    loaded = load_recipe(recipe, overrides or [])
+    expand(loaded)  # refuses what it can before the seconds that importing torch takes
+    from alignkit.evaluation.compare import compare as run_comparison
+
+    found = run_comparison(loaded, safe=safe)
+    failed = sum(run["status"] == "failed" for run in found["runs"])
+    typer.echo(f"{len(found['runs'])} runs, {failed} failed; the report is {Path(loaded.output_dir) / 'report.html'}")
 
 
 @app.command(name="eval")

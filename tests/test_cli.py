@@ -212,7 +212,7 @@ def test_safe_runs_no_code_of_the_recipe(world, tmp_path, capsys, monkeypatch):
         (["train", "dpo", "--betas=1"], 2, "No such option: --betas"),
         (["train", "dpo", "--processes", "0"], 2, "greater than or equal to 1"),
         (["trian"], 2, "No such command"),
-        (["compare", "dpo"], 2, "not available in this version"),
+        (["compare", "dpo"], 2, "has no `compare` section; see"),
         (["eval", "runs/dpo"], 2, "not available in this version"),
     ],
 )
