@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo test lint bench reproduce clean
+.PHONY: install demo test test-faults lint bench reproduce clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -18,6 +18,9 @@ demo: $(STAMP)  ## align a small model in a few minutes and check it against the
 
 test: $(STAMP)  ## one thread per process: results repeat bit for bit
 	$(SINGLE) $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-faults: $(STAMP)  ## 50 runs killed at random moments, each taken up again and compared bit by bit
+	$(SINGLE) ALIGNKIT_KILLS=50 $(BIN)/python -m pytest -s tests/faults
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
