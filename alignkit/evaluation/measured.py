@@ -1,12 +1,12 @@
 """What was measured of one model, sample by sample, and its summary. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from alignkit.evaluation.metrics import distinct_n
+from alignkit.evaluation.metrics import distinct_n, score_wins
 from alignkit.evaluation.statistics import Array, Interval, known_mean, mean_interval, standard_error
 
 
@@ -80,6 +80,21 @@ class Measured:
     def load(cls, found: Mapping[str, Any]) -> "Measured":
         """From what `dump` gave."""
         return cls(**{name: _array(value) if name in ARRAYS and value is not None else value for name, value in found.items()})
+
+
+def wins(first: Measured, second: Measured, judge: Callable[..., Any] | None = None) -> tuple[Array, Array] | None:
+    """P(the first's completion beats the second's under the same noise) and whether that verdict is valid: [P, K] each.
+
+    By `judge` (alignkit.judges: symmetrised over both orders), else by the score: the higher wins. None without either.
+    """
+    if judge is not None:
+        prompts = [prompt for prompt, row in zip(first.prompts, first.texts) for _ in row]
+        verdict = judge(prompts, *([text for row in measured.texts for text in row] for measured in (first, second)))
+        shape = first.kl.shape
+        return verdict.probability.numpy().reshape(shape), verdict.valid.numpy().reshape(shape)
+    if first.score is None or second.score is None:
+        return None
+    return score_wins(first.score, second.score)
 
 
 ARRAYS = ("ended", "score", "kl", "logp", "reference_logp", "entropy", "forward_kl")

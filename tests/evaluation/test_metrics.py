@@ -6,11 +6,13 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from alignkit.errors import ConfigError
+from alignkit.evaluation.measured import Measured, wins
 from alignkit.evaluation.metrics import (
     calibration,
     distinct_n,
@@ -18,8 +20,10 @@ from alignkit.evaluation.metrics import (
     majority_at_k,
     pass_at_k,
     preference_calibration,
+    score_wins,
     win_rate,
 )
+from alignkit.judges import Verdict
 
 
 def vote(answers, right):
@@ -132,3 +136,27 @@ def test_calibration_of_preferences():
     with pytest.raises(ConfigError, match="at least one"):
         preference_calibration([])
     assert preference_calibration([-800.0, 800.0]).error == pytest.approx(0.5, abs=1e-12)  # no overflow
+
+
+def test_a_score_that_judges():
+    probability, valid = score_wins([[2.0, 1.0], [0.0, math.nan]], [[1.0, 1.0], [3.0, 1.0]])
+    assert probability.tolist() == [[1.0, 0.5], [0.0, 0.5]]
+    assert valid.tolist() == [[True, True], [True, False]]
+
+
+def test_wins_of_one_model_over_another():
+    def model(texts, scores):
+        nothing = np.zeros((2, 2))
+        return Measured("m", ["a", "b"], texts, [[[1], [1]]] * 2, nothing, scores, nothing, nothing, nothing, nothing)
+
+    def judge(prompts, first, second):
+        """Prefers the longer text; knows nothing of prompt b's first answer."""
+        assert prompts == ["a", "a", "b", "b"]
+        longer = [float(len(x) > len(y)) for x, y in zip(first, second)]
+        return Verdict(torch.tensor(longer, dtype=torch.float64), torch.tensor([True, True, False, True]))
+
+    one, other = model([["xx", "y"], ["z", "zz"]], [[1, 2], [3, 4]]), model([["x", "yy"], ["z", "z"]], [[0, 2], [4, 4]])
+    probability, valid = wins(one, other, judge)
+    assert (probability.tolist(), valid.tolist()) == ([[1, 0], [0, 1]], [[True, True], [False, True]])
+    assert wins(one, other)[0].tolist() == [[1, 0.5], [0, 0.5]]
+    assert wins(one, model([["x", "yy"], ["z", "z"]], None)) is None
