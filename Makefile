@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo test test-faults lint bench reproduce clean
+.PHONY: install demo test test-faults test-trl-matrix lint bench reproduce clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -21,6 +21,9 @@ test: $(STAMP)  ## one thread per process: results repeat bit for bit
 
 test-faults: $(STAMP)  ## 50 runs killed at random moments, each taken up again and compared bit by bit
 	$(SINGLE) ALIGNKIT_KILLS=50 $(BIN)/python -m pytest -s tests/faults
+
+test-trl-matrix: $(STAMP)  ## the contract tests against the supported releases of TRL
+	@$(SINGLE) $(BIN)/python tests/integrations/trl_matrix.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from alignkit.batches import Bundle, RolloutBatch
 from alignkit.errors import ConfigError
 from alignkit.integrations.trl import as_trl_trainer
 from alignkit.objectives import OBJECTIVES, locate
+from alignkit.objectives.dapo import DAPO
 from alignkit.objectives.dpo import DPO
 from alignkit.objectives.fdpo import FDPO
 from alignkit.objectives.grpo import GRPO
@@ -83,6 +84,7 @@ def fitting(base, most):
 PAIRS = [o for o in fitting(DPOTrainer, 2) if o.plan.data == "pair"]
 ROLLOUTS = [
     *fitting(GRPOTrainer, 1),
+    DAPO(drop_constant=False),
     RPG(kl_credit="token"),
     RPG(anchor="behavior", kl_credit="token"),
     GRPO(beta=0.1, kl="k3", scale_by_std=False),
