@@ -213,7 +213,7 @@ def test_safe_runs_no_code_of_the_recipe(world, tmp_path, capsys, monkeypatch):
         (["train", "dpo", "--processes", "0"], 2, "greater than or equal to 1"),
         (["trian"], 2, "No such command"),
         (["compare", "dpo"], 2, "has no `compare` section; see"),
-        (["eval", "runs/dpo"], 2, "not available in this version"),
+        (["eval", "runs/dpo"], 2, "there is no run folder runs/dpo"),
     ],
 )
 def test_what_is_refused_before_anything_is_loaded(arguments, code, words, capsys, tmp_path, monkeypatch):
