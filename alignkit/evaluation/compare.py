@@ -29,6 +29,7 @@ from alignkit.evaluation.grid import Point, expand, section_of
 from alignkit.evaluation.live import LiveTable
 from alignkit.evaluation.outcome import Outcome, outcome_of, prepare
 from alignkit.launch import check_appraisal, check_without_torch, resolve_task
+from alignkit.signals import Interrupted
 
 MEASURED, LOG = "measured.json", "log.txt"
 log = logging.getLogger("alignkit")
@@ -201,7 +202,6 @@ def _processes(asked: int | str, waiting: int) -> int:
 @contextmanager
 def _stoppable(points: Sequence[Point]) -> Iterator[None]:
     """SIGINT and SIGTERM end the comparison with a word on how to go on."""
-    from alignkit.loop import Interrupted
 
     def stop(signum: int, _: object) -> None:
         raise Interrupted(signum, f"stopped by signal {signum}")

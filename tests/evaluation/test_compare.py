@@ -19,7 +19,7 @@ from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError
 from alignkit.evaluation import compare as module
 from alignkit.evaluation.compare import check_points, compare
 from alignkit.evaluation.grid import expand
-from alignkit.loop import Interrupted
+from alignkit.signals import Interrupted
 
 HELPERS = """
 def score(prompts, completions, **columns):
