@@ -1,0 +1,72 @@
+"""`--processes 2`: a rank that dies ends the run with its name, a signal leaves a checkpoint, and both times the run goes on."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_cli import run
+from world import save_model
+
+from alignkit import checkpoint
+from alignkit.run import read_lines
+
+MINE = """
+import os, signal
+from pathlib import Path
+from alignkit import DPO
+
+class Mine(DPO):
+    '''In its 3rd step the second process is killed; later, in the 5th, it is asked to stop. Each happens once.'''
+    folder: str
+
+    def loss(self, batch):
+        place = Path(self.folder) / os.environ.get("RANK", "0")
+        calls = len(place.read_text()) if place.exists() else 0
+        place.open("a").write(".")
+        if os.environ.get("RANK") == "1":
+            if calls == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if calls == 5:  # step 3 was called twice
+                os.kill(os.getppid(), signal.SIGTERM)
+        return super().loss(batch)
+"""
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    save_model(tmp_path / "model")
+    (tmp_path / "mine.py").write_text(MINE)
+    rows = [{"prompt": f"w{3 + i} w4", "chosen": f"w5 w{6 + i}", "rejected": f"w{7 + i}"} for i in range(10)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def call(name, *extra):
+        (tmp_path / f"calls-{name}").mkdir(exist_ok=True)
+        objective = f"objective={{import: '{tmp_path / 'mine.py'}:Mine', folder: {tmp_path / f'calls-{name}'}}}"
+        settings = "train.steps=7 train.batch_size=4 train.save_every=1 train.eval_every=0 train.log_samples_every=0"
+        paths = [f"model.name_or_path={tmp_path / 'model'}", f"data.train={tmp_path / 'pairs.jsonl'}"]
+        command = ["train", "dpo", *paths, f"output_dir={tmp_path / name}", objective, *settings.split(), *extra]
+        if "--processes" not in extra:
+            return run(*command)
+        return subprocess.run([sys.executable, "-m", "alignkit", *command], capture_output=True, text=True, timeout=200)
+
+    return call
+
+
+def test_a_rank_that_dies_and_a_signal_end_the_run_and_it_goes_on(train, tmp_path, capsys):
+    died = train("run", "--processes", "2")
+    assert died.returncode == 128 + 9, died.stderr
+    assert "alignkit: process 1 ended with exit code -9; the others were stopped" in died.stderr
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0].step == 2
+    stopped = train("run", "--processes", "2", "--resume", "auto")
+    assert stopped.returncode == 128 + 15, stopped.stderr
+    assert "resumed from step-2" in stopped.stderr
+    step = checkpoint.newest(tmp_path / "run" / "checkpoints")[0].step
+    assert f"stopped by signal 15 after step {step}" in " ".join(stopped.stderr.split())
+    assert train("run", "--resume", "auto") == 0  # on one process
+    assert f"resumed from step-{step}" in capsys.readouterr().err
+    assert train("whole") == 0
+    rows, others = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "run"))
+    assert [row["step"] for row in others] == list(range(1, 8))
+    assert [row["loss"] for row in others] == pytest.approx([row["loss"] for row in rows], abs=1e-6)
