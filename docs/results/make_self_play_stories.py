@@ -46,7 +46,8 @@ distribution, summed along the policy's samples. Minutes are by the clock, on on
 
 {table}
 
-Settings were chosen on the last 150 training openings; the test openings were scored once, for this table.
+Settings were chosen on the last 150 training openings; the test openings were scored once, for this table. Nash-MD's beta is the
+better of two, EGPO has had one full run.
 """
 
 
