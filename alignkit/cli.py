@@ -149,7 +149,7 @@ def list_recipes() -> None:
     from alignkit.config import shipped_recipes
 
     for name, file in shipped_recipes().items():
-        typer.echo(f"{name:16}{file.read_text().partition(chr(10))[0].lstrip('# ')}")
+        typer.echo(f"{name:19} {file.read_text().partition(chr(10))[0].lstrip('# ')}")
 
 
 @recipes_app.command("show")
