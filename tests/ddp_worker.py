@@ -102,3 +102,4 @@ if __name__ == "__main__":
     for case in CASES:
         run(case, model, out)
     break_one_rank(model, out)
+    Accelerator(cpu=True).end_training()  # gloo's threads must not outlive the interpreter
