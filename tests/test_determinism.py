@@ -65,9 +65,14 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("name", filter(covered, OBJECTIVES))
-def test_same_seed_same_run_and_resume_is_the_uninterrupted_run(model, tmp_path, name):
+def test_a_run_taken_up_in_its_middle_is_the_uninterrupted_run(model, tmp_path, name):
     objective = example(name)
-    expected = run(job(model, tmp_path / "a", objective))
-    assert_same(run(job(model, tmp_path / "b", objective)), expected)
-    (tmp_path / "b" / "model").rename(tmp_path / "finished")
-    assert_same(run(job(model, tmp_path / "b", objective), "auto"), expected)
+    expected = run(job(model, tmp_path, objective))
+    (tmp_path / "model").rename(tmp_path / "finished")
+    assert_same(run(job(model, tmp_path, objective), "auto"), expected)
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "rpg", "egpo"])
+def test_the_same_seed_is_the_same_run(model, tmp_path, name):
+    first, second = (run(job(model, tmp_path / folder, example(name))) for folder in "ab")
+    assert_same(second, first)
