@@ -23,7 +23,7 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
-    "savefig.dpi": 120,
+    "savefig.dpi": 110,
 }
 KL_AXIS = "KL to the base model, nats per completion"
 
