@@ -102,7 +102,8 @@ def _verdict_part(results: Found) -> list[Block]:
     alike = [pair["words"] for pair in pairs if not _decided(pair)]
     intro = (
         "Difference of score where both frontiers have the same KL, the largest that both reach; paired by prompt, 95 % for the "
-        f"whole family of {len(pairs)} by Holm's correction."
+        f"whole family of {len(pairs)} by Holm's correction. Between its points a frontier is a straight line, below what a run "
+        "there would reach, so a curve is at a disadvantage far from its points."
     )
     blocks: list[Block] = [Heading("Verdicts at matched KL"), Text(intro), Items([pair["words"] for pair in shown])]
     if alike and shown:

@@ -251,9 +251,9 @@ def _pass_rows(points: Sequence[Point], measured: dict[str, Found | None], base:
 
 
 def _training(point: Point) -> Found:
-    """A curve of one metric over the steps, thinned: the reward where there is one, else the margin, else the loss."""
+    """A curve of one metric over the steps, thinned: the first that the run logged of reward, KL, margin and loss."""
     rows = read_lines(Path(point.recipe.output_dir) / "metrics.jsonl")
-    names = ("reward", "rewards/margins", "judge/score", "loss")
+    names = ("reward", "kl", "rewards/margins", "loss")
     name = next((n for n in names if rows and n in rows[-1]), None)
     if name is None:
         return {"metric": None, "step": [], "value": []}

@@ -19,14 +19,14 @@ HERE = Path(__file__).resolve().parent
 PICTURES = ("frontier", "training", "calibration", "pass_at_k", "samples")
 NEEDS = {"compare": [], "compare_stories": ["model.name_or_path={stories}/stories260k"]}
 MIRRORS = {
-    "compare": """It mirrors the reward-KL frontier that papers draw by hand (Rafailov et al. 2023, arXiv:2305.18290, figure 2, where
-DPO has the highest reward at every KL, PPO on the true reward included), on a task where score, KL and the best possible frontier
-are exact. Here all objectives end close to that frontier, so what sets them apart is small. Betas are such that nothing breaks: in
-400 steps at beta 0.5, DPO and H-DPO put two thirds of their probability on text outside the grammar (f-DPO at beta 1 nearly all of
-it); Ra-DPO at 0.5 did not (one seed each).""",
-    "compare_stories": """It mirrors Rafailov et al. 2023 (arXiv:2305.18290), figure 2: controlled sentiment, reward against KL, where
-DPO has the highest reward at every KL, PPO on the true reward included. Smaller in every respect: a language model of 260K
-parameters, 2,101 preference pairs, VADER as the score, one seed.""",
+    "compare": """It mirrors the reward-KL frontier that papers draw by hand (Rafailov et al. 2023, arXiv:2305.18290,
+figure 2, where DPO has the highest reward at every KL, PPO on the true reward included), on a task where score, KL and the best
+possible frontier are exact. Here all objectives end close to that frontier, so what sets them apart is small. Betas
+are such that nothing breaks: in 400 steps at beta 0.5, DPO and H-DPO put two thirds of their probability on text
+outside the grammar (f-DPO at beta 1 nearly all of it); Ra-DPO at 0.5 did not (one seed each).""",
+    "compare_stories": """It mirrors Rafailov et al. 2023 (arXiv:2305.18290), figure 2: controlled sentiment, reward against
+KL, where DPO has the highest reward at every KL, PPO on the true reward included. Smaller in every respect: a language
+model of 260K parameters, 2,101 preference pairs, VADER as the score, one seed.""",
 }
 
 
