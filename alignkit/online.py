@@ -100,14 +100,13 @@ class RolloutSource:
         return self._credited([bundle for bundle in kept if bundle is not None])
 
     def _sampled(self, prompts: list[Tensor], draw: Draw, *, step: int, prompt_ids: list[int]) -> list[list[Sample]]:
-        """The sampler's answer. Where the policy's log-probs are not finite, NumericsError says at which step and what to do."""
+        """The sampler's answer. Where the policy's log-probs are not finite, NumericsError says what to do."""
         try:
             return self.sampler.sample(prompts, draw, step=step, prompt_ids=prompt_ids)
         except NumericsError as error:
-            at = self.number * self.plan.epochs * self.plan.minibatches + 1
             raise NumericsError(
-                f"step {at}, before it updated anything: {error}. The updates before it went too far: lower "
-                "train.learning_rate, or go on from an earlier checkpoint with --resume PATH"
+                f"{error}. The updates before this step went too far: lower train.learning_rate, or go on from an earlier "
+                "checkpoint with --resume PATH"
             ) from error
 
     def _appraise(self, prompts, bundles, scored, opponents) -> list[Bundle | None]:

@@ -86,7 +86,7 @@ def test_a_step_that_breaks_is_never_a_loss_of_zero(train, world):
     rate = ("train.learning_rate=1.0e+30", "train.max_grad_norm=0", "train.save_every=1")
     code, err = train("rloo", f"rewards.0.function={world / 'mine.py'}:good", *rate)
     assert code == 5, err
-    assert "alignkit: step 2, before it updated anything: sampling: the model's log-probs are not finite" in err
+    assert "alignkit: step 2: sampling: the model's log-probs are not finite" in err
     assert "lower train.learning_rate, or go on from an earlier checkpoint" in err
     assert "step 2/3" not in err  # no row, no loss
 
