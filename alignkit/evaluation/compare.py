@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +28,7 @@ from alignkit.config import Recipe, build_objective, dump_recipe
 from alignkit.errors import AlignkitError, ModelError, ResourceError
 from alignkit.evaluation.grid import Point, expand, section_of
 from alignkit.evaluation.live import LiveTable
-from alignkit.evaluation.outcome import Outcome, outcome_of, prepare
+from alignkit.evaluation.outcome import Outcome, Status, outcome_of, prepare
 from alignkit.launch import check_appraisal, check_without_torch, resolve_task
 from alignkit.signals import Interrupted
 
@@ -105,7 +106,7 @@ def work(point: Point, *, recipe: Recipe, safe: bool, quiet: bool) -> None:
     """Train one point unless it is trained, measure it unless it is measured; a failure becomes its outcome."""
     import torch
 
-    folder, began = Path(point.recipe.output_dir), time.monotonic()
+    folder = Path(point.recipe.output_dir)
     if quiet:  # one of several
         torch.set_num_threads(1)
     with _logged(folder / LOG) if quiet else nullcontext():
@@ -116,20 +117,25 @@ def work(point: Point, *, recipe: Recipe, safe: bool, quiet: bool) -> None:
         except AlignkitError as error:
             if error.exit_code > 128:
                 raise  # a signal: the run is to be continued, it has not failed
-            _failed(point, str(error), time.monotonic() - began)
+            _failed(point, str(error))
         except Exception as error:  # whatever a user's code raises: the other runs go on
             log.exception("%s failed", point.name)
-            _failed(point, f"{type(error).__name__}: {error}", time.monotonic() - began)
+            _failed(point, f"{type(error).__name__}: {error}")
 
 
 def _train(point: Point, safe: bool) -> None:
     from alignkit.launch import run_recipe
 
-    folder, began, cpu = Path(point.recipe.output_dir), time.monotonic(), time.process_time()
-    Outcome("started", settings=point.settings).write(folder)
-    run_recipe(point.recipe, "auto", safe=safe)
-    spent = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu}
-    Outcome("finished", **spent, settings=point.settings).write(folder)
+    folder, before = Path(point.recipe.output_dir), outcome_of(point)
+    began, cpu = time.monotonic() - before.seconds, time.process_time() - before.cpu_seconds
+    reached: Status = "started"
+    replace(before, status=reached, reason="", settings=point.settings).write(folder)
+    try:
+        run_recipe(point.recipe, "auto", safe=safe)
+        reached = "finished"
+    finally:
+        spent = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu}
+        Outcome(reached, **spent, settings=point.settings).write(folder)
 
 
 def _measure(point: Point, recipe: Recipe, safe: bool) -> None:
@@ -143,8 +149,9 @@ def _measure(point: Point, recipe: Recipe, safe: bool) -> None:
     _write_json(Path(point.recipe.output_dir) / MEASURED, found)
 
 
-def _failed(point: Point, reason: str, seconds: float) -> None:
-    Outcome("failed", reason, seconds, settings=point.settings).write(Path(point.recipe.output_dir))
+def _failed(point: Point, reason: str) -> None:
+    kept = replace(outcome_of(point), status="failed", reason=reason, settings=point.settings)
+    kept.write(Path(point.recipe.output_dir))
 
 
 def _stale(point: Point, key: str) -> bool:
@@ -185,7 +192,7 @@ def _run(recipe: Recipe, points: Sequence[Point], waiting: Sequence[Point], safe
             waiting,
             partial(work, recipe=recipe, safe=safe, quiet=True),
             processes,
-            crashed=lambda point, how: _failed(point, f"{how}; its last words are in {LOG}", 0.0),
+            crashed=lambda point, how: _failed(point, f"{how}; its last words are in {LOG}"),
             watch=table.watch,
         )
 

@@ -21,7 +21,7 @@ class Outcome:
 
     status: Status = "new"
     reason: str = ""
-    seconds: float = 0.0  # of the last attempt's training, by the clock
+    seconds: float = 0.0  # of training over all attempts, by the clock
     cpu_seconds: float = 0.0  # and by the processor: runs may share a machine
     settings: dict[str, Any] = field(default_factory=dict)  # the point's
 

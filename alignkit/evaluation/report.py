@@ -226,8 +226,10 @@ def _method(results: Found) -> list[Block]:
         "is the gain over the base model divided by the best possible gain at the same KL, from 0.1 nat on."
     )
     minutes = sum(run["cpu_seconds"] for run in results["runs"]) / 60
+    known = all(run["cpu_seconds"] for run in results["runs"])
     seeds = ", ".join(map(str, results["seeds"]))
-    command = f"`alignkit compare {results['recipe']}`, seeds {seeds}; training took {minutes:.1f} minutes of CPU."
+    spent = f"; training took {minutes:.1f} minutes of CPU" if known else ""
+    command = f"`alignkit compare {results['recipe']}`, seeds {seeds}{spent}."
     return [Heading("How it was measured"), Text(text), Text(command)]
 
 
