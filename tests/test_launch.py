@@ -6,7 +6,7 @@ import pytest
 import yaml
 from world import save_model
 
-from alignkit.config import load_recipe, shipped_recipes
+from alignkit.config import build_objective, load_recipe, shipped_recipes
 from alignkit.errors import ConfigError
 from alignkit.launch import run_recipe
 from alignkit.run import read_lines
@@ -121,6 +121,8 @@ def test_every_shipped_recipe_runs_on_its_task(name, tmp_path):
     task = load_recipe(name).data.train.removesuffix("_small") + "_small"  # the same world in a size for tests
     small = ["train.steps=2", "train.batch_size=4", "train.log_samples_every=2", "train.epochs=null"]
     small += [f"data.eval={task}"] if load_recipe(name).data.eval else []
-    result = run_recipe(load_recipe(name, [f"data.train={task}", f"output_dir={tmp_path / name}", *small]))
+    recipe = load_recipe(name, [f"data.train={task}", f"output_dir={tmp_path / name}", *small])
+    result = run_recipe(recipe)
     assert result.step == 2
-    assert [row["step"] for row in read_lines(tmp_path / name / "samples.jsonl")][::4] == [0, 2]
+    writes = not build_objective(recipe.objective).plan.outputs  # reward and preference models score, they write nothing
+    assert [row["step"] for row in read_lines(tmp_path / name / "samples.jsonl")][::4] == ([0, 2] if writes else [])

@@ -26,8 +26,9 @@ are such that nothing breaks: in 400 steps at beta 0.5, DPO and H-DPO put two th
 outside the grammar (f-DPO at beta 1 nearly all of it); Ra-DPO at 0.5 did not (one seed each).""",
     "compare_stories": """It mirrors Rafailov et al. 2023 (arXiv:2305.18290), figure 2: controlled sentiment, reward against
 KL, where DPO has the highest reward at every KL, PPO on the true reward included. Smaller in every respect: a language
-model of 260K parameters, 2,101 preference pairs, VADER as the score, one seed. Here it is the other way round: RPG, which
-learns from the score itself, is above DPO at matched KL; and all are far below the tilted optimum.""",
+model of 260K parameters, 2,101 preference pairs, VADER as the score, one seed. Here, at the largest KL that
+both reach, RPG is above DPO; it learns from the score itself, DPO from pairs labelled by it, and below RPG's first point the
+line that joins it to the base model says little. All are far below the tilted optimum.""",
 }
 
 
