@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.config import Recipe, build_objective, dump_recipe, load_recipe
 from alignkit.errors import ConfigError
+from alignkit.processes import end
 from alignkit.validation import nearest
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False)
         with run:
             return train(job, resume)
     finally:
-        accelerator.end_training()
+        end(accelerator)
 
 
 def check_without_torch(recipe: Recipe, safe: bool = False) -> None:

@@ -10,6 +10,7 @@ from test_online import online_job
 
 from alignkit.loop import train
 from alignkit.objectives.kl_ppo import KLPPO
+from alignkit.processes import end
 
 # 5 prompts per rollout: 3 for the first rank, 2 for the second; each rollout serves steps 1-3, 4-6, 7-9
 OBJECTIVE = KLPPO(beta=0.1, epochs=3, kl_target=0.5, kl_horizon=20)
@@ -40,3 +41,4 @@ if __name__ == "__main__":
         copy_checkpoint(out / "whole", out / "resumed")
     accelerator.wait_for_everyone()
     run(model, out / "resumed", "auto")
+    end(accelerator)

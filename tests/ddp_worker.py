@@ -16,6 +16,7 @@ from alignkit.loop import train
 from alignkit.objectives.dpo import DPO
 from alignkit.objectives.kto import KTO
 from alignkit.objectives.rpg import RPG
+from alignkit.processes import end
 
 SGD = {"optimizer": "sgd", "learning_rate": 0.5}
 BROKEN_STEP = 3
@@ -102,4 +103,4 @@ if __name__ == "__main__":
     for case in CASES:
         run(case, model, out)
     break_one_rank(model, out)
-    Accelerator(cpu=True).end_training()  # gloo's threads must not outlive the interpreter
+    end(Accelerator(cpu=True))

@@ -1,13 +1,10 @@
 """Rollouts on two processes: the same run as on one, and checkpoints that hold every rank's part of the buffer."""
 
-import os
-import subprocess
-import sys
-
 import ddp_online_worker as worker
 import pytest
 import torch
 from safetensors.torch import load_file
+from two_processes import on_two_processes
 from world import save_model
 
 from alignkit.run import read_lines
@@ -17,12 +14,8 @@ from alignkit.run import read_lines
 def finished(tmp_path_factory):
     """The run on one process and on two; the latter also taken up in the middle of a rollout."""
     model, out = save_model(tmp_path_factory.mktemp("model")), tmp_path_factory.mktemp("runs")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, worker.__file__, str(model), str(out)]
-    pending = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    worker.run(model, out / "alone")
-    assert pending.wait(timeout=150) == 0, pending.stderr.read()[-3000:]
+    with on_two_processes(worker.__file__, model, out):
+        worker.run(model, out / "alone")
     return model, out
 
 

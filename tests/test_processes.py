@@ -1,15 +1,13 @@
 """Two processes are one: losses, weights, sample order, shards, a checkpoint of two on one, and ranks that break or die."""
 
 import json
-import os
-import subprocess
-import sys
 
 import ddp_worker
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from two_processes import on_two_processes
 from world import save_model
 
 from alignkit import checkpoint
@@ -24,13 +22,9 @@ def finished(tmp_path_factory):
     """Every case on one process and on two."""
     model = save_model(tmp_path_factory.mktemp("model"))
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, ddp_worker.__file__, str(model), str(two)]
-    pending = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    for case in ddp_worker.CASES:
-        ddp_worker.run(case, model, one)
-    assert pending.wait(timeout=240) == 0, pending.stderr.read()[-3000:]
+    with on_two_processes(ddp_worker.__file__, model, two):
+        for case in ddp_worker.CASES:
+            ddp_worker.run(case, model, one)
     return model, one, two
 
 

@@ -1,11 +1,11 @@
 """`--processes 2`: a rank that dies ends the run with its name, a signal leaves a checkpoint, and both times the run goes on."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 from test_cli import run
+from two_processes import run_to_its_end
 from world import save_model
 
 from alignkit import checkpoint
@@ -49,21 +49,21 @@ def train(tmp_path, monkeypatch):
         command = ["train", "dpo", *paths, f"output_dir={tmp_path / name}", objective, *settings.split(), *extra]
         if "--processes" not in extra:
             return run(*command)
-        return subprocess.run([sys.executable, "-m", "alignkit", *command], capture_output=True, text=True, timeout=200)
+        return run_to_its_end([sys.executable, "-m", "alignkit", *command])
 
     return call
 
 
 def test_a_rank_that_dies_and_a_signal_end_the_run_and_it_goes_on(train, tmp_path, capsys):
-    died = train("run", "--processes", "2")
-    assert died.returncode == 128 + 9, died.stderr
-    assert "alignkit: process 1 ended with exit code -9; the others were stopped" in died.stderr
+    code, said = train("run", "--processes", "2")
+    assert code == 128 + 9, said
+    assert "alignkit: process 1 ended with exit code -9; the others were stopped" in said
     assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0].step == 2
-    stopped = train("run", "--processes", "2", "--resume", "auto")
-    assert stopped.returncode == 128 + 15, stopped.stderr
-    assert "resumed from step-2" in stopped.stderr
+    code, said = train("run", "--processes", "2", "--resume", "auto")
+    assert code == 128 + 15, said
+    assert "resumed from step-2" in said
     step = checkpoint.newest(tmp_path / "run" / "checkpoints")[0].step
-    assert f"stopped by signal 15 after step {step}" in " ".join(stopped.stderr.split())
+    assert f"stopped by signal 15 after step {step}" in " ".join(said.split())
     assert train("run", "--resume", "auto") == 0  # on one process
     assert f"resumed from step-{step}" in capsys.readouterr().err
     assert train("whole") == 0

@@ -1,9 +1,6 @@
 """Contract with TRL's trainers: the adapter around DPO and GRPO equals TRL's own loss, step by step."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +8,7 @@ import trl_processes as worker
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import DPOTrainer, GRPOTrainer
 from trl_world import STEPS, curve, difference, dpo_trainer, grpo_trainer
+from two_processes import on_two_processes
 
 from alignkit.integrations.trl import as_trl_trainer
 from alignkit.objectives.dpo import DPO
@@ -104,13 +102,8 @@ def test_a_mixture_of_experts_keeps_its_load_balancing_loss(model, tmp_path, bas
 def processes(model, tmp_path_factory):
     """Losses and gradient norms of each case on one process and on two."""
     out = tmp_path_factory.mktemp("processes")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, worker.__file__, str(model), str(out / "two")]
-    pending = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    alone = worker.run(model, out / "one", 1)
-    _, errors = pending.communicate(timeout=150)
-    assert pending.returncode == 0, errors[-3000:]
+    with on_two_processes(worker.__file__, model, out / "two"):
+        alone = worker.run(model, out / "one", 1)
     return alone, worker.load(out / "two")
 
 

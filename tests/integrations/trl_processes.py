@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from trl import DPOTrainer, GRPOTrainer
 from trl_world import curve, dpo_trainer, grpo_trainer
 
@@ -17,6 +18,7 @@ from alignkit.objectives.grpo import GRPO
 from alignkit.objectives.radpo import RaDPO
 from alignkit.objectives.rpg import RPG
 from alignkit.objectives.sft import SFT
+from alignkit.processes import end
 
 
 @dataclass(frozen=True)
@@ -73,3 +75,4 @@ if __name__ == "__main__":
     found = run(model, out, world, rank)
     if rank == 0:
         (out / "found.json").write_text(json.dumps({name: rows.tolist() for name, rows in found.items()}))
+    end(Accelerator(cpu=True))
