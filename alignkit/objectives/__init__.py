@@ -24,6 +24,7 @@ OBJECTIVES: dict[str, str] = {
     "alol": "alol:ALoL:alol_loss",
     "hypo": "hypo:HyPO:sampled_kl_loss",
     "d2o": "d2o:D2O:d2o_loss",
+    "accelerated_po": "accelerated_po:AcceleratedPO:",
     "reward_model": "reward_model:PlackettLuce:plackett_luce_loss",
     "preference_model": "preference_model:PreferenceModel:",
     "kl_ppo": "kl_ppo:KLPPO:ppo_loss,value_loss",
@@ -43,6 +44,8 @@ OBJECTIVES: dict[str, str] = {
     "nash_ema": "nash_ema:NashEMA:",
     "inpo": "inpo:INPO:",
     "sppo": "sppo:SPPO:sppo_loss",
+    "rspo": "rspo:RSPO:divergence_loss",
+    "onpo": "onpo:ONPO:",
     "online_dpo": "online_dpo:OnlineDPO:",
     "xpo": "xpo:XPO:",
 }

@@ -235,9 +235,12 @@ def load_pair(
             anchors["reference"] = Anchor.of(kind, base, reference)
         else:
             anchors["reference"] = Anchor("frozen", _reference_model(kind, loaded, tokenizer, model, device, dtype))
-    for name in plan.anchors:
-        if name != "reference":
-            anchors[name] = Anchor.of((target or TargetConfig()).kind, base, target or TargetConfig())
+    followed = target or TargetConfig()
+    if "previous" in plan.anchors:  # first: it takes over from the target before the target moves
+        synced = Anchor.of(followed.kind, base, followed)
+        anchors |= {"previous": Anchor.before(synced, base), "target": synced}
+    elif "target" in plan.anchors:
+        anchors["target"] = Anchor.of(followed.kind, base, followed)
     return PolicyPair(base, tokenizer, anchors, layout=layout, notes=[note] if note else [], save_config=dropout)
 
 

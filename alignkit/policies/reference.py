@@ -15,6 +15,7 @@ from alignkit.policies.module import PolicyModule
 from alignkit.policies.sharding import full
 
 KINDS = ("auto", "frozen", "adapter_off", "cached", "ema", "synced")
+MOVING = ("ema", "synced", "lagged")
 START_ADAPTER = "reference"  # the frozen twin of a pretrained adapter that is trained on
 
 
@@ -49,6 +50,7 @@ class Anchor:
     decay: float = 0.99  # ema
     every: int = 64  # synced
     moved: bool = False  # cached: the policy is no longer what it was at the start
+    follows: "Anchor | None" = None  # lagged: the synced anchor of which this one is the copy before the present one
 
     @classmethod
     def of(cls, kind: str, policy: PolicyModule, config: TargetConfig) -> "Anchor":
@@ -56,6 +58,15 @@ class Anchor:
         if kind in ("cached", "adapter_off"):
             return cls(kind)
         return cls(kind, frozen(copy.deepcopy(policy)), config.decay, config.every)
+
+    @classmethod
+    def before(cls, target: "Anchor", policy: PolicyModule) -> "Anchor":
+        """What `target` was before its last copy of the policy."""
+        if target.kind != "synced":
+            raise ConfigError(
+                f"target.kind: this objective compares two past policies, which only `synced` has; got {target.kind}"
+            )
+        return cls("lagged", frozen(copy.deepcopy(policy)), every=target.every, follows=target)
 
     @contextmanager
     def active(self, policy: nn.Module, base: PolicyModule) -> Iterator[nn.Module]:
@@ -84,12 +95,12 @@ class Anchor:
     def after_step(self, step: int, base: PolicyModule) -> None:
         """Move towards the policy after optimiser step `step` (counted from 1)."""
         self.moved = True
-        if self.module is None or self.kind not in ("ema", "synced") or (self.kind == "synced" and step % self.every):
+        if self.module is None or self.kind not in MOVING or (self.kind != "ema" and step % self.every):
             return
-        weight = 1.0 if self.kind == "synced" else 1 - self.decay
-        for _, own, trained in self._trained(base):
-            new = full(trained)
-            own.lerp_(new.to(own.dtype), weight) if weight < 1 else own.copy_(new)
+        ahead = self.follows and {name: value for name, value, _ in self.follows._trained(base)}
+        for name, own, trained in self._trained(base):
+            new = ahead[name] if ahead else full(trained)
+            own.lerp_(new.to(own.dtype), 1 - self.decay) if self.kind == "ema" else own.copy_(new)
 
     def _trained(self, base: PolicyModule) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, own tensor and the policy's tensor of each weight that the policy trains."""
@@ -100,7 +111,7 @@ class Anchor:
 
     def state(self, base: PolicyModule) -> dict[str, Tensor]:
         """What a checkpoint has to keep: the weights of a moving anchor."""
-        return {name: own for name, own, _ in self._trained(base)} if self.kind in ("ema", "synced") else {}
+        return {name: own for name, own, _ in self._trained(base)} if self.kind in MOVING else {}
 
 
 def frozen(module: PolicyModule) -> PolicyModule:

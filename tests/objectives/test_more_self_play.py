@@ -1,18 +1,18 @@
-"""SPPO, INPO, online DPO, XPO and Nash-EMA: minimisers over an enumerated policy, limits, and what each asks for."""
+"""SPPO, RSPO, INPO, ONPO, online DPO, XPO and Nash-EMA: minimisers over an enumerated policy, limits, and what each asks for."""
 
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from alignkit import INPO, SPPO, XPO, NashEMA, NashMD, OnlineDPO
+from alignkit import INPO, ONPO, RSPO, SPPO, XPO, NashEMA, NashMD, OnlineDPO
 from alignkit.batches import Draw, GameBatch, TokenLogps
 from alignkit.errors import ShapeError
-from alignkit.losses import dpo_loss, sppo_loss
+from alignkit.losses import divergence_loss, dpo_loss, sppo_loss
 from alignkit.objectives.base import Objective
 from alignkit.oracles import regularized_nash
 from alignkit.oracles.games import Game, random_games
-from alignkit.oracles.self_play import multiplicative_weights, omd
+from alignkit.oracles.self_play import multiplicative_weights, omd, onpo
 
 F64 = torch.float64
 N = 5
@@ -47,6 +47,8 @@ def test_plans():
     assert INPO().plan.samples == (Draw(2, source="target"),)
     assert OnlineDPO().plan.samples == (Draw(2),)
     assert XPO().plan.samples == (Draw(1), Draw(1, source="reference"))
+    assert ONPO().plan.samples == (Draw(2, source="target"), Draw(1, source="previous"))
+    assert RSPO().plan.samples == SPPO().plan.samples
     assert NashEMA().plan.samples == (Draw(1), Draw(1, source="target", scored=False))
 
 
@@ -94,6 +96,62 @@ def test_sppo_is_the_mean_over_a_prompts_samples():
     torch.testing.assert_close(sum(term.weight * term.values for term in terms), sum(by_hand) / 3)
     with pytest.raises(ShapeError, match="win_rate"):
         sppo_loss(torch.zeros(2), torch.zeros(2), torch.zeros(3), step=1.0)
+
+
+def test_onpo_ends_at_the_optimistic_step():
+    played, target, previous = game(1.0), log_policy(8), log_policy(9)
+    first, second, third = torch.cartesian_prod(*[torch.arange(N)] * 3).T
+    weights = (target[first] + target[second] + previous[third]).exp()
+    drawn = (first, second, third)
+    table = torch.stack([torch.stack([played.preference[i, j] for j in drawn], -1) for i in drawn], -2)
+
+    def slope(at: Tensor) -> float:
+        logits = at.clone().requires_grad_()
+
+        def tokens(index: Tensor) -> TokenLogps:
+            held = {"target": target[index, None], "previous": previous[index, None]}
+            return TokenLogps(logits.log_softmax(-1)[index, None], held, torch.ones(N**3, 1, dtype=torch.bool))
+
+        (term,) = ONPO(step=0.7).loss(GameBatch([tokens(i) for i in drawn], table.mean(-1), table)).terms
+        return float(torch.autograd.grad((weights * term.values).sum(), logits)[0].abs().max())
+
+    assert slope(onpo(played, target, previous, 0.7)) < 1e-13
+    assert slope(onpo(played, target, target, 0.7)) > 1e-2  # one plain step of multiplicative weights
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "chi2"])
+def test_rspo_follows_each_divergence_off_policy_too(name):
+    """Value and gradient in the logits, samples of the target, against the exact divergence of policy and reference."""
+    policy, target, reference = log_policy(1).requires_grad_(), log_policy(2), log_policy(3)
+    exact = {
+        "reverse_kl": lambda x: (x.exp() * (x - reference)).sum(),
+        "forward_kl": lambda x: (reference.exp() * (reference - x)).sum(),
+        "chi2": lambda x: ((x - reference).exp() - 1).square() @ reference.exp(),
+    }[name](policy.log_softmax(-1))
+    weights = dict.fromkeys(("reverse_kl", "forward_kl", "chi2"), 0.0) | {name: 1.0}
+    sampled = target.exp() @ divergence_loss(policy.log_softmax(-1), target, reference, **weights)
+    torch.testing.assert_close(sampled, exact, atol=1e-12, rtol=0)
+    slopes = [torch.autograd.grad(value, policy)[0] for value in (sampled, exact)]
+    torch.testing.assert_close(*slopes, atol=1e-12, rtol=0)
+
+
+def test_rspo_with_the_reverse_kl_rests_at_the_equilibrium():
+    """With a target that follows the policy: at beta = reverse_kl / (2 step), and at no other."""
+    played = game(0.2)
+    nash = regularized_nash(played.preference, played.log_reference.exp(), 0.2).log()
+
+    def slope(objective: RSPO) -> float:
+        logits = nash.clone().requires_grad_()
+        mask = torch.ones(1, 1, dtype=torch.bool)
+        held = [{"reference": played.log_reference[i].view(1, 1), "target": nash[i].view(1, 1)} for i in range(N)]
+        drawn = [TokenLogps(logits.log_softmax(-1)[i].view(1, 1), held[i], mask) for i in range(N)]
+        terms = objective.loss(GameBatch(drawn, (played.preference @ nash.exp()).unsqueeze(0))).terms
+        chances = nash.exp().repeat(2)  # of the completions, whose regressions come first, then their divergences
+        expected = sum(N * term.weight * term.values.sum() * p for p, term in zip(chances, terms, strict=True))
+        return float(torch.autograd.grad(expected, logits)[0].abs().max())
+
+    assert slope(RSPO(step=1.5, reverse_kl=0.6)) < 1e-14
+    assert slope(RSPO(step=1.5, reverse_kl=0.3)) > 1e-2
 
 
 def test_online_dpo_ends_at_the_optimum_of_a_bradley_terry_judge_only():

@@ -123,6 +123,26 @@ def test_ema_and_synced_anchors_follow(folder):
         torch.testing.assert_close(tokens.anchors["target"], separate_logps(model, bundles), **CLOSE)
 
 
+def test_a_lagged_anchor_is_one_copy_behind(folder):
+    bundles, plan = random_bundles(1), Plan("pair", anchors=("target", "previous"))
+    pair = make(folder, "frozen", plan, target=TargetConfig(kind="synced", every=2))
+    name = "model.model.layers.0.mlp.up_proj.weight"
+    history = [weights_of(pair)[name]]
+    for i in range(1, 6):
+        step(pair, bundles, plan)
+        pair.after_step(i)
+        history.append(weights_of(pair)[name])
+        copies = [pair.anchors[anchor].module.state_dict()[name] for anchor in ("target", "previous")]
+        assert torch.equal(copies[0], history[i - i % 2])
+        assert torch.equal(copies[1], history[max(0, i - i % 2 - 2)])
+    state = pair.state()
+    again = make(folder, "frozen", plan, target=TargetConfig(kind="synced", every=2))
+    again.load_state(state)
+    assert torch.equal(again.logps(bundles, plan).anchors["previous"], pair.logps(bundles, plan).anchors["previous"])
+    with pytest.raises(ConfigError, match=r"target\.kind: .* got ema"):
+        make(folder, "frozen", plan, target=TargetConfig(kind="ema"))
+
+
 def exact_kl(policy, anchor, labels):
     return (policy.exp() * (policy - anchor)).sum(-1)
 
