@@ -52,10 +52,13 @@ class RSPO(SPPO):
         return Plan("game", anchors=("reference", "target"), samples=(Draw(source="target"),), judged="table")
 
     def loss(self, batch: GameBatch) -> LossTerms:
-        found, share = super().loss(batch), 1 / len(batch.completions)
         weights = {"reverse_kl": self.reverse_kl, "forward_kl": self.forward_kl, "chi2": self.chi2}
-        sums = ([t.sequence(name) for name in ("policy", "target", "reference")] for t in batch.completions)
-        return found + LossTerms([Term("divergence", divergence_loss(*each, **weights), weight=share) for each in sums])
+        terms = []
+        for tokens in batch.completions:
+            policy, target, reference = (tokens.sequence(name) for name in ("policy", "target", "reference"))
+            losses = divergence_loss(policy, target, reference, **weights)
+            terms.append(Term("divergence", losses, weight=1 / len(batch.completions)))
+        return super().loss(batch) + LossTerms(terms)
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:

@@ -3,7 +3,7 @@ algorithm and nothing else. Runs are compared at equal judge questions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ Step = float | Tensor  # a number, or a tensor that broadcasts with [..., n]: a 
 
 class Update(Protocol):
     def __call__(self, game: Game, log_policy: Tensor, previous: Tensor | None, step: Step) -> Tensor:
-        """Next log-probs [..., n] from the current and the previous iterate's (None at the start)."""
+        """Next log-probs [..., n] from the current ones and those that the algorithm remembers, the previous iterate's unless it
+        says otherwise (None at the start)."""
         ...
 
 
@@ -76,7 +77,7 @@ def _squared_loss_descent(game: Game, log_policy: Tensor, log_sampler: Tensor, r
     """Gradient of the pair loss per logit k, samples and opponent from q: 4 q_k (h_k - E_q h), h = log pi/ref - P q / beta."""
     q = log_sampler.exp()
     h = log_policy - game.log_reference - game.win_rate(log_sampler) / game.beta
-    return (log_policy - rate * 4 * q * (h - (q * h).sum(-1, keepdim=True))).log_softmax(-1)
+    return (log_policy - rate * 4 * _centred(q, h)).log_softmax(-1)
 
 
 def multiplicative_weights(game: Game, log_policy: Tensor, previous: Tensor | None, step: Step) -> Tensor:
@@ -98,12 +99,70 @@ def inpo(game: Game, log_policy: Tensor, previous: Tensor | None, step: Step) ->
     return omd(game, log_policy, None, 1 / step)
 
 
+def moving_average(past: Tensor | None, log_policy: Tensor) -> Tensor:
+    """Of the iterates' log-probs, the parameters of these policies; a weight of 0.9 on the past."""
+    return log_policy if past is None else (0.9 * past + 0.1 * log_policy).log_softmax(-1)
+
+
+def nash_ema(game: Game, log_policy: Tensor, previous: Tensor | None, step: Step) -> Tensor:
+    """The mirror step against the moving average of the iterates' parameters (Munos et al. 2023, arXiv:2312.00886)."""
+    return mirror_step(game, log_policy, moving_average(previous, log_policy), step)
+
+
+def rspo(divergence: Literal["reverse_kl", "forward_kl", "chi2"]) -> Update:
+    """Gradient descent on SPPO's regression at the present policy plus 2 beta times a divergence to the reference, over
+    SPPO's step (Tang et al. 2025, arXiv:2503.00030). With the reverse KL it is `online_ipo` at another rate."""
+
+    def update(game: Game, log_policy: Tensor, previous: Tensor | None, step: Step) -> Tensor:
+        pi, reference, log_ratio = log_policy.exp(), game.log_reference.exp(), log_policy - game.log_reference
+        pull = {
+            "reverse_kl": lambda: _centred(pi, log_ratio),
+            "forward_kl": lambda: pi - reference,
+            "chi2": lambda: _centred(pi, 2 * log_ratio.exp()),
+        }[divergence]()
+        return (log_policy + step * 2 * (_centred(pi, game.win_rate(log_policy)) - game.beta * pull)).log_softmax(-1)
+
+    return update
+
+
+def _centred(pi: Tensor, values: Tensor) -> Tensor:
+    """pi (values - E_pi values): the gradient in the logits of E_pi values [..., n]."""
+    return pi * (values - (pi * values).sum(-1, keepdim=True))
+
+
+def online_dpo(game: Game, log_policy: Tensor, previous: Tensor | None, step: Step) -> Tensor:
+    """Gradient descent on the DPO loss of two samples of the policy, both orders with their probabilities (Guo et al. 2024,
+    arXiv:2402.04792). For a Bradley-Terry judge it ends at ref exp(reward / beta), for others not at the equilibrium."""
+    pi = log_policy.exp()
+    return (log_policy + step * game.beta * 2 * pi * (_surplus(game, log_policy) @ pi.unsqueeze(-1)).squeeze(-1)).log_softmax(-1)
+
+
+def xpo(game: Game, log_policy: Tensor, previous: Tensor | None, step: Step) -> Tensor:
+    """The same with the second sample from the reference (Xie et al. 2024, arXiv:2405.21046; its optimism, 1e-5, left out)."""
+    pi, reference, surplus = log_policy.exp(), game.log_reference.exp(), _surplus(game, log_policy)
+    wins = pi * (surplus @ reference.unsqueeze(-1)).squeeze(-1)
+    losses = reference * (pi.unsqueeze(-2) @ surplus).squeeze(-2)
+    return (log_policy + step * game.beta * (wins - losses)).log_softmax(-1)
+
+
+def _surplus(game: Game, log_policy: Tensor) -> Tensor:
+    """How much more often a response wins than the policy's implicit rewards say: [..., n, n]."""
+    implicit = game.beta * (log_policy - game.log_reference)
+    return game.preference - (implicit.unsqueeze(-1) - implicit.unsqueeze(-2)).sigmoid()
+
+
+def last_iterate(past: Tensor | None, log_policy: Tensor) -> Tensor:
+    """What most algorithms remember."""
+    return log_policy
+
+
 @dataclass(frozen=True)
 class Algorithm:
-    """An update and how many judge questions (evaluations of P q) one iteration asks."""
+    """An update, how many judge questions (evaluations of P q) one iteration asks, and what is remembered of the iterates."""
 
     update: Update
     queries: int = 1
+    remember: Callable[[Tensor | None, Tensor], Tensor] = last_iterate
 
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -116,6 +175,10 @@ ALGORITHMS: dict[str, Algorithm] = {
     "sppo": Algorithm(multiplicative_weights),
     "onpo": Algorithm(onpo),
     "inpo": Algorithm(inpo),
+    "nash_ema": Algorithm(nash_ema, remember=moving_average),
+    "rspo": Algorithm(rspo("reverse_kl")),
+    "online_dpo": Algorithm(online_dpo),
+    "xpo": Algorithm(xpo),
 }
 
 
@@ -128,9 +191,32 @@ def trajectory(
     previous, log_policy = None, game.log_reference if start is None else start
     iterates = [log_policy]
     for t in range(queries // algorithm.queries):
-        previous, log_policy = log_policy, algorithm.update(game, log_policy, previous, schedule(t))
+        new = algorithm.update(game, log_policy, previous, schedule(t))
+        previous, log_policy = algorithm.remember(previous, log_policy), new
         iterates.append(log_policy)
     return torch.stack(torch.broadcast_tensors(*iterates))
+
+
+def step_grid(name: str, beta: float) -> Tensor:
+    """Step sizes of an algorithm to choose from [S, 1, 1]; one alone where theory gives it."""
+    theory = {"egpo": 2 / (1 + 2 * beta), "nash_mp": 2 * beta}
+    if name in theory:
+        return torch.tensor([theory[name]], dtype=torch.float64).reshape(-1, 1, 1)
+    grid = torch.logspace(-2.5, 1.5, 33, dtype=torch.float64).reshape(-1, 1, 1)
+    if name in ("online_dpo", "xpo"):
+        return grid / beta  # their losses' gradients are in proportion to beta
+    grid = grid[grid * beta <= 1].reshape(-1, 1, 1)  # where the step towards the reference, or the mixture, is still one
+    return 1 / grid if name == "inpo" else grid  # its step is an inverse one
+
+
+def tuned(game: Game, name: str, questions: int) -> tuple[Tensor, float]:
+    """Median duality gap over the games after each iteration [1 + iterations] at the step of the grid that ends best, and that
+    step; a gap that is not a number counts as infinite."""
+    grid = step_grid(name, game.beta)
+    iterates = trajectory(game, ALGORITHMS[name], grid, questions)  # [1 + iterations, S, games, n]
+    gaps = game.gap(iterates).nan_to_num(nan=torch.inf).median(-1).values
+    best = int(gaps[-1].argmin())
+    return gaps[:, best], float(grid[best])
 
 
 def gradient_to_mirror_step(rate: float, beta: float, n: int) -> float:

@@ -14,5 +14,5 @@ def test_nash_tabular(tmp_path, monkeypatch, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     rows = [line for line in capsys.readouterr().out.splitlines() if " 100 " in line]
     gaps = {line[:16].strip(): float(line.split()[-1]) for line in rows}
-    assert len(gaps) == 6
+    assert len(gaps) == 13
     assert gaps["EGPO"] == gaps["Nash-MP"] == min(gaps.values())

@@ -12,7 +12,7 @@ from alignkit.losses import divergence_loss, dpo_loss, sppo_loss
 from alignkit.objectives.base import Objective
 from alignkit.oracles import regularized_nash
 from alignkit.oracles.games import Game, random_games
-from alignkit.oracles.self_play import multiplicative_weights, omd, onpo
+from alignkit.oracles.self_play import multiplicative_weights, omd, online_dpo, onpo, rspo, xpo
 
 F64 = torch.float64
 N = 5
@@ -27,8 +27,11 @@ def log_policy(seed: int) -> Tensor:
     return torch.randn(N, generator=torch.Generator().manual_seed(seed), dtype=F64).log_softmax(-1)
 
 
-def gradient(objective: Objective, at: Tensor, preference: Tensor, sampler: Tensor, **anchors: Tensor) -> Tensor:
-    """Gradient in the logits, at log-probs `at` [n], of the expected loss on pairs of one-token completions from `sampler`."""
+def gradient(
+    objective: Objective, at: Tensor, preference: Tensor, sampler: Tensor, second_sampler: Tensor | None = None, **anchors: Tensor
+) -> Tensor:
+    """Gradient in the logits, at log-probs `at` [n], of the expected loss on pairs of one-token completions, both from `sampler`
+    or the second from another."""
     logits = at.clone().requires_grad_()
     first, second = (t.flatten() for t in torch.meshgrid(torch.arange(N), torch.arange(N), indexing="ij"))
 
@@ -38,7 +41,8 @@ def gradient(objective: Objective, at: Tensor, preference: Tensor, sampler: Tens
 
     batch = GameBatch([tokens(first), tokens(second)], preference[first, second].unsqueeze(-1))
     losses = torch.stack([term.weight * term.values for term in objective.loss(batch).terms]).sum(0)
-    return torch.autograd.grad((sampler.exp().outer(sampler.exp()).flatten() * losses).sum(), logits)[0]
+    drawn = sampler.exp().outer((sampler if second_sampler is None else second_sampler).exp()).flatten()
+    return torch.autograd.grad((drawn * losses).sum(), logits)[0]
 
 
 def test_plans():
@@ -135,23 +139,38 @@ def test_rspo_follows_each_divergence_off_policy_too(name):
     torch.testing.assert_close(*slopes, atol=1e-12, rtol=0)
 
 
+def rspo_gradient(objective: RSPO, at: Tensor, played: Game) -> Tensor:
+    """Gradient in the logits of the expected loss on single samples, the target being the policy itself."""
+    logits, mask = at.clone().requires_grad_(), torch.ones(1, 1, dtype=torch.bool)
+    held = [{"reference": played.log_reference[i].view(1, 1), "target": at[i].view(1, 1)} for i in range(N)]
+    drawn = [TokenLogps(logits.log_softmax(-1)[i].view(1, 1), held[i], mask) for i in range(N)]
+    terms = objective.loss(GameBatch(drawn, played.win_rate(at).unsqueeze(0))).terms
+    chances = at.exp().repeat(2)  # of the completions, whose regressions come first, then their divergences
+    expected = sum(N * term.weight * term.values.sum() * p for p, term in zip(chances, terms, strict=True))
+    return torch.autograd.grad(expected, logits)[0]
+
+
 def test_rspo_with_the_reverse_kl_rests_at_the_equilibrium():
     """With a target that follows the policy: at beta = reverse_kl / (2 step), and at no other."""
     played = game(0.2)
     nash = regularized_nash(played.preference, played.log_reference.exp(), 0.2).log()
+    assert rspo_gradient(RSPO(step=1.5, reverse_kl=0.6), nash, played).abs().max() < 1e-14
+    assert rspo_gradient(RSPO(step=1.5, reverse_kl=0.3), nash, played).abs().max() > 1e-2
 
-    def slope(objective: RSPO) -> float:
-        logits = nash.clone().requires_grad_()
-        mask = torch.ones(1, 1, dtype=torch.bool)
-        held = [{"reference": played.log_reference[i].view(1, 1), "target": nash[i].view(1, 1)} for i in range(N)]
-        drawn = [TokenLogps(logits.log_softmax(-1)[i].view(1, 1), held[i], mask) for i in range(N)]
-        terms = objective.loss(GameBatch(drawn, (played.preference @ nash.exp()).unsqueeze(0))).terms
-        chances = nash.exp().repeat(2)  # of the completions, whose regressions come first, then their divergences
-        expected = sum(N * term.weight * term.values.sum() * p for p, term in zip(chances, terms, strict=True))
-        return float(torch.autograd.grad(expected, logits)[0].abs().max())
 
-    assert slope(RSPO(step=1.5, reverse_kl=0.6)) < 1e-14
-    assert slope(RSPO(step=1.5, reverse_kl=0.3)) > 1e-2
+def test_the_tabular_updates_are_gradient_steps_on_the_objectives():
+    played, at, rate = game(0.3), log_policy(6), 0.7
+    held, pair = {"reference": played.log_reference}, (at, played.preference, at)
+    slopes = {
+        online_dpo: gradient(OnlineDPO(beta=0.3), *pair, **held),
+        xpo: gradient(XPO(beta=0.3, alpha=0), *pair, played.log_reference, **held),
+        rspo("reverse_kl"): rspo_gradient(RSPO(step=1, reverse_kl=0.6), at, played),
+        rspo("forward_kl"): rspo_gradient(RSPO(step=1, reverse_kl=0, forward_kl=0.6), at, played),
+        rspo("chi2"): rspo_gradient(RSPO(step=1, reverse_kl=0, chi2=0.6), at, played),
+    }
+    for update, slope in slopes.items():
+        found = update(played, at, None, rate)
+        torch.testing.assert_close(found, (at - rate * slope).log_softmax(-1), atol=1e-13, rtol=0)
 
 
 def test_online_dpo_ends_at_the_optimum_of_a_bradley_terry_judge_only():

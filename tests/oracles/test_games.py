@@ -240,11 +240,11 @@ def test_mirror_descent_is_stable_below_its_largest_step_only(beta, largest):
         assert bool(size[-1] < size[0]) == stable
 
 
-@pytest.mark.parametrize("name", ["omd", "online_ipo", "egpo", "nash_mp", "inpo"])
+@pytest.mark.parametrize("name", ["omd", "online_ipo", "egpo", "nash_mp", "inpo", "nash_ema", "rspo"])
 def test_unbiased_algorithms_end_at_the_equilibrium(name):
     beta = 0.5
     games = random_games(5, 5, beta, seed=9)
-    step = {"inpo": 2.0, "online_ipo": 0.3}.get(name, 0.5)
+    step = {"inpo": 2.0, "online_ipo": 0.3, "rspo": 1.0}.get(name, 0.5)
     last = trajectory(games, ALGORITHMS[name], step, 4000)[-1]
     torch.testing.assert_close(last.exp(), nash(games).exp(), rtol=0, atol=1e-12)
 
@@ -285,5 +285,7 @@ def test_averages_of_optimistic_and_plain_multiplicative_weights():
     for iterates, expected in ((mwu, (5.8e-2, 1.8e-2)), (onpo, (3.5e-2, 3.9e-3))):
         averages = [gap(iterates[:t].mean(0)) for t in (100, 1000)]
         assert averages == pytest.approx(expected, rel=0.02)
+    assert gap(onpo[:500].mean(0)) / gap(onpo[:1000].mean(0)) == pytest.approx(2, rel=0.05)  # as 1 / T
+    assert gap(mwu[:500].mean(0)) / gap(mwu[:1000].mean(0)) < 1.6  # as 1 / sqrt(T), and up and down
     assert gap(onpo[1000]) == pytest.approx(1.4e-5, rel=0.04)  # its last iterate arrives
     assert gap(mwu[1000]) == pytest.approx(0.82, abs=0.005)  # that of plain weights cycles outwards
