@@ -5,11 +5,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from alignkit.batches import Bundle, Plan
 from alignkit.collect import DatasetSource
 from alignkit.rollout.sampler import Sampler
+from alignkit.together import together
 
 
 @dataclass
@@ -21,6 +23,7 @@ class SamplesBeside:
     sampler: Sampler
     plan: Plan
     completions: int  # where a draw does not say how many
+    accelerator: Accelerator
     metrics: dict[str, float] = field(default_factory=dict)
 
     def collect(self, step: int, half: int = 0) -> list[Bundle]:
@@ -29,8 +32,12 @@ class SamplesBeside:
         self.metrics = self.rows.metrics
         first = step * self.rows.batch_size + self.rows.rank
         places = range(first, first + len(bundles) * self.rows.world, self.rows.world)
+        with together(self.accelerator):
+            return self._with_samples(bundles, places, 2 * step + half)
+
+    def _with_samples(self, bundles: list[Bundle], places: range, visit: int) -> list[Bundle]:
         for d, draw in enumerate(self.plan.samples):
-            clock = (2 * step + half) * len(self.plan.samples) + d  # distinct noise for every draw
+            clock = visit * len(self.plan.samples) + d  # distinct noise for every draw
             counted = replace(draw, n=draw.n or self.completions)
             drawn = self.sampler.sample([b.prompt for b in bundles], counted, step=clock, prompt_ids=places)
             for i, samples in enumerate(drawn):

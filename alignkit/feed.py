@@ -59,7 +59,7 @@ def fixed_feed(
     source: Source = rows
     if plan.samples:
         sampler = make_sampler(recipe.rollout, pair, seed=recipe.train.seed)
-        source = SamplesBeside(rows, sampler, plan, recipe.rollout.completions)
+        source = SamplesBeside(rows, sampler, plan, recipe.rollout.completions, accelerator)
     texts = {tuple(b.prompt.tolist()): b.prompt for b in held_out or bundles}
     samples = _sampling(recipe, pair, list(texts.values())[:SHOWN_PROMPTS])
     return Feed(

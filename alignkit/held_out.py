@@ -12,6 +12,7 @@ from alignkit.batches import Draw
 from alignkit.errors import DataError
 from alignkit.reduction import Metrics
 from alignkit.rollout.sampler import Sampler
+from alignkit.together import together
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,17 @@ class HeldOut:
 
     def __call__(self) -> Metrics:
         """`reward` and `completions/mean_length` over all prompts and ranks. DataError when no prompt has a reward."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = list(enumerate(self.prompts))[rank::world]
-        prompts = [prompt for _, prompt in mine]
-        drawn = self.sampler.sample([p.ids for p in prompts], Draw(1), step=0, prompt_ids=[i for i, _ in mine])
+        with together(self.accelerator):
+            own = self._sums(list(enumerate(self.prompts))[self.accelerator.process_index :: self.accelerator.num_processes])
+        total, count, tokens, rows = self.accelerator.reduce(own.to(self.accelerator.device)).tolist()
+        if not count:
+            raise DataError("no held-out completion has a score; check the reward and data.eval")
+        return {"reward": total / count, "completions/mean_length": tokens / rows}
+
+    def _sums(self, numbered: Sequence[tuple[int, Any]]) -> Tensor:
+        """[4]: sum and number of the scores of these prompts' answers, tokens and number of the answers."""
+        prompts = [prompt for _, prompt in numbered]
+        drawn = self.sampler.sample([p.ids for p in prompts], Draw(1), step=0, prompt_ids=[i for i, _ in numbered])
         samples = [rows[0] for rows in drawn]
         columns = {name: [p.columns[name] for p in prompts] for name in (prompts[0].columns if prompts else ())}
         values = self.reward(
@@ -39,8 +47,4 @@ class HeldOut:
             **columns,
         )
         scored = [value for value in values if value is not None]
-        sums = torch.tensor([sum(scored), len(scored), sum(len(s.ids) for s in samples), len(samples)], dtype=torch.float64)
-        total, count, tokens, rows = self.accelerator.reduce(sums.to(self.accelerator.device)).tolist()
-        if not count:
-            raise DataError("no held-out completion has a score; check the reward and data.eval")
-        return {"reward": total / count, "completions/mean_length": tokens / rows}
+        return torch.tensor([sum(scored), len(scored), sum(len(s.ids) for s in samples), len(samples)], dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False)
     check_without_torch(recipe, safe)
     from alignkit.loop import train
     from alignkit.run import RunFolder
+    from alignkit.together import together
 
     objective = build_objective(recipe.objective, recipe.origin, safe=safe)
     changes: list[str] = []
@@ -58,7 +60,9 @@ def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False)
     try:
         job = build_job(recipe, objective, task, accelerator, run, safe=safe)
         job.notes = [*job.notes, *changes]
-        with run:
+        with ExitStack() as stack:
+            with together(accelerator):  # the first process alone takes the run's lock
+                stack.enter_context(run)
             return train(job, resume)
     finally:
         end(accelerator)

@@ -23,6 +23,7 @@ from alignkit.reduction import Metrics, Reducer
 from alignkit.run import RunFolder
 from alignkit.signals import Interrupted, Signals
 from alignkit.snapshot import Counters, Snapshot, seed_everything
+from alignkit.together import together
 from alignkit.train_config import TrainConfig
 from alignkit.updates import UPDATES
 
@@ -98,14 +99,16 @@ class _Loop:
 
     def run(self, resume: str | None) -> Result:
         job = self.job
-        found, notes = job.run.find(resume, job.identity)
+        with together(job.accelerator):
+            found, notes = job.run.find(resume, job.identity)
         start = found.step if found else 0
         if job.run.finished:
             self._say_only(f"{job.run.path} is finished ({start} steps); nothing to do")
             return Result(start, {}, start)
         if found:
             self._restore(found)
-        job.run.start(job.recipe, start)
+        with together(job.accelerator):
+            job.run.start(job.recipe, start)
         step, metrics, stop = start, {}, False
         with self.signals, TrainProgress(job.steps, start, enabled=job.accelerator.is_main_process) as progress:
             for note in (*job.notes, *self.pair.notes, *notes):
@@ -165,8 +168,9 @@ class _Loop:
         if (self.job.evaluation is not None or self.job.measure) and every.eval_every and (step % every.eval_every == 0 or last):
             row |= self._evaluate()
             better = self._better(row, step)
-        self.job.run.log(row)
-        self.job.accelerator.log(row, step=step)  # trackers; none by default
+        with together(self.job.accelerator):
+            self.job.run.log(row)
+            self.job.accelerator.log(row, step=step)  # trackers; none by default
         progress.step(step, row)
         if every.log_samples_every and step % every.log_samples_every == 0 and not last:
             self._samples(step)
@@ -210,24 +214,25 @@ class _Loop:
             self.pair.load_state(self.average)
         self._samples(step)
         card = self.job.card({**metrics, **self.count.evaluated}) if self.job.card else ""
-        self.job.accelerator.wait_for_everyone()
-        self.job.run.save_model(partial(self.pair.save, state=self.pair.whole_state(keep=self.job.run.writes)), card)
+        state = self.pair.whole_state(keep=self.job.run.writes)
+        with together(self.job.accelerator):
+            self.job.run.save_model(partial(self.pair.save, state=state), card)
 
     def _samples(self, step: int, resumed: bool = False) -> None:
         if self.job.samples and not resumed and self.config.log_samples_every:
-            with self.pair.whole():
+            with self.pair.whole(), together(self.job.accelerator):
                 if self.job.run.writes:
                     self.job.run.log_samples(self.job.samples(step))
 
     def _save(self, step: int) -> None:
         tensors, state = self.snapshot.capture()
-        if self.job.run.writes:
-            folder = self.job.run.checkpoints
-            checkpoint.save(folder, step, tensors, state, self.job.identity)
-            if self.count.best_step:
-                checkpoint.mark_best(folder, self.count.best_step)
-            checkpoint.prune(folder, step, self.config.keep)
-        self.job.accelerator.wait_for_everyone()
+        with together(self.job.accelerator):
+            if self.job.run.writes:
+                folder = self.job.run.checkpoints
+                checkpoint.save(folder, step, tensors, state, self.job.identity)
+                if self.count.best_step:
+                    checkpoint.mark_best(folder, self.count.best_step)
+                checkpoint.prune(folder, step, self.config.keep)
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         self.snapshot.restore(found)

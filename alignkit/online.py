@@ -16,10 +16,11 @@ from alignkit.buffer import pack, unpack
 from alignkit.collect import Order
 from alignkit.errors import DataError, NumericsError
 from alignkit.objectives.base import Objective
-from alignkit.policies.layout import micro_batches
+from alignkit.policies.layout import micro_batches, stand_in
 from alignkit.policies.pair import PolicyPair
 from alignkit.reduction import concat, gather_rows
 from alignkit.rollout.sampler import Sample, Sampler
+from alignkit.together import together
 
 Texts = Sequence[Any]  # strings, or message lists for chats
 Score = Callable[..., list[float | None]]  # TRL's reward signature
@@ -60,7 +61,8 @@ class RolloutSource:
         self.plan = self.objective.plan
         self.order = Order(len(self.prompts), self.seed)
         self.credit_state = self.objective.init_state()
-        self.bundles: list[Bundle] = []  # this rank's bundles of the current rollout
+        self.bundles: dict[int, Bundle] = {}  # this rank's part of the current rollout: place of the prompt in it -> bundle
+        self.places: list[int] = []  # that have a bundle, on all ranks
         self.number = -1  # the current rollout's number
         self.flat = 0  # rollouts in a row in which every prompt's completions scored the same
 
@@ -70,34 +72,41 @@ class RolloutSource:
         if step // per_rollout != self.number or per_rollout == 1:
             self.number = step // per_rollout
             self.bundles = self._rollout(self.number, half)
+            self.places = sorted(gather_object(list(self.bundles)))
         return self._minibatch(step % per_rollout)
 
     def _minibatch(self, position: int) -> list[Bundle]:
-        """Minibatch `position` of the rollout: each epoch goes through all bundles in its own order."""
+        """This rank's part of minibatch `position` of the rollout: each epoch goes through all bundles in its own order."""
         epoch, index = divmod(position, self.plan.minibatches)
-        order = Order(len(self.bundles), self.seed + 7919 * (self.number + 1), shuffle=self.plan.minibatches > 1)
-        start = epoch * len(self.bundles)
-        edges = [start + len(self.bundles) * i // self.plan.minibatches for i in (index, index + 1)]
-        return [self.bundles[i] for i in order[edges[0] : edges[1]]]
+        order = Order(len(self.places), self.seed + 7919 * (self.number + 1), shuffle=self.plan.minibatches > 1)
+        start = epoch * len(self.places)
+        edges = [start + len(self.places) * i // self.plan.minibatches for i in (index, index + 1)]
+        drawn = [self.places[i] for i in order[edges[0] : edges[1]]]
+        return [self.bundles[place] for place in drawn if place in self.bundles]
 
-    def _rollout(self, number: int, half: int) -> list[Bundle]:
+    def _rollout(self, number: int, half: int) -> dict[int, Bundle]:
         size = self.batch_size * self.plan.minibatches
-        positions = range(number * size, (number + 1) * size)
-        chosen = list(zip(positions, self.order[positions.start : positions.stop]))
-        chosen = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
+        mine = range(self.accelerator.process_index, size, self.accelerator.num_processes)
+        with together(self.accelerator):
+            scored, bundles = self._answers(mine, number * size, 2 * number + half)
+        self._describe(scored, bundles)
+        kept = {place: bundle for place, bundle in zip(mine, bundles) if bundle is not None}
+        return dict(zip(kept, self._credited(list(kept.values()))))
+
+    def _answers(self, mine: range, start: int, visit: int) -> tuple[list[list[Sample]], list[Bundle | None]]:
+        """The policy's samples for the prompts at places `mine` after `start`, and their bundles; None: not to be used."""
+        chosen = [(start + place, *self.order[start + place : start + place + 1]) for place in mine]
         prompts = [self.prompts[i] for _, i in chosen]
         scored: list[list[Sample]] = [[] for _ in prompts]
         opponents: list[list[Sample]] = [[] for _ in prompts]
         for d, draw in enumerate(self.plan.samples):
             draw = replace(draw, n=draw.n or self.completions)
-            clock = (2 * number + half) * len(self.plan.samples) + d  # distinct noise for every draw
+            clock = visit * len(self.plan.samples) + d  # distinct noise for every draw
             drawn = self._sampled([p.ids for p in prompts], draw, step=clock, prompt_ids=[p for p, _ in chosen])
             for mine, samples in zip(scored if draw.scored else opponents, drawn):
                 mine.extend(samples)
         bundles = [_bundle(prompt, samples) for prompt, samples in zip(prompts, scored)]
-        kept = self._appraise(prompts, bundles, scored, opponents)
-        self._describe(scored, kept)
-        return self._credited([bundle for bundle in kept if bundle is not None])
+        return scored, self._appraise(prompts, bundles, scored, opponents)
 
     def _sampled(self, prompts: list[Tensor], draw: Draw, *, step: int, prompt_ids: list[int]) -> list[list[Sample]]:
         """The sampler's answer. Where the policy's log-probs are not finite, NumericsError says what to do."""
@@ -161,9 +170,6 @@ class RolloutSource:
             rows[i][(j, k) if table else j] = p
             if table:
                 rows[i][k, j] = 1 - p
-        self.metrics["judge/invalid"] = 1 - sum(valid) / max(1, len(valid))
-        if not any(valid):
-            raise NumericsError("every verdict of the judge in this step is invalid; check the judge's answers and its endpoint")
         extra = [{"table": r, "preference": r.mean(-1)} if table else {"preference": r} for r in rows]
         return [replace(b, rows={**b.rows, **e}) if ok else None for b, e, ok in zip(bundles, extra, valid)]
 
@@ -171,17 +177,19 @@ class RolloutSource:
     def _credited(self, bundles: list[Bundle]) -> list[Bundle]:
         """Anchors (and, for rollouts, advantages) into the bundles' tokens."""
         chunks = micro_batches(bundles, self.micro_batch_tokens, self.pair.layout)
-        bundles = [bundles[i] for chunk in chunks for i in chunk]
-        parts, at = [], 0
-        for chunk in chunks:
-            parts.append(self.pair.logps(bundles[at : at + len(chunk)], self.plan))
-            at += len(chunk)
-        tokens = concat(parts)
+        order = [i for chunk in chunks for i in chunk]
+        tokens = concat([self.pair.logps([bundles[i] for i in chunk], self.plan) for chunk in chunks] or [self._no_rows()])
         self._mismatch(tokens)
         channels = dict(tokens.anchors) if not self.plan.statistics else {}
         if self.plan.data == "rollout":
-            channels |= self._advantages(bundles, tokens)
-        return _with_channels(bundles, channels)
+            channels |= self._advantages([bundles[i] for i in order], tokens)
+        credited = dict(zip(order, _with_channels([bundles[i] for i in order], channels)))
+        return [credited[i] for i in range(len(bundles))]
+
+    def _no_rows(self) -> TokenLogps:
+        """Log-probs of no completion [0, T], in the form that ranks with some have: this one's were all dropped."""
+        nothing = replace(stand_in(), tokens={"behavior": [torch.zeros(1)]})
+        return self.pair.logps([nothing], self.plan).map(lambda t: t[:0])
 
     def _advantages(self, bundles: list[Bundle], tokens: TokenLogps) -> dict[str, Tensor]:
         """The objective's credit of the global rollout; this rank's part of it."""
@@ -196,20 +204,26 @@ class RolloutSource:
         return {name: value[window] for name, value in found.items() if value is not None}
 
     def _describe(self, scored: list[list[Sample]], kept: list[Bundle | None]) -> None:
-        lengths = torch.tensor([len(s.ids) for row in scored for s in row], dtype=torch.float64)
-        ended = torch.tensor([s.ended for row in scored for s in row], dtype=torch.float64)
+        """Figures of the rollout over all ranks. Where no bundle is left on any of them, that is said instead."""
         rows = [b.rows["score"].double() for b in kept if b is not None and "score" in b.rows]
-        local = {"completions/mean_length": lengths, "completions/clipped_ratio": 1 - ended}
-        if rows:
-            local["reward"] = torch.cat(rows)
-            local["reward_std"] = torch.stack([r.std() if len(r) > 1 else r.new_zeros(()) for r in rows])
-            local["frac_reward_zero_std"] = torch.stack([(r == r[0]).all() for r in rows]).double()
-        local["rollout/dropped"] = torch.tensor([b is None for b in kept], dtype=torch.float64)
-        sums = torch.tensor([[v.sum(), v.numel()] for v in local.values()], dtype=torch.float64, device=self.pair.device)
-        totals = self.accelerator.reduce(sums).tolist()
-        self.metrics |= {name: total / max(n, 1) for name, (total, n) in zip(local, totals)}
-        if not any(b is not None for b in kept):
-            raise DataError("no completion of this step has a score or a valid verdict; check the reward or judge")
+        local = {
+            "completions/mean_length": [len(s.ids) for row in scored for s in row],
+            "completions/clipped_ratio": [not s.ended for row in scored for s in row],
+            "rollout/dropped": [b is None for b in kept],
+        }
+        if self.plan.judged == "score":
+            local["reward"] = [value for r in rows for value in r.tolist()]
+            local["reward_std"] = [float(r.std()) if len(r) > 1 else 0.0 for r in rows]
+            local["frac_reward_zero_std"] = [bool((r == r[0]).all()) for r in rows]
+        elif self.plan.judged != "none":
+            local["judge/invalid"] = local["rollout/dropped"]
+        sums = torch.tensor([[sum(v), len(v)] for v in local.values()], dtype=torch.float64, device=self.pair.device)
+        totals = dict(zip(local, self.accelerator.reduce(sums).tolist()))
+        if totals["rollout/dropped"][0] == totals["rollout/dropped"][1]:
+            if self.plan.judged == "score":
+                raise DataError("no completion of this step has a score; check the reward")
+            raise NumericsError("every verdict of the judge in this step is invalid; check the judge's answers and its endpoint")
+        self.metrics |= {name: total / max(n, 1) for name, (total, n) in totals.items()}
         self._watch_flatness()
 
     def _watch_flatness(self) -> None:
@@ -229,23 +243,24 @@ class RolloutSource:
             return
         gap = (tokens.policy - tokens.behavior)[tokens.mask].double()
         k3 = torch.expm1(gap) - gap  # KL(engine || trainer), per token
-        self.metrics |= {"sampling/logp_difference_max": float(gap.abs().max()), "sampling/mismatch_kl": float(k3.mean())}
+        own = torch.stack([torch.cat([gap.new_zeros(1), gap.abs()]).max(), k3.sum(), gap.new_tensor(gap.numel())])
+        largest, total, count = self.accelerator.gather(own[None]).T
+        self.metrics["sampling/logp_difference_max"] = float(largest.max())
+        self.metrics["sampling/mismatch_kl"] = float(total.sum() / count.sum().clamp(min=1))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Every rank's part of the rollout in use and the objective's state; the position in it follows from the step."""
-        tensors, shapes = pack(gather_object(self.bundles))
+        tensors, shapes = pack(gather_object(list(self.bundles.values())))
         carried = {f"credit.{k}": v for k, v in self.credit_state.items()}
-        return {**tensors, **carried}, {"number": self.number, "bundles": shapes, "parts": gather_object([len(self.bundles)])}
+        state = {"number": self.number, "bundles": shapes, "places": gather_object(list(self.bundles))}
+        return {**tensors, **carried}, state
 
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """The inverse of `state`; with another number of processes the bundles are shared out anew."""
-        self.number = state["number"]
-        everyone, rank, world = unpack(tensors, state["bundles"]), self.accelerator.process_index, self.accelerator.num_processes
-        if len(state["parts"]) == world:
-            start = sum(state["parts"][:rank])
-            self.bundles = everyone[start : start + state["parts"][rank]]
-        else:
-            self.bundles = everyone[rank::world]
+        """The inverse of `state`, for any number of processes."""
+        self.number, self.places = state["number"], sorted(state["places"])
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        everyone = zip(state["places"], unpack(tensors, state["bundles"]))
+        self.bundles = {place: bundle for place, bundle in everyone if place % world == rank}
         device = self.pair.device
         self.credit_state = {k[7:]: v.to(device) for k, v in tensors.items() if k.startswith("credit.")}
 

@@ -87,7 +87,7 @@ class Reducer:
 
     def _backward(self, bundles: Sequence[Bundle]) -> Metrics:
         counts = self._counts(bundles)
-        chunks = self._chunks(bundles)
+        chunks, everywhere = self._chunks(bundles)
         sums = Sums.zero(self.pair.device)
         leaves = self._coupled(chunks, counts, sums) if self.plan.coupled else None
         for i, (chunk, counted) in enumerate(chunks):
@@ -104,7 +104,7 @@ class Reducer:
             sums.tokens += sum(b.n_tokens for b in chunk) if counted else 0
         parameters = list(self.pair.parameters())
         norm = float(self.accelerator.clip_grad_norm_(parameters, self.clip or float("inf")))
-        metrics, broken, computed = self._reduce(sums)
+        metrics, broken, computed = self._reduce(sums, everywhere)
         sums.guard.check(metrics["loss"], norm, broken, self.accelerator)
         self.tokens += computed
         return {**metrics, "grad_norm": norm}
@@ -112,7 +112,8 @@ class Reducer:
     @torch.no_grad()
     def evaluate(self, bundles: Sequence[Bundle]) -> Metrics:
         """Loss and metrics of `bundles` (this rank's share), without a gradient."""
-        counts, chunks = self._counts(bundles), self._chunks(bundles)
+        counts = self._counts(bundles)
+        chunks, everywhere = self._chunks(bundles)
         sums = Sums.zero(self.pair.device)
         if self.plan.coupled:
             self._coupled(chunks, counts, sums)
@@ -121,9 +122,7 @@ class Reducer:
                 tokens = self.pair.logps(chunk, self.plan)
                 if counted:
                     self._loss(chunk, tokens, counts, sums)
-        for name in gather_object(list(sums.metrics)):  # a rank may have no row of a small evaluation, hence no metric
-            sums.metrics.setdefault(name, sums.loss.new_zeros(2))
-        return self._reduce(sums)[0]
+        return self._reduce(sums, everywhere)[0]
 
     def _loss(self, chunk: Sequence[Bundle], tokens: TokenLogps, counts: dict[str, float], sums: Sums) -> Tensor:
         sums.guard.watch_logps(tokens, chunk)
@@ -138,16 +137,19 @@ class Reducer:
         total = self.accelerator.reduce(torch.tensor([float(v) for v in local.values()], device=self.pair.device))
         return {name: max(value, 1.0) for name, value in zip(local, total.tolist())}
 
-    def _chunks(self, bundles: Sequence[Bundle]) -> list[tuple[list[Bundle], bool]]:
-        """Micro-batches of this rank, as many as the rank with most has; (chunk, False) is a stand-in that counts nothing."""
-        chunks = [([bundles[i] for i in part], True) for part in micro_batches(bundles, self.budget, self.pair.layout)]
-        most = int(self.accelerator.gather(torch.tensor([len(chunks)], device=self.pair.device)).max())
-        return chunks + [([self._stand_in(bundles)], False)] * (most - len(chunks))
+    def _chunks(self, bundles: Sequence[Bundle]) -> tuple[list[tuple[list[Bundle], bool]], bool]:
+        """Micro-batches of this rank, as many as the rank with most has, and whether every rank has a row.
 
-    def _stand_in(self, bundles: Sequence[Bundle]) -> Bundle:
-        """Of the same make as this rank's bundles: what they have stored is not computed, what they have not is, on all ranks."""
-        stored = bundles[0].tokens if bundles else [n for n in self.plan.anchors if self.pair.anchors[n].kind == "cached"]
-        return replace(stand_in(), tokens={name: [torch.zeros(1)] for name in stored})
+        (chunk, False) is a stand-in that counts nothing. It is of the same make as the others' bundles: what they have stored
+        is not computed, what they have not is, on all ranks.
+        """
+        chunks = [([bundles[i] for i in part], True) for part in micro_batches(bundles, self.budget, self.pair.layout)]
+        sizes = self.accelerator.gather(torch.tensor([len(chunks)], device=self.pair.device))
+        most, everywhere = int(sizes.max()), bool(sizes.min())
+        stored = list(bundles[0].tokens) if bundles else []
+        stored = stored if everywhere else gather_object(stored)  # a small evaluation or minibatch leaves a rank without rows
+        filling = replace(stand_in(), tokens={name: [torch.zeros(1)] for name in stored})
+        return chunks + [([filling], False)] * (most - len(chunks)), everywhere
 
     def _coupled(self, chunks: list[tuple[list[Bundle], bool]], counts: dict[str, float], sums: Sums) -> list[TokenLogps]:
         """The loss of the whole step over all ranks on leaf log-probs; per micro-batch, its gradient with respect to them."""
@@ -180,8 +182,10 @@ class Reducer:
             offset += rows if counted else 0
         return result
 
-    def _reduce(self, sums: Sums) -> tuple[Metrics, float, int]:
+    def _reduce(self, sums: Sums, everywhere: bool) -> tuple[Metrics, float, int]:
         """Over all ranks: the loss with the metrics, the rows that are not finite, the tokens computed."""
+        for name in () if everywhere else gather_object(list(sums.metrics)):  # a rank without rows has no metric
+            sums.metrics.setdefault(name, sums.loss.new_zeros(2))
         names = sorted(sums.metrics)
         own = torch.stack([sums.loss, sums.guard.broken, sums.loss.new_tensor(sums.tokens)])
         flat = torch.cat([own, *(sums.metrics[n] for n in names)])

@@ -12,10 +12,10 @@ from alignkit.loop import train
 from alignkit.objectives.kl_ppo import KLPPO
 from alignkit.processes import end
 
-# 5 prompts per rollout: 3 for the first rank, 2 for the second; each rollout serves steps 1-3, 4-6, 7-9
-OBJECTIVE = KLPPO(beta=0.1, epochs=3, kl_target=0.5, kl_horizon=20)
+# 10 prompts per rollout, which serves steps 1-4 or 5-8: twice in two minibatches of 5 prompts, of any ranks'
+OBJECTIVE = KLPPO(beta=0.1, epochs=2, minibatches=2, kl_target=0.5, kl_horizon=20)
 SETTINGS = {"steps": 7, "save_every": 1, "keep": 99, "optimizer": "sgd", "learning_rate": 0.5}
-TAKEN_UP = 5
+TAKEN_UP = 6
 
 
 def run(model: Path, out: Path, resume: str | None = None) -> None:

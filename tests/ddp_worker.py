@@ -1,20 +1,25 @@
 """Run by torchrun in tests: the loop on this many processes; the main one writes weights and metrics of each case."""
 
 import json
+import shutil
 import sys
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from test_online import online_job
+from test_online import online_job, share_of_wanted
 from torch.distributed.tensor import DTensor
 from world import make_job, pairs
 
-from alignkit.errors import NumericsError
+from alignkit.errors import AlignkitError, DataError, ResourceError
+from alignkit.held_out import HeldOut
 from alignkit.loop import train
 from alignkit.objectives.dpo import DPO
 from alignkit.objectives.kto import KTO
+from alignkit.objectives.nash_md import NashMD
 from alignkit.objectives.rpg import RPG
 from alignkit.processes import end
 
@@ -41,13 +46,38 @@ def rpg(model, out, accelerator, **settings):
     return online_job(model, out, RPG(beta=0.1), prompts_per_step=5, steps=4, **settings)
 
 
+def dropped(model, out, accelerator, **settings):
+    """The reward applies to the first prompt of each rollout alone: the second rank's whole rollout is dropped."""
+    job = rpg(model, out, accelerator, n_prompts=20, **settings)
+    kept = set(job.source.order[0:20][::5])
+
+    def first_alone(prompts, completions, **columns):
+        scores = share_of_wanted(prompts, completions, **columns)
+        return [score if n in kept else None for n, score in zip(columns["n"], scores)]
+
+    job.source.reward = first_alone
+    return job
+
+
+def measured(model, out, accelerator, **settings):
+    job = rpg(model, out, accelerator, eval_every=1, **settings)
+    source = job.source
+    job.measure = HeldOut(source.prompts, source.sampler, source.decode, source.reward, accelerator)
+    return job
+
+
+def nash(model, out, accelerator, **settings):
+    return online_job(model, out, NashMD(), **settings)
+
+
 CASES = {
-    "adamw": (dpo, {"optimizer": "adamw"}),
+    "adamw": (dpo, {"optimizer": "adamw", "save_every": 2}),
     "sgd": (dpo, SGD),
     "tiny_budget": (dpo, {**SGD, "budget": 24}),
     "lora": (dpo, {**SGD, "lora": True, "reference": "adapter_off", "budget": 24}),
     "kto": (kto, {"optimizer": "sgd", "budget": 24}),
     "rpg": (rpg, {"optimizer": "sgd", "learning_rate": 0.1}),
+    "dropped": (dropped, {"optimizer": "sgd", "learning_rate": 0.1}),
     "fsdp_dpo": (dpo, {"shard": True, "save_every": 2}),
     "fsdp_ema": (dpo, {"shard": True, "reference": "ema", "ema_decay": 0.5, "budget": 24}),
     "fsdp_lora": (dpo, {"shard": True, "lora": True, "reference": "adapter_off", "budget": 24}),
@@ -76,31 +106,100 @@ def run(case: str, model: Path, out: Path, resume: str | None = None) -> None:
         save_file(weights, out / f"{case}.safetensors")
 
 
-def break_one_rank(model: Path, out: Path) -> None:
-    """A log-prob that is not a number, on the last rank only; every rank writes how it ended."""
-    accelerator = Accelerator(cpu=True)
-    job = dpo(model, out / "broken", accelerator, save_every=1)
+def take_up(case: str, source: Path, out: Path) -> None:
+    """`out/case` with nothing but the second step's checkpoint of `source/case`, and the metrics up to there."""
+    shutil.copytree(source / case / "checkpoints" / "step-2", out / case / "checkpoints" / "step-2")
+    shutil.copy(source / case / "metrics.jsonl", out / case / "metrics.jsonl")
+
+
+def failing(call, error, at=BROKEN_STEP):
+    """`call`, whose call number `at` raises."""
+    calls = count(1)
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == at:
+            raise error
+        return call(*args, **kwargs)
+
+    return wrapped
+
+
+def a_log_prob(job):
     collect, logps = job.source.collect, job.pair.logps
     now = {}
 
     def spoilt(bundles, plan, **options):
         tokens = logps(bundles, plan, **options)
-        if now["step"] == BROKEN_STEP - 1 and accelerator.process_index == accelerator.num_processes - 1:
+        if now["step"] == BROKEN_STEP - 1:
             tokens.policy.data[0, 0] = torch.nan
         return tokens
 
     job.source.collect = lambda step, half: (now.update(step=step), collect(step, half))[1]
     job.pair.logps = spoilt
+
+
+def the_reward(job):
+    job.source.reward = failing(job.source.reward, DataError("reward mine raised KeyError: 1"))
+
+
+def the_judge(job):
+    job.source.judge = failing(job.source.judge, ResourceError("judge mine did not return within 0.3 s"))
+
+
+def the_held_out_reward(job):
+    job.measure = replace(job.measure, reward=failing(job.measure.reward, DataError("reward mine raised KeyError: 1")))
+
+
+def ones_own_code(job):
+    job.source.reward = failing(job.source.reward, ZeroDivisionError("mine"))
+
+
+def the_disk(job):
+    checkpoints = job.run.checkpoints
+    job.run.log = lambda row: setattr(job.run, "checkpoints", checkpoints / "a file") if row["step"] == BROKEN_STEP else None
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "a file").touch()
+
+
+def the_log(job):
+    job.run.log = failing(job.run.log, ResourceError("cannot write metrics.jsonl: No space left on device"))
+
+
+BREAKS = {  # what breaks in step 3: on which rank, in which run, exit code and words
+    "a_log_prob": (1, dpo, {}, 5, "rank 1: log-probs of `policy` are not finite at row random:"),
+    "the_reward": (1, rpg, {}, 3, "reward mine raised KeyError: 1"),
+    "the_judge": (1, nash, {}, 7, "judge mine did not return within 0.3 s"),
+    "the_held_out_reward": (1, measured, {}, 3, "reward mine raised KeyError: 1"),
+    "ones_own_code": (1, rpg, {}, 1, "mine"),
+    "the_disk": (0, dpo, {}, 6, "could not write checkpoint step-3"),
+    "the_log": (0, dpo, {}, 7, "cannot write metrics.jsonl: No space left on device"),
+}
+
+
+def break_one_rank(name: str, model: Path, out: Path) -> None:
+    """A run in which something breaks on one rank only; every rank writes how it ended."""
+    accelerator = Accelerator(cpu=True)
+    rank, make, settings, *_ = BREAKS[name]
+    job = make(model, out / name, accelerator, **{"save_every": 1, "evaluation": None, **settings})
+    if accelerator.process_index == rank:
+        globals()[name](job)
     try:
         with job.run:
             train(job)
-    except NumericsError as error:
-        (out / f"broken-{accelerator.process_index}.json").write_text(json.dumps([error.exit_code, str(error)]))
+    except (AlignkitError, ZeroDivisionError) as error:
+        code = getattr(error, "exit_code", 1)
+        (out / f"{name}-{accelerator.process_index}.json").write_text(json.dumps([code, str(error)]))
 
 
 if __name__ == "__main__":
-    model, out = map(Path, sys.argv[1:])
+    model, one, out = map(Path, sys.argv[1:])
     for case in CASES:
         run(case, model, out)
-    break_one_rank(model, out)
-    end(Accelerator(cpu=True))
+    for name in BREAKS:
+        break_one_rank(name, model, out)
+    accelerator = Accelerator(cpu=True)
+    if accelerator.is_main_process:
+        take_up("adamw", one, out / "more")
+    accelerator.wait_for_everyone()
+    run("adamw", model, out / "more", "auto")
+    end(accelerator)

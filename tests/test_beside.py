@@ -1,6 +1,8 @@
 """Rows with samples beside them: the row's own completions stay, samples depend on the row's place alone, training runs."""
 
 import torch
+from accelerate import Accelerator
+from world import make_job, pairs, save_model
 
 from alignkit import HyPO
 from alignkit.beside import SamplesBeside
@@ -9,7 +11,6 @@ from alignkit.loop import train
 from alignkit.policies.config import ModelConfig, ReferenceConfig
 from alignkit.policies.load import load_pair
 from alignkit.rollout.hf import HFSampler
-from tests.world import make_job, pairs, save_model
 
 
 def test_samples_are_the_same_for_any_number_of_processes(tmp_path):
@@ -20,7 +21,7 @@ def test_samples_are_the_same_for_any_number_of_processes(tmp_path):
 
     def collect(rank, world, step):
         rows = DatasetSource(bundles, plan, 4, seed=0, rank=rank, world=world)
-        return SamplesBeside(rows, sampler, plan, 8).collect(step)
+        return SamplesBeside(rows, sampler, plan, 8, Accelerator(cpu=True)).collect(step)
 
     whole = collect(0, 1, 3)
     for rank in range(2):
@@ -36,7 +37,7 @@ def test_samples_are_the_same_for_any_number_of_processes(tmp_path):
 def test_hypo_trains_with_samples_of_its_own_policy(tmp_path):
     objective = HyPO(beta=1.0, kl_weight=1.0, samples=2)
     job = make_job(save_model(tmp_path / "m"), tmp_path / "run", objective, pairs(16), steps=3)
-    job.source = SamplesBeside(job.source, HFSampler(job.pair, max_new_tokens=4), objective.plan, 8)
+    job.source = SamplesBeside(job.source, HFSampler(job.pair, max_new_tokens=4), objective.plan, 8, job.accelerator)
     with job.run:
         found = train(job)
     assert found.metrics["loss"] == found.metrics["loss"]

@@ -73,7 +73,7 @@ def test_self_play_moves_to_what_the_judge_prefers(model, tmp_path, objective, r
     job.source.batch_size = 16
 
     def draws():
-        return [i for b in job.source._rollout(999, 0) for ids in b.completions for i in ids.tolist()]
+        return [i for b in job.source._rollout(999, 0).values() for ids in b.completions for i in ids.tolist()]
 
     before = draws()
     run(job)
