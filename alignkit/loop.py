@@ -212,6 +212,7 @@ class _Loop:
             progress.say(f"stopped early at step {step}; model/ is step {best}, the best by {self.metric}")
         if self.average:
             self.pair.load_state(self.average)
+        self._check_weights(step)
         self._samples(step)
         card = self.job.card({**metrics, **self.count.evaluated}) if self.job.card else ""
         state = self.pair.whole_state(keep=self.job.run.writes)
@@ -224,7 +225,18 @@ class _Loop:
                 if self.job.run.writes:
                     self.job.run.log_samples(self.job.samples(step))
 
+    def _check_weights(self, step: int) -> None:
+        """Nothing is kept that is not finite, so that every checkpoint is a good one; the guard looks before an update."""
+        with together(self.job.accelerator):
+            broken = self.pair.broken_weights()
+            if broken:
+                raise NumericsError(
+                    f"step {step}: its update left weights that are not finite, in {broken[0]} and {len(broken) - 1} others: "
+                    f"lower train.learning_rate or set train.max_grad_norm. {self.job.run.last_good()}"
+                )
+
     def _save(self, step: int) -> None:
+        self._check_weights(step)
         tensors, state = self.snapshot.capture()
         with together(self.job.accelerator):
             if self.job.run.writes:

@@ -92,6 +92,21 @@ def test_a_gradient_that_overflows_stops_the_run(model, tmp_path):
         run(job)
 
 
+@pytest.mark.parametrize("kept", ["checkpoint", "model"])
+def test_weights_that_an_update_broke_are_never_kept(model, tmp_path, kept):
+    """Loss and gradient of step 3 are finite, lr x gradient is not: only the weights after it show it."""
+    settings = {"save_every": 1, "steps": 6} if kept == "checkpoint" else {"save_every": 2, "steps": 3}
+    job = make_job(model, tmp_path, DPO(), pairs(8), optimizer="sgd", keep=1, **settings)
+    moved, weight = job.pair.after_step, job.pair.parameters()[-1]
+    job.pair.after_step = lambda step: (moved(step), weight.data.view(-1)[:1].fill_(torch.inf) if step == 3 else None)
+    with pytest.raises(NumericsError, match=r"^step 3: its update left weights that are not finite.*checkpoint is step-2;"):
+        run(job)
+    assert [(v.step, v.reason) for v in checkpoint.verify(tmp_path / "checkpoints")] == [(2, None)]
+    found = checkpoint.load(tmp_path / "checkpoints" / "step-2").tensors["policy"]
+    assert all(value.isfinite().all() for value in found.values())
+    assert not (tmp_path / "model").exists()
+
+
 def test_skipping_is_a_policy_with_a_cap(model, tmp_path):
     def job(out, **settings):
         return make_job(model, out, DPO(), pairs(8), save_every=1, keep=9, **settings)
