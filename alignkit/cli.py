@@ -34,6 +34,22 @@ RecipeName = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="Changes, such as train.steps=100 objective.beta=0.2.")
 ]
+
+
+def _allow_private_judge(given: bool) -> None:
+    """In the environment, which the processes of a run inherit and no recipe can set."""
+    if given:
+        from alignkit.judges.config import ALLOW_PRIVATE
+
+        os.environ[ALLOW_PRIVATE] = "1"
+
+
+AllowPrivateJudge = Annotated[
+    bool,
+    typer.Option(
+        "--allow-private-judge", callback=_allow_private_judge, help="Let judge.chat.url be an address of a private network."
+    ),
+]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
 
@@ -46,6 +62,7 @@ def train(
     ] = None,
     safe: Annotated[bool, typer.Option("--safe", help="Refuse to run code that the recipe or the model brings.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, such as one per GPU.")] = 1,
+    allow_private_judge: AllowPrivateJudge = False,
 ) -> None:
     """Train a model by a recipe."""
     from alignkit.config import load_recipe
@@ -69,6 +86,7 @@ def compare(
     recipe: RecipeName,
     overrides: Overrides = None,
     safe: Annotated[bool, typer.Option("--safe", help="Refuse to run code that the recipe or the model brings.")] = False,
+    allow_private_judge: AllowPrivateJudge = False,
 ) -> None:
     """Compare objectives on one task: a grid of runs, one report. The same command goes on where it was stopped."""
     from alignkit.config import load_recipe
@@ -105,6 +123,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling noise.")] = 0,
     to: Annotated[Path, typer.Option(help="File for the results.")] = Path("eval.json"),
     safe: Annotated[bool, typer.Option("--safe", help="Refuse to run code that a run's recipe brings.")] = False,
+    allow_private_judge: AllowPrivateJudge = False,
 ) -> None:
     """Measure finished models: score, KL to where they started, win rate and more, as a table and as JSON."""
     if to.exists():

@@ -10,6 +10,7 @@ from test_cli import run
 from world import save_model
 
 from alignkit.errors import ModelError
+from alignkit.judges.config import ALLOW_PRIVATE
 from alignkit.policies.config import ModelConfig
 from alignkit.policies.load import load_model
 
@@ -61,6 +62,24 @@ def test_a_run_opens_no_connection_and_no_port(folder, monkeypatch):
     for name in ("connect", "connect_ex", "bind"):
         monkeypatch.setattr(socket.socket, name, refuse)
     assert run(*arguments(folder, "rloo", f"rewards.0.function={folder / 'mine.py'}:f")) == 0
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_judge_on_a_private_network_needs_the_users_word(folder, capsys, monkeypatch, allowed):
+    monkeypatch.setenv(ALLOW_PRIVATE, "")  # put back afterwards
+    asked = []
+
+    def unreachable(address, *_):
+        asked.append(address)
+        raise OSError
+
+    monkeypatch.setattr("socket.create_connection", unreachable)
+    chat = "judge={chat: {url: 'https://10.0.0.1/v1', model: m, retries: 0, breaker: 1}}"
+    code = run(*arguments(folder, "nash_md", chat), *["--allow-private-judge"] * allowed)
+    said = " ".join(capsys.readouterr().err.split())
+    assert (code, set(asked)) == ((7, {("10.0.0.1", 443)}) if allowed else (2, set()))
+    assert ("a private one needs --allow-private-judge" in said) != allowed
+    assert run(*arguments(folder, "nash_md", chat.replace("retries", "allow_private: true, retries"))) == 2  # no recipe can
 
 
 class Trap:

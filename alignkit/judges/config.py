@@ -5,6 +5,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 from alignkit.rewards.config import RewardConfig
 
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, protected_namespaces=())
+ALLOW_PRIVATE = "ALIGNKIT_ALLOW_PRIVATE_JUDGE"  # environment variable that `--allow-private-judge` sets for all processes
 KINDS = ("function", "rewards", "model", "trl", "chat")
 
 

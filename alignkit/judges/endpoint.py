@@ -111,7 +111,7 @@ class Endpoint:
             if not address.is_global or address.is_multicast:
                 raise ConfigError(
                     f"judge.chat.url: {self.host} is the private, link-local or reserved address {address}; use a public or "
-                    "loopback address (in Python, load_judge takes allow_private=True)"
+                    "loopback address (a private one needs --allow-private-judge; link-local and reserved ones are never used)"
                 )
             if not self.secure:
                 raise ConfigError(f"judge.chat.url: http would send prompts to {self.host} in the clear; use https")

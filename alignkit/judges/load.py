@@ -1,5 +1,6 @@
 """From the recipe's `judge` section to a judge."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError
 from alignkit.judges.base import BothOrders, BradleyTerry, Judge
 from alignkit.judges.chat import ChatJudge
-from alignkit.judges.config import ChatConfig, JudgeConfig
+from alignkit.judges.config import ALLOW_PRIVATE, ChatConfig, JudgeConfig
 from alignkit.judges.endpoint import Endpoint
 from alignkit.judges.preference import PreferenceJudge
 from alignkit.judges.trl_style import from_trl_judge
@@ -22,8 +23,8 @@ from alignkit.rewards.model import RewardModel
 def load_judge(
     section: JudgeConfig | Mapping[str, Any], *, safe: bool, device: Any = "cpu", allow_private: bool = False
 ) -> Judge:
-    """The section's judge. `allow_private` lets an endpoint be on a private network; only the user's command line says so,
-    never a recipe.
+    """The section's judge. `allow_private` lets an endpoint be on a private network, as `--allow-private-judge` (an environment
+    variable) does; a recipe cannot.
 
     Code that the recipe names is announced on stderr before it is imported, and refused (ConfigError) when `safe`; an
     endpoint that prompts are sent to is announced too.
@@ -34,6 +35,7 @@ def load_judge(
     if config.model is not None:
         return _trained(config, device)
     if config.chat is not None:
+        allow_private = allow_private or bool(os.environ.get(ALLOW_PRIVATE))
         return BothOrders(_chat(config.chat, allow_private), name=config.chat.model, symmetrise=config.both_orders)
     spec, field = (config.function, "function") if config.function is not None else (config.trl or "", "trl")
     found: Any = load_object(spec, what=f"judge.{field}", safe=safe)
