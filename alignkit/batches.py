@@ -149,12 +149,15 @@ class PairBatch:
     chosen: TokenLogps
     rejected: TokenLogps
     sampled: TokenLogps | None = None  # [B S, T] completions drawn beside each pair, where the plan asks for them
+    table: Tensor | None = None  # [B, 2 + S, 2 + S] P(completion i beats j): chosen, rejected, samples (plan.judged == "table")
 
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
         every = torch.arange(len(tokens.policy), device=tokens.policy.device).view(len(bundles), -1)
         beside = tokens.select(every[:, 2:].flatten()) if every.shape[1] > 2 else None
-        return cls(tokens.select(every[:, 0]), tokens.select(every[:, 1]), beside)
+        tables = [b.rows["table"] for b in bundles if "table" in b.rows]
+        table = torch.stack(tables).to(every.device) if tables else None
+        return cls(tokens.select(every[:, 0]), tokens.select(every[:, 1]), beside, table)
 
     @staticmethod
     def counts(bundles: Sequence[Bundle]) -> dict[str, int]:

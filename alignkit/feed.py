@@ -59,7 +59,12 @@ def fixed_feed(
     source: Source = rows
     if plan.samples:
         sampler = make_sampler(recipe.rollout, pair, seed=recipe.train.seed)
-        source = SamplesBeside(rows, sampler, plan, recipe.rollout.completions, accelerator)
+        judge = _appraisers(recipe, plan, task, accelerator, safe)[1]
+
+        def decode(ids: Tensor) -> str:
+            return pair.tokenizer.decode(ids, skip_special_tokens=True)
+
+        source = SamplesBeside(rows, sampler, plan, recipe.rollout.completions, accelerator, judge, decode)
     texts = {tuple(b.prompt.tolist()): b.prompt for b in held_out or bundles}
     samples = _sampling(recipe, pair, list(texts.values())[:SHOWN_PROMPTS])
     return Feed(

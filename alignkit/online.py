@@ -15,6 +15,7 @@ from alignkit.batches import Bundle, Draw, RolloutBatch, TokenLogps
 from alignkit.buffer import pack, unpack
 from alignkit.collect import Order
 from alignkit.errors import DataError, NumericsError
+from alignkit.judges.rows import INVALID, Compare, judged
 from alignkit.objectives.base import Objective
 from alignkit.policies.layout import micro_batches, stand_in
 from alignkit.policies.pair import PolicyPair
@@ -22,9 +23,7 @@ from alignkit.reduction import concat, gather_rows
 from alignkit.rollout.sampler import Sample, Sampler
 from alignkit.together import together
 
-Texts = Sequence[Any]  # strings, or message lists for chats
 Score = Callable[..., list[float | None]]  # TRL's reward signature
-Compare = Callable[[Texts, Texts, Texts], Any]  # (prompts, first, second) -> Verdict
 FLAT_LIMIT = 5  # rollouts in a row without any difference between the scores of a prompt, until it is said
 log = logging.getLogger("alignkit")
 
@@ -128,17 +127,10 @@ class RolloutSource:
             return list(bundles)
         if self.judge is None:
             raise DataError("this objective needs a judge; set `judge` in the recipe")
-        if self.plan.judged == "table":
-            queries = [(i, row[j], row[k], (j, k)) for i, row in enumerate(texts) for j in range(len(row)) for k in range(j)]
-        else:  # against the opponent, or the last completion where no opponent was drawn
-            queries = [
-                (i, a, (against[i] or row[-1:])[0], (j, None))
-                for i, row in enumerate(texts)
-                for j, a in enumerate(row if against[i] else row[:-1])
-            ]
-        verdict = self.judge([prompts[i].text for i, *_ in queries], [q[1] for q in queries], [q[2] for q in queries])
+        table = self.plan.judged == "table"
+        found = judged(self.judge, [p.text for p in prompts], texts, against, table=table)
         self.metrics |= getattr(self.judge, "metrics", {})
-        return self._preferences(bundles, queries, verdict)
+        return [None if rows is None else replace(b, rows={**b.rows, **rows}) for b, rows in zip(bundles, found)]
 
     def _scores(self, prompts, bundles, scored, texts) -> list[Bundle | None]:
         if self.reward is None:
@@ -159,19 +151,6 @@ class RolloutSource:
             keep = [i for i, value in enumerate(mine) if value is not None]  # None: the reward does not apply
             result.append(_pick(bundle, keep, torch.tensor([mine[i] for i in keep])) if keep else None)
         return result
-
-    def _preferences(self, bundles, queries, verdict) -> list[Bundle | None]:
-        table = self.plan.judged == "table"
-        sizes = [len(b.completions) for b in bundles]
-        rows = [torch.full((n, n) if table else (n,), 0.5) for n in sizes]
-        valid = [True] * len(bundles)
-        for (i, _, _, (j, k)), p, ok in zip(queries, verdict.probability.tolist(), verdict.valid.tolist()):
-            valid[i] &= ok
-            rows[i][(j, k) if table else j] = p
-            if table:
-                rows[i][k, j] = 1 - p
-        extra = [{"table": r, "preference": r.mean(-1)} if table else {"preference": r} for r in rows]
-        return [replace(b, rows={**b.rows, **e}) if ok else None for b, e, ok in zip(bundles, extra, valid)]
 
     @torch.no_grad()
     def _credited(self, bundles: list[Bundle]) -> list[Bundle]:
@@ -222,7 +201,7 @@ class RolloutSource:
         if totals["rollout/dropped"][0] == totals["rollout/dropped"][1]:
             if self.plan.judged == "score":
                 raise DataError("no completion of this step has a score; check the reward")
-            raise NumericsError("every verdict of the judge in this step is invalid; check the judge's answers and its endpoint")
+            raise NumericsError(INVALID)
         self.metrics |= {name: total / max(n, 1) for name, (total, n) in totals.items()}
         self._watch_flatness()
 

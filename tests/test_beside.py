@@ -4,9 +4,10 @@ import torch
 from accelerate import Accelerator
 from world import make_job, pairs, save_model
 
-from alignkit import HyPO
+from alignkit import DRPO, HyPO
 from alignkit.beside import SamplesBeside
 from alignkit.collect import DatasetSource
+from alignkit.judges import Verdict
 from alignkit.loop import train
 from alignkit.policies.config import ModelConfig, ReferenceConfig
 from alignkit.policies.load import load_pair
@@ -32,6 +33,25 @@ def test_samples_are_the_same_for_any_number_of_processes(tmp_path):
     plain = DatasetSource(bundles, plan, 4, seed=0).collect(3)
     assert all(torch.equal(a.completions[1], b.completions[1]) for a, b in zip(whole, plain))
     assert any(not torch.equal(a.completions[2], b.completions[2]) for a, b in zip(whole, collect(0, 1, 4)))
+
+
+def test_judged_rows_hold_every_comparison_and_those_without_a_verdict_leave(tmp_path):
+    plan = DRPO(samples=1).plan
+    pair = load_pair(ModelConfig(name_or_path=str(save_model(tmp_path / "m"))), ReferenceConfig(), None, plan, fixed_data=False)
+    rows, invalid = DatasetSource(pairs(4), plan, 4, seed=0), pairs(4)[1].prompt.tolist()
+
+    def judge(prompts, first, second):
+        odds = torch.tensor([float(len(a) - len(b)) for a, b in zip(first, second)])
+        return Verdict(odds.sigmoid(), torch.tensor([prompt != str(invalid) for prompt in prompts]))
+
+    sampler = HFSampler(pair, max_new_tokens=4)
+    source = SamplesBeside(rows, sampler, plan, 8, Accelerator(cpu=True), judge, lambda ids: str(ids.tolist()))
+    found = source.collect(0)
+    assert len(found) == 3
+    assert source.metrics["judge/invalid"] == 0.25
+    for bundle in found:
+        lengths = torch.tensor([float(len(str(ids.tolist()))) for ids in bundle.completions])
+        torch.testing.assert_close(bundle.rows["table"], (lengths[:, None] - lengths).sigmoid())
 
 
 def test_hypo_trains_with_samples_of_its_own_policy(tmp_path):

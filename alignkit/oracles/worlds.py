@@ -28,7 +28,8 @@ def _sequence(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
 
 def _pair(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
     beside = sum(d.n or GROUP for d in plan.samples)
-    return [Draft(torch.tensor([1.0, -1.0, *[0.0] * beside]))]
+    rows = {"table": _table(2 + beside, noise)} if plan.judged == "table" else {}
+    return [Draft(torch.tensor([1.0, -1.0, *[0.0] * beside]), rows)]
 
 
 def _ranked(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
@@ -47,11 +48,16 @@ def _rollout(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
     return [Draft(score - score.mean(), {"score": score})]
 
 
+def _table(count: int, noise: torch.Generator) -> Tensor:
+    """Random P(row beats column), P + P^T = 1: [count, count]."""
+    table = torch.rand(count, count, generator=noise, dtype=torch.float64)
+    return (table + 1 - table.T) / 2
+
+
 def _game(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
     """Judged against the opponent that was set aside, or else against the last completion (1/2 against itself)."""
     count = sum(d.n or GROUP for d in plan.samples if d.scored)
-    table = torch.rand(count, count, generator=noise, dtype=torch.float64)
-    table = (table + 1 - table.T) / 2
+    table = _table(count, noise)
     aside = any(not d.scored for d in plan.samples)
     preference = torch.rand(count, generator=noise, dtype=torch.float64) if aside else table[:, -1]
     if plan.judged != "table":
