@@ -207,6 +207,11 @@ def test_fields_of_the_objective_are_checked_where_they_stand(write):
         build_objective(recipe.objective, recipe.origin)
 
 
+def test_an_unknown_divergence_is_refused_with_the_nearest():
+    message = objective_refusal("objective={name: fdpo, divergence: forward_kll}")
+    assert "unknown divergence 'forward_kll'; did you mean 'forward_kl'? allowed: reverse_kl, forward_kl," in message
+
+
 def test_an_objective_of_ones_own(write):
     write("from alignkit import DPO\n\nclass Mine(DPO):\n    gamma: float = 1.0\n", "my_losses.py")
     for spec in ("my_losses.py:Mine", "my_losses:Mine"):

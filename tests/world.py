@@ -11,7 +11,7 @@ from alignkit.batches import Bundle
 from alignkit.collect import DatasetSource
 from alignkit.loop import Job
 from alignkit.policies.config import AdapterConfig, ModelConfig, ReferenceConfig
-from alignkit.policies.load import load_pair
+from alignkit.policies.load import load_pair, load_scorer
 from alignkit.run import RunFolder
 from alignkit.train_config import TrainConfig
 
@@ -55,16 +55,20 @@ def pairs(n: int, seed: int = 0, k: int = 2, **rows) -> list[Bundle]:
 
 def make_job(
     model: Path, out: Path, objective, bundles, *, lora=False, checkpointing=False, budget=4096, evaluation=None,
-    accelerator=None, reference="frozen", layout="shared_prefix", steps=6, **config,
+    accelerator=None, reference="frozen", target=None, layout="shared_prefix", steps=6, **config,
 ) -> Job:  # fmt: skip
     """A job over `bundles` with small defaults; keyword arguments beyond the named ones are TrainConfig's."""
     settings = {"steps": steps, "batch_size": 4, "warmup_steps": 2, "learning_rate": 1e-2, "save_every": 0, "eval_every": 0}
     train = TrainConfig(**{**settings, **config})
     accelerator = accelerator or Accelerator(cpu=True)
-    adapter = AdapterConfig(r=4, alpha=8) if lora else None
-    model_config = ModelConfig(name_or_path=str(model), adapter=adapter, gradient_checkpointing=checkpointing, layout=layout)
     plan = objective.plan
-    pair = load_pair(model_config, ReferenceConfig(kind=reference), None, plan, device="cpu", fixed_data=True, seed=train.seed)
+    adapter = AdapterConfig(r=4, alpha=8) if lora and not plan.outputs else None
+    model_config = ModelConfig(name_or_path=str(model), adapter=adapter, gradient_checkpointing=checkpointing, layout=layout)
+    if plan.outputs:
+        pair = load_scorer(model_config, plan, device="cpu", seed=train.seed)
+    else:
+        kind = ReferenceConfig(kind=reference)
+        pair = load_pair(model_config, kind, target, plan, device="cpu", fixed_data=True, seed=train.seed)
     source = DatasetSource(
         bundles, plan, train.batch_size, seed=train.seed, rank=accelerator.process_index, world=accelerator.num_processes
     )

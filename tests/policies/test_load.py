@@ -44,6 +44,24 @@ def test_missing_and_wrong_folders(tmp_path, folder):
     assert "\n" not in str(caught.value)
 
 
+def test_a_hub_name_comes_from_a_read_only_cache_without_a_connection(tmp_path, monkeypatch):
+    """Read-only for anyone but root, who may write anywhere: no file may have appeared."""
+    cached = tmp_path / "models--ours--tiny"
+    write_model(cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was opened"))
+    before = sorted(tmp_path.rglob("*"))
+    for path in before:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    pair = load("ours/tiny")
+    assert pair.logps(random_bundles(1, 2), PAIRS).policy.isfinite().all()
+    assert sorted(tmp_path.rglob("*")) == before
+    for path in before:
+        path.chmod(0o755)
+
+
 def test_damaged_weights_are_one_sentence(tmp_path):
     write_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")

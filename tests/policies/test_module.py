@@ -127,6 +127,8 @@ def test_bfloat16_weights_give_float32_figures(name):
     logps = PolicyModule(model)(rows)["policy"]
     assert logps.dtype == torch.float32
     torch.testing.assert_close(rows.scatter(logps), separate_logps(model, bundles), rtol=0, atol=0.1)
+    exact = PolicyModule(model.float())(rows)["policy"]  # the same weights
+    torch.testing.assert_close(logps, exact, rtol=0, atol=5e-2)
 
 
 def test_values_come_from_the_states_before_the_tokens():
