@@ -6,6 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -16,6 +17,7 @@ from alignkit.collect import DatasetSource, Source
 from alignkit.config import Recipe
 from alignkit.data.load import fingerprint, load_bundles, load_prompts
 from alignkit.data.report import Report
+from alignkit.errors import ConfigError
 from alignkit.held_out import HeldOut
 from alignkit.objectives.base import Objective
 from alignkit.policies.pair import PolicyPair
@@ -55,6 +57,8 @@ def fixed_feed(
         notes = [*notes, *other.lines()]
     if pair.reference_kind == "cached":
         bundles, held_out = (_scored(part, recipe, plan, pair, accelerator) for part in (bundles, held_out))
+    for name, text in plan.prefixes.items():
+        bundles, held_out = (_after(text, name, part, recipe, plan, pair, accelerator) for part in (bundles, held_out))
     rows = DatasetSource(bundles, plan, recipe.train.batch_size, seed=recipe.train.seed, rank=rank, world=world)
     source: Source = rows
     if plan.samples:
@@ -153,6 +157,21 @@ def _scored(bundles: list[Bundle], recipe: Recipe, plan: Plan, pair: PolicyPair,
         place: found for first, share in enumerate(shares) for place, found in zip(range(first, len(bundles), world), share)
     }
     return [replace(b, tokens={**b.tokens, "reference": tokens[i]}) for i, b in enumerate(bundles)]
+
+
+def _after(
+    text: str, name: str, bundles: list[Bundle], recipe: Recipe, plan: Plan, pair: PolicyPair, accelerator: Accelerator
+) -> list[Bundle]:
+    """The bundles with tokens[name], the reference's log-probs where `text` comes before the prompt (behind a start token)."""
+    ids, start = torch.tensor(pair.tokenizer(text, add_special_tokens=False).input_ids), pair.tokenizer.bos_token_id
+    if not len(ids):
+        raise ConfigError(f"objective.{name}: the tokenizer makes no token of {text!r}; give a text")
+    moved = []
+    for bundle in bundles:
+        first = 1 if start is not None and bundle.prompt[0] == start else 0
+        moved.append(replace(bundle, prompt=torch.cat([bundle.prompt[:first], ids, bundle.prompt[first:]]), tokens={}))
+    scored = _scored(moved, recipe, plan, pair, accelerator)
+    return [replace(b, tokens={**b.tokens, name: s.tokens["reference"]}) for b, s in zip(bundles, scored)]
 
 
 def _sampling(recipe: Recipe, pair: PolicyPair, prompts: list[Tensor]) -> Callable[[int], list[dict[str, Any]]]:

@@ -38,4 +38,6 @@ class Plan:
     mismatched: bool = False
     update: Literal["gradient", "extragradient"] = "gradient"
     outputs: int = 0  # numbers that the network gives for a whole completion, instead of log-probs of its tokens
+    # name of an anchor -> a text: the reference's log-probs of the completions (fixed data) with the text before the prompt
+    prefixes: Mapping[str, str] = field(default_factory=dict)
     joined: bool = False  # these read both completions of a pair at once, in either order

@@ -24,6 +24,7 @@ OBJECTIVES: dict[str, str] = {
     "alol": "alol:ALoL:alol_loss",
     "hypo": "hypo:HyPO:sampled_kl_loss",
     "d2o": "d2o:D2O:d2o_loss",
+    "treg": "treg:TREG:treg_loss",
     "drpo": "drpo:DRPO:drpo_loss",
     "accelerated_po": "accelerated_po:AcceleratedPO:",
     "reward_model": "reward_model:PlackettLuce:plackett_luce_loss",

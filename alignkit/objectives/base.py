@@ -108,6 +108,7 @@ class Weighted(Objective):
             family,
             statistics={k: v for p in plans for k, v in p.statistics.items()},
             anchors=tuple(dict.fromkeys(a for p in plans for a in p.anchors)),
+            prefixes={k: v for p in plans for k, v in p.prefixes.items()},
             coupled=any(p.coupled for p in plans),
             mismatched=any(p.mismatched for p in plans),
             **{field: getattr(first, field) for field in shared},
