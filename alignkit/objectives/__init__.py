@@ -31,6 +31,7 @@ OBJECTIVES: dict[str, str] = {
     "preference_model": "preference_model:PreferenceModel:",
     "kl_ppo": "kl_ppo:KLPPO:ppo_loss,value_loss",
     "rpg": "rpg:RPG:rpg_loss",
+    "critical_rpg": "critical_rpg:CriticalRPG:",
     "grpo": "grpo:GRPO:grpo_loss",
     "rloo": "rloo:RLOO:rloo_loss",
     "dr_grpo": "dr_grpo:DrGRPO:",

@@ -26,6 +26,8 @@ class RPG(RolloutObjective):
     paper: ClassVar[str] = "Zhang et al. 2025, arXiv:2505.17508, tables 1, 2 and 4, algorithm 2"
     equation: ClassVar[str] = "L = -SG(w (A - beta log w)) log pi (behavior, reverse_ukl); -SG(w A) log pi + beta KL_t (fixed)"
 
+    kl_metric: ClassVar[str] = "kl/policy_reference_exact"
+
     beta: PositiveFloat = Field(0.05, description="strength of the KL")
     anchor: Literal["reference", "behavior"] = Field("reference", description="KL to a fixed policy, or to the sampler")
     divergence: Divergence = Field("reverse_ukl", description="reverse = KL(policy || anchor), forward = KL(anchor || policy)")
@@ -81,7 +83,7 @@ class RPG(RolloutObjective):
         metrics = ratio_metrics(tokens, importance(logps, old), self.clip_low, self.clip_high)
         if fixed:
             terms.append(self.term("kl", tokens.extras["kl"], tokens, weight=self.beta))
-            metrics["kl/policy_reference_exact"] = tokens.sequence("kl").detach()
+            metrics[self.kl_metric] = tokens.sequence("kl").detach()
         return LossTerms(terms, metrics)
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
