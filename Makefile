@@ -16,8 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## align a small model in a few minutes and check it against the exact optimum
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP)  ## one thread per process: results repeat bit for bit
-	$(SINGLE) $(BIN)/python -m pytest -n 2 -m "not slow"
+test: $(STAMP)  ## one thread per process: results repeat bit for bit; whole files, so that a file's fixtures are made once
+	$(SINGLE) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-faults: $(STAMP)  ## 50 runs killed at random moments, each taken up again and compared bit by bit
 	$(SINGLE) ALIGNKIT_KILLS=50 $(BIN)/python -m pytest -s tests/faults

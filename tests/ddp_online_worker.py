@@ -1,7 +1,6 @@
-"""Run by torchrun in tests: an online run on this many processes, and the same run taken up in the middle of a rollout."""
+"""Part of ddp_worker.py: an online run on this many processes, and the same run taken up in the middle of a rollout."""
 
 import shutil
-import sys
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -10,7 +9,6 @@ from test_online import online_job
 
 from alignkit.loop import train
 from alignkit.objectives.kl_ppo import KLPPO
-from alignkit.processes import end
 
 # 10 prompts per rollout, which serves steps 1-4 or 5-8: twice in two minibatches of 5 prompts, of any ranks'
 OBJECTIVE = KLPPO(beta=0.1, epochs=2, minibatches=2, kl_target=0.5, kl_horizon=20)
@@ -33,12 +31,10 @@ def copy_checkpoint(source: Path, out: Path) -> None:
     shutil.copy(source / "metrics.jsonl", out / "metrics.jsonl")
 
 
-if __name__ == "__main__":
-    model, out = map(Path, sys.argv[1:])
-    accelerator = Accelerator(cpu=True)
+def main(model: Path, out: Path, accelerator: Accelerator) -> None:
+    """The whole run in `out/whole`, and `out/resumed`, taken up from its checkpoint."""
     run(model, out / "whole")
     if accelerator.is_main_process:
         copy_checkpoint(out / "whole", out / "resumed")
     accelerator.wait_for_everyone()
     run(model, out / "resumed", "auto")
-    end(accelerator)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import ddp_online_worker
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
@@ -202,4 +203,5 @@ if __name__ == "__main__":
         take_up("adamw", one, out / "more")
     accelerator.wait_for_everyone()
     run("adamw", model, out / "more", "auto")
+    ddp_online_worker.main(model, out / "online", accelerator)
     end(accelerator)

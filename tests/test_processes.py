@@ -2,6 +2,7 @@
 
 import json
 
+import ddp_online_worker
 import ddp_worker
 import pytest
 import torch
@@ -27,6 +28,7 @@ def finished(tmp_path_factory):
         for case in ddp_worker.CASES:
             if case != "adamw":
                 ddp_worker.run(case, model, one)
+        ddp_online_worker.run(model, two / "online" / "alone")
     return model, one, two
 
 
@@ -73,6 +75,27 @@ def test_a_rank_whose_whole_rollout_is_dropped_takes_part(finished):
     """Beside `test_two_processes_are_one`: four of five prompts, all of the second rank's, were dropped in each step."""
     _, _, two = finished
     assert [row["rollout/dropped"] for row in read_lines(two / "dropped" / "metrics.jsonl")] == [0.8] * 4
+
+
+def test_resume_in_the_middle_of_a_rollout_is_bit_equal_on_two_processes(finished):
+    online = finished[2] / "online"
+    whole, resumed = (load_file(online / name / "weights.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert losses(online / "resumed") == losses(online / "whole")
+
+
+def test_two_processes_sample_and_learn_as_one(finished):
+    online = finished[2] / "online"
+    for one, two in zip(*(read_lines(online / name / "metrics.jsonl") for name in ("alone", "whole")), strict=True):
+        for name in ("reward", "completions/mean_length", "loss", "grad_norm", "credit/beta"):
+            assert two[name] == pytest.approx(one[name], abs=2e-6, rel=1e-5), (name, one["step"])
+
+
+def test_a_rollout_of_two_processes_goes_on_on_one(finished):
+    model, online = finished[0], finished[2] / "online"
+    ddp_online_worker.copy_checkpoint(online / "whole", online / "fewer")
+    ddp_online_worker.run(model, online / "fewer", "auto")
+    assert losses(online / "fewer") == pytest.approx(losses(online / "whole"), abs=2e-6, rel=1e-5)
 
 
 def test_a_sharded_policy_is_saved_whole(finished):
