@@ -103,6 +103,8 @@ def sampled_feed(
         reward,
         judge,
         int(recipe.train.micro_batch_tokens),
+        recipe.rollout.pass_rate if plan.judged == "score" else None,
+        recipe.rollout.refills,
     )
     measure, notes = None, report.lines()
     if recipe.data.eval and reward:

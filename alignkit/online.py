@@ -33,7 +33,8 @@ class RolloutSource:
     """Samples a rollout every `epochs * minibatches` optimiser steps and hands it out bundle by bundle.
 
     One rollout takes `minibatches * batch_size` prompts over all processes. Which prompts, their order and the sampling
-    noise are functions of the seed and the rollout's number, never of the number of processes.
+    noise are functions of the seed and the rollout's number, never of the number of processes. With a `pass_rate` up to
+    `refills` times as many more are answered, until enough fit; a rollout that needs fewer leaves the rest of its share out.
     """
 
     prompts: Sequence[Any]  # alignkit.data Prompt: ids, text (or messages), uid, columns
@@ -48,6 +49,8 @@ class RolloutSource:
     reward: Score | None = None
     judge: Compare | None = None
     micro_batch_tokens: int = 4096
+    pass_rate: tuple[float, float] | None = None  # prompts whose mean score is outside make room for others
+    refills: int = 3
     metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,15 +87,30 @@ class RolloutSource:
         return [self.bundles[place] for place in drawn if place in self.bundles]
 
     def _rollout(self, number: int, half: int) -> dict[int, Bundle]:
-        size = self.batch_size * self.plan.minibatches
-        mine = range(self.accelerator.process_index, size, self.accelerator.num_processes)
-        with together(self.accelerator):
-            scored, bundles = self._answers(mine, number * size, 2 * number + half)
-        self._describe(scored, bundles)
-        kept = {place: bundle for place, bundle in zip(mine, bundles) if bundle is not None}
+        size, turns = self.batch_size * self.plan.minibatches, 1 + (self.refills if self.pass_rate else 0)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        scored: list[list[Sample]] = []
+        answered: dict[int, Bundle | None] = {}
+        for turn in range(turns):  # places follow from the number and the turn alone
+            mine = [place for place in range(turn * size, (turn + 1) * size) if place % world == rank]
+            with together(self.accelerator):
+                samples, bundles = self._answers(mine, number * turns * size, 2 * number + half)
+            scored, answered = scored + samples, answered | dict(zip(mine, bundles))
+            fitting = sorted(gather_object([place for place, b in answered.items() if b is not None and self._fits(b)]))
+            if len(fitting) >= size:
+                break
+        self._describe(scored, list(answered.values()))
+        if self.pass_rate:
+            self.metrics["rollout/fitting"] = len(fitting) / ((turn + 1) * size)
+        chosen = set(fitting[:size] or range(size))  # where none fits, no prompt is better than the first
+        kept = {place: bundle for place, bundle in answered.items() if bundle is not None and place in chosen}
         return dict(zip(kept, self._credited(list(kept.values()))))
 
-    def _answers(self, mine: range, start: int, visit: int) -> tuple[list[list[Sample]], list[Bundle | None]]:
+    def _fits(self, bundle: Bundle) -> bool:
+        """Whether the prompt is neither too hard nor too easy for the policy (Bae et al. 2025, arXiv:2504.03380)."""
+        return self.pass_rate is None or self.pass_rate[0] < float(bundle.rows["score"].mean()) < self.pass_rate[1]
+
+    def _answers(self, mine: Sequence[int], start: int, visit: int) -> tuple[list[list[Sample]], list[Bundle | None]]:
         """The policy's samples for the prompts at places `mine` after `start`, and their bundles; None: not to be used."""
         chosen = [(start + place, *self.order[start + place : start + place + 1]) for place in mine]
         prompts = [self.prompts[i] for _, i in chosen]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +16,10 @@ from alignkit.objectives.egpo import EGPO
 from alignkit.objectives.grpo import GRPO
 from alignkit.objectives.kl_ppo import KLPPO
 from alignkit.objectives.nash_md import NashMD
+from alignkit.objectives.rloo import RLOO
 from alignkit.objectives.rpg import RPG
 from alignkit.online import RolloutSource
+from alignkit.oracles import optimum
 from alignkit.rollout.config import RolloutConfig
 from alignkit.rollout.sampler import make_sampler
 from alignkit.run import read_lines
@@ -104,6 +107,45 @@ def test_each_epoch_visits_every_bundle_of_the_rollout_once(model, tmp_path):
     assert epochs[0] == epochs[1]
     assert len(set(epochs[0])) == 12
     assert steps[0] != steps[3]  # in another order
+
+
+def test_prompts_that_are_too_hard_or_too_easy_make_room_for_others(model, tmp_path):
+    """Scores are the prompts' own: 0 for every third, 1 for the next, 1/2 on average for the rest."""
+
+    def reward(prompts, completions, n, **columns):
+        return [[0.0, 1.0, float(row % 2)][place % 3] for row, place in enumerate(n)]
+
+    def rollout(pass_rate, refills=3):
+        source = online_job(model, tmp_path, GRPO(), n_prompts=30, reward=reward).source
+        source.pass_rate, source.refills = pass_rate, refills
+        return source, source._rollout(2, 0)
+
+    source, kept = rollout((0.2, 0.8))
+    assert len(kept) == 4
+    assert all(0.2 < bundle.rows["score"].mean() < 0.8 for bundle in kept.values())
+    answered = source.order[2 * 16 : 3 * 16]  # a step's share: 4 prompts and 3 refills
+    fitting = [place for place, i in enumerate(answered) if i % 3 == 2]
+    assert list(kept) == fitting[:4]
+    assert [bundle.uid for bundle in kept.values()] == [source.prompts[answered[place]].uid for place in fitting[:4]]
+    tried = 4 * math.ceil((fitting[3] + 1) / 4)
+    assert source.metrics["rollout/fitting"] == sum(place < tried for place in fitting) / tried
+
+    assert len(rollout((0.2, 0.8), refills=0)[1]) < 4
+    assert len(rollout((1.5, 2.0))[1]) == 4  # none fits: the first ones are taken
+    assert "rollout/fitting" not in rollout(None)[0].metrics
+
+
+def test_what_a_prompt_can_teach_is_most_where_half_the_answers_are_right():
+    """Bae et al. 2025: for a 0/1 reward KL(start || optimum) = log(1 - p + p e^(1 / beta)) - p / beta, about
+    p (1 - p) / (2 beta^2)."""
+    found = {}
+    for p in (0.02, 0.25, 0.5, 0.75, 0.98):
+        start, beta = torch.tensor([1 - p, p], dtype=torch.float64), 4.0
+        best = optimum(RLOO(beta=beta), torch.tensor([0.0, 1.0]), start)
+        found[p] = float((start * (start / best).log()).sum())
+        assert found[p] == pytest.approx(math.log(1 - p + p * math.exp(1 / beta)) - p / beta, abs=1e-14)
+        assert found[p] == pytest.approx(p * (1 - p) / (2 * beta**2), rel=0.1)
+    assert max(found, key=found.get) == 0.5
 
 
 def test_rows_without_a_score_are_set_aside_and_counted(model, tmp_path):
