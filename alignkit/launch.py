@@ -225,8 +225,10 @@ def _load(recipe: Recipe, plan: "Plan", task: "Task | None", accelerator: "Accel
 
 def _found_autos(pair: "PolicyPair", accelerator: "Accelerator", fixed: bool) -> dict[str, dict[str, Any]]:
     """What each `auto` turned out to be on this machine and model."""
+    from alignkit.policies.packing import kernel_of
+
     with pair.model("policy") as model:
-        attention = model.config._attn_implementation
+        attention = kernel_of(model.config)
     dtype = str(pair.parameters()[0].dtype).removeprefix("torch.")
     return {
         "model": {"dtype": dtype, "attention": attention, "layout": pair.layout},

@@ -17,7 +17,7 @@ from alignkit.collect import Order
 from alignkit.errors import DataError, NumericsError
 from alignkit.judges.rows import INVALID, Compare, judged
 from alignkit.objectives.base import Objective
-from alignkit.policies.layout import micro_batches, stand_in
+from alignkit.policies.layout import stand_in
 from alignkit.policies.pair import PolicyPair
 from alignkit.reduction import concat, gather_rows
 from alignkit.rollout.sampler import Sample, Sampler
@@ -173,7 +173,7 @@ class RolloutSource:
     @torch.no_grad()
     def _credited(self, bundles: list[Bundle]) -> list[Bundle]:
         """Anchors (and, for rollouts, advantages) into the bundles' tokens."""
-        chunks = micro_batches(bundles, self.micro_batch_tokens, self.pair.layout)
+        chunks = self.pair.micro_batches(bundles, self.micro_batch_tokens)
         order = [i for chunk in chunks for i in chunk]
         tokens = concat([self.pair.logps([bundles[i] for i in chunk], self.plan) for chunk in chunks] or [self._no_rows()])
         self._mismatch(tokens)

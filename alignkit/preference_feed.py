@@ -18,7 +18,6 @@ from alignkit.errors import ConfigError
 from alignkit.feed import Feed
 from alignkit.judges.report import preference_figures
 from alignkit.objectives.base import Objective
-from alignkit.policies.layout import micro_batches
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.scorer import joined, separator_of
 from alignkit.reduction import Metrics
@@ -73,7 +72,7 @@ class Figures:
         odds: list[float] = []
         bias: list[float] = []
         plan = self.objective.plan
-        for chunk in micro_batches(self.bundles, self.budget, self.pair.layout):
+        for chunk in self.pair.micro_batches(self.bundles, self.budget):
             bundles = [self.bundles[i] for i in chunk]
             outputs = self.pair.logps(bundles, plan).policy.cpu()
             for mine in outputs.split([len(b.completions) for b in bundles]):

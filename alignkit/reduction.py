@@ -19,7 +19,7 @@ from alignkit.batches import FAMILIES, Bundle, LossTerms, TokenLogps
 from alignkit.errors import ResourceError
 from alignkit.guard import Guard
 from alignkit.objectives.base import Objective
-from alignkit.policies.layout import micro_batches, stand_in
+from alignkit.policies.layout import stand_in
 from alignkit.policies.pair import PolicyPair
 
 Metrics = dict[str, float]
@@ -72,14 +72,14 @@ class Reducer:
                 self._halve(bundles, error)
 
     def _halve(self, bundles: Sequence[Bundle], error: torch.OutOfMemoryError) -> None:
-        chunks = micro_batches(bundles, self.budget, self.pair.layout)
+        chunks = self.pair.micro_batches(bundles, self.budget)
         if self.accelerator.num_processes > 1 or len(chunks) == len(bundles):
             raise ResourceError(
                 f"out of memory in a micro-batch of at most {max(map(len, chunks))} rows and {self.budget} tokens: lower "
                 "train.micro_batch_tokens, set model.gradient_checkpointing=true, lower data.max_length, or train an adapter "
                 "(model.adapter.r=16); the first two change no result"
             ) from error
-        while len(micro_batches(bundles, self.budget, self.pair.layout)) == len(chunks):
+        while len(self.pair.micro_batches(bundles, self.budget)) == len(chunks):
             self.budget //= 2
         log.warning("out of memory: train.micro_batch_tokens is %d from here on; this changes no gradient", self.budget)
         for parameter in self.pair.parameters():
@@ -143,7 +143,7 @@ class Reducer:
         (chunk, False) is a stand-in that counts nothing. It is of the same make as the others' bundles: what they have stored
         is not computed, what they have not is, on all ranks.
         """
-        chunks = [([bundles[i] for i in part], True) for part in micro_batches(bundles, self.budget, self.pair.layout)]
+        chunks = [([bundles[i] for i in part], True) for part in self.pair.micro_batches(bundles, self.budget)]
         sizes = self.accelerator.gather(torch.tensor([len(chunks)], device=self.pair.device))
         most, everywhere = int(sizes.max()), bool(sizes.min())
         stored = list(bundles[0].tokens) if bundles else []

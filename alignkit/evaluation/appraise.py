@@ -22,7 +22,6 @@ from alignkit.evaluation.measured import Measured
 from alignkit.finished import load_finished
 from alignkit.judges import load_judge
 from alignkit.launch import resolve_task
-from alignkit.policies.layout import micro_batches
 from alignkit.policies.pair import SCORING_BUDGET, PolicyPair
 from alignkit.rewards import load_rewards
 from alignkit.rollout.hf import HFSampler
@@ -142,7 +141,7 @@ class Appraiser:
             return None
         bundles, _ = load_bundles(point.recipe.data, "pair", pair.tokenizer, source=source)
         found: list[float] = [0.0] * len(bundles)
-        for group in micro_batches(bundles, SCORING_BUDGET, pair.layout):
+        for group in pair.micro_batches(bundles, SCORING_BUDGET):
             part = [bundles[i] for i in group]
             batch = FAMILIES["pair"].build(part, pair.logps(part, objective.plan))  # type: ignore[attr-defined]
             values = objective.loss(batch).metrics.get(MARGINS)

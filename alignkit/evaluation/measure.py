@@ -22,7 +22,6 @@ from alignkit.evaluation.measured import Measured
 from alignkit.finished import load_finished
 from alignkit.kl import exact
 from alignkit.objectives.base import Objective
-from alignkit.policies.layout import micro_batches
 from alignkit.policies.load import choose_layout, probe_bundle, same_vocabulary
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.pair import SCORING_BUDGET, PolicyPair
@@ -135,7 +134,7 @@ def scored(pair: PolicyPair, bundles: Sequence[Bundle], plan: Plan) -> dict[str,
     """Sums over each completion, in the bundles' order: "logp", "reference_logp", "entropy", and the plan's statistics."""
     names = {"logp": "policy", "reference_logp": "reference", "entropy": "entropy", **{s: s for s in plan.statistics}}
     rows: list[dict[str, list[float]]] = [{} for _ in bundles]
-    for group in micro_batches(bundles, SCORING_BUDGET, pair.layout):
+    for group in pair.micro_batches(bundles, SCORING_BUDGET):
         logps: TokenLogps = pair.logps([bundles[i] for i in group], plan)
         sums = {key: iter(logps.sequence(name).double().tolist()) for key, name in names.items()}
         for index in group:
@@ -178,7 +177,7 @@ def preference_margins(
     if objective.plan.data != "pair":
         return None
     margins = np.empty(len(bundles))
-    for group in micro_batches(bundles, SCORING_BUDGET, pair.layout):
+    for group in pair.micro_batches(bundles, SCORING_BUDGET):
         rows = [bundles[i] for i in group]
         values = objective.loss(PairBatch.build(rows, pair.logps(rows, objective.plan))).metrics.get("rewards/margins")
         if values is None:

@@ -7,13 +7,14 @@ subtree. Completions that begin alike share these tokens too. A padded row is th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from alignkit.batches import Bundle
+from alignkit.policies.packing import Run, beside, find_runs, packed, pays, run_mask
 
 Layout = Literal["shared_prefix", "padded"]
 
@@ -26,6 +27,7 @@ class Rows:
     position_ids: Tensor  # [R, L] int64, depth in the row's tree
     ends: Tensor  # [R, L] int64, the index after the token's subtree: tokens index .. ends-1 see it
     branched: bool  # False: every row is one chain, plain causal attention is right
+    runs: tuple[Run, ...] | None  # of the single row into which all were packed; None: rows lie side by side
     sources: Tensor  # [M] int64 into R * L: the token whose hidden state predicts the label
     labels: Tensor  # [M] int64, the trained tokens
     targets: Tensor  # [M] int64 into N * T: where the label's figures belong
@@ -93,10 +95,13 @@ def _padded(lists: Sequence[Sequence[int]], fill: Sequence[int] | None = None) -
     return torch.tensor([[*row, *((0,) * (length - len(row)) if fill is None else fill[len(row) : length])] for row in lists])
 
 
-def build_rows(bundles: Sequence[Bundle], layout: Layout, device: torch.device | str = "cpu") -> Rows:
+def build_rows(
+    bundles: Sequence[Bundle], layout: Layout, device: torch.device | str = "cpu", *, packing: int | None = None
+) -> Rows:
     """Lay bundles out: one row per bundle (shared_prefix) or per completion (padded), right-padded to the longest.
 
-    Tokens after a completion's last trained one are not computed, nor is its last token: nothing reads them.
+    Tokens after a completion's last trained one are not computed, nor is its last token: nothing reads them. For models that
+    take runs (`packing` is their width) the rows become a single one where that is cheaper.
     """
     rows: list[_Row] = []
     where: list[tuple[int, list[int]]] = []  # per completion: its row and its path
@@ -107,6 +112,11 @@ def build_rows(bundles: Sequence[Bundle], layout: Layout, device: torch.device |
             row = _row(prompt, group)
             where += [(len(rows), path) for path in row.paths]
             rows.append(row)
+    runs = _packed(rows, packing) if packing else None
+    if runs:
+        starts = list(accumulate((len(row.ids) for row in rows), initial=0))
+        rows = [_end_to_end(rows)]
+        where = [(0, [starts[r] + index for index in path]) for r, path in where]
     input_ids = _padded([row.ids for row in rows])
     length = input_ids.shape[1]
     completions = [ids for bundle in bundles for ids in bundle.completions]
@@ -123,11 +133,33 @@ def build_rows(bundles: Sequence[Bundle], layout: Layout, device: torch.device |
         _padded([row.positions for row in rows], range(length)),
         _padded([row.ends for row in rows], range(1, length + 1)),
         any(end < len(row.ids) for row in rows for end in row.ends),
+        runs,
         torch.cat(sources),
         torch.cat(labels),
         torch.cat(targets),
         (len(completions), longest),
     ).to(device)
+
+
+def _packed(rows: Sequence[_Row], width: int) -> tuple[Run, ...] | None:
+    """The runs of all rows end to end, or None where rows side by side are cheaper."""
+    found = [find_runs(row.positions, row.ends) for row in rows]
+    if not pays(found, width):
+        return None
+    firsts = accumulate(map(len, found), initial=0)
+    return tuple(
+        replace(run, ancestors=tuple(first + i for i in run.ancestors)) for first, row in zip(firsts, found) for run in row
+    )
+
+
+def _end_to_end(rows: Sequence[_Row]) -> _Row:
+    """The rows as one: a row of several trees."""
+    whole = _Row([], [], [], [])
+    for row in rows:
+        whole.ends += [len(whole.ids) + end for end in row.ends]
+        whole.ids += row.ids
+        whole.positions += row.positions
+    return whole
 
 
 def visible(rows: Rows, window: int | None = None) -> Tensor:
@@ -150,7 +182,11 @@ def attention_mask(rows: Rows, windows: Mapping[str, int | None], *, additive: t
         return torch.ones_like(rows.input_ids)
     built: dict[int | None, Tensor] = {}
     for window in windows.values():
-        if window not in built:
+        if window in built:
+            continue
+        if rows.runs:
+            built[window] = run_mask(rows.runs, rows.position_ids[0], window)
+        else:
             seen = visible(rows, window)
             built[window] = (
                 seen if additive is None else torch.zeros_like(seen, dtype=additive).masked_fill(~seen, torch.finfo(additive).min)
@@ -171,23 +207,34 @@ def stand_in() -> Bundle:
     return Bundle(torch.zeros(1, dtype=torch.long), [torch.zeros(1, dtype=torch.long)], [torch.ones(1, dtype=torch.bool)])
 
 
-def micro_batches(bundles: Sequence[Bundle], budget: int, layout: Layout, overhead: int = 128) -> list[list[int]]:
-    """Indices of the bundles of each forward: rows x longest row stays within `budget` tokens, pads counted.
+def micro_batches(
+    bundles: Sequence[Bundle], budget: int, layout: Layout, *, packing: int | None = None, overhead: int = 128
+) -> list[list[int]]:
+    """Indices of the bundles of each forward: its tokens, pads counted, stay within `budget`.
 
     Bundles are sorted by length and cut where that computes fewest tokens, a forward and backward of their own costing as
     much as `overhead` tokens; every bundle appears once. One that exceeds the budget by itself gets a forward of its own.
+    `packing`: see `build_rows`.
     """
     rows = [computed_tokens(bundle, layout) for bundle in bundles]
     order = sorted(range(len(bundles)), key=lambda i: (-max(rows[i]), i))
-    best: list[tuple[int, int]] = [(0, 0)]  # per number of bundles placed: least cost, where its last group begins
+    best: list[tuple[float, int]] = [(0, 0)]  # per number of bundles placed: least cost, where its last group begins
     for stop in range(1, len(order) + 1):
-        options, count = [], 0
+        options: list[tuple[float, int]] = []
+        count = total = 0
+        price = 0.0
         for start in range(stop - 1, -1, -1):
-            count += len(rows[order[start]])
-            tokens = count * max(rows[order[start]])
+            i = order[start]
+            count, total, longest = count + len(rows[i]), total + sum(rows[i]), max(rows[i])
+            tokens, cost = count * longest, float(count * longest)
+            if packing:
+                price += _packed_price(bundles[i], layout, packing)
+                cost = beside(count, longest, packing)
+                if price < cost:
+                    tokens, cost = total, price
             if tokens > budget and options:
                 break
-            options.append((best[start][0] + tokens + overhead, start))
+            options.append((best[start][0] + cost + overhead, start))
         best.append(min(options))
     groups: list[list[int]] = []
     stop = len(order)
@@ -196,3 +243,12 @@ def micro_batches(bundles: Sequence[Bundle], budget: int, layout: Layout, overhe
         groups.insert(0, order[start:stop])
         stop = start
     return groups
+
+
+def _packed_price(bundle: Bundle, layout: Layout, width: int) -> float:
+    """What `packed` says of a bundle, as if its completions shared no beginning."""
+    rows, prompt = computed_tokens(bundle, layout), len(bundle.prompt)
+    if layout == "padded":
+        return packed(sum(rows), sum(n * n for n in rows), len(rows), width)
+    used = [_used(mask) for mask in bundle.masks]
+    return packed(sum(rows), prompt**2 + sum(n * (n + prompt) for n in used), 1 + len(used), width)

@@ -185,7 +185,7 @@ def choose_layout(module: PolicyModule, wanted: str, bundle: Bundle) -> tuple[La
     figures = {}
     try:
         for layout in ("padded", "shared_prefix"):
-            rows = build_rows([bundle], layout, device)
+            rows = build_rows([bundle], layout, device, packing=module.packing)
             figures[layout] = rows.scatter(module(rows)["policy"].float())
         difference = float((figures["padded"] - figures["shared_prefix"]).abs().max())
         half = next(module.parameters()).dtype != torch.float32

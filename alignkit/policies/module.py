@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from alignkit.batches import Statistic
 from alignkit.policies.head import AnchorStates, Head, head_figures
 from alignkit.policies.layout import Rows, attention_mask
+from alignkit.policies.packing import packs, take_runs
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
@@ -34,6 +35,7 @@ class PolicyModule(nn.Module):
     def __init__(self, model: nn.Module, *, values: bool = False) -> None:
         super().__init__()
         self.model = model
+        take_runs(causal_lm(model))
         self.windows = layer_windows(model.config)
         self.value_head: nn.Linear | None = None
         if values:
@@ -47,6 +49,12 @@ class PolicyModule(nn.Module):
     def head(self) -> Head:
         """The model's own head."""
         return Head.of(causal_lm(self.model))
+
+    @property
+    def packing(self) -> int | None:
+        """The model's width if its attention takes rows of runs; None where it does not, or gains nothing by it."""
+        model = causal_lm(self.model)
+        return model.config.get_text_config().hidden_size if packs(model) else None
 
     def _hidden(self, rows: Rows) -> Tensor:
         """Last hidden states at the tokens that predict the labels: [M, H]."""

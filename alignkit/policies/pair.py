@@ -42,6 +42,7 @@ class PolicyPair:
         self.notes = list(notes)
         self._save_config = dict(save_config or {})  # config fields that loading changed and saving restores
         self._autocast: Callable = nullcontext
+        self._mixed = False  # whether accelerate computes in another dtype than the weights'
         self._whole = False  # whether `whole` is entered
 
     @property
@@ -71,7 +72,7 @@ class PolicyPair:
         `sharded` asks for FSDP2 over torch's own `fully_shard`; else accelerate wraps the policy as it was launched to (DDP,
         FSDP2). ConfigError where accelerate was asked for shards and there are none.
         """
-        self._autocast = accelerator.autocast
+        self._autocast, self._mixed = accelerator.autocast, accelerator.mixed_precision != "no"
         for anchor in self.anchors.values():
             if anchor.module is not None:
                 anchor.module.to(accelerator.device)
@@ -98,7 +99,7 @@ class PolicyPair:
         With `anchors` also the plan's anchors (stored ones where every bundle has them, else live) and statistics; without,
         the policy alone. Extras: "entropy" (detached), "values", the statistics.
         """
-        rows = build_rows(bundles, self.layout, self.device)
+        rows = self._rows(bundles)
         figures: dict[str, Tensor] = {}
         states = None
         for name in plan.anchors if anchors else ():
@@ -118,6 +119,19 @@ class PolicyPair:
         if all("behavior" in bundle.tokens for bundle in bundles):
             behavior = self._stored(bundles, "behavior", rows)
         return TokenLogps(extras.pop("policy"), figures, rows.mask, behavior, extras)
+
+    @property
+    def _packing(self) -> int | None:
+        """The policy's width if its attention and every anchor's take rows of runs."""
+        modules = [self.base, *(anchor.module for anchor in self.anchors.values() if anchor.module is not None)]
+        return self.base.packing if not self._mixed and all(module.packing for module in modules) else None
+
+    def _rows(self, bundles: Sequence[Bundle]) -> Rows:
+        return build_rows(bundles, self.layout, self.device, packing=self._packing)
+
+    def micro_batches(self, bundles: Sequence[Bundle], budget: int) -> list[list[int]]:
+        """Indices of the bundles of each forward of at most `budget` tokens; see `alignkit.policies.layout.micro_batches`."""
+        return micro_batches(bundles, budget, self.layout, packing=self._packing)
 
     def _stored(self, bundles: Sequence[Bundle], name: str, rows: Rows) -> Tensor:
         """Stored figures of the completions, [N, T], 0 outside the mask."""
@@ -157,7 +171,7 @@ class PolicyPair:
         """
         out = list(bundles)
         done = 0
-        for group in micro_batches(bundles, SCORING_BUDGET, self.layout):
+        for group in self.micro_batches(bundles, SCORING_BUDGET):
             for index, tokens in zip(group, self._reference_tokens([bundles[i] for i in group])):
                 out[index] = replace(bundles[index], tokens={**bundles[index].tokens, "reference": tokens})
             done += len(group)
@@ -178,7 +192,7 @@ class PolicyPair:
         return worst
 
     def _reference_tokens(self, bundles: Sequence[Bundle]) -> list[list[Tensor]]:
-        rows = build_rows(bundles, self.layout, self.device)
+        rows = self._rows(bundles)
         scored = iter(rows.scatter(self._score("reference", rows)).cpu())
         return [[next(scored)[: len(ids)].clone() for ids in bundle.completions] for bundle in bundles]
 

@@ -14,6 +14,8 @@ from alignkit.policies.pair import PolicyPair
 class ScoreModule(nn.Module):
     """A sequence-classification model of D outputs, read at the last token of a row."""
 
+    packing = None  # one row per text
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model

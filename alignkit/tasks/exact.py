@@ -16,7 +16,6 @@ from alignkit.batches import Bundle, Plan
 from alignkit.objectives.base import Objective
 from alignkit.oracles.optima import tree_optimum
 from alignkit.policies.config import ModelConfig, ReferenceConfig
-from alignkit.policies.layout import micro_batches
 from alignkit.policies.load import load_pair
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.tabular import Tree
@@ -138,7 +137,7 @@ def _token_logps(pair: PolicyPair, prompts: Sequence[str], completions: Sequence
     bundles = [_bundle(pair.tokenizer, prompt, completions) for prompt in prompts]
     longest = max(len(ids) for ids in bundles[0].completions)
     found = torch.zeros(len(prompts), len(completions), longest, dtype=torch.float64)
-    for group in micro_batches(bundles, BUDGET, pair.layout):
+    for group in pair.micro_batches(bundles, BUDGET):
         logps = pair.logps([bundles[i] for i in group], PLAN, anchors=False)
         found[group] = torch.where(logps.mask, logps.policy, 0).double().view(len(group), len(completions), -1).cpu()
     return found

@@ -1,5 +1,7 @@
 """Both layouts against each completion by itself through `model(ids).logits`: log-probs and gradients, on six architectures."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from alignkit.policies.layout import build_rows
 from alignkit.policies.module import PolicyModule
 
 LAYOUTS = ("shared_prefix", "padded")
+WIDE = 10**6  # a width at which every pad that is saved pays
 BRANCHING = ["llama", "qwen3", "gemma3", "mistral", "gpt2", "gemma2"]
 cached_models: dict[str, torch.nn.Module] = {}
 
@@ -40,8 +43,8 @@ def check(model, bundles, *, atol: float, oracle=None) -> None:
     module = PolicyModule(model)
     expected = separate_logps(oracle or model, bundles)
     reference = gradients(model, expected, bundles)
-    for layout in LAYOUTS:
-        rows = build_rows(bundles, layout)
+    for layout, packing in itertools.product(LAYOUTS, {None, module.packing and WIDE}):
+        rows = build_rows(bundles, layout, packing=packing)
         logps = rows.scatter(module(rows)["policy"])
         torch.testing.assert_close(logps, expected, rtol=0, atol=atol)
         found = gradients(model, logps, bundles)

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alignkit.batches import Draw, Plan
 from alignkit.errors import CheckpointError, ConfigError, ModelError
 from alignkit.policies.config import AdapterConfig, ModelConfig, ReferenceConfig, TargetConfig
-from alignkit.policies.layout import micro_batches
 from alignkit.policies.load import load_pair, merge
 from alignkit.rollout import HFSampler
 from alignkit.tensors import gather_logps
@@ -95,7 +94,7 @@ def test_a_moved_policy_is_not_scored_as_the_reference(folder):
 def test_prompts_longer_than_the_budget_are_trained_on(folder):
     bundles = [bundle(list(range(3, 53)), [[7, 8], [9]]), bundle([5], [[6], [7, 8]])]
     pair = make(folder, "frozen")
-    parts = micro_batches(bundles, 16, pair.layout)
+    parts = pair.micro_batches(bundles, 16)
     assert sorted(map(len, parts)) == [1, 1]
     whole = pair.logps(bundles, PAIRS).sequence()
     for part in parts:

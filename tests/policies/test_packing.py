@@ -1,0 +1,105 @@
+"""Rows of runs: how a tree is cut, what each run sees, when it pays, and that a step in them is the step beside each other."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny_models import bundle, random_bundles, tiny_model
+from transformers import AutoModelForCausalLM
+
+from alignkit.batches import Plan
+from alignkit.policies.layout import build_rows, micro_batches, visible
+from alignkit.policies.module import PolicyModule
+from alignkit.policies.packing import KERNEL, Run, find_runs, kernel_of, pays, run_mask
+from alignkit.policies.pair import PolicyPair
+
+WIDE = 10**6
+
+
+def test_runs_by_hand():
+    """5 6 with branches 7 (then 4 or 8 9) and 3; and a second tree."""
+    rows = build_rows([bundle([5, 6], [[7, 4, 2], [7, 8, 9, 2], [3, 2]]), bundle([5], [[6, 2]])], "shared_prefix", packing=WIDE)
+    assert rows.input_ids.tolist() == [[5, 6, 3, 7, 4, 8, 9, 5, 6]]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 2, 3, 3, 4, 0, 1]]
+    assert rows.runs == (Run(2, ()), Run(1, (0,)), Run(1, (0,)), Run(1, (0, 2)), Run(2, (0, 2)), Run(2, ()))
+    assert [run.pairs(rows.runs) for run in rows.runs] == [4, 3, 3, 4, 10, 4]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+def test_runs_see_what_the_whole_mask_says(layout, window):
+    """Put together, the masks of the runs are `visible` of the packed row, which knows nothing of runs."""
+    rows = build_rows(random_bundles(3, 4, 3, 9), layout, packing=WIDE)
+    mask = run_mask(rows.runs, rows.position_ids[0], window)
+    index = torch.arange(rows.input_ids.shape[1]).split(mask.sizes)
+    seen = torch.zeros(rows.input_ids.shape[1], rows.input_ids.shape[1], dtype=torch.bool)
+    for i, (ancestors, pairs) in enumerate(mask.seen):
+        keys = torch.cat([index[j] for j in (*ancestors, i)])
+        block = pairs[0, 0] if pairs is not None else torch.ones(len(index[i]), len(keys), dtype=torch.bool).tril()
+        seen[index[i][:, None], keys] = block
+    assert torch.equal(seen, visible(rows, window)[0, 0])
+
+
+def test_when_it_pays():
+    short, long = [Run(4, ())], [Run(400, ())]
+    assert pays([short, long], 512), "396 pads at 512 wide"
+    assert not pays([long, long], 512), "nothing is saved, and there is one more call"
+    assert not pays([[Run(8, ())], [Run(4, ())]], 16), "a narrow model does the pads faster than another call"
+    tree = [Run(256, ()), *[Run(64, (0,))] * 8]
+    assert pays([tree], 512), "eight branches: most pairs of the whole row are masked"
+    assert find_runs([0, 1, 2], [3, 3, 3]) == [Run(3, ())]
+
+
+def test_groups_count_no_pads_where_rows_are_packed():
+    bundles = [bundle([3] * 10, [[4] * n, [5] * n]) for n in (100, 4, 4, 4, 4, 4, 4)]
+    budget = 10 + 2 * 99 + 6 * 16
+    assert len(micro_batches(bundles, budget, "shared_prefix")) == 2
+    assert micro_batches(bundles, budget, "shared_prefix", packing=512) == [[0, 1, 2, 3, 4, 5, 6]]
+
+
+def test_a_pair_packs_if_all_its_models_can():
+    models = {name: tiny_model(name, hidden_size=512) for name in ("llama", "gemma2")}  # gemma2 attends by the eager kernel
+    bundles = [bundle([3] * 4, [[5] * 90, [6] * 2]), bundle([3], [[7, 8], [9, 9]])]
+
+    def packed(policy, **reference):
+        pair = PolicyPair(PolicyModule(policy), None, reference)
+        found = []
+        pair.base.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].runs is not None))
+        pair.logps(bundles, Plan("pair", anchors=()))
+        return found
+
+    assert packed(models["llama"]) == [True]
+    assert packed(models["gemma2"]) == [False]
+    assert packed(tiny_model("llama", hidden_size=512, dtype=torch.bfloat16)) == [False]
+
+
+def test_mixed_precision_does_not_pack():
+    pair = PolicyPair(PolicyModule(tiny_model("llama", hidden_size=512)), None, {})
+    bundles = [bundle([3] * 4, [[5] * 90, [6] * 2]), bundle([3], [[7, 8], [9, 9]])]
+    assert len(pair.micro_batches(bundles, 100)) == 1
+    pair.prepare(Accelerator(cpu=True, mixed_precision="bf16"), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    assert len(pair.micro_batches(bundles, 100)) == 2
+
+
+def test_generation_saving_and_recomputing_know_nothing_of_it(tmp_path):
+    model = tiny_model("llama")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = model(ids).logits
+    taught = PolicyModule(model).model
+    assert (taught.config._attn_implementation, kernel_of(taught.config)) == (KERNEL, "sdpa")
+    assert torch.equal(taught(ids).logits, expected)
+    padded = torch.tensor([[0, 0, 5, 6], [5, 6, 7, 8]])
+    made = taught.generate(padded, attention_mask=(padded > 0).long(), max_new_tokens=3, do_sample=False)
+    alone = taught.generate(padded[:1, 2:], attention_mask=torch.ones(1, 2), max_new_tokens=3, do_sample=False)
+    assert made[0, 4:].tolist() == alone[0, 2:].tolist()
+    taught.save_pretrained(tmp_path)
+    assert KERNEL not in (tmp_path / "config.json").read_text()
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, expected)
+    bundles, gradients = random_bundles(1, 3, 3, 9), []
+    for recompute in (False, True):
+        if recompute:
+            taught.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        module = PolicyModule(taught).train()
+        module.zero_grad()
+        module(build_rows(bundles, "shared_prefix", packing=WIDE))["policy"].sum().backward()
+        gradients.append(module.model.lm_head.weight.grad.clone())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
