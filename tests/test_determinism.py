@@ -1,6 +1,7 @@
 """Same seed, same run; a run taken up in its middle is the run that was never stopped. Every objective, bit for bit."""
 
 import random
+from dataclasses import replace
 from importlib import import_module
 
 import numpy
@@ -44,7 +45,10 @@ def job(model, out, objective):
     if "previous" in objective.plan.anchors:
         settings["target"] = TargetConfig(kind="synced", every=STEPS - 1)  # its last copy is made after the checkpoint
     if objective.plan.data in FIXED:
-        return make_job(model, out, objective, pairs(10, **FIXED[objective.plan.data]), lora=True, **settings)
+        bundles = pairs(10, **FIXED[objective.plan.data])
+        for name in objective.plan.prefixes:  # what the reference says after a text is scored before training
+            bundles = [replace(b, tokens={**b.tokens, name: [-ids / len(name) for ids in b.completions]}) for b in bundles]
+        return make_job(model, out, objective, bundles, lora=True, **settings)
     return online_job(model, out, objective, reward=noisy, judge=more_wanted, **settings)
 
 
