@@ -15,8 +15,8 @@ from alignkit.config import Recipe
 from alignkit.data.load import fingerprint, load_bundles
 from alignkit.data.report import Report
 from alignkit.errors import ConfigError
+from alignkit.evaluation.metrics import preference_figures
 from alignkit.feed import Feed
-from alignkit.judges.report import preference_figures
 from alignkit.objectives.base import Objective
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.scorer import joined, separator_of
@@ -80,4 +80,4 @@ class Figures:
                 odds += self.objective.log_odds(mine[list(better)], mine[list(worse)]).tolist()
                 bias += [float(mine.sigmoid().sum() - 1)] if plan.joined else []
         every_odds, every_bias = gather_object(odds), gather_object(bias)
-        return preference_figures(torch.tensor(every_odds).sigmoid(), torch.tensor(every_bias) if plan.joined else None)
+        return preference_figures(torch.tensor(every_odds, dtype=torch.float64).sigmoid(), every_bias if plan.joined else None)

@@ -11,9 +11,9 @@ from alignkit.config import build_objective, load_recipe
 from alignkit.data.config import DataConfig
 from alignkit.data.load import check
 from alignkit.errors import ConfigError, ModelError
+from alignkit.evaluation.metrics import preference_figures
 from alignkit.finished import load_finished
 from alignkit.judges import load_judge
-from alignkit.judges.report import preference_figures
 from alignkit.launch import run_recipe
 from alignkit.losses import plackett_luce_loss
 from alignkit.objectives.preference_model import skew_product

@@ -8,25 +8,20 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from alignkit.batches import FAMILIES, Draw
+from alignkit.batches import Draw
 from alignkit.config import Recipe, build_objective
-from alignkit.data.load import load_bundles, load_prompts
+from alignkit.data.load import load_prompts
 from alignkit.errors import ConfigError
 from alignkit.evaluation.grid import Point, section_of
 from alignkit.evaluation.listed import Listed, listed_world
-from alignkit.evaluation.measure import Yardstick, evaluation_pair
-from alignkit.evaluation.measured import Measured
+from alignkit.evaluation.measure import Yardstick, evaluation_pair, preference_margins
+from alignkit.evaluation.measured import Measured, wins
 from alignkit.finished import load_finished
 from alignkit.judges import load_judge
 from alignkit.launch import resolve_task
-from alignkit.policies.pair import SCORING_BUDGET, PolicyPair
+from alignkit.policies.pair import PolicyPair
 from alignkit.rewards import load_rewards
 from alignkit.rollout.hf import HFSampler
-
-MARGINS = "rewards/margins"  # a pair objective's own implicit reward, chosen - rejected
 
 
 class Appraiser:
@@ -71,13 +66,14 @@ class Appraiser:
 
     def run(self, point: Point, base: Measured) -> dict[str, Any]:
         """Figures of a finished run of the grid, as JSON."""
-        model = Path(point.recipe.output_dir) / "model"
-        pair = evaluation_pair(model, self.reference)
+        pair = evaluation_pair(Path(point.recipe.output_dir) / "model", self.reference)
         found = self.yardstick.measure(pair, point.name, base=base)
-        probability, valid = self._verdicts(found, base)
+        verdicts = wins(found, base, self._judge)
+        assert verdicts is not None, "there is always a score here"
+        probability, valid = verdicts
         result = {"key": self.key, "measured": found.dump(), "wins": probability.tolist(), "valid": valid.tolist()}
         if self.listed is not None:
-            result["exact"] = {name: values.tolist() for name, values in asdict(self.listed.figures(model)).items()}
+            result["exact"] = {name: values.tolist() for name, values in asdict(self.listed.figures(pair)).items()}
         margins = self._margins(point, pair)
         return result | ({} if margins is None else {"margins": margins})
 
@@ -120,36 +116,14 @@ class Appraiser:
     def _judge(self) -> Any:
         return load_judge(self.section.judge, safe=self.safe) if self.section.judge else None
 
-    def _verdicts(self, first: Measured, second: Measured) -> tuple[np.ndarray, np.ndarray]:
-        """P(first wins) and validity of each completion against the base's under the same noise: [P, K] each."""
-        if self._judge is not None:
-            prompts = [prompt for prompt in first.prompts for _ in range(self.section.samples)]
-            ours, theirs = ([text for row in m.texts for text in row] for m in (first, second))
-            verdict = self._judge(prompts, ours, theirs)
-            return tuple(v.numpy().reshape(len(first.prompts), -1) for v in (verdict.probability, verdict.valid))  # type: ignore[return-value]
-        assert first.score is not None
-        assert second.score is not None
-        gap = first.score - second.score
-        return np.where(np.isnan(gap), 0.5, (np.sign(gap) + 1) / 2), ~np.isnan(gap)
-
-    @torch.no_grad()
     def _margins(self, point: Point, pair: PolicyPair) -> list[float] | None:
         """The objective's own implicit-reward margins of held-out pairs [N]; None where it learns from no pairs or has none."""
-        objective = build_objective(point.recipe.objective, safe=self.safe)
         source = self._held_out_pairs()
-        if objective.plan.data != "pair" or source is None:
+        if source is None:
             return None
-        bundles, _ = load_bundles(point.recipe.data, "pair", pair.tokenizer, source=source)
-        found: list[float] = [0.0] * len(bundles)
-        for group in pair.micro_batches(bundles, SCORING_BUDGET):
-            part = [bundles[i] for i in group]
-            batch = FAMILIES["pair"].build(part, pair.logps(part, objective.plan))  # type: ignore[attr-defined]
-            values = objective.loss(batch).metrics.get(MARGINS)
-            if values is None:
-                return None
-            for index, value in zip(group, values.tolist()):
-                found[index] = value
-        return found
+        objective = build_objective(point.recipe.objective, safe=self.safe)
+        margins = preference_margins(pair, source, point.recipe.data, objective=objective)
+        return None if margins is None else margins.tolist()
 
     def _held_out_pairs(self) -> str | Sequence[Any] | None:
         source = self.recipe.data.eval

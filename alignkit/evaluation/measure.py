@@ -169,13 +169,13 @@ def preference_margins(
     of the objective's own implicit reward (beta times that, for DPO), in log-odds: what `metrics.preference_calibration`
     takes; None for an objective that does not learn from pairs or has no such reward.
     """
+    if objective is not None and objective.plan.data != "pair":
+        return None
     bundles, _ = load_bundles(data or DataConfig(), "pair", pair.tokenizer, source=source)
     if objective is None:
         found = scored(pair, bundles, LIVE)
         ratio = (np.array(found["logp"]) - np.array(found["reference_logp"])).reshape(-1, 2)
         return ratio[:, 0] - ratio[:, 1]
-    if objective.plan.data != "pair":
-        return None
     margins = np.empty(len(bundles))
     for group in pair.micro_batches(bundles, SCORING_BUDGET):
         rows = [bundles[i] for i in group]

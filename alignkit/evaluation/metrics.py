@@ -163,3 +163,19 @@ def preference_calibration(margins: ArrayLike, *, bins: int = 10) -> Calibration
     """
     found = np.asarray(margins, dtype=float)
     return calibration(1 / (1 + np.exp(-np.abs(found))), (np.sign(found) + 1) / 2, bins=bins)
+
+
+def preference_figures(probability: ArrayLike, bias: ArrayLike | None = None) -> dict[str, float]:
+    """Of a preference model on held-out pairs, from P(the better one wins) [N], symmetrised over both orders.
+
+    `accuracy`: share above 1/2, ties counting half. `calibration_error`: see `calibration`, of confidence max(P, 1 - P).
+    `brier`: mean of (1 - P)^2. `bias` [N] is P(first wins | a, b) + P(first wins | b, a) - 1, 0 for a judge to whom the order is
+    nothing; `position_bias` is its mean (> 0: prefers what stands first), `position_inconsistency` the mean of its size.
+    """
+    p = np.asarray(probability, dtype=float)
+    fit = calibration(np.maximum(p, 1 - p), (np.sign(p - 0.5) + 1) / 2)
+    figures = {"accuracy": fit.accuracy, "calibration_error": fit.error, "brier": float(((1 - p) ** 2).mean())}
+    if bias is None:
+        return figures
+    lean = np.asarray(bias, dtype=float)
+    return figures | {"position_bias": float(lean.mean()), "position_inconsistency": float(np.abs(lean).mean())}
