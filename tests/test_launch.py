@@ -6,6 +6,7 @@ import pytest
 import yaml
 from world import save_model
 
+from alignkit.card import model_card
 from alignkit.config import build_objective, load_recipe, shipped_recipes
 from alignkit.errors import ConfigError
 from alignkit.launch import run_recipe
@@ -84,6 +85,14 @@ def test_evaluation_epochs_and_the_card(world, tmp_path):
     assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["alignkit"]}
     for words in ("| DPO | 1 | beta = 0.3,", "| SFT | 0.5 |", "arXiv:2305.18290", "10 rows read, 10 kept", "| eval_loss | "):
         assert words in body
+    assert "trust_remote_code`" not in body
+
+
+def test_the_card_says_that_a_model_runs_code_of_its_own():
+    remote = load_recipe("dpo", ["model.trust_remote_code=true", "model.adapter.r=4"])
+    card = model_card(remote, build_objective(remote.objective), [])({})
+    assert "runs code of its own (`trust_remote_code`)" in card
+    assert "library_name: peft" in card
 
 
 def test_lora_and_merge(world, tmp_path):

@@ -3,13 +3,33 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.kl import importance
 from alignkit.objectives.base import Objective, State
 from alignkit.objectives.sampled import ClipWidth, RolloutObjective, filled, grouped, ratio_metrics
-from alignkit.objectives.surrogates import cispo_loss
+from alignkit.tensors import check_same_shape
+
+
+def cispo_loss(
+    policy_logps: Tensor,
+    behavior_logps: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+) -> Tensor:
+    """-clip(w, 1 - clip_low, 1 + clip_high) A log pi, the weight without gradient, per token: [...] x 3 -> [...].
+
+    None switches a bound off. MiniMax-M1 2025, arXiv:2506.13585, eq. 4 and 5.
+    """
+    check_same_shape(policy_logps=policy_logps, behavior_logps=behavior_logps, advantages=advantages)
+    low, high = -torch.inf if clip_low is None else 1 - clip_low, torch.inf if clip_high is None else 1 + clip_high
+    weight = importance(policy_logps, behavior_logps).clamp(low, high)
+    return -(weight * advantages).detach() * policy_logps
 
 
 class CISPO(RolloutObjective):

@@ -1,4 +1,4 @@
-"""Policy-gradient surrogates per token or sequence: PPO's clip, CISPO's, RPG's four divergences, the value loss.
+"""Policy-gradient surrogates per token or sequence: PPO's clip, RPG's four divergences, the value loss.
 
 Gradients flow into the policy's log-probs and values alone; behaviour, advantages and returns are constants.
 """
@@ -36,24 +36,6 @@ def ppo_loss(
     clipped = ratio if low is None and high is None else ratio.clamp(low, high)
     loss = torch.maximum(-ratio * advantages, -clipped * advantages)
     return loss if dual_clip is None else torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
-
-
-def cispo_loss(
-    policy_logps: Tensor,
-    behavior_logps: Tensor,
-    advantages: Tensor,
-    *,
-    clip_low: float | None = None,
-    clip_high: float | None = None,
-) -> Tensor:
-    """-clip(w, 1 - clip_low, 1 + clip_high) A log pi, the weight without gradient, per token: [...] x 3 -> [...].
-
-    None switches a bound off. MiniMax-M1 2025, arXiv:2506.13585, eq. 4 and 5.
-    """
-    check_same_shape(policy_logps=policy_logps, behavior_logps=behavior_logps, advantages=advantages)
-    low, high = -torch.inf if clip_low is None else 1 - clip_low, torch.inf if clip_high is None else 1 + clip_high
-    weight = importance(policy_logps, behavior_logps).clamp(low, high)
-    return -(weight * advantages).detach() * policy_logps
 
 
 def value_loss(values: Tensor, behavior_values: Tensor, returns: Tensor, *, clip: float | None = None) -> Tensor:

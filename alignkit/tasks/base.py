@@ -5,13 +5,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from alignkit.data.config import DataConfig
 from alignkit.policies.config import ModelConfig, ReferenceConfig
 from alignkit.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from alignkit.loop import Job
+    from alignkit.run import RunFolder
 
 EOS, UNKNOWN = "<eos>", "<unk>"
 WATCH_EVERY = 5  # steps between two looks at a base model that is to be stopped early
@@ -72,16 +76,31 @@ def train_base(
 
     `enough` is asked with the policy pair every few steps; training ends where it says True, or after `config.steps`.
     """
+    from alignkit.loop import train
+    from alignkit.run import RunFolder
+
+    start = _untrained(config, make_tokenizer(words), folder / "untrained")
+    with RunFolder(folder / "run") as run, suppress(_Enough):
+        job = _job(config, rows, start, run, enough)
+        train(job)
+    job.pair.save(folder / "model")
+    for left in (run.path, start):
+        shutil.rmtree(left)
+    return folder / "model"
+
+
+def _job(
+    config: BaseConfig, rows: Sequence[Mapping[str, str]], start: Path, run: "RunFolder", enough: Callable[[Any], bool] | None
+) -> "Job":
+    """Supervised fine-tuning of the model in `start`, which `enough` may end."""
     from accelerate import Accelerator
 
     from alignkit.collect import DatasetSource
     from alignkit.data.load import load_bundles
-    from alignkit.loop import Job, train
+    from alignkit.loop import Job
     from alignkit.objectives.sft import SFT
     from alignkit.policies.load import load_pair
-    from alignkit.run import RunFolder
 
-    start = _untrained(config, make_tokenizer(words), folder / "untrained")
     objective = SFT()
     model = ModelConfig(name_or_path=str(start))
     pair = load_pair(model, ReferenceConfig(), None, objective.plan, device="cpu", fixed_data=True)
@@ -102,12 +121,7 @@ def train_base(
         return []
 
     source = DatasetSource(bundles, objective.plan, config.batch_size, seed=config.seed)
-    with RunFolder(folder / "run") as run, suppress(_Enough):
-        train(Job(objective, pair, source, settings, run, Accelerator(cpu=True), config.steps, samples=watch))
-    pair.save(folder / "model")
-    for left in (run.path, start):
-        shutil.rmtree(left)
-    return folder / "model"
+    return Job(objective, pair, source, settings, run, Accelerator(cpu=True), config.steps, samples=watch)
 
 
 def _untrained(config: BaseConfig, tokenizer: Any, folder: Path) -> Path:
