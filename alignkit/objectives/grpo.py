@@ -9,7 +9,7 @@ from torch import Tensor
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.kl import LOSS_ESTIMATORS, Direction, importance
 from alignkit.objectives.base import Objective, State
-from alignkit.objectives.sampled import Aggregation, ClipWidth, Credit, DualClip, RolloutObjective, filled, grouped, ratio_metrics
+from alignkit.objectives.sampled import Aggregation, ClippedObjective, Credit, DualClip, filled, grouped, ratio_metrics
 from alignkit.objectives.surrogates import ppo_loss
 from alignkit.tensors import check_same_shape, masked_sum
 
@@ -39,7 +39,7 @@ def grpo_loss(
     return surrogate + beta * penalty
 
 
-class GRPO(RolloutObjective):
+class GRPO(ClippedObjective):
     """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300). No value head: the group is the baseline."""
 
     paper: ClassVar[str] = "Shao et al. 2024, arXiv:2402.03300, eq. 3 and 4"
@@ -48,8 +48,6 @@ class GRPO(RolloutObjective):
     beta: NonNegativeFloat = Field(0.04, description="strength of the KL to the reference, in the loss; 0 = no reference")
     kl: KLEstimator = Field("k3_weighted", description="gradient of the reverse KL; k3 and k3_stopped of the FORWARD KL")
     scale_by_std: bool = Field(True, description="divide by the group's standard deviation; false = Dr. GRPO")
-    clip_low: ClipWidth | None = Field(0.2, description="no gain from a ratio below 1 - this; null = off")
-    clip_high: ClipWidth | None = Field(0.2, description="no gain from a ratio above 1 + this (DAPO: 0.28); null = off")
     dual_clip: DualClip | None = Field(None, description="largest ratio that counts where the advantage is negative")
     aggregation: Aggregation = Field("sequence_mean", description="as published; token_mean: DAPO; constant: Dr. GRPO")
 
@@ -77,9 +75,8 @@ class GRPO(RolloutObjective):
     def loss(self, batch: RolloutBatch) -> LossTerms:
         tokens, (advantages,) = batch.tokens, filled(batch, "advantages")
         logps, old, reference = tokens.policy, tokens.get("behavior"), tokens.reference if self.beta else tokens.policy
-        clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
-        values = grpo_loss(logps, old, reference, advantages, beta=self.beta, kl=self.kl, dual_clip=self.dual_clip, **clip)
-        metrics = ratio_metrics(tokens, importance(logps, old), *clip.values())
+        values = grpo_loss(logps, old, reference, advantages, beta=self.beta, kl=self.kl, dual_clip=self.dual_clip, **self.clip)
+        metrics = ratio_metrics(tokens, importance(logps, old), *self.clip.values())
         if self.beta:
             penalty = LOSS_ESTIMATORS[self.kl][0](logps - reference, logps - old).detach()
             metrics[f"kl/policy_reference_{self.kl}"] = masked_sum(penalty, tokens.mask)

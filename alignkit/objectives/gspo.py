@@ -9,7 +9,7 @@ from torch import Tensor
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.kl import importance
 from alignkit.objectives.base import Objective, State
-from alignkit.objectives.sampled import ClipWidth, RolloutObjective, filled, grouped, ratio_metrics, unspread
+from alignkit.objectives.sampled import ClippedObjective, ClipWidth, filled, grouped, ratio_metrics, unspread
 from alignkit.objectives.surrogates import ppo_loss
 from alignkit.tensors import masked_mean
 
@@ -31,7 +31,7 @@ def gspo_loss(
     return ppo_loss(logps, old, advantages, clip_low=clip_low, clip_high=clip_high)
 
 
-class GSPO(RolloutObjective):
+class GSPO(ClippedObjective):
     """Group sequence policy optimisation (Zheng et al. 2025, arXiv:2507.18071). The mean ratio varies little, so the clip is
     a thousand times narrower than GRPO's. `aggregation` has nothing to do: a completion is one term."""
 
@@ -56,7 +56,6 @@ class GSPO(RolloutObjective):
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
         tokens, (advantages,) = batch.tokens, filled(batch, "advantages")
-        clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
-        values = gspo_loss(tokens.policy, tokens.get("behavior"), unspread(advantages, tokens), tokens.mask, **clip)
+        values = gspo_loss(tokens.policy, tokens.get("behavior"), unspread(advantages, tokens), tokens.mask, **self.clip)
         ratio = importance(*(masked_mean(tokens.get(name), tokens.mask) for name in ("policy", "behavior")))
-        return LossTerms([self.term("gspo", values, tokens)], ratio_metrics(tokens, ratio, *clip.values()))
+        return LossTerms([self.term("gspo", values, tokens)], ratio_metrics(tokens, ratio, *self.clip.values()))

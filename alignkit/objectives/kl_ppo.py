@@ -12,12 +12,12 @@ from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.credit import adapt_beta, gae, shaped_rewards, whiten
 from alignkit.kl import Direction, importance
 from alignkit.objectives.base import Objective, State
-from alignkit.objectives.sampled import ClipWidth, Credit, DualClip, RolloutObjective, filled, ratio_metrics
+from alignkit.objectives.sampled import ClippedObjective, ClipWidth, Credit, DualClip, filled, ratio_metrics
 from alignkit.objectives.surrogates import ppo_loss, value_loss
 from alignkit.tensors import masked_sum
 
 
-class KLPPO(RolloutObjective):
+class KLPPO(ClippedObjective):
     """PPO on rewards with the KL inside (Ziegler et al. 2019, arXiv:1909.08593; Ouyang et al. 2022, arXiv:2203.02155)."""
 
     paper: ClassVar[str] = "Ziegler et al. 2019, arXiv:1909.08593, eq. 2; Schulman et al. 2017, arXiv:1707.06347, eq. 7"
@@ -29,8 +29,6 @@ class KLPPO(RolloutObjective):
     kl_credit: Credit = Field("sequence", description="full gradient; token = partial, no credit for divergence caused later")
     gamma: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="discount")
     lam: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="GAE lambda; below 1 trades bias for variance")
-    clip_low: ClipWidth | None = Field(0.2, description="no gain from a ratio below 1 - this; null = off")
-    clip_high: ClipWidth | None = Field(0.2, description="no gain from a ratio above 1 + this; null = off")
     dual_clip: DualClip | None = Field(None, description="largest ratio that counts where the advantage is negative")
     value_clip: ClipWidth | None = Field(0.2, description="how far the value head moves per rollout; null = off")
     value_weight: NonNegativeFloat = Field(0.1, description="weight of the value loss")
@@ -74,11 +72,10 @@ class KLPPO(RolloutObjective):
     def loss(self, batch: RolloutBatch) -> LossTerms:
         tokens, (advantages, returns, values) = batch.tokens, filled(batch, "advantages", "returns", "values")
         logps, old = tokens.policy, tokens.get("behavior")
-        clip = {"clip_low": self.clip_low, "clip_high": self.clip_high, "dual_clip": self.dual_clip}
-        policy = self.term("policy", ppo_loss(logps, old, advantages, **clip), tokens)
+        policy = self.term("policy", ppo_loss(logps, old, advantages, dual_clip=self.dual_clip, **self.clip), tokens)
         errors = value_loss(tokens.extras["values"], values, returns, clip=self.value_clip)
         value = self.term("value", errors, tokens, weight=self.value_weight)
-        metrics = ratio_metrics(tokens, importance(logps, old), self.clip_low, self.clip_high)
+        metrics = ratio_metrics(tokens, importance(logps, old), *self.clip.values())
         return LossTerms([policy, value], metrics | {"value_error": errors.detach()[tokens.mask]})
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:

@@ -7,16 +7,16 @@ from typing import ClassVar, Literal
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from alignkit.batches import LossTerms, Plan, RolloutBatch
+from alignkit.batches import LossTerms, RolloutBatch
 from alignkit.credit import group_baseline, reward_to_go, shaped_rewards, whiten
 from alignkit.kl import Direction, importance, k2
 from alignkit.objectives.base import Objective, State
-from alignkit.objectives.sampled import ClipWidth, Credit, RolloutObjective, filled, ratio_metrics, spread
+from alignkit.objectives.sampled import ClippedObjective, Credit, filled, ratio_metrics, spread
 from alignkit.objectives.surrogates import ppo_loss
 from alignkit.tensors import masked_sum
 
 
-class ReinforcePlusPlus(RolloutObjective):
+class ReinforcePlusPlus(ClippedObjective):
     """REINFORCE++ (Hu et al. 2025, arXiv:2501.03262) and its variant with the prompt's other completions as baseline."""
 
     paper: ClassVar[str] = "Hu et al. 2025, arXiv:2501.03262"
@@ -24,12 +24,6 @@ class ReinforcePlusPlus(RolloutObjective):
 
     beta: PositiveFloat = Field(0.01, description="reverse KL: in the reward, or (baseline group) k2 in the loss")
     baseline: Literal["none", "group"] = Field("none", description="group: minus the group's mean before whitening (-baseline)")
-    clip_low: ClipWidth | None = Field(0.2, description="no gain from a ratio below 1 - this; null = off")
-    clip_high: ClipWidth | None = Field(0.2, description="no gain from a ratio above 1 + this; null = off")
-
-    @property
-    def plan(self) -> Plan:
-        return self.rollout_plan()
 
     @property
     def kl_gradient(self) -> tuple[Credit, Direction] | None:
@@ -52,9 +46,8 @@ class ReinforcePlusPlus(RolloutObjective):
     def loss(self, batch: RolloutBatch) -> LossTerms:
         tokens, (advantages,) = batch.tokens, filled(batch, "advantages")
         logps, old = tokens.policy, tokens.get("behavior")
-        clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
-        values = ppo_loss(logps, old, advantages, **clip)
-        metrics = ratio_metrics(tokens, importance(logps, old), *clip.values())
+        values = ppo_loss(logps, old, advantages, **self.clip)
+        metrics = ratio_metrics(tokens, importance(logps, old), *self.clip.values())
         if self.baseline == "group":
             penalty = k2(logps - tokens.reference.detach())
             values = values + self.beta * penalty

@@ -7,11 +7,11 @@ from typing import ClassVar
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from alignkit.batches import LossTerms, Plan, RolloutBatch
+from alignkit.batches import LossTerms, RolloutBatch
 from alignkit.credit import group_advantages
 from alignkit.kl import Direction, importance
 from alignkit.objectives.base import Objective, State
-from alignkit.objectives.sampled import ClipWidth, Credit, RolloutObjective, filled, ratio_metrics, spread, unspread
+from alignkit.objectives.sampled import ClippedObjective, Credit, filled, ratio_metrics, spread, unspread
 from alignkit.objectives.surrogates import ppo_loss
 from alignkit.tensors import masked_sum
 
@@ -28,19 +28,13 @@ def rloo_loss(
     return ppo_loss(policy_logps, behavior_logps, advantages, clip_low=clip_low, clip_high=clip_high)
 
 
-class RLOO(RolloutObjective):
+class RLOO(ClippedObjective):
     """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740): unbiased, no value head, one action per completion."""
 
     paper: ClassVar[str] = "Ahmadian et al. 2024, arXiv:2402.14740, eq. 7"
     equation: ClassVar[str] = "L = -w (R_i - mean of the others' R), R = score - beta sum_t log pi_old/ref, clipped"
 
     beta: PositiveFloat = Field(0.05, description="reverse KL, KL(policy || reference), in the score")
-    clip_low: ClipWidth | None = Field(0.2, description="no gain from a ratio below 1 - this; null = off")
-    clip_high: ClipWidth | None = Field(0.2, description="no gain from a ratio above 1 + this; null = off")
-
-    @property
-    def plan(self) -> Plan:
-        return self.rollout_plan()
 
     @property
     def kl_gradient(self) -> tuple[Credit, Direction] | None:
@@ -60,9 +54,8 @@ class RLOO(RolloutObjective):
     def loss(self, batch: RolloutBatch) -> LossTerms:
         tokens, (advantages,) = batch.tokens, filled(batch, "advantages")
         logps, old = tokens.sequence(), tokens.sequence("behavior")
-        clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
-        values = rloo_loss(logps, old, unspread(advantages, tokens), **clip)
-        return LossTerms([self.term("rloo", values, tokens)], ratio_metrics(tokens, importance(logps, old), *clip.values()))
+        values = rloo_loss(logps, old, unspread(advantages, tokens), **self.clip)
+        return LossTerms([self.term("rloo", values, tokens)], ratio_metrics(tokens, importance(logps, old), *self.clip.values()))
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """ref * exp(reward / beta), normalised."""

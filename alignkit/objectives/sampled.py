@@ -40,6 +40,10 @@ class RolloutObjective(Objective):
         """
         return None
 
+    @property
+    def plan(self) -> Plan:
+        return self.rollout_plan()
+
     def rollout_plan(
         self, *, statistics: dict[str, Statistic] | None = None, anchors: tuple[str, ...] = ("reference",), values: bool = False
     ) -> Plan:
@@ -63,6 +67,18 @@ class RolloutObjective(Objective):
             raise ConfigError("objective: aggregation 'constant' divides by `length`; set it, e.g. to rollout.max_new_tokens")
         divisor = self.length if self.aggregation == "constant" and self.length else 1
         return Term(name, masked_sum(values, tokens.mask) / divisor, "rows", weight)
+
+
+class ClippedObjective(RolloutObjective):
+    """Gains nothing from a ratio of policy to sampler outside of bounds, as in PPO."""
+
+    clip_low: ClipWidth | None = Field(0.2, description="no gain from a ratio below 1 - this; null = off")
+    clip_high: ClipWidth | None = Field(0.2, description="no gain from a ratio above 1 + this; null = off")
+
+    @property
+    def clip(self) -> dict[str, float | None]:
+        """The bounds, as losses take them."""
+        return {"clip_low": self.clip_low, "clip_high": self.clip_high}
 
 
 def exact_kl(policy_logprobs: Tensor, anchor_logprobs: Tensor | None, labels: Tensor) -> Tensor:
