@@ -1,10 +1,7 @@
 """Bad input of online and self-play runs, from the command line: the exit code, and who and where in the message."""
 
-import json
-
 import pytest
-from test_cli import run
-from world import save_model
+from world import run, save_model, write_rows
 
 CODE = """
 import time
@@ -45,7 +42,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     save_model(folder / "model")
     (folder / "mine.py").write_text(CODE)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"w{3 + n}", "n": n}) + "\n" for n in range(4)))
+    write_rows(folder / "prompts.jsonl", [{"prompt": f"w{3 + n}", "n": n} for n in range(4)])
     return folder
 
 

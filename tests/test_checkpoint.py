@@ -157,26 +157,19 @@ except checkpoint.CheckpointError as error:
     check_untouched(tmp_path)
 
 
-def test_a_read_only_disk_is_said(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("owner", "name", "number", "words"),
+    [(Path, "mkdir", errno.EROFS, "Read-only file system"), (checkpoint, "fsync", errno.ENOSPC, "No space left on device")],
+    ids=["read-only", "full when it is synced"],
+)
+def test_a_disk_that_refuses_is_said(tmp_path, monkeypatch, owner, name, number, words):
     save(tmp_path, 1)
 
     def refuse(*_, **__):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(CheckpointError, match="Read-only file system"):
-        save(tmp_path, 2)
-    check_untouched(tmp_path)
-
-
-def test_a_disk_that_does_not_keep_what_it_was_given_is_said(tmp_path, monkeypatch):
-    save(tmp_path, 1)
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(checkpoint, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    monkeypatch.setattr(owner, name, refuse)
+    with pytest.raises(CheckpointError, match=words):
         save(tmp_path, 2)
     check_untouched(tmp_path)
 

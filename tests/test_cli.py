@@ -1,6 +1,5 @@
 """The command line: speed of its help, one test per exit code, and what a run leaves on disk."""
 
-import json
 import resource
 import signal
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from world import save_model
+from world import pair_rows, run, save_model, write_rows
 
 from alignkit.cli import main
 from alignkit.config import load_recipe, shipped_recipes
@@ -59,25 +58,12 @@ def test_exit_3_data_comes_at_once(tmp_path):
     assert seconds < 1
 
 
-def run(*arguments):
-    """Exit code of the command line in this process."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit) as left:
-            main([str(a) for a in arguments])
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-    return left.value.code
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a tiny model, pairs, and objectives of a user's own."""
     folder = tmp_path_factory.mktemp("world")
     save_model(folder / "model")
-    rows = [{"prompt": f"w{3 + i} w4", "chosen": f"w5 w{6 + i}", "rejected": f"w{7 + i}"} for i in range(6)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "pairs.jsonl", pair_rows(6))
     (folder / "my_losses.py").write_text(
         "import os\nfrom alignkit import DPO\n\n"
         "class Signals(DPO):\n"

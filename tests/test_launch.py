@@ -1,10 +1,8 @@
 """From recipe to run: online and self-play recipes with rewards and judges of a user's own, evaluation, epochs, the card."""
 
-import json
-
 import pytest
 import yaml
-from world import save_model
+from world import pair_rows, save_model, write_rows
 
 from alignkit.card import model_card
 from alignkit.config import build_objective, load_recipe, shipped_recipes
@@ -26,11 +24,8 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     save_model(folder / "model")
     (folder / "helpers.py").write_text(HELPERS)
-    pairs = [{"prompt": f"w{3 + i}", "chosen": f"w5 w{6 + i}", "rejected": f"w{7 + i}"} for i in range(10)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    (folder / "prompts.jsonl").write_text(
-        "".join(json.dumps({"prompt": row["prompt"], "n": i}) + "\n" for i, row in enumerate(pairs))
-    )
+    write_rows(folder / "pairs.jsonl", pair_rows(10))
+    write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"], "n": i} for i, row in enumerate(pair_rows(10))])
     return folder
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from world import save_model
 
 from alignkit.cli import main
 from alignkit.data.config import DataConfig
 from alignkit.data.load import check
 from alignkit.errors import ConfigError, DataError
 from alignkit.pairs import PairRequest, label, make_pairs, rejection_sample
-from tests.world import save_model
 
 REQUEST = PairRequest("model", "prompts")
 

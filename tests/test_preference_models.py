@@ -6,6 +6,7 @@ from itertools import permutations
 
 import pytest
 import torch
+from world import VOCAB, save_model
 
 from alignkit.config import build_objective, load_recipe
 from alignkit.data.config import DataConfig
@@ -18,7 +19,6 @@ from alignkit.launch import run_recipe
 from alignkit.losses import plackett_luce_loss
 from alignkit.objectives.preference_model import skew_product
 from alignkit.rewards import load_reward_model
-from tests.world import VOCAB, save_model
 
 F64 = torch.float64
 SETTINGS = [

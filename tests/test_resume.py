@@ -1,6 +1,5 @@
 """Taking a run up again: what may change and what may not, which checkpoint is the best, and what a full disk leaves behind."""
 
-import json
 import random
 import shutil
 import time
@@ -8,7 +7,7 @@ import time
 import pytest
 import torch
 from safetensors import SafetensorError
-from world import make_job, pairs, save_model
+from world import make_job, pair_rows, pairs, save_model, write_rows
 
 from alignkit import checkpoint
 from alignkit.config import load_recipe
@@ -24,8 +23,7 @@ def world(tmp_path_factory):
     """A model, pairs, and a run whose last act (writing model/) is undone."""
     folder = tmp_path_factory.mktemp("world")
     save_model(folder / "model")
-    rows = [{"prompt": f"w{3 + i} w4", "chosen": f"w5 w{6 + i}", "rejected": f"w{7 + i}"} for i in range(8)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "pairs.jsonl", pair_rows(8))
     run_recipe(recipe(folder, folder / "run"))
     (folder / "run" / "model").rename(folder / "finished")
     return folder

@@ -1,13 +1,11 @@
 """What a recipe, a model or a network can make alignkit do: nothing that the user did not ask for."""
 
-import json
 import os
 import socket
 
 import pytest
 import torch
-from test_cli import run
-from world import save_model
+from world import pair_rows, run, save_model, write_rows
 
 from alignkit.errors import ModelError
 from alignkit.judges.config import ALLOW_PRIVATE
@@ -21,8 +19,7 @@ CODE = "import pathlib\npathlib.Path({flag!r}).touch()\ndef f(prompts, completio
 def folder(tmp_path):
     save_model(tmp_path / "model")
     (tmp_path / "mine.py").write_text(CODE.format(flag=str(tmp_path / "ran")))
-    rows = [{"prompt": f"w{3 + i}", "chosen": f"w5 w{6 + i}", "rejected": f"w{7 + i}"} for i in range(4)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "rows.jsonl", pair_rows(4))
     return tmp_path
 
 

@@ -1,13 +1,18 @@
-"""A tiny world for tests of the loop: a random Llama of a few thousand parameters, a word tokenizer and random bundles."""
+"""A tiny world for tests: a random Llama of a few thousand parameters, a word tokenizer, rows, bundles, the command line."""
 
+import json
+import signal
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from alignkit.batches import Bundle
+from alignkit.cli import main
 from alignkit.collect import DatasetSource
 from alignkit.loop import Job
 from alignkit.policies.config import AdapterConfig, ModelConfig, ReferenceConfig
@@ -33,6 +38,29 @@ def save_model(folder: Path, seed: int = 0) -> Path:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
     ).save_pretrained(folder)
     return folder
+
+
+def write_rows(file: Path, rows: Iterable[Mapping]) -> Path:
+    """Rows as JSON lines."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def pair_rows(n: int) -> list[dict[str, str]]:
+    """`n` preference pairs (at most 13) in the words of the tokenizer."""
+    return [{"prompt": f"w{3 + i} w4", "chosen": f"w5 w{6 + i}", "rejected": f"w{7 + i}"} for i in range(n)]
+
+
+def run(*arguments: object) -> int:
+    """Exit code of the command line in this process."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as left:
+            main([str(a) for a in arguments])
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    return left.value.code
 
 
 def pairs(n: int, seed: int = 0, k: int = 2, **rows) -> list[Bundle]:

@@ -1,36 +1,17 @@
 """`alignkit eval`: what it measures of runs and models, what it says, and what it refuses."""
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from world import save_model
+from world import pair_rows, run, save_model, write_rows
 
-from alignkit.cli import main
 from alignkit.config import load_recipe
 from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.evaluation.evaluate import Request, evaluate
 from alignkit.launch import run_recipe
-
-
-def cli(*arguments):
-    """Exit code of the command line in this process."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit) as left:
-            main([str(a) for a in arguments])
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-    return left.value.code
-
-
-def write(file, rows):
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +19,9 @@ def world(tmp_path_factory):
     """A base model, a DPO run and an IPO run from it, and data of every kind."""
     folder = tmp_path_factory.mktemp("eval")
     save_model(folder / "base")
-    pairs = [{"prompt": f"w{3 + i} w4", "chosen": f"w5 w{6 + i}", "rejected": f"w{7 + i}"} for i in range(6)]
-    write(folder / "pairs.jsonl", pairs)
-    write(folder / "prompts.jsonl", [{"prompt": f"w{i}"} for i in range(3, 9)])
-    write(folder / "text.jsonl", [{"text": "w3 w4 w5"}])
+    write_rows(folder / "pairs.jsonl", pair_rows(6))
+    write_rows(folder / "prompts.jsonl", [{"prompt": f"w{i}"} for i in range(3, 9)])
+    write_rows(folder / "text.jsonl", [{"text": "w3 w4 w5"}])
     (folder / "worth.py").write_text(
         "def worth(prompts, completions, **_):\n    return [float('w5' in text) for text in completions]\n"
     )
@@ -116,14 +96,14 @@ def test_baselines_and_verdicts(found):
 
 def test_the_command_prints_a_table_and_writes_json(world, asked, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli("eval", world / "dpo", "--prompts", asked["prompts"], "--reward", asked["reward"], "--samples", 2) == 0
+    assert run("eval", world / "dpo", "--prompts", asked["prompts"], "--reward", asked["reward"], "--samples", 2) == 0
     printed = " ".join(capsys.readouterr().out.split())
     for words in ("dpo", "6 prompts, 2 completions each, up to 5 tokens", "KL to the reference, nats", "win rate over the base"):
         assert words in printed
     assert "perplexity" not in printed  # rows that nobody asked for are left out
     kept = json.loads(Path("eval.json").read_text())
     assert kept["models"][0]["model"] == str(world / "dpo")
-    assert cli("eval", world / "dpo", "--prompts", asked["prompts"]) == 2
+    assert run("eval", world / "dpo", "--prompts", asked["prompts"]) == 2
     assert "eval.json exists already; name another file with --to" in capsys.readouterr().err
 
 

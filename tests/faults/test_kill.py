@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from world import save_model
+from world import pair_rows, save_model, write_rows
 
 from alignkit import checkpoint
 from alignkit.run import read_lines
@@ -72,9 +72,8 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     save_model(folder / "model")
     (folder / "mine.py").write_text(MINE)
-    pairs = [{"prompt": f"w{3 + i} w4", "chosen": f"w5 w{6 + i}", "rejected": f"w{7 + i}"} for i in range(10)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in pairs))
+    write_rows(folder / "pairs.jsonl", pair_rows(10))
+    write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"]} for row in pair_rows(10)])
     return folder
 
 

@@ -1,12 +1,10 @@
 """`--processes 2`: a rank that dies ends the run with its name, a signal leaves a checkpoint, and both times the run goes on."""
 
-import json
 import sys
 
 import pytest
-from test_cli import run
 from two_processes import run_to_its_end
-from world import save_model
+from world import pair_rows, run, save_model, write_rows
 
 from alignkit import checkpoint
 from alignkit.run import read_lines
@@ -37,8 +35,7 @@ class Mine(DPO):
 def train(tmp_path, monkeypatch):
     save_model(tmp_path / "model")
     (tmp_path / "mine.py").write_text(MINE)
-    rows = [{"prompt": f"w{3 + i} w4", "chosen": f"w5 w{6 + i}", "rejected": f"w{7 + i}"} for i in range(10)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "pairs.jsonl", pair_rows(10))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def call(name, *extra):
