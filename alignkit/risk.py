@@ -14,6 +14,8 @@ from alignkit.errors import ConfigError
 from alignkit.tensors import check_same_shape
 
 Risk = Literal["kl", "cvar", "erm"]
+SORTED = 4096  # up to here a sort is as fast as a search
+BINS = 4096
 
 
 def risk_ratio(
@@ -75,18 +77,48 @@ def _mean(values: Tensor, log_weights: Tensor) -> Tensor:
 
 
 def _cvar(values: Tensor, log_weights: Tensor, level: float) -> Tensor:
-    """t + E max(X - t, 0) / level (Rockafellar and Uryasev 2000) with t the value of the boundary atom.
+    """t + E max(X - t, 0) / level (Rockafellar and Uryasev 2000) with t the value of the boundary atoms.
 
-    Because t carries the boundary atom's gradient, that atom receives exactly the fraction of its mass that fits. The formula
-    is flat at its minimum: where rounding of the cumulated mass picks a neighbouring atom the value does not move.
+    Because t carries their gradient, those atoms receive exactly the fraction of their mass that fits; ties share it by their
+    mass. The formula is flat at its minimum: where rounding of the masses picks a neighbouring atom the value does not move.
     """
+    find = _searched if values.shape[-1] > SORTED and values.device.type == "cpu" else _sorted
+    atoms = torch.where(find(values.detach(), log_weights, level), log_weights.detach(), -math.inf).softmax(-1)
+    threshold = torch.where(atoms > 0, atoms * values, values.new_zeros(())).sum(-1, keepdim=True)
+    return threshold.squeeze(-1) + _mean((values - threshold).relu(), log_weights) / level
+
+
+def _sorted(values: Tensor, log_weights: Tensor, level: float) -> Tensor:
+    """Which atoms [..., V] have the value with which the largest values first carry the mass `level`."""
     support = log_weights > -math.inf
-    index = torch.where(support, values, -math.inf).detach().argsort(-1, descending=True)
+    index = torch.where(support, values, -math.inf).argsort(-1, descending=True)
     mass = log_weights.exp().gather(-1, index).cumsum(-1, dtype=torch.float64)
     last = support.sum(-1, keepdim=True) - 1  # rounding may leave the whole mass short of the level
     boundary = index.gather(-1, (mass < level).sum(-1, keepdim=True).minimum(last))
-    threshold = values.gather(-1, boundary)
-    return threshold.squeeze(-1) + _mean((values - threshold).relu(), log_weights) / level
+    return support & (values == values.gather(-1, boundary))
+
+
+def _searched(values: Tensor, log_weights: Tensor, level: float) -> Tensor:
+    """As `_sorted`, with what lies within 1e-7 of the range's width together; several times as fast on a CPU.
+
+    Masses are summed over bins of equal width, then over bins of the bin that holds the boundary.
+    """
+    weights = log_weights.exp()
+    low, high = torch.where(weights > 0, values, math.inf).amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    if not bool(torch.isfinite(high - low).all()):  # a token that the policy rules out
+        return _sorted(values, log_weights, level)
+    missing, inside = torch.full_like(low, level, dtype=torch.float64), weights > 0
+    for _ in range(2):
+        width = (high - low) / BINS
+        bins = ((values - low) / width.clamp(min=torch.finfo(values.dtype).tiny)).clamp_(0, BINS - 1).long()
+        sums = torch.zeros(*values.shape[:-1], BINS, dtype=torch.float64, device=values.device)
+        sums.scatter_add_(-1, bins, (weights * inside).double())
+        above = sums.flip(-1).cumsum(-1).flip(-1)  # of each bin and those over it
+        found = ((above >= missing).sum(-1, keepdim=True) - 1).clamp(min=0)
+        missing = missing - (above - sums).gather(-1, found)
+        inside &= bins == found
+        low, high = low + found * width, low + (found + 1) * width
+    return inside
 
 
 def _entropic(values: Tensor, log_weights: Tensor, level: float) -> Tensor:
