@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from alignkit.cli_eval import evaluate
+from alignkit.cli_options import AllowPrivateJudge, Safe
 from alignkit.cli_pairs import pairs
 from alignkit.errors import AlignkitError, ConfigError
 
@@ -26,29 +28,12 @@ checkpoint_app = typer.Typer(help="Look at the checkpoints of a run.", no_args_i
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
-app.command()(pairs)
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that ships with alignkit.")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="FIELD=VALUE", help="Changes, such as train.steps=100 objective.beta=0.2.")
-]
-
-
-def _allow_private_judge(given: bool) -> None:
-    """In the environment, which the processes of a run inherit and no recipe can set."""
-    if given:
-        from alignkit.judges.config import ALLOW_PRIVATE
-
-        os.environ[ALLOW_PRIVATE] = "1"
-
-
-AllowPrivateJudge = Annotated[
-    bool,
-    typer.Option(
-        "--allow-private-judge", callback=_allow_private_judge, help="Let judge.chat.url be an address of a private network."
-    ),
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
@@ -60,7 +45,7 @@ def train(
     resume: Annotated[
         str | None, typer.Option(metavar="auto|PATH", help="Go on from the newest checkpoint, or from one.")
     ] = None,
-    safe: Annotated[bool, typer.Option("--safe", help="Refuse to run code that the recipe or the model brings.")] = False,
+    safe: Safe = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, such as one per GPU.")] = 1,
     allow_private_judge: AllowPrivateJudge = False,
 ) -> None:
@@ -85,7 +70,7 @@ def train(
 def compare(
     recipe: RecipeName,
     overrides: Overrides = None,
-    safe: Annotated[bool, typer.Option("--safe", help="Refuse to run code that the recipe or the model brings.")] = False,
+    safe: Safe = False,
     allow_private_judge: AllowPrivateJudge = False,
 ) -> None:
     """Compare objectives on one task: a grid of runs, one report. The same command goes on where it was stopped."""
@@ -101,51 +86,8 @@ def compare(
     typer.echo(f"{len(found['runs'])} runs, {failed} failed; the report is {Path(loaded.output_dir) / 'report.html'}")
 
 
-@app.command(name="eval")
-def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="RUN_OR_MODEL...", help="Run folders, models, or task:NAME.")],
-    reference: Annotated[str | None, typer.Option(help="What KL is measured from; default: what the runs started from.")] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="File, or task:NAME; default: the run's data.eval, else its task's.")
-    ] = None,
-    reward: Annotated[
-        str | None,
-        typer.Option(metavar="FILE.py:NAME", help="Score of a completion; default: the run's rewards, else its task's."),
-    ] = None,
-    pairs: Annotated[str | None, typer.Option(help="Held-out pairs: accuracy and calibration of the preferences.")] = None,
-    text: Annotated[str | None, typer.Option(help="Held-out text (rows with `text`): perplexity.")] = None,
-    unrelated: Annotated[str | None, typer.Option(help="Prompts of another kind: KL there is forgetting.")] = None,
-    correct: Annotated[
-        float | None, typer.Option(help="A completion with this score is right: adds pass@k and majority@k.")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=2, help="Completions per prompt, with the same noise for every model.")] = 8,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Cap on their tokens; default: the run's.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling noise.")] = 0,
-    to: Annotated[Path, typer.Option(help="File for the results.")] = Path("eval.json"),
-    safe: Annotated[bool, typer.Option("--safe", help="Refuse to run code that a run's recipe brings.")] = False,
-    allow_private_judge: AllowPrivateJudge = False,
-) -> None:
-    """Measure finished models: score, KL to where they started, win rate and more, as a table and as JSON."""
-    if to.exists():
-        raise ConfigError(f"{to} exists already; name another file with --to")
-    from alignkit.evaluation.evaluate import Request, evaluate_to_file
-
-    asked = Request(
-        models=models,
-        reference=reference,
-        prompts=prompts,
-        reward=reward,
-        pairs=pairs,
-        text=text,
-        unrelated=unrelated,
-        correct=correct,
-        samples=samples,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        safe=safe,
-    )
-    evaluate_to_file(asked, to)
-    typer.echo(f"the figures are in {to}")
+app.command(name="eval")(evaluate)
+app.command()(pairs)
 
 
 @app.command()

@@ -49,7 +49,7 @@ def check_objective(objective: Any, family: str, base: str) -> None:
         raise ConfigError(f"as_trl_trainer: {name} learns from {plan.data} data, which {base} does not have; {hint}")
     needs = {
         "a value head": plan.values,
-        "a head of its own": getattr(plan, "outputs", 0),
+        "a head of its own": plan.outputs,
         "completions drawn beside the rows": family == "pair" and plan.samples,
         "completions of another policy": any(draw.source != "policy" or draw.mix for draw in plan.samples),
         "the whole step's rows at once": plan.coupled,

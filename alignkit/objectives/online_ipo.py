@@ -42,12 +42,8 @@ class OnlineIPO(Objective):
     paper: ClassVar[str] = "Calandriello et al. 2024, arXiv:2403.08635"
     equation: ClassVar[str] = "L = (log pi/ref(y) - log pi/ref(y') - (P(y > y') - 1/2) / beta)^2, y, y' ~ pi"
 
-    beta: PositiveFloat = Field(
-        0.1, description="strength of the reverse KL to the reference, per completion (per token for `mean`)"
-    )
-    form: Literal["sum", "mean"] = Field(
-        "sum", description="a completion's log-prob: sum over its tokens, or mean (another game)"
-    )
+    beta: PositiveFloat = Field(0.1, description="strength of the reverse KL to the reference, per completion (`mean`: token)")
+    form: Literal["sum", "mean"] = Field("sum", description="a completion's log-prob: its tokens' sum, or mean (another game)")
 
     @property
     def plan(self) -> Plan:
