@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo test test-faults test-trl-matrix lint bench reproduce clean
+.PHONY: install demo test test-faults test-trl-matrix test-vllm lint bench reproduce clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -25,6 +25,10 @@ test-faults: $(STAMP)  ## 50 runs killed at random moments, each taken up again 
 test-trl-matrix: $(STAMP)  ## the contract tests against the supported releases of TRL
 	@$(SINGLE) $(BIN)/python tests/integrations/trl_matrix.py
 
+test-vllm: $(STAMP)  ## the vLLM sampler against a real vLLM on this machine's CPU, in .venv-vllm (gigabytes the first time)
+	@$(BIN)/python tests/rollout/vllm_env.py
+	$(SINGLE) $(BIN)/python -m pytest -rs tests/rollout/test_real_vllm.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,4 +41,4 @@ reproduce: $(STAMP)  ## the tables and figures of docs/results
 	@set -e; for script in docs/results/make_*.py; do echo "# $$script"; $(BIN)/python $$script; done
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis

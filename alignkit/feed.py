@@ -19,6 +19,7 @@ from alignkit.data.load import fingerprint, load_bundles, load_prompts
 from alignkit.data.report import Report
 from alignkit.errors import ConfigError
 from alignkit.held_out import HeldOut
+from alignkit.mismatch import Correction
 from alignkit.objectives.base import Objective
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.store import cached_in
@@ -94,7 +95,7 @@ def sampled_feed(
         prompts,
         objective,
         pair,
-        make_sampler(recipe.rollout, pair, seed=recipe.train.seed),
+        make_sampler(recipe.rollout, pair, seed=recipe.train.seed, accelerator=accelerator),
         decode,
         accelerator,
         recipe.train.batch_size,
@@ -105,11 +106,12 @@ def sampled_feed(
         int(recipe.train.micro_batch_tokens),
         recipe.rollout.pass_rate if plan.judged == "score" else None,
         recipe.rollout.refills,
+        Correction(recipe.rollout.max_importance, recipe.rollout.max_mismatch) if recipe.rollout.engine == "vllm" else None,
     )
     measure, notes = None, report.lines()
     if recipe.data.eval and reward:
         held_out, other = _load(load_prompts, recipe, plan, pair, task, "eval")
-        sampler = make_sampler(recipe.rollout, pair, seed=recipe.train.seed + 1)
+        sampler = make_sampler(recipe.rollout, pair, seed=recipe.train.seed + 1, accelerator=accelerator)
         measure, notes = HeldOut(held_out, sampler, decode, reward, accelerator), [*notes, *other.lines()]
     elif recipe.data.eval:
         notes = [*notes, "data.eval is not used: held-out prompts are measured by a reward, and this run has none"]
@@ -182,7 +184,8 @@ def _sampling(recipe: Recipe, pair: PolicyPair, prompts: list[Tensor]) -> Callab
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     fitting = [ids for ids in prompts if len(ids) < context]
     room = min([recipe.rollout.max_new_tokens, *(context - len(ids) for ids in fitting)])
-    sampler = make_sampler(recipe.rollout.model_copy(update={"max_new_tokens": room}), pair, seed=recipe.train.seed, exact=False)
+    few = recipe.rollout.model_copy(update={"max_new_tokens": room, "engine": "hf"})
+    sampler = make_sampler(few, pair, seed=recipe.train.seed, exact=False)
 
     def samples(step: int) -> list[dict[str, Any]]:
         drawn = sampler.sample(fitting, Draw(1), step=0, prompt_ids=range(len(fitting)))

@@ -28,6 +28,8 @@ class HeldOut:
     def __call__(self) -> Metrics:
         """`reward` and `completions/mean_length` over all prompts and ranks. DataError when no prompt has a reward."""
         with together(self.accelerator):
+            self.sampler.sync()
+        with together(self.accelerator):
             own = self._sums(list(enumerate(self.prompts))[self.accelerator.process_index :: self.accelerator.num_processes])
         total, count, tokens, rows = self.accelerator.reduce(own.to(self.accelerator.device)).tolist()
         if not count:

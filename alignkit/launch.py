@@ -28,13 +28,14 @@ FREE: dict[str, set[str] | None] = {  # None: the whole section
     "reference": {"store"},
     "data": {"train", "eval", "format"},  # what is trained on is compared row by row
     "train": {"micro_batch_tokens", "eval_every", "save_every", "log_samples_every", "keep", "shard", "max_skipped_steps"},
+    "rollout": {"url", "start_timeout", "timeout", "max_mismatch"},
     "compare": None,
     "trackers": None,
     "output_dir": None,
 }
 # Fields whose `auto` is resolved once and then kept with the run; data.append_eos decides for each row.
 AUTOS = [("model", "dtype"), ("model", "attention"), ("model", "layout"), ("reference", "kind"), ("data", "format")]
-AUTOS += [("train", "micro_batch_tokens"), ("train", "dtype"), ("train", "metric"), ("rollout", "engine")]
+AUTOS += [("train", "micro_batch_tokens"), ("train", "dtype"), ("train", "metric")]
 
 
 def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False) -> "Result":
@@ -53,6 +54,7 @@ def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False)
         RunFolder(recipe.output_dir).refuse_to_overwrite()  # before anything is loaded; the loop asks again under the lock
     else:
         recipe, changes = with_resolved_autos(recipe)
+    check_engine(recipe, objective)
     task = resolve_task(recipe)
     check_appraisal(recipe, objective, task)
     accelerator = make_accelerator(recipe)
@@ -100,6 +102,24 @@ def resolve_task(recipe: Recipe) -> "Task | None":
     from alignkit.tasks import resolve
 
     return resolve(sources[0] if sources else DEFAULT_TASK)
+
+
+def check_engine(recipe: Recipe, objective: "Objective") -> None:
+    """A vLLM server is asked only for what it can draw, and only with its token."""
+    if recipe.rollout.engine == "hf" or not objective.plan.samples:
+        return
+    from alignkit.rollout.client import Client
+    from alignkit.rollout.vllm import check_draw
+
+    assert recipe.rollout.url is not None
+    try:
+        Client(recipe.rollout.url, timeout=recipe.rollout.timeout)
+        if objective.plan.data not in ("rollout", "game"):
+            raise ConfigError("rollout.engine: vllm does not sample beside fixed data; use rollout.engine: hf")
+        for draw in objective.plan.samples:
+            check_draw(draw)
+    except ConfigError as error:
+        raise ConfigError(f"{recipe.origin.at(('rollout', 'url'))}: {error}") from error
 
 
 def check_appraisal(recipe: Recipe, objective: "Objective", task: "Task | None") -> None:
@@ -238,7 +258,6 @@ def _found_autos(pair: "PolicyPair", accelerator: "Accelerator", fixed: bool) ->
             "micro_batch_tokens": 4096 if accelerator.device.type == "cpu" else 16384,
             "metric": "eval_loss" if fixed else "eval_reward",
         },
-        "rollout": {"engine": "hf"},
     }
 
 

@@ -151,6 +151,8 @@ class _Loop:
             return {"skipped": float(self.count.skipped)}
         except NumericsError as error:  # a reward, a judge or a sampler on this rank
             raise NumericsError(f"step {step + 1}: {error}. {self.job.run.last_good()}") from error
+        except ResourceError as error:  # a sampling server, a judge's endpoint, memory
+            raise ResourceError(f"step {step + 1}: {error}. {self.job.run.last_good()}") from error
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"step {step + 1}: out of memory while sampling or scoring: lower train.batch_size, rollout.completions, "

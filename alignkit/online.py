@@ -16,6 +16,7 @@ from alignkit.buffer import pack, unpack
 from alignkit.collect import Order
 from alignkit.errors import DataError, NumericsError
 from alignkit.judges.rows import INVALID, Compare, judged
+from alignkit.mismatch import Correction, mismatch
 from alignkit.objectives.base import Objective
 from alignkit.policies.layout import stand_in
 from alignkit.policies.pair import PolicyPair
@@ -51,6 +52,7 @@ class RolloutSource:
     micro_batch_tokens: int = 4096
     pass_rate: tuple[float, float] | None = None  # prompts whose mean score is outside make room for others
     refills: int = 3
+    correction: Correction | None = None  # where another engine than the trainer's own model samples
     metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,6 +91,8 @@ class RolloutSource:
     def _rollout(self, number: int, half: int) -> dict[int, Bundle]:
         size, turns = self.batch_size * self.plan.minibatches, 1 + (self.refills if self.pass_rate else 0)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        with together(self.accelerator):
+            self.sampler.sync()
         scored: list[list[Sample]] = []
         answered: dict[int, Bundle | None] = {}
         for turn in range(turns):  # places follow from the number and the turn alone
@@ -175,12 +179,19 @@ class RolloutSource:
         """Anchors (and, for rollouts, advantages) into the bundles' tokens."""
         chunks = self.pair.micro_batches(bundles, self.micro_batch_tokens)
         order = [i for chunk in chunks for i in chunk]
+        ordered = [bundles[i] for i in order]
         tokens = concat([self.pair.logps([bundles[i] for i in chunk], self.plan) for chunk in chunks] or [self._no_rows()])
-        self._mismatch(tokens)
+        self.metrics |= mismatch(tokens, self.accelerator)
         channels = dict(tokens.anchors) if not self.plan.statistics else {}
+        if self.correction is not None:
+            self.correction.check(self.metrics)
+            ordered, figures = self.correction.weigh(ordered, tokens, self.accelerator)
+            tokens = replace(tokens, behavior=tokens.policy)  # an objective's own ratio starts at 1
+            channels["behavior"] = tokens.policy
+            self.metrics |= figures
         if self.plan.data == "rollout":
-            channels |= self._advantages([bundles[i] for i in order], tokens)
-        credited = dict(zip(order, _with_channels([bundles[i] for i in order], channels)))
+            channels |= self._advantages(ordered, tokens)
+        credited = dict(zip(order, _with_channels(ordered, channels)))
         return [credited[i] for i in range(len(bundles))]
 
     def _no_rows(self) -> TokenLogps:
@@ -233,17 +244,6 @@ class RolloutSource:
                 self.flat,
                 self.metrics["reward"],
             )
-
-    def _mismatch(self, tokens: TokenLogps) -> None:
-        """How far the engine's log-probs are from the trainer's: logged always, because drift ends in collapse."""
-        if tokens.behavior is None:
-            return
-        gap = (tokens.policy - tokens.behavior)[tokens.mask].double()
-        k3 = torch.expm1(gap) - gap  # KL(engine || trainer), per token
-        own = torch.stack([torch.cat([gap.new_zeros(1), gap.abs()]).max(), k3.sum(), gap.new_tensor(gap.numel())])
-        largest, total, count = self.accelerator.gather(own[None]).T
-        self.metrics["sampling/logp_difference_max"] = float(largest.max())
-        self.metrics["sampling/mismatch_kl"] = float(total.sum() / count.sum().clamp(min=1))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Every rank's part of the rollout in use and the objective's state; the position in it follows from the step."""

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from alignkit.batches import FAMILIES, Bundle, LossTerms, TokenLogps
 from alignkit.errors import ResourceError
 from alignkit.guard import Guard
+from alignkit.mismatch import weighted
 from alignkit.objectives.base import Objective
 from alignkit.policies.layout import stand_in
 from alignkit.policies.pair import PolicyPair
@@ -126,7 +127,7 @@ class Reducer:
 
     def _loss(self, chunk: Sequence[Bundle], tokens: TokenLogps, counts: dict[str, float], sums: Sums) -> Tensor:
         sums.guard.watch_logps(tokens, chunk)
-        out = self.objective.loss(self.family.build(chunk, tokens))
+        out = weighted(self.objective.loss(self.family.build(chunk, tokens)), chunk)
         sums.add(out, chunk)
         loss = sum(term.weight * term.values.sum() / counts[term.unit] for term in out.terms)
         sums.loss += loss.detach().double()

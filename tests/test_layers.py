@@ -6,7 +6,8 @@ from pathlib import Path
 import alignkit
 
 ROOT = Path(alignkit.__file__).parent
-LOOP = ["loop", "online", "collect", "buffer", "reduction", "guard", "together", "updates", "signals", "snapshot", "checkpoint"]
+LOOP = ["loop", "online", "collect", "buffer", "reduction", "mismatch", "guard", "together", "updates", "signals", "snapshot"]
+LOOP += ["checkpoint"]
 LAYERS = {
     0: ["errors", "plugins", "tensors", "divergences", "kl", "risk", "credit"],
     1: ["plan", "batches"],

@@ -1,7 +1,5 @@
 """Loading models and tokenizers, and checking at the start what would train wrongly later."""
 
-import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.reference import KINDS, START_ADAPTER, Anchor, frozen, resolve_kind
 from alignkit.policies.scorer import ScorePair
+from alignkit.rollout import wire
 
 AGREE = 1e-4  # largest difference of log-probs between the two layouts, float32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,7 +95,7 @@ def same_vocabulary(first, second) -> bool:
 
 def vocabulary_hash(tokenizer) -> str:
     """Hash of a tokenizer's vocabulary, ids included."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    return wire.vocabulary_hash(tokenizer.get_vocab())
 
 
 def check_vocabulary(model: nn.Module, tokenizer, name: str) -> None:

@@ -8,6 +8,7 @@ _WHERE = {
     "Models": "sampler",
     "make_sampler": "sampler",
     "HFSampler": "hf",
+    "VLLMSampler": "vllm",
     "OneModel": "text",
     "generate": "text",
 }

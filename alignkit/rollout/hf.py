@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.batches import Draw
-from alignkit.errors import ConfigError, DataError, ModelError, NumericsError
+from alignkit.errors import ConfigError, ModelError, NumericsError
 from alignkit.rollout.cache import roomy_cache
 from alignkit.rollout.noise import gumbel, row_keys
-from alignkit.rollout.sampler import Models, Sample
+from alignkit.rollout.sampler import Models, Sample, check_request, stop_tokens
 
 _CHUNK = 1 << 16  # logits that a processor samples from at a time: the work buffers stay in its cache
 _COMPACT_AT = 0.75  # finished rows leave once this share is left: dropping them copies the cache
@@ -48,15 +48,10 @@ class HFSampler:
     @torch.no_grad()
     def sample(self, prompts: Sequence[Tensor], draw: Draw, *, step: int, prompt_ids: Sequence[int]) -> list[list[Sample]]:
         """`draw.n` samples for each prompt; see `Sampler.sample`. Raises ConfigError, DataError, ModelError, NumericsError."""
-        if draw.n is None or draw.n < 1:
-            raise ConfigError(f"sampling: {draw.n} completions per prompt; at least 1")
-        if len(prompts) != len(prompt_ids):
-            raise ConfigError(f"sampling: {len(prompts)} prompts but {len(prompt_ids)} prompt ids; give one id per prompt")
-        if any(len(prompt) == 0 for prompt in prompts):
-            raise DataError("sampling: a prompt has no tokens; give it at least one (a BOS token)")
+        n = check_request(prompts, draw, prompt_ids)
         weights = _weights(draw)
         samples: list[list[Sample]] = [[] for _ in prompts]
-        for batch in self._batches(prompts, draw.n):
+        for batch in self._batches(prompts, n):
             unique = list(dict.fromkeys(prompt for prompt, _ in batch))
             owner = torch.tensor([unique.index(prompt) for prompt, _ in batch])
             ids = torch.tensor([prompt_ids[prompt] for prompt, _ in batch])
@@ -66,6 +61,9 @@ class HFSampler:
             for (prompt, _), sample in zip(batch, rows, strict=True):
                 samples[prompt].append(sample)
         return samples
+
+    def sync(self) -> None:
+        """Nothing to do: these are the trainer's own weights."""
 
     def _batches(self, prompts: Sequence[Tensor], n: int) -> Iterator[list[tuple[int, int]]]:
         """(prompt, completion) rows, short prompts first, as many per batch as the token budget holds."""
@@ -88,7 +86,7 @@ class HFSampler:
         step, ids, completions = noise
         device, cap, rows = logits.device, self.max_new_tokens, len(owner)
         owner, ids, completions = owner.to(device), ids.to(device), completions.to(device)
-        stop = torch.tensor(_stop_tokens(self.models), device=device)
+        stop = torch.tensor(stop_tokens(self.models), device=device)
         tokens = torch.zeros((rows, cap), dtype=torch.int64, device=device)
         logps = torch.zeros((rows, cap), dtype=torch.float32, device=device)
         lengths = torch.full((rows,), cap, device=device)
@@ -206,14 +204,6 @@ def _samples(tokens: Tensor, logps: Tensor, lengths: Tensor, ended: Tensor) -> l
             raise NumericsError("sampling: the model's log-probs are not finite; its weights or its logits hold nan or inf")
         rows.append(sample)
     return rows
-
-
-def _stop_tokens(models: Models) -> list[int]:
-    """The tokenizer's end token and those of the model's generation config (chat models have several)."""
-    with models.model("policy") as model:
-        configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    several = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in (*several, models.tokenizer.eos_token_id) if token is not None})
 
 
 def _check_context(model: Any, prompt: int, new_tokens: int) -> None:

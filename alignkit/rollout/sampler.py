@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from alignkit.batches import Draw
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, DataError
 from alignkit.rollout.config import RolloutConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Sampler(Protocol):
         opponent) need different steps: under one step and prompt id they see the same noise."""
         ...
 
+    def sync(self) -> None:
+        """Draw from the policy as it is now, from here on. Called on every process before a rollout; they meet afterwards."""
+        ...
+
 
 class Models(Protocol):
     """Where a sampler finds its models: a `PolicyPair`, or `OneModel`."""
@@ -41,20 +48,50 @@ class Models(Protocol):
         ...
 
 
-def make_sampler(config: RolloutConfig, models: Models, *, seed: int, exact: bool = True) -> Sampler:
+def check_request(prompts: Sequence[Tensor], draw: Draw, prompt_ids: Sequence[int]) -> int:
+    """Completions per prompt of a request that can be answered. ConfigError, DataError."""
+    if draw.n is None or draw.n < 1:
+        raise ConfigError(f"sampling: {draw.n} completions per prompt; at least 1")
+    if len(prompts) != len(prompt_ids):
+        raise ConfigError(f"sampling: {len(prompts)} prompts but {len(prompt_ids)} prompt ids; give one id per prompt")
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise DataError("sampling: a prompt has no tokens; give it at least one (a BOS token)")
+    return draw.n
+
+
+def stop_tokens(models: Models) -> list[int]:
+    """The tokenizer's end token and those of the model's generation config (chat models have several)."""
+    with models.model("policy") as model:
+        configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    several = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (*several, models.tokenizer.eos_token_id) if token is not None})
+
+
+def make_sampler(
+    config: RolloutConfig, models: Models, *, seed: int, exact: bool = True, accelerator: "Accelerator | None" = None
+) -> Sampler:
     """The engine that the recipe's `rollout` section asks for.
 
     `exact` (the caller trains on the log-probs) refuses what the trainer's log-probs do not describe: a temperature other
-    than 1, and top_p below 1, under which tokens outside the nucleus have no importance weight at all. Raises ConfigError.
+    than 1, and top_p below 1, under which tokens outside the nucleus have no importance weight at all. A server on this
+    machine gets its weights from the first process of the machine, one elsewhere from the first of all. Raises ConfigError.
     """
     from alignkit.rollout.hf import HFSampler
 
-    if config.engine == "vllm" or config.url is not None:
-        raise ConfigError("rollout.engine: vllm (and rollout.url) is not in this version; allowed: auto, hf")
     for name in ("temperature", "top_p"):
         if exact and getattr(config, name) != 1:
             raise ConfigError(
                 f"rollout.{name}: {getattr(config, name)} samples from another distribution than the one that the policy's "
                 "log-probs describe; training needs 1.0"
             )
-    return HFSampler(models, max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, seed=seed)
+    if config.engine == "hf":
+        return HFSampler(
+            models, max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, seed=seed
+        )
+    from alignkit.rollout.vllm import VLLMSampler
+
+    if accelerator is None:
+        return VLLMSampler(models, config, seed=seed)
+    assert config.url is not None
+    first = accelerator.is_main_process if config.url.startswith("https:") else accelerator.is_local_main_process
+    return VLLMSampler(models, config, seed=seed, pushes=first)

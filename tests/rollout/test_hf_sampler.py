@@ -221,8 +221,6 @@ def test_the_factory_reads_the_section_and_refuses_what_training_cannot_use():
         with pytest.raises(ConfigError, match=f"rollout.{name}: {value}"):
             make_sampler(RolloutConfig(**{name: value}), models, seed=0)
     assert make_sampler(RolloutConfig(), models, seed=0).temperature == 1
-    with pytest.raises(ConfigError, match="vllm"):
-        make_sampler(RolloutConfig(engine="vllm"), models, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,141 @@
+"""Whole runs on a sampling server (the real HTTP server, a transformers model in vLLM's place; see small_server.py)."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+from small_server import TransformersEngine, serving
+from test_cli import run
+from world import save_model
+
+from alignkit.run import read_lines
+
+WORDS = "def wanted(prompts, completions, **columns): return [c.split().count('w5') / 6 for c in completions]\n"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    save_model(folder / "model")
+    (folder / "mine.py").write_text(WORDS)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"w{3 + n}"}) + "\n" for n in range(8)))
+    return folder
+
+
+@pytest.fixture
+def train(world, capsys):
+    """Exit code and stderr of a run with `rloo`, 4 prompts a step and 4 completions each."""
+
+    def call(out, url, *overrides, objective="rloo", model=None):
+        settings = "train.batch_size=4 train.warmup_steps=0 train.log_samples_every=0 train.learning_rate=1e-2 train.save_every=2"
+        fields = [
+            f"model.name_or_path={model or world / 'model'}",
+            f"data.train={world / 'prompts.jsonl'}",
+            f"rewards=[{{function: '{world / 'mine.py'}:wanted'}}]",
+            f"rollout={{url: {url}, max_new_tokens: 6, completions: 4, timeout: 5, start_timeout: 5}}",
+            f"output_dir={out}",
+            *settings.split(),
+        ]
+        code = run("train", objective, *fields, *overrides)
+        return code, " ".join(capsys.readouterr().err.split())
+
+    return call
+
+
+def test_a_run_learns_and_tells_the_mismatch(world, train, tmp_path):
+    engine = TransformersEngine(world / "model")
+    with serving(engine) as url:
+        assert (
+            train(
+                tmp_path / "run",
+                url,
+                "train.steps=15",
+                "train.save_every=0",
+                "train.learning_rate=3e-2",
+                "train.ema_decay=0",
+                "objective.beta=0.01",
+            )[0]
+            == 0
+        )
+    rows = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert sum(row["reward"] for row in rows[-5:]) > sum(row["reward"] for row in rows[:5]) + 1
+    for row in rows:
+        assert 0 <= row["sampling/mismatch_kl"] < 1e-9
+        assert 0 < row["sampling/logp_difference_max"] < 1e-4
+        assert row["sampling/importance_mean"] == pytest.approx(1, abs=1e-4)
+        assert row["sampling/importance_capped"] == 0
+        assert row["importance"] == pytest.approx(1, abs=1e-5)
+    final, served = load_file(tmp_path / "run" / "model" / "model.safetensors"), engine.model.state_dict()
+    assert 0 < max(float((served[name] - value).abs().max()) for name, value in final.items()) < 0.1  # one update behind
+
+
+def test_a_killed_server_stops_the_run_which_goes_on_with_another(world, train, tmp_path):
+    """2 epochs over each rollout, saved in the middle of one: the resumed run is the uninterrupted run, bit for bit."""
+    settings = ("train.steps=8", "objective={name: grpo, beta: 0.1, epochs: 2}", "train.save_every=3")
+    with serving(TransformersEngine(world / "model")) as url:
+        assert train(tmp_path / "whole", url, *settings)[0] == 0
+    engine = TransformersEngine(world / "model")
+    with serving(engine) as url:
+        load = engine.load
+
+        def dying(folder):
+            load(folder)
+            loads.append(folder)
+            if len(loads) == 3:  # at step 5 of 8
+                engine.stop()
+
+        loads, engine.load = [], dying
+        code, err = train(tmp_path / "broken", url, *settings)
+    assert code == 7
+    assert f"step 5: rollout.url: no sampling server answers at {url}" in err
+    assert err.endswith("The last good checkpoint is step-3; --resume auto goes on from it")
+    with serving(TransformersEngine(world / "model")) as url:
+        assert train(tmp_path / "broken", url, *settings, "--resume", "auto")[0] == 0
+    whole, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "broken"))
+    assert all((resumed[name] == value).all() for name, value in whole.items())
+    rewards = [[row["reward"] for row in read_lines(tmp_path / name / "metrics.jsonl")[4:]] for name in ("whole", "broken")]
+    assert rewards[0] == rewards[1]
+
+
+def test_a_server_that_computes_another_model_is_found_out(world, train, tmp_path):
+    engine = TransformersEngine(world / "model")
+    engine.load = lambda folder: None  # says that it took the weights
+    with serving(engine) as url:
+        code, err = train(tmp_path / "run", url, "train.steps=20", "train.learning_rate=0.3")
+    assert code == 7
+    assert "nats per token from the trainer's, more than rollout.max_mismatch 0.1" in err
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("nash_md", "vllm cannot sample the token-level mixture of policy and reference"),
+        ("ipo_md", "vllm cannot sample the token-level mixture of policy and reference"),
+        ("xpo", "this objective draws from its `reference`"),
+        ("inpo", "this objective draws from its `target`"),
+        ("hypo", "vllm does not sample beside fixed data"),
+    ],
+)
+def test_what_the_server_cannot_draw_is_refused_before_models_load(train, tmp_path, objective, words):
+    code, err = train(tmp_path / "run", "http://127.0.0.1:9", objective=objective, model="/nowhere")
+    assert (code, words in err) == (2, True), err
+    assert "override `rollout=" in err
+
+
+def test_a_server_elsewhere_needs_https_and_a_token(train, tmp_path, monkeypatch):
+    monkeypatch.delenv("ALIGNKIT_ROLLOUT_TOKEN", raising=False)
+    code, err = train(tmp_path / "run", "https://gpu.example:8001", model="/nowhere")
+    assert (code, "set ALIGNKIT_ROLLOUT_TOKEN to the server's token" in err) == (2, True), err
+    code, err = train(tmp_path / "run", "http://gpu.example:8001", model="/nowhere")
+    assert (code, "http would send weights to gpu.example in the clear" in err) == (2, True), err
+
+
+def test_another_tokenizer_or_no_server(world, train, tmp_path):
+    engine = TransformersEngine(world / "model")
+    told = engine.describe()
+    engine.describe = lambda: {**told, "vocabulary": "another"}
+    with serving(engine) as url:
+        code, err = train(tmp_path / "run", url)
+    assert (code, "whose tokenizer is not the policy's" in err) == (4, True), err
+    code, err = train(tmp_path / "run", url, "rollout.start_timeout=0.2")
+    assert (code, "within rollout.start_timeout (0.2 s)" in err) == (7, True), err
