@@ -132,8 +132,7 @@ def neural_table(found: dict) -> str:
     """The table of the figures that `neural` found."""
     header = ["objective", "steps", "exact gap", "times smaller", "KL to the reference, nats", "processor seconds (wall clock)"]
     rows = []
-    for name in PER_PROMPT:
-        row = found["rows"][name]
+    for name, row in ((name, found["rows"][name]) for name in PER_PROMPT if name in found["rows"]):
         figures = [f"{row['gap']:.4f}", f"{found['start'] / row['gap']:.1f}", f"{row['kl']:.3f}"]
         figures.append(f"{row['cpu_seconds']:.0f} ({row['seconds']:.0f})")
         rows.append([name, str(row["steps"]), *figures])
@@ -149,8 +148,10 @@ def main() -> None:
     for name in args.neural:
         found = neural(name, found)
         saved.write_text(json.dumps(found, indent=1) + "\n")
-    if missing := [name for name in PER_PROMPT if name not in found.get("rows", {})]:
-        parser.exit(0, f"not yet trained: {', '.join(missing)}\n")
+    if "rows" not in found:
+        parser.exit(0, "not yet trained: any objective\n")
+    if missing := [name for name in PER_PROMPT if name not in found["rows"]]:
+        print(f"not yet trained, left out: {', '.join(missing)}")
     text = TEXT.format(
         questions=QUESTIONS,
         tabular=tabular(),
