@@ -98,7 +98,7 @@ class RolloutSource:
         for turn in range(turns):  # places follow from the number and the turn alone
             mine = [place for place in range(turn * size, (turn + 1) * size) if place % world == rank]
             with together(self.accelerator):
-                samples, bundles = self._answers(mine, number * turns * size, 2 * number + half)
+                samples, bundles = self._answers([number * turns * size + place for place in mine], 2 * number + half)
             scored, answered = scored + samples, answered | dict(zip(mine, bundles))
             fitting = sorted(gather_object([place for place, b in answered.items() if b is not None and self._fits(b)]))
             if len(fitting) >= size:
@@ -114,22 +114,21 @@ class RolloutSource:
         """Whether the prompt is neither too hard nor too easy for the policy (Bae et al. 2025, arXiv:2504.03380)."""
         return self.pass_rate is None or self.pass_rate[0] < float(bundle.rows["score"].mean()) < self.pass_rate[1]
 
-    def _answers(self, mine: Sequence[int], start: int, visit: int) -> tuple[list[list[Sample]], list[Bundle | None]]:
-        """The policy's samples for the prompts at places `mine` after `start`, and their bundles; None: not to be used."""
-        chosen = [(start + place, *self.order[start + place : start + place + 1]) for place in mine]
-        prompts = [self.prompts[i] for _, i in chosen]
+    def _answers(self, positions: Sequence[int], visit: int) -> tuple[list[list[Sample]], list[Bundle | None]]:
+        """The policy's samples for the prompts at `positions` of the order, and their bundles; None: not to be used."""
+        prompts = [self.prompts[i] for position in positions for i in self.order[position : position + 1]]
         scored: list[list[Sample]] = [[] for _ in prompts]
         opponents: list[list[Sample]] = [[] for _ in prompts]
         for d, draw in enumerate(self.plan.samples):
             draw = replace(draw, n=draw.n or self.completions)
             clock = visit * len(self.plan.samples) + d  # distinct noise for every draw
-            drawn = self._sampled([p.ids for p in prompts], draw, step=clock, prompt_ids=[p for p, _ in chosen])
-            for mine, samples in zip(scored if draw.scored else opponents, drawn):
-                mine.extend(samples)
+            drawn = self._sampled([p.ids for p in prompts], draw, step=clock, prompt_ids=positions)
+            for row, samples in zip(scored if draw.scored else opponents, drawn):
+                row.extend(samples)
         bundles = [_bundle(prompt, samples) for prompt, samples in zip(prompts, scored)]
         return scored, self._appraise(prompts, bundles, scored, opponents)
 
-    def _sampled(self, prompts: list[Tensor], draw: Draw, *, step: int, prompt_ids: list[int]) -> list[list[Sample]]:
+    def _sampled(self, prompts: list[Tensor], draw: Draw, *, step: int, prompt_ids: Sequence[int]) -> list[list[Sample]]:
         """The sampler's answer. Where the policy's log-probs are not finite, NumericsError says what to do."""
         try:
             return self.sampler.sample(prompts, draw, step=step, prompt_ids=prompt_ids)

@@ -155,6 +155,10 @@ def ones_own_code(job):
     job.source.reward = failing(job.source.reward, ZeroDivisionError("mine"))
 
 
+def the_memory(job):
+    job.source.sampler.sample = failing(job.source.sampler.sample, torch.OutOfMemoryError("CUDA out of memory"))
+
+
 def the_disk(job):
     checkpoints = job.run.checkpoints
     job.run.log = lambda row: setattr(job.run, "checkpoints", checkpoints / "a file") if row["step"] == BROKEN_STEP else None
@@ -172,6 +176,7 @@ BREAKS = {  # what breaks in step 3: on which rank, in which run, exit code and 
     "the_judge": (1, nash, {}, 7, "judge mine did not return within 0.3 s"),
     "the_held_out_reward": (1, measured, {}, 3, "reward mine raised KeyError: 1"),
     "ones_own_code": (1, rpg, {}, 1, "mine"),
+    "the_memory": (1, rpg, {}, 7, "step 3: out of memory while sampling or scoring"),
     "the_disk": (0, dpo, {}, 6, "could not write checkpoint step-3"),
     "the_log": (0, dpo, {}, 7, "cannot write metrics.jsonl: No space left on device"),
 }

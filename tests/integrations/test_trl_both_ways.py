@@ -189,5 +189,8 @@ def test_and_back(model, tmp_path):
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     job = make_job(tmp_path / "saved", tmp_path / "run", DPO(), pairs(8), steps=1)
+    theirs, ours = trainer.model.state_dict(), job.pair.base.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
     with job.run:
-        train(job)
+        assert train(job).step == 1
