@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignkit.batches import Bundle, LossTerms, TokenLogps
 from alignkit.errors import NumericsError
+from alignkit.policies.sharding import local
 
 NAMED = 8  # findings that a message lists
 
@@ -62,6 +63,11 @@ class Guard:
             for row in bad.nonzero()[:, 0].tolist()
         ]
         return list(dict.fromkeys(lines))
+
+
+def broken_weights(module: nn.Module) -> list[str]:
+    """Names of trainable parameters of which this process's part is not finite."""
+    return [name for name, p in module.named_parameters() if p.requires_grad and not local(p.detach()).isfinite().all()]
 
 
 def _owner(bundles: Sequence[Bundle], rows: int, row: int) -> str:

@@ -15,7 +15,7 @@ from alignkit import checkpoint
 from alignkit.batches import Bundle
 from alignkit.collect import Source
 from alignkit.errors import ConfigError, NumericsError, ResourceError
-from alignkit.guard import BrokenStep
+from alignkit.guard import BrokenStep, broken_weights
 from alignkit.objectives.base import Objective
 from alignkit.policies.pair import PolicyPair
 from alignkit.progress import TrainProgress
@@ -230,7 +230,7 @@ class _Loop:
     def _check_weights(self, step: int) -> None:
         """Nothing is kept that is not finite, so that every checkpoint is a good one; the guard looks before an update."""
         with together(self.job.accelerator):
-            broken = self.pair.broken_weights()
+            broken = broken_weights(self.pair.base)
             if broken:
                 raise NumericsError(
                     f"step {step}: its update left weights that are not finite, in {broken[0]} and {len(broken) - 1} others: "

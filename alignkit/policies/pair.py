@@ -15,7 +15,7 @@ from alignkit.policies.head import AnchorStates
 from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches, stand_in
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.reference import START_ADAPTER, Anchor
-from alignkit.policies.sharding import assign, gathered, is_sharded, local, shard, whole
+from alignkit.policies.sharding import assign, gathered, is_sharded, shard, whole
 
 SCORING_BUDGET = 8192  # tokens per forward without gradient
 ANCHOR_PREFIX = "anchor."
@@ -247,10 +247,6 @@ class PolicyPair:
         for name, anchor in self.anchors.items():
             found |= {f"{ANCHOR_PREFIX}{name}.{key}": value for key, value in anchor.state(self.base).items()}
         return found
-
-    def broken_weights(self) -> list[str]:
-        """Names of trainable parameters of which this process's part is not finite."""
-        return [name for name, p in self.base.named_parameters() if p.requires_grad and not local(p.detach()).isfinite().all()]
 
     def state(self, *, keep: bool = True) -> dict[str, Tensor]:
         """Trainable parameters and moving anchors, whole, copied to the CPU.
