@@ -1,9 +1,10 @@
-"""DPO on GSM8K pairs: alignkit beside TRL, step by step in turn, in one process; peak memory in a process of each.
+"""DPO: alignkit beside TRL, step by step in turn, in one process; peak memory in a process of each.
 
-    python tests/benchmarks/bench_dpo.py [--steps 12] [--size 15M] [--vocab 8192] [--dtype float32]
+    python tests/benchmarks/bench_dpo.py [--data gsm8k] [--steps 12] [--size 15M] [--vocab 8192] [--dtype float32]
 
-Both sides train the same weights on the same batches with a live reference. TRL takes the better of gradient
-checkpointing on and off. The table goes to stdout as Markdown.
+Both sides train the same weights on the same batches with a live reference. TRL runs with gradient checkpointing on and off, in
+whole batches and in quarters that are accumulated. The floor of a step are the matrix products on the tokens that differ, of
+policy and reference, forward and backward, timed on the machine in between. The tables go to stdout as Markdown.
 """
 
 import argparse
@@ -11,20 +12,25 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from world import measured_alone, pairs, peak_memory, write_world
+from world import SHAPES, dialogues, measured_alone, pairs, peak_memory, write_world
+
+from alignkit.policies.layout import build_rows
 
 BETA, RATE = 0.1, 1e-5
+LONGEST = 2048  # tokens of prompt and completion
+DATA_SETS = {"gsm8k": pairs, "dialogues": dialogues}
 
 
 class Ours:
     """alignkit's step: the loop's own reducer, optimiser and update."""
 
-    def __init__(self, folder: Path, rows: list[dict], batch: int, dtype: str):
+    def __init__(self, folder: Path, rows: list[dict], batch: int, dtype: str, objective=None):
         from alignkit.data import load_bundles
         from alignkit.data.config import DataConfig
         from alignkit.loop import make_optimizer
@@ -34,7 +40,7 @@ class Ours:
         from alignkit.reduction import Reducer
         from alignkit.train_config import TrainConfig
 
-        objective = DPO(beta=BETA)
+        objective = objective or DPO(beta=BETA)
         accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if dtype == "bfloat16" else "no")
         model = ModelConfig(name_or_path=str(folder))
         self.pair = load_pair(
@@ -42,11 +48,12 @@ class Ours:
         )
         file = folder / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        bundles, _ = load_bundles(DataConfig(train=str(file)), "pair", self.pair.tokenizer)
+        bundles, _ = load_bundles(DataConfig(train=str(file), max_length=LONGEST), "pair", self.pair.tokenizer)
         self.batches = [bundles[i : i + batch] for i in range(0, len(bundles), batch)]
         config = TrainConfig(learning_rate=RATE)
         self.optimizer = self.pair.prepare(accelerator, partial(make_optimizer, config))
         self.reducer = Reducer(objective, self.pair, accelerator, 4096, 1.0)
+        self.dtype = getattr(torch, dtype)
 
     def step(self, index: int) -> float:
         metrics = self.reducer.backward(self.batches[index])
@@ -54,8 +61,46 @@ class Ours:
         self.optimizer.zero_grad()
         return metrics["loss"]
 
+    def floor(self, index: int) -> float:
+        """Seconds of the matrix products of a step on its distinct tokens, each shape timed now."""
+        rows = build_rows(self.batches[index], "shared_prefix")
+        own = torch.arange(rows.input_ids.shape[1])
+        tokens = int(((rows.ends > own + 1) | (rows.input_ids > 0)).sum())  # pads have the id 0 and see themselves alone
+        head = self.pair.base.head.module
+        shapes: dict[tuple[int, int, int], int] = {}
+        for module in self.pair.base.modules():
+            if isinstance(module, torch.nn.Linear):
+                shape = (len(rows.labels) if module is head else tokens, *module.weight.shape)
+                shapes[shape] = shapes.get(shape, 0) + 1
+        return sum(count * self._products(*shape) for shape, count in shapes.items())
 
-def trl_trainer(folder: Path, rows: list[dict], batch: int, dtype: str, checkpointing: bool, steps: int, callback):
+    @torch.no_grad()
+    def _products(self, rows: int, outputs: int, inputs: int) -> float:
+        x, w, g = (torch.ones(shape, dtype=self.dtype) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+        acts = (lambda: x @ w.T, lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x)  # policy, reference, two of backward
+        for act in acts:
+            act()
+        began = time.perf_counter()
+        for act in acts:
+            act()
+        return time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How TRL is run."""
+
+    checkpointing: bool
+    accumulation: int
+
+    def __str__(self) -> str:
+        return f"{'checkpointing' if self.checkpointing else 'no checkpointing'}, {8 // self.accumulation} x {self.accumulation}"
+
+
+SETTINGS = [Setting(on, parts) for on in (False, True) for parts in (1, 4)]
+
+
+def trl_trainer(folder: Path, rows: list[dict], setting: Setting, dtype: str, steps: int, callback):
     """TRL's trainer on the same weights and batches."""
     from datasets import Dataset, disable_progress_bars
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
@@ -66,13 +111,14 @@ def trl_trainer(folder: Path, rows: list[dict], batch: int, dtype: str, checkpoi
     disable_progress_bar()
     arguments = DPOConfig(
         output_dir=str(folder / "trl"),
-        per_device_train_batch_size=batch,
+        per_device_train_batch_size=8 // setting.accumulation,
+        gradient_accumulation_steps=setting.accumulation,
         max_steps=steps,
         learning_rate=RATE,
         lr_scheduler_type="constant",
         beta=BETA,
-        max_length=1024,
-        gradient_checkpointing=checkpointing,
+        max_length=LONGEST,
+        gradient_checkpointing=setting.checkpointing,
         train_sampling_strategy="sequential",
         bf16=dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
@@ -106,11 +152,9 @@ def callback_between_steps(act):
     return Between()
 
 
-def alternate(
-    folder: Path, rows: list[dict], steps: int, dtype: str, checkpointing: bool
-) -> tuple[list[float], list[float], float]:
-    """Seconds of each step of alignkit and of TRL, in turn, and the largest difference of their losses."""
-    ours, theirs, losses = [], [], []
+def alternate(folder: Path, rows: list[dict], steps: int, dtype: str, setting: Setting) -> dict[str, float]:
+    """Medians of a step of alignkit, of TRL and of the floor, in turn, and the largest difference of the losses."""
+    ours, theirs, floors, losses = [], [], [], []
     side = Ours(folder, rows, 8, dtype)
 
     def act(seconds: float) -> None:
@@ -118,59 +162,63 @@ def alternate(
         began = time.perf_counter()
         losses.append(side.step(len(ours)))
         ours.append(time.perf_counter() - began)
+        floors.append(side.floor(len(floors)))
 
-    trainer = trl_trainer(folder, rows, 8, dtype, checkpointing, steps, callback_between_steps(act))
+    trainer = trl_trainer(folder, rows, setting, dtype, steps, callback_between_steps(act))
     trainer.train()
     logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return ours[1:], theirs[1:], max(abs(a - b) for a, b in zip(losses, logged))
+    medians = {name: statistics.median(times[1:]) for name, times in (("ours", ours), ("theirs", theirs), ("floor", floors))}
+    return medians | {"difference": max(abs(a - b) for a, b in zip(losses, logged, strict=True))}
 
 
-def alone(who: str, folder: Path, steps: int, dtype: str) -> None:
+def alone(who: str, folder: Path, rows: list[dict], steps: int, dtype: str) -> None:
     """Peak memory of one side, printed as JSON."""
-    rows = pairs(8 * steps)
     if who == "alignkit":
         side = Ours(folder, rows, 8, dtype)
         for i in range(steps):
             side.step(i)
     else:
-        trl_trainer(folder, rows, 8, dtype, who == "trl-checkpointing", steps, callback_between_steps(lambda _: None)).train()
+        setting = next(setting for setting in SETTINGS if str(setting) == who)
+        trl_trainer(folder, rows, setting, dtype, steps, callback_between_steps(lambda _: None)).train()
     print(json.dumps({"memory": peak_memory()}))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="gsm8k", choices=DATA_SETS)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--size", default="15M")
+    parser.add_argument("--size", default="15M", choices=SHAPES)
     parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    rows = DATA_SETS[given.data](8 * given.steps)
     if given.alone:
-        alone(given.alone, Path(given.folder), given.steps, given.dtype)
+        alone(given.alone, Path(given.folder), rows, given.steps, given.dtype)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = write_world(Path(name), given.size, given.vocab)
-        report(folder, given)
+        report(folder, rows, given)
 
 
-def report(folder: Path, given) -> None:
+def report(folder: Path, rows: list[dict], given: argparse.Namespace) -> None:
     """Run everything and print the table."""
-    settings = {"trl": False, "trl-checkpointing": True}
-    found = {who: alternate(folder, pairs(8 * given.steps), given.steps, given.dtype, on) for who, on in settings.items()}
-    common = ("--folder", str(folder), "--steps", str(min(given.steps, 4)), "--dtype", given.dtype)
-    memory = {who: measured_alone(__file__, "--alone", who, *common)["memory"] for who in ("alignkit", *settings)}
+    common = ("--folder", str(folder), "--steps", str(min(given.steps, 4)), "--dtype", given.dtype, "--data", given.data)
+    mine = measured_alone(__file__, "--alone", "alignkit", *common)["memory"]
     print(
-        f"\nDPO, GSM8K pairs, batch 8, {given.size} Llama, vocabulary {given.vocab}, {given.dtype}, live reference, "
-        f"{torch.get_num_threads()} threads, medians of {given.steps - 1} steps\n"
+        f"\nDPO, {given.data}, batch 8, {given.size} Llama, vocabulary {given.vocab}, {given.dtype}, live reference, "
+        f"{torch.get_num_threads()} threads, medians of {given.steps - 1} steps; alignkit's peak memory {mine:.0f} MiB\n"
     )
-    print("| against | alignkit pairs/s | TRL pairs/s | ratio | alignkit MiB | TRL MiB | ratio | loss difference |")
+    print("| TRL with | alignkit pairs/s | TRL pairs/s | ratio | TRL MiB | alignkit's share | floor / step | loss difference |")
     print("|---|---|---|---|---|---|---|---|")
-    for who, (ours, theirs, difference) in found.items():
-        mine, other = 8 / statistics.median(ours), 8 / statistics.median(theirs)
+    for setting in SETTINGS:
+        found = alternate(folder, rows, given.steps, given.dtype, setting)
+        memory = measured_alone(__file__, "--alone", str(setting), *common)["memory"]
         print(
-            f"| {who} | {mine:.2f} | {other:.2f} | {mine / other:.2f} | {memory['alignkit']:.0f} | {memory[who]:.0f} | "
-            f"{memory['alignkit'] / memory[who]:.2f} | {difference:.1e} |"
+            f"| {setting} | {8 / found['ours']:.2f} | {8 / found['theirs']:.2f} | {found['theirs'] / found['ours']:.2f} | "
+            f"{memory:.0f} | {mine / memory:.2f} | {found['floor'] / found['ours']:.2f} | {found['difference']:.1e} |",
+            flush=True,
         )
 
 

@@ -24,6 +24,16 @@ def pairs(limit: int | None = None) -> list[dict[str, str]]:
     return [{k: rows[i][k] for k in ("prompt", "chosen", "rejected")} for i in order[:limit]]
 
 
+def dialogues(limit: int, turns: int = 5) -> list[dict[str, str]]:
+    """Pairs whose prompts are long: earlier questions with their answers, then a question."""
+    rows = pairs(limit * (turns + 1))
+    groups = [rows[i : i + turns + 1] for i in range(0, len(rows), turns + 1)]
+    return [
+        {**last, "prompt": "\n\n".join([*(f"{row['prompt']}\n{row['chosen']}" for row in earlier), last["prompt"]])}
+        for *earlier, last in groups
+    ]
+
+
 def write_world(folder: Path, size: str = "15M", vocab: int = 8192) -> Path:
     """A Llama with random weights and a byte-level BPE tokenizer trained on the pairs."""
     inner = Tokenizer(models.BPE())
