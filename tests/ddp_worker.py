@@ -1,7 +1,9 @@
 """Run by torchrun in tests: the loop on this many processes; the main one writes weights and metrics of each case."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from itertools import count
@@ -23,6 +25,7 @@ from alignkit.objectives.kto import KTO
 from alignkit.objectives.nash_md import NashMD
 from alignkit.objectives.rpg import RPG
 from alignkit.processes import end
+from alignkit.signals import Interrupted
 
 SGD = {"optimizer": "sgd", "learning_rate": 0.5}
 BROKEN_STEP = 3
@@ -182,6 +185,26 @@ BREAKS = {  # what breaks in step 3: on which rank, in which run, exit code and 
 }
 
 
+def a_signal(model: Path, out: Path) -> None:
+    """In its third step the last rank is asked to stop; every rank writes how it ended."""
+    accelerator = Accelerator(cpu=True)
+    job = dpo(model, out / "a_signal", accelerator)
+    if accelerator.process_index == accelerator.num_processes - 1:
+        collect = job.source.collect
+
+        def signalled(step, half):
+            if step == BROKEN_STEP - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return collect(step, half)
+
+        job.source.collect = signalled
+    try:
+        with job.run:
+            train(job)
+    except Interrupted as left:
+        (out / f"a_signal-{accelerator.process_index}.json").write_text(json.dumps([left.exit_code, str(left)]))
+
+
 def break_one_rank(name: str, model: Path, out: Path) -> None:
     """A run in which something breaks on one rank only; every rank writes how it ended."""
     accelerator = Accelerator(cpu=True)
@@ -203,6 +226,7 @@ if __name__ == "__main__":
         run(case, model, out)
     for name in BREAKS:
         break_one_rank(name, model, out)
+    a_signal(model, out)
     accelerator = Accelerator(cpu=True)
     if accelerator.is_main_process:
         take_up("adamw", one, out / "more")

@@ -1,9 +1,12 @@
 """The command line: speed of its help, one test per exit code, and what a run leaves on disk."""
 
+import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -234,3 +237,26 @@ def test_several_processes_give_the_exit_code_of_the_first_that_fails(capfd):
 
     assert launch(2, ["recipes", "show", "nope"]) == 2
     assert "ended with exit code 2" in capfd.readouterr().err
+
+
+def test_a_signal_ends_several_processes_with_its_code(tmp_path, monkeypatch):
+    """In place of runs, two sleepers; a thread sends this process, which supervises them, the signal once they are there."""
+    from alignkit.processes import launch
+
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text('#!/bin/sh\ntouch "$0.$RANK"\nexec sleep 60\n')
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(sleeper))
+
+    def stop():
+        while len(list(tmp_path.glob("sleeper.*"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    threading.Thread(target=stop, daemon=True).start()
+    try:
+        assert launch(2, []) == 128 + signal.SIGTERM
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -122,6 +122,14 @@ def test_what_breaks_on_one_rank_stops_all_in_the_same_step(finished, name):
         assert "The last good checkpoint is step-2" in message
 
 
+def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(finished):
+    _, _, two = finished
+    for rank in (0, 1):
+        code, message = json.loads((two / f"a_signal-{rank}.json").read_text())
+        assert (code, message) == (143, "stopped by signal 15 after step 3; go on with --resume auto")
+    assert [(v.step, v.reason) for v in checkpoint.verify(two / "a_signal" / "checkpoints")] == [(3, None)]
+
+
 def test_accelerates_fsdp_is_refused_where_it_would_be_ignored(finished, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     job = ddp_worker.dpo(finished[0], tmp_path, Accelerator(cpu=True))
