@@ -139,6 +139,7 @@ def _unused(recipe: Recipe, objective: "Objective") -> list[str]:
     unused = {
         "rewards": bool(recipe.rewards) and plan.judged != "score",
         "judge": recipe.judge is not None and plan.judged in ("none", "score"),
+        "rollout.url": recipe.rollout.url is not None and not plan.samples,
         "target": recipe.target is not None and "target" not in plan.anchors,
     }
     unused["rollout.pass_rate"] = recipe.rollout.pass_rate is not None and plan.judged != "score"

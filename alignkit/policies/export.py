@@ -13,14 +13,20 @@ from alignkit.errors import ModelError
 def write_weights(model: nn.Module, folder: Path, *, dtype: torch.dtype) -> Path:
     """Write `folder`/model.safetensors under a checkpoint's names, in `dtype`; a LoRA adapter is folded in. The model stays as
     it is, bit for bit."""
-    state = _live(model)
-    if hasattr(model, "peft_config"):
-        model, state = _folded(model)
+    base, layers = _unwrapped(model)
+    state: dict[str, Tensor] = {}
     cast: dict[int, Tensor] = {}  # tied weights stay tied
-    for name, value in state.items():
-        if value.is_floating_point():
-            state[name] = cast.setdefault(value.data_ptr(), value.to(dtype))
-    model.save_pretrained(folder, state_dict=state, max_shard_size="100TB")
+    for name, value in _live(base).items():
+        if ".lora_" in name:
+            continue
+        name, kind = name.replace(".base_layer.", "."), dtype if value.is_floating_point() else value.dtype
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer is None:
+            state[name] = cast.setdefault(value.data_ptr(), value.to("cpu", kind))
+        else:
+            update = sum(layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A)
+            state[name] = (value + update).to("cpu", kind)
+    base.save_pretrained(folder, state_dict=state, max_shard_size="100TB")
     return folder / "model.safetensors"
 
 
@@ -34,8 +40,10 @@ def _live(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _folded(model: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The base model of a LoRA model, and its weights with the active adapters' updates added."""
+def _unwrapped(model: Any) -> tuple[Any, dict[str, Any]]:
+    """The causal language model itself, and its LoRA layers by name."""
+    if not hasattr(model, "peft_config"):
+        return model, {}
     from peft.tuners.lora import LoraLayer
 
     for name in model.active_adapters:
@@ -44,13 +52,5 @@ def _folded(model: Any) -> tuple[nn.Module, dict[str, Tensor]]:
             raise ModelError(
                 "model.adapter: DoRA, biases and whole modules of an adapter cannot be folded into a server's weights"
             )
-    base, state = model.get_base_model(), {}
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    for name, value in _live(base).items():
-        if ".lora_" not in name:
-            state[name.replace(".base_layer.", ".")] = value
-    for name, layer in layers.items():
-        for adapter in layer.active_adapters:
-            if adapter in layer.lora_A:
-                state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight(adapter)
-    return base, state
+    base = model.get_base_model()
+    return base, {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}

@@ -54,14 +54,7 @@ class VLLMSampler:
     pushes  whether this process gives its server the weights: one process for each server
     """
 
-    def __init__(
-        self,
-        models: Models,
-        config: RolloutConfig,
-        *,
-        seed: int,
-        pushes: bool = True,
-    ):
+    def __init__(self, models: Models, config: RolloutConfig, *, seed: int, pushes: bool = True):
         assert config.url is not None
         self.models, self.config, self.seed = models, config, seed
         self.pushes = pushes

@@ -1,6 +1,7 @@
 """Whole runs on a sampling server (the real HTTP server, a transformers model in vLLM's place; see small_server.py)."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file
@@ -95,6 +96,20 @@ def test_a_killed_server_stops_the_run_which_goes_on_with_another(world, train, 
     assert all((resumed[name] == value).all() for name, value in whole.items())
     rewards = [[row["reward"] for row in read_lines(tmp_path / name / "metrics.jsonl")[4:]] for name in ("whole", "broken")]
     assert rewards[0] == rewards[1]
+
+
+def test_a_server_that_is_a_little_off_is_corrected_for(world, train, tmp_path):
+    """It samples at temperature 0.9, and says so in its log-probs: the objective sees the trainer's, and weights beside them."""
+    engine = TransformersEngine(world / "model")
+    true = engine.continuations
+    engine.continuations = lambda rows: true([replace(row, temperature=0.9) for row in rows])
+    with serving(engine) as url:
+        assert train(tmp_path / "run", url, "train.steps=2", "rollout.max_importance=1.5")[0] == 0
+    for row in read_lines(tmp_path / "run" / "metrics.jsonl"):
+        assert row["sampling/mismatch_kl"] > 1e-3
+        assert row["importance"] == pytest.approx(1, abs=1e-5)  # of the policy over the trainer's log-probs: no update yet
+        assert 0.8 < row["sampling/importance_mean"] < 1.1
+        assert row["sampling/importance_mean"] != pytest.approx(1, abs=1e-3)
 
 
 def test_a_server_that_computes_another_model_is_found_out(world, train, tmp_path):

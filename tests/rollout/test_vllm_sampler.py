@@ -147,6 +147,15 @@ def test_weights_of_someone_else_are_noticed(folder, engine, url):
     sampler.sync()  # the version has not moved, but the server's has
 
 
+def test_an_answer_that_names_other_weights_is_no_data(folder, engine, url):
+    sampler = sampler_of(pair_of(folder), url)
+    sampler.sync()
+    answered = sampler.client.sample
+    sampler.client.sample = lambda asked, most: {**answered(asked, most), "version": "older"}
+    with pytest.raises(ResourceError, match="sampled with stale weights: older, not"):
+        draw(sampler)
+
+
 def test_weights_are_sent_again_to_a_server_that_lost_them(folder, engine):
     pair = pair_of(folder)
     moved(pair)
