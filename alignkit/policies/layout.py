@@ -218,6 +218,7 @@ def micro_batches(
     """
     rows = [computed_tokens(bundle, layout) for bundle in bundles]
     order = sorted(range(len(bundles)), key=lambda i: (-max(rows[i]), i))
+    prices = [_packed_price(bundle, layout, packing) for bundle in bundles] if packing else []
     best: list[tuple[float, int]] = [(0, 0)]  # per number of bundles placed: least cost, where its last group begins
     for stop in range(1, len(order) + 1):
         options: list[tuple[float, int]] = []
@@ -228,7 +229,7 @@ def micro_batches(
             count, total, longest = count + len(rows[i]), total + sum(rows[i]), max(rows[i])
             tokens, cost = count * longest, float(count * longest)
             if packing:
-                price += _packed_price(bundles[i], layout, packing)
+                price += prices[i]
                 cost = beside(count, longest, packing)
                 if price < cost:
                     tokens, cost = total, price

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from alignkit.batches import Statistic
 from alignkit.policies.head import AnchorStates, Head, head_figures
 from alignkit.policies.layout import Rows, attention_mask
-from alignkit.policies.packing import packs, take_runs
+from alignkit.policies.packing import NARROW, packs, take_runs
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
@@ -54,7 +54,8 @@ class PolicyModule(nn.Module):
     def packing(self) -> int | None:
         """The model's width if its attention takes rows of runs; None where it does not, or gains nothing by it."""
         model = causal_lm(self.model)
-        return model.config.get_text_config().hidden_size if packs(model) else None
+        width = model.config.get_text_config().hidden_size
+        return width if packs(model) and width >= NARROW else None
 
     def _hidden(self, rows: Rows) -> Tensor:
         """Last hidden states at the tokens that predict the labels: [M, H]."""

@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 KERNEL = "alignkit_runs"  # the name under which transformers knows the attention below
+NARROW = 256  # models below this width gain nothing worth the counting
 CALL = 750_000  # what a call of the kernel costs beside its work, in query-key pairs of a model of width 1
 
 

@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import MODELS, bundle, random_bundles, separate_logps, tiny_model
 
 from alignkit.policies.layout import build_rows
-from alignkit.policies.module import PolicyModule
+from alignkit.policies.module import PolicyModule, causal_lm
+from alignkit.policies.packing import packs
 
 LAYOUTS = ("shared_prefix", "padded")
 WIDE = 10**6  # a width at which every pad that is saved pays
@@ -43,7 +44,7 @@ def check(model, bundles, *, atol: float, oracle=None) -> None:
     module = PolicyModule(model)
     expected = separate_logps(oracle or model, bundles)
     reference = gradients(model, expected, bundles)
-    for layout, packing in itertools.product(LAYOUTS, {None, module.packing and WIDE}):
+    for layout, packing in itertools.product(LAYOUTS, {None, WIDE if packs(causal_lm(model)) else None}):
         rows = build_rows(bundles, layout, packing=packing)
         logps = rows.scatter(module(rows)["policy"])
         torch.testing.assert_close(logps, expected, rtol=0, atol=atol)
