@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hmac import compare_digest
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -154,11 +155,12 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:
             status, body = 500, {"error": f"{type(error).__name__}: {error}"}
         data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        with suppress(ConnectionError):  # the client went away: there is nobody to tell
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
 
     def _weights(self, length: int) -> Mapping[str, Any]:
         with tempfile.TemporaryDirectory(prefix="alignkit-weights-") as folder:

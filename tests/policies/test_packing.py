@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tiny_models import bundle, random_bundles, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -76,8 +77,10 @@ def test_mixed_precision_does_not_pack():
     pair = PolicyPair(PolicyModule(tiny_model("llama", hidden_size=512)), None, {})
     bundles = [bundle([3] * 4, [[5] * 90, [6] * 2]), bundle([3], [[7, 8], [9, 9]])]
     assert len(pair.micro_batches(bundles, 100)) == 1
+    AcceleratorState._reset_state()  # other tests have had another precision
     pair.prepare(Accelerator(cpu=True, mixed_precision="bf16"), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     assert len(pair.micro_batches(bundles, 100)) == 2
+    AcceleratorState._reset_state()
 
 
 def test_generation_saving_and_recomputing_know_nothing_of_it(tmp_path):
