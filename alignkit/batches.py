@@ -124,8 +124,23 @@ class LossTerms:
         return replace(self, terms=[replace(t, weight=t.weight * weight) for t in self.terms])
 
 
+def _tables(bundles: Sequence[Bundle], device: torch.device) -> Tensor | None:
+    """How often each completion of a prompt beats each other one, [B, K, K], where all were compared."""
+    tables = [b.rows["table"] for b in bundles if "table" in b.rows]
+    return torch.stack(tables).to(device) if tables else None
+
+
+class _ByPrompt:
+    """A row is a prompt with all its completions."""
+
+    @staticmethod
+    def counts(bundles: Sequence[Bundle]) -> dict[str, int]:
+        """Rows and tokens that the terms of these bundles are divided by."""
+        return {"rows": len(bundles), "tokens": sum(b.n_trained for b in bundles)}
+
+
 @dataclass(frozen=True)
-class SequenceBatch:
+class SequenceBatch(_ByPrompt):
     """Demonstrations: one completion per prompt (N = B)."""
 
     completions_per_bundle: ClassVar[int | None] = 1
@@ -134,11 +149,6 @@ class SequenceBatch:
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
         return cls(tokens)
-
-    @staticmethod
-    def counts(bundles: Sequence[Bundle]) -> dict[str, int]:
-        """Rows and tokens that the terms of these bundles are divided by."""
-        return {"rows": len(bundles), "tokens": sum(b.n_trained for b in bundles)}
 
 
 @dataclass(frozen=True)
@@ -155,9 +165,7 @@ class PairBatch:
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
         every = torch.arange(len(tokens.policy), device=tokens.policy.device).view(len(bundles), -1)
         beside = tokens.select(every[:, 2:].flatten()) if every.shape[1] > 2 else None
-        tables = [b.rows["table"] for b in bundles if "table" in b.rows]
-        table = torch.stack(tables).to(every.device) if tables else None
-        return cls(tokens.select(every[:, 0]), tokens.select(every[:, 1]), beside, table)
+        return cls(tokens.select(every[:, 0]), tokens.select(every[:, 1]), beside, _tables(bundles, every.device))
 
     @staticmethod
     def counts(bundles: Sequence[Bundle]) -> dict[str, int]:
@@ -190,7 +198,7 @@ class PairBatch:
 
 
 @dataclass(frozen=True)
-class RankedBatch:
+class RankedBatch(_ByPrompt):
     """Rankings: the completions of each prompt, best first; a pair is a ranking of two."""
 
     completions_per_bundle: ClassVar[int | None] = None
@@ -200,10 +208,6 @@ class RankedBatch:
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
         return cls(tokens, torch.tensor([len(b.completions) for b in bundles], device=tokens.policy.device))
-
-    @staticmethod
-    def counts(bundles: Sequence[Bundle]) -> dict[str, int]:
-        return {"rows": len(bundles), "tokens": sum(b.n_trained for b in bundles)}
 
     def ranked(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """One value per completion [N] -> [B, K], best first, 0 behind short rankings; and which are there, [B, K] bool."""
@@ -266,7 +270,7 @@ class RolloutBatch:
 
 
 @dataclass(frozen=True)
-class GameBatch:
+class GameBatch(_ByPrompt):
     """Self-play: K completions of each prompt and how often each beats the opponent the judge compared it with."""
 
     completions_per_bundle: ClassVar[int | None] = None
@@ -278,16 +282,8 @@ class GameBatch:
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
         device, per = tokens.policy.device, len(bundles[0].completions)
         start = per * torch.arange(len(bundles), device=device)
-        tables = [b.rows["table"] for b in bundles if "table" in b.rows]
-        return cls(
-            [tokens.select(start + k) for k in range(per)],
-            torch.stack([b.rows["preference"] for b in bundles]).to(device),
-            torch.stack(tables).to(device) if tables else None,
-        )
-
-    @staticmethod
-    def counts(bundles: Sequence[Bundle]) -> dict[str, int]:
-        return {"rows": len(bundles), "tokens": sum(b.n_trained for b in bundles)}
+        preference = torch.stack([b.rows["preference"] for b in bundles]).to(device)
+        return cls([tokens.select(start + k) for k in range(per)], preference, _tables(bundles, device))
 
 
 Batch = SequenceBatch | PairBatch | RankedBatch | LabelledBatch | RolloutBatch | GameBatch

@@ -83,7 +83,7 @@ def sampled_feed(
     """Prompts that the policy answers during the run, with the recipe's rewards or judge (a task brings its own reward)."""
     from alignkit.online import RolloutSource
 
-    plan = objective.plan
+    plan, rollout = objective.plan, recipe.rollout
     prompts, report = _load(load_prompts, recipe, plan, pair, task, "train")
     reward, judge = _appraisers(recipe, plan, task, accelerator, safe)
 
@@ -95,23 +95,23 @@ def sampled_feed(
         prompts,
         objective,
         pair,
-        make_sampler(recipe.rollout, pair, seed=recipe.train.seed, accelerator=accelerator),
+        make_sampler(rollout, pair, seed=recipe.train.seed, accelerator=accelerator),
         decode,
         accelerator,
-        recipe.train.batch_size,
-        recipe.rollout.completions,
-        recipe.train.seed,
-        reward,
-        judge,
-        int(recipe.train.micro_batch_tokens),
-        recipe.rollout.pass_rate if plan.judged == "score" else None,
-        recipe.rollout.refills,
-        Correction(recipe.rollout.max_importance, recipe.rollout.max_mismatch) if recipe.rollout.engine == "vllm" else None,
+        batch_size=recipe.train.batch_size,
+        completions=rollout.completions,
+        seed=recipe.train.seed,
+        reward=reward,
+        judge=judge,
+        micro_batch_tokens=int(recipe.train.micro_batch_tokens),
+        pass_rate=rollout.pass_rate if plan.judged == "score" else None,
+        refills=rollout.refills,
+        correction=Correction(rollout.max_importance, rollout.max_mismatch) if rollout.engine == "vllm" else None,
     )
     measure, notes = None, report.lines()
     if recipe.data.eval and reward:
         held_out, other = _load(load_prompts, recipe, plan, pair, task, "eval")
-        sampler = make_sampler(recipe.rollout, pair, seed=recipe.train.seed + 1, accelerator=accelerator)
+        sampler = make_sampler(rollout, pair, seed=recipe.train.seed + 1, accelerator=accelerator)
         measure, notes = HeldOut(held_out, sampler, decode, reward, accelerator), [*notes, *other.lines()]
     elif recipe.data.eval:
         notes = [*notes, "data.eval is not used: held-out prompts are measured by a reward, and this run has none"]

@@ -140,9 +140,9 @@ def _unused(recipe: Recipe, objective: "Objective") -> list[str]:
         "rewards": bool(recipe.rewards) and plan.judged != "score",
         "judge": recipe.judge is not None and plan.judged in ("none", "score"),
         "rollout.url": recipe.rollout.url is not None and not plan.samples,
+        "rollout.pass_rate": recipe.rollout.pass_rate is not None and plan.judged != "score",
         "target": recipe.target is not None and "target" not in plan.anchors,
     }
-    unused["rollout.pass_rate"] = recipe.rollout.pass_rate is not None and plan.judged != "score"
     return [f"`{section}` is set in the recipe, but this objective does not use it" for section, holds in unused.items() if holds]
 
 

@@ -25,7 +25,6 @@ class RPG(RolloutObjective):
 
     paper: ClassVar[str] = "Zhang et al. 2025, arXiv:2505.17508, tables 1, 2 and 4, algorithm 2"
     equation: ClassVar[str] = "L = -SG(w (A - beta log w)) log pi (behavior, reverse_ukl); -SG(w A) log pi + beta KL_t (fixed)"
-
     kl_metric: ClassVar[str] = "kl/policy_reference_exact"
 
     beta: PositiveFloat = Field(0.05, description="strength of the KL")
@@ -58,8 +57,8 @@ class RPG(RolloutObjective):
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:
-        estimators = (*get_args(Estimator), *get_args(Estimator))
-        forms = [cls(anchor="behavior", divergence=d, estimator=e) for d, e in zip(get_args(Divergence), estimators)]
+        kinds = zip(get_args(Divergence), 2 * get_args(Estimator))
+        forms = [cls(anchor="behavior", divergence=d, estimator=e) for d, e in kinds]
         return [cls(), cls(kl_credit="token", clip_high=1.0, clip_low=0.6, aggregation="constant", length=4), *forms]
 
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
