@@ -27,7 +27,16 @@ FREE: dict[str, set[str] | None] = {  # None: the whole section
     "model": {"layout", "gradient_checkpointing"},
     "reference": {"store"},
     "data": {"train", "eval", "format"},  # what is trained on is compared row by row
-    "train": {"micro_batch_tokens", "eval_every", "save_every", "log_samples_every", "keep", "shard", "max_skipped_steps"},
+    "train": {
+        "micro_batch_tokens",
+        "eval_every",
+        "save_every",
+        "log_samples_every",
+        "keep",
+        "shard",
+        "max_skipped_steps",
+        "process_timeout",
+    },
     "rollout": {"url", "start_timeout", "timeout", "max_mismatch"},
     "compare": None,
     "trackers": None,
@@ -161,10 +170,12 @@ def with_resolved_autos(recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 def make_accelerator(recipe: Recipe) -> "Accelerator":
     """accelerate's handle on devices, processes, precision and trackers. It accumulates nothing: the reduction does."""
+    from datetime import timedelta
+
     import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     cuda = torch.cuda.is_available()
     half = recipe.train.dtype == "bfloat16" or (recipe.train.dtype == "auto" and cuda and torch.cuda.is_bf16_supported())
@@ -175,7 +186,10 @@ def make_accelerator(recipe: Recipe) -> "Accelerator":
         cpu=not cuda,
         log_with=trackers or None,
         project_dir=recipe.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # nothing writes to them
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),  # nothing writes to them
+            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.train.process_timeout)),
+        ],
     )
     missing = set(trackers) - {"all"} - {str(tracker) for tracker in accelerator.log_with}
     if missing:

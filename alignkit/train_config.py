@@ -29,6 +29,9 @@ class TrainConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="compute dtype; bfloat16 is autocast over float32 weights"
     )
+    process_timeout: PositiveFloat = Field(
+        1800.0, le=10**7, description="seconds that processes wait for one that is slow or stuck before the run stops"
+    )
     shard: bool = Field(False, description="shard weights, gradients and moments over the processes (FSDP2)")
     eval_every: NonNegativeInt = Field(100, description="steps between evaluations; 0 = never")
     save_every: NonNegativeInt = Field(100, description="steps between checkpoints; 0 = never")

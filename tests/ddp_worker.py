@@ -5,13 +5,16 @@ import os
 import shutil
 import signal
 import sys
+import time
 from dataclasses import replace
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 
 import ddp_online_worker
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import save_file
 from test_online import online_job, share_of_wanted
 from torch.distributed.tensor import DTensor
@@ -29,6 +32,7 @@ from alignkit.signals import Interrupted
 
 SGD = {"optimizer": "sgd", "learning_rate": 0.5}
 BROKEN_STEP = 3
+PATIENCE = 1.0  # seconds
 
 
 def dpo(model, out, accelerator, **settings):
@@ -47,7 +51,7 @@ def kto(model, out, accelerator, **settings):
 
 def rpg(model, out, accelerator, **settings):
     """5 prompts per rollout: 3 for the first rank, 2 for the second."""
-    return online_job(model, out, RPG(beta=0.1), prompts_per_step=5, steps=4, **settings)
+    return online_job(model, out, RPG(beta=0.1), prompts_per_step=5, steps=4, accelerator=accelerator, **settings)
 
 
 def dropped(model, out, accelerator, **settings):
@@ -71,7 +75,7 @@ def measured(model, out, accelerator, **settings):
 
 
 def nash(model, out, accelerator, **settings):
-    return online_job(model, out, NashMD(), **settings)
+    return online_job(model, out, NashMD(), accelerator=accelerator, **settings)
 
 
 CASES = {
@@ -220,6 +224,26 @@ def break_one_rank(name: str, model: Path, out: Path) -> None:
         (out / f"{name}-{accelerator.process_index}.json").write_text(json.dumps([code, str(error)]))
 
 
+def a_slow_rank(model: Path, out: Path) -> None:
+    """In its third step the last rank takes longer than the others wait; every rank writes how it ended. Nothing works after."""
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=PATIENCE))  # as train.process_timeout gives it
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[patience])
+    job = rpg(model, out / "a_slow_rank", accelerator, save_every=1)
+    if accelerator.process_index == 1:
+        reward, calls = job.source.reward, count(1)
+
+        def slow(*args, **columns):
+            time.sleep(3 * PATIENCE if next(calls) == BROKEN_STEP else 0)
+            return reward(*args, **columns)
+
+        job.source.reward = slow
+    try:
+        with job.run:
+            train(job)
+    except AlignkitError as error:
+        (out / f"a_slow_rank-{accelerator.process_index}.json").write_text(json.dumps([error.exit_code, str(error)]))
+
+
 if __name__ == "__main__":
     model, one, out = map(Path, sys.argv[1:])
     for case in CASES:
@@ -233,4 +257,5 @@ if __name__ == "__main__":
     accelerator.wait_for_everyone()
     run("adamw", model, out / "more", "auto")
     ddp_online_worker.main(model, out / "online", accelerator)
+    a_slow_rank(model, out)
     end(accelerator)

@@ -1,5 +1,7 @@
 """From recipe to run: online and self-play recipes with rewards and judges of a user's own, evaluation, epochs, the card."""
 
+from datetime import timedelta
+
 import pytest
 import yaml
 from world import pair_rows, save_model, write_rows
@@ -7,7 +9,7 @@ from world import pair_rows, save_model, write_rows
 from alignkit.card import model_card
 from alignkit.config import build_objective, load_recipe, shipped_recipes
 from alignkit.errors import ConfigError
-from alignkit.launch import run_recipe
+from alignkit.launch import make_accelerator, run_recipe
 from alignkit.run import read_lines
 
 HELPERS = """
@@ -130,3 +132,8 @@ def test_every_shipped_recipe_runs_on_its_task(name, tmp_path):
     assert result.step == 2
     writes = not build_objective(recipe.objective).plan.outputs  # reward and preference models score, they write nothing
     assert [row["step"] for row in read_lines(tmp_path / name / "samples.jsonl")][::4] == ([0, 2] if writes else [])
+
+
+def test_processes_wait_as_long_as_the_recipe_says():
+    handler = make_accelerator(load_recipe("dpo", ["train.process_timeout=5"])).init_handler
+    assert handler.timeout == timedelta(seconds=5)

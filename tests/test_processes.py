@@ -130,6 +130,14 @@ def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(finished):
     assert [(v.step, v.reason) for v in checkpoint.verify(two / "a_signal" / "checkpoints")] == [(3, None)]
 
 
+def test_a_slow_rank_is_named(finished):
+    _, _, two = finished
+    (code, said), (late_code, _) = (json.loads((two / f"a_slow_rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert (code, late_code) == (7, 7)
+    assert said.startswith("step 3: rank 1 is slow, stuck or gone: the others waited for train.process_timeout.")
+    assert "The last good checkpoint is step-2" in said
+
+
 def test_accelerates_fsdp_is_refused_where_it_would_be_ignored(finished, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     job = ddp_worker.dpo(finished[0], tmp_path, Accelerator(cpu=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 from alignkit.batches import Family, RolloutBatch
 from alignkit.objectives.base import Objective
 from alignkit.oracles.gradients import kl_misalignment
-from alignkit.oracles.invariances import EXACT, Check
+from alignkit.oracles.invariances import EXACT, EXTREMES, Check, apart
 from alignkit.oracles.optima import minimise, preference_loss, tree_optimum
 from alignkit.oracles.worlds import World, distance, reduced, solved
 from alignkit.policies.tabular import Tree
@@ -24,12 +24,24 @@ def direction(objective: Objective) -> Iterator[Check]:
     world = World.build(objective.plan)
     same = dict.fromkeys(world.anchors, world.policy)
     world = replace(world, anchors=same, behavior=world.policy).credited(objective)
+    yield Check("direction", _slope(objective, world), -1e-12, "slope of the loss towards better completions")
+
+
+def wrong_order(objective: Objective) -> Iterator[Check]:
+    """Pairs that the policy orders wrongly by up to 2e4 nats are put right, however flat the loss may be there."""
+    world, signs = World.build(objective.plan), torch.tensor([-1.0, 1.0])
+    for size in EXTREMES:
+        slope = _slope(objective, apart(world, size, signs))
+        yield Check(f"direction, wrong by {2 * size:g} nats", slope, -1e-12, "slope of the loss towards better completions")
+
+
+def _slope(objective: Objective, world: World) -> float:
+    """Slope of the loss, by the policy's log-probs, towards the better completions: below 0, a step of descent favours them."""
     tokens = world.tokens().map(Tensor.detach)
     leaf = tokens.policy.requires_grad_()
     loss = reduced(objective, world, replace(tokens, policy=leaf))
     found = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
-    slope = 0.0 if found is None else float((found.sum(-1) * world.better).sum())
-    yield Check("direction", slope, -1e-12, "slope of the loss towards better completions")
+    return 0.0 if found is None else float((found.sum(-1) * world.better).sum())
 
 
 def fields(objective: Objective) -> Iterator[Check]:
@@ -117,4 +129,7 @@ def kl_gradient(objective: Objective) -> Iterator[Check]:
 
 
 COMMON = (direction, fields, readable, limits)
-BY_FAMILY: dict[Family, tuple[Callable[[Objective], Iterator[Check]], ...]] = {"pair": (optimum,), "rollout": (kl_gradient,)}
+BY_FAMILY: dict[Family, tuple[Callable[[Objective], Iterator[Check]], ...]] = {
+    "pair": (optimum, wrong_order),
+    "rollout": (kl_gradient,),
+}

@@ -29,24 +29,28 @@ class Check:
         return self.figure <= self.bound  # nan fails
 
 
+def apart(world: World, size: float, signs: Tensor) -> World:
+    """`world` in float32 with about `size` nats more between the policy and the others for each completion, of the sign that
+    `signs` [2] gives to a bundle's completions in turn. Policy or the others lose probability; logits never grow."""
+    starts = torch.cat([torch.arange(len(b.completions)) for b in world.bundles])
+    push = (size * signs[starts % 2].unsqueeze(-1) / world.mask.sum(-1, keepdim=True)).unsqueeze(-1)
+    at = torch.nn.functional.one_hot(world.labels, world.policy.shape[-1]) * push
+    return replace(
+        world,
+        policy=(world.policy + at.clamp(max=0)).float(),
+        anchors={name: (logits - at.clamp(min=0)).float() for name, logits in world.anchors.items()},
+        behavior=(world.behavior - at.clamp(min=0)).float(),
+    )
+
+
 def finite(objective: Objective) -> Iterator[Check]:
     """Losses and gradients at ordinary and extreme log-ratios of either sign, in float32 and bfloat16."""
     world = World.build(objective.plan)
-    starts = torch.cat([torch.arange(len(b.completions)) for b in world.bundles])
-    lengths = world.mask.sum(-1, keepdim=True)
     for dtype in (torch.float32, torch.bfloat16):
         broken, largest = 0, 0.0
         for size in (0.0, *EXTREMES):
             for signs in PATTERNS:
-                push = (size * signs[starts % 2].unsqueeze(-1) / lengths).unsqueeze(-1)
-                at = torch.nn.functional.one_hot(world.labels, world.policy.shape[-1]) * push
-                moved = replace(
-                    world,
-                    policy=(world.policy + at.clamp(max=0)).float(),
-                    anchors={name: (logits - at.clamp(min=0)).float() for name, logits in world.anchors.items()},
-                    behavior=(world.behavior - at.clamp(min=0)).float(),
-                )
-                loss, grad = solved(objective, moved.credited(objective), dtype)
+                loss, grad = solved(objective, apart(world, size, signs).credited(objective), dtype)
                 broken += int(not (loss.isfinite() and grad.isfinite().all()))
                 largest = max(largest, float(grad.abs().max()))
         yield Check(f"finite, {str(dtype)[6:]}", broken, 0, f"log-ratios to 1e4; largest gradient {largest:.1e}")
