@@ -173,7 +173,9 @@ def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, a model folder, a hub name, or task:NAME.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
     completions: Annotated[int, typer.Option(min=1, help="Completions to sample.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Cap on the tokens of a completion.")] = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Cap on the tokens of a completion; default: 64, or what the context leaves.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling noise.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's message, through the chat template.")] = False,

@@ -21,6 +21,7 @@ from alignkit.errors import ConfigError
 from alignkit.held_out import HeldOut
 from alignkit.mismatch import Correction
 from alignkit.objectives.base import Objective
+from alignkit.policies.module import context_length
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.store import cached_in
 from alignkit.reduction import Metrics
@@ -181,7 +182,7 @@ def _after(
 def _sampling(recipe: Recipe, pair: PolicyPair, prompts: list[Tensor]) -> Callable[[int], list[dict[str, Any]]]:
     """step -> rows for samples.jsonl: the same prompts and the same noise each time, so that only the policy differs."""
     with pair.model("policy") as model:
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        context = context_length(model)
     fitting = [ids for ids in prompts if len(ids) < context]
     room = min([recipe.rollout.max_new_tokens, *(context - len(ids) for ids in fitting)])
     few = recipe.rollout.model_copy(update={"max_new_tokens": room, "engine": "hf"})

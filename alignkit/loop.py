@@ -103,8 +103,9 @@ class _Loop:
             found, notes = job.run.find(resume, job.identity)
         start = found.step if found else 0
         if job.run.finished:
-            self._say_only(f"{job.run.path} is finished ({start} steps); nothing to do")
-            return Result(start, {}, start)
+            done = job.run.last_step()
+            self._say_only(f"{job.run.path} is finished; nothing to do")
+            return Result(done, {}, done)
         if found:
             self._restore(found)
         with together(job.accelerator):

@@ -49,6 +49,11 @@ class RunFolder:
         """The model is renamed into place as a run's last act."""
         return self.model.is_dir()
 
+    def last_step(self) -> int:
+        """The last step that is logged, 0 where none is."""
+        rows = read_lines(self.path / "metrics.jsonl")
+        return rows[-1]["step"] if rows else 0
+
     def refuse_to_overwrite(self) -> None:
         """A run that has results is continued, never overwritten."""
         if self.finished or checkpoint.steps(self.checkpoints):

@@ -118,7 +118,9 @@ def test_the_resolved_recipe_is_kept_and_reads_back(finished):
 def test_a_finished_run_is_not_repeated(world, finished, capsys):
     before = (finished / "metrics.jsonl").read_bytes()
     assert run("train", "dpo", *options(world, finished), "train.save_every=2", "--resume", "auto") == 0
-    assert "is finished" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "is finished" in said.err
+    assert said.out.startswith("5 steps done; the model is in ")
     assert run("train", "dpo", *options(world, finished)) == 2
     assert "already holds a run; continue it with --resume auto" in capsys.readouterr().err
     assert (finished / "metrics.jsonl").read_bytes() == before

@@ -10,6 +10,7 @@ from alignkit.config import Recipe, build_objective
 from alignkit.errors import ConfigError
 from alignkit.evaluation.request import Request, checked, data_of, labels_of, task_of
 from alignkit.finished import find_finished, load_finished
+from alignkit.rollout.config import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from alignkit.data.load import Prompt
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from alignkit.rollout.text import OneModel
     from alignkit.tasks import Task
 
-MAX_NEW_TOKENS = 64
 BEST_OF = (2, 4, 8, 16, 32, 64)
 Found = dict[str, Any]
 
@@ -69,6 +69,7 @@ def evaluate(request: Request) -> Found:
 
 def _yardstick(request: Request, task: "Task | None", reference: "OneModel") -> "Yardstick":
     from alignkit.evaluation.measure import Yardstick
+    from alignkit.policies.module import context_length
     from alignkit.rewards import load_rewards
 
     recipe = next(iter(request.recipes.values()), None)
@@ -79,8 +80,7 @@ def _yardstick(request: Request, task: "Task | None", reference: "OneModel") -> 
         reward = load_rewards(recipe.rewards, safe=request.safe)
     else:
         reward = task.reward if task else None
-    context = getattr(reference.network.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    room = context - max(len(prompt.ids) for prompt in prompts)
+    room = context_length(reference.network) - max(len(prompt.ids) for prompt in prompts)
     wanted = request.max_new_tokens or min(room, recipe.rollout.max_new_tokens if recipe else MAX_NEW_TOKENS)
     return Yardstick(prompts, request.samples, wanted, request.seed, reward)
 

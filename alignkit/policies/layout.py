@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, takewhile
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -218,32 +219,31 @@ def micro_batches(
     """
     rows = [computed_tokens(bundle, layout) for bundle in bundles]
     order = sorted(range(len(bundles)), key=lambda i: (-max(rows[i]), i))
-    prices = [_packed_price(bundle, layout, packing) for bundle in bundles] if packing else []
-    best: list[tuple[float, int]] = [(0, 0)]  # per number of bundles placed: least cost, where its last group begins
+    longest = np.array([max(rows[i]) for i in order])
+    counts, sizes = (np.cumsum([0, *(measure(rows[i]) for i in order)]) for measure in (len, sum))
+    prices = np.cumsum([0, *(round(_packed_price(bundles[i], layout, packing)) if packing else 0 for i in order)])
+    best = np.zeros(len(order) + 1)  # per number of bundles placed: the least cost, and where its last group begins
+    cut = [0] * (len(order) + 1)
+    low = 0
     for stop in range(1, len(order) + 1):
-        options: list[tuple[float, int]] = []
-        count = total = 0
-        price = 0.0
-        for start in range(stop - 1, -1, -1):
-            i = order[start]
-            count, total, longest = count + len(rows[i]), total + sum(rows[i]), max(rows[i])
-            tokens, cost = count * longest, float(count * longest)
-            if packing:
-                price += prices[i]
-                cost = beside(count, longest, packing)
-                if price < cost:
-                    tokens, cost = total, price
-            if tokens > budget and options:
-                break
-            options.append((best[start][0] + cost + overhead, start))
-        best.append(min(options))
+        while low < stop - 1 and sizes[stop] - sizes[low] > budget:
+            low += 1
+        count, total, width = counts[stop] - counts[low:stop], sizes[stop] - sizes[low:stop], longest[low:stop]
+        tokens, cost = count * width, (count * width).astype(float)
+        if packing:
+            price, cost = prices[stop] - prices[low:stop], beside(count, width, packing)
+            tokens, cost = np.where(price < cost, total, tokens), np.minimum(price, cost)
+        over = np.flatnonzero(tokens[:-1] > budget)
+        first = over[-1] + 1 if len(over) else 0
+        options = best[low + first : stop] + cost[first:] + overhead
+        cut[stop] = low + first + int(options.argmin())
+        best[stop] = options.min()
     groups: list[list[int]] = []
     stop = len(order)
     while stop:
-        start = best[stop][1]
-        groups.insert(0, order[start:stop])
-        stop = start
-    return groups
+        groups.append(order[cut[stop] : stop])
+        stop = cut[stop]
+    return groups[::-1]
 
 
 def _packed_price(bundle: Bundle, layout: Layout, width: int) -> float:

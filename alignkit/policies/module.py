@@ -19,6 +19,11 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
+def context_length(model: nn.Module) -> int:
+    """Tokens that a transformers model reads at once; a very large number where its config names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
 def layer_windows(config) -> dict[str, int | None]:
     """Sliding window per layer type of a model's config; the single key "" for a model that takes one mask."""
     config = config.get_text_config()

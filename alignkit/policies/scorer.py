@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from alignkit.batches import Bundle, Plan, TokenLogps
 from alignkit.errors import DataError
+from alignkit.policies.module import context_length
 from alignkit.policies.pair import PolicyPair
 
 
@@ -31,8 +32,7 @@ class ScorePair(PolicyPair):
     def __init__(self, model: Any, tokenizer: Any, *, save_config: Mapping[str, object] | None = None) -> None:
         module: Any = ScoreModule(model)
         super().__init__(module, tokenizer, {}, layout="padded", save_config=save_config)
-        config = model.config.get_text_config()
-        self.pad, self.longest = config.pad_token_id, getattr(config, "max_position_embeddings", None) or 1 << 30
+        self.pad, self.longest = model.config.get_text_config().pad_token_id, context_length(model)
 
     def logps(self, bundles: Sequence[Bundle], plan: Plan, *, anchors: bool = True) -> TokenLogps:
         """`policy` [N, D] holds the outputs of the N completions. DataError where a row exceeds the model's context."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import DataError
+from alignkit.policies.module import context_length
 
 
 class RewardModel:
@@ -17,7 +18,7 @@ class RewardModel:
 
     def __init__(self, model: Any, tokenizer: Any, *, token_budget: int = 16384):
         self.model, self.tokenizer, self.token_budget = model.eval(), tokenizer, token_budget
-        self.longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        self.longest = context_length(model)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:

@@ -17,6 +17,8 @@ from pydantic import (
     model_validator,
 )
 
+MAX_NEW_TOKENS = 64  # of a completion, where nobody says otherwise
+
 
 class RolloutConfig(BaseModel):
     """How online objectives sample completions."""
@@ -25,7 +27,7 @@ class RolloutConfig(BaseModel):
     url: str | None = Field(None, description="the sampling server: http on a loopback address, https elsewhere")
     engine: Literal["auto", "hf", "vllm"] = Field("auto", description="who samples; auto: vllm where there is a url, else hf")
     completions: Annotated[int, Field(ge=2)] = Field(8, description="completions per prompt")
-    max_new_tokens: PositiveInt = Field(64, description="cap on tokens per completion")
+    max_new_tokens: PositiveInt = Field(MAX_NEW_TOKENS, description="cap on tokens per completion")
     temperature: PositiveFloat = Field(1.0, description="of the run's samples; training needs 1, which its log-probs describe")
     pass_rate: tuple[float, float] | None = Field(
         None, description="learn from prompts whose mean score is strictly between these; null = from all"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from alignkit.batches import Draw
 from alignkit.errors import ConfigError, ModelError, NumericsError
+from alignkit.policies.module import context_length
 from alignkit.rollout.cache import roomy_cache
 from alignkit.rollout.noise import gumbel, row_keys
 from alignkit.rollout.sampler import Models, Sample, check_request, stop_tokens
@@ -207,11 +208,11 @@ def _samples(tokens: Tensor, logps: Tensor, lengths: Tensor, ended: Tensor) -> l
 
 
 def _check_context(model: Any, prompt: int, new_tokens: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and prompt + new_tokens > limit:
+    limit = context_length(model)
+    if prompt + new_tokens > limit:
         raise ConfigError(
             f"a prompt of {prompt} tokens and {new_tokens} new tokens exceed the model's context of {limit}; "
-            f"lower rollout.max_new_tokens or data.max_length"
+            "lower max_new_tokens (rollout.max_new_tokens of a recipe) or data.max_length"
         )
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn, tensor
 
 from alignkit.batches import Draw
 from alignkit.errors import ConfigError, DataError
+from alignkit.policies.module import context_length
+from alignkit.rollout.config import MAX_NEW_TOKENS
 from alignkit.rollout.hf import HFSampler
 from alignkit.rollout.sampler import Models
 
@@ -36,7 +38,7 @@ def generate(
     prompts: Sequence[Prompt],
     *,
     completions: int = 1,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -44,15 +46,19 @@ def generate(
 ) -> list[list[str]]:
     """`completions` texts for each prompt, without special tokens; a chat prompt goes through the tokenizer's template.
 
-    temperature 0 takes the most likely token at each place. Prompt i sees the same noise in every call with the same seed,
+    max_new_tokens is 64, or what the context leaves the longest prompt, unless given. temperature 0 takes the most likely
+    token at each place. Prompt i sees the same noise in every call with the same seed,
     so two models, or one model before and after training, are compared on equal terms.
     Raises ConfigError for sampling arguments out of range and for prompts longer than the model's context, DataError for an
     empty prompt.
     """
     if completions < 1:
         raise ConfigError(f"generate: completions is {completions}; at least 1")
-    sampler = HFSampler(models, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     ids = [prompt_ids(prompt, models.tokenizer) for prompt in prompts]
+    with models.model(source) as model:
+        room = context_length(model) - max(map(len, ids), default=0)
+    cap = max(1, min(MAX_NEW_TOKENS, room)) if max_new_tokens is None else max_new_tokens
+    sampler = HFSampler(models, max_new_tokens=cap, temperature=temperature, top_p=top_p, seed=seed)
     drawn = sampler.sample(ids, Draw(completions, source), step=0, prompt_ids=range(len(ids)))
     return [[models.tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples] for samples in drawn]
 

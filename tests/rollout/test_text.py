@@ -44,6 +44,14 @@ def test_generate_gives_texts_without_special_tokens_and_repeats_itself(folder):
         generate(one, ["a"], completions=0)
 
 
+def test_as_many_new_tokens_as_the_context_leaves(folder):
+    """The context is 64: beside a prompt of 60 there is room for 4, and a number that is given is not lowered."""
+    one, long = OneModel(AutoModelForCausalLM.from_pretrained(folder), small_tokenizer()), " ".join("a" * 60)
+    assert generate(one, [long], temperature=0) == generate(one, [long], temperature=0, max_new_tokens=4)
+    with pytest.raises(ConfigError, match="60 tokens and 64 new tokens exceed the model's context of 64"):
+        generate(one, [long], max_new_tokens=64)
+
+
 def test_prompts_become_ids():
     tokenizer = small_tokenizer()
     assert prompt_ids("a b", tokenizer).tolist() == [2, 3]
