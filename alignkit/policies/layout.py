@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from alignkit.batches import Bundle
 from alignkit.policies.packing import Run, beside, find_runs, packed, pays, run_mask
@@ -97,12 +98,13 @@ def _padded(lists: Sequence[Sequence[int]], fill: Sequence[int] | None = None) -
 
 
 def build_rows(
-    bundles: Sequence[Bundle], layout: Layout, device: torch.device | str = "cpu", *, packing: int | None = None
+    bundles: Sequence[Bundle], layout: Layout, device: torch.device | str = "cpu", *, packing: float | None = None
 ) -> Rows:
     """Lay bundles out: one row per bundle (shared_prefix) or per completion (padded), right-padded to the longest.
 
     Tokens after a completion's last trained one are not computed, nor is its last token: nothing reads them. For models that
-    take runs (`packing` is their width) the rows become a single one where that is cheaper.
+    take trees end to end the rows become a single one where that is cheaper. `packing` is their width, by which attention is
+    weighed against the rest; inf where attention costs nothing beside it.
     """
     rows: list[_Row] = []
     where: list[tuple[int, list[int]]] = []  # per completion: its row and its path
@@ -142,7 +144,7 @@ def build_rows(
     ).to(device)
 
 
-def _packed(rows: Sequence[_Row], width: int) -> tuple[Run, ...] | None:
+def _packed(rows: Sequence[_Row], width: float) -> tuple[Run, ...] | None:
     """The runs of all rows end to end, or None where rows side by side are cheaper."""
     found = [find_runs(row.positions, row.ends) for row in rows]
     if not pays(found, width):
@@ -172,20 +174,35 @@ def visible(rows: Rows, window: int | None = None) -> Tensor:
     return seen[:, None]
 
 
-def attention_mask(rows: Rows, windows: Mapping[str, int | None], *, additive: torch.dtype | None) -> Tensor | dict[str, Tensor]:
+def block_mask(rows: Rows, window: int | None = None) -> BlockMask:
+    """`visible` for flex attention, which passes over blocks in which nothing is seen."""
+    ends, depth = rows.ends, rows.position_ids
+
+    def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        inside = (key <= query) & (query < ends[row, key])
+        return inside if window is None else inside & (depth[row, query] - depth[row, key] < window)
+
+    count, length = ends.shape
+    return create_block_mask(seen, count, None, length, length, device=ends.device, _compile=ends.is_cuda)
+
+
+def attention_mask(
+    rows: Rows, windows: Mapping[str, int | None], *, additive: torch.dtype | None, blocks: bool = False
+) -> Tensor | BlockMask | dict[str, Tensor | BlockMask]:
     """What a transformers model takes as `attention_mask` for these rows.
 
     `windows` names the mask of each layer type; the single key "" stands for a model that takes one mask. Rows without
     branches get an all-ones [R, L], so the model's own (faster) causal path runs: pads follow the tokens and are never seen.
-    `additive` is the dtype of a mask that is added to the scores (eager attention), None for a boolean one.
+    `additive` is the dtype of a mask that is added to the scores (eager attention), None for a boolean one; `blocks` asks for
+    flex attention's kind.
     """
     if not rows.branched:
         return torch.ones_like(rows.input_ids)
-    built: dict[int | None, Tensor] = {}
-    for window in windows.values():
-        if window in built:
-            continue
-        if rows.runs:
+    built: dict[int | None, Tensor | BlockMask] = {}
+    for window in dict.fromkeys(windows.values()):
+        if blocks:
+            built[window] = block_mask(rows, window)
+        elif rows.runs:
             built[window] = run_mask(rows.runs, rows.position_ids[0], window)
         else:
             seen = visible(rows, window)
@@ -209,7 +226,7 @@ def stand_in() -> Bundle:
 
 
 def micro_batches(
-    bundles: Sequence[Bundle], budget: int, layout: Layout, *, packing: int | None = None, overhead: int = 128
+    bundles: Sequence[Bundle], budget: int, layout: Layout, *, packing: float | None = None, overhead: int = 128
 ) -> list[list[int]]:
     """Indices of the bundles of each forward: its tokens, pads counted, stay within `budget`.
 
@@ -246,7 +263,7 @@ def micro_batches(
     return groups[::-1]
 
 
-def _packed_price(bundle: Bundle, layout: Layout, width: int) -> float:
+def _packed_price(bundle: Bundle, layout: Layout, width: float) -> float:
     """What `packed` says of a bundle, as if its completions shared no beginning."""
     rows, prompt = computed_tokens(bundle, layout), len(bundle.prompt)
     if layout == "padded":

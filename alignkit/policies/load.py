@@ -215,6 +215,8 @@ def load_pair(
     `dtype` is the weights' dtype where `model.dtype` is auto. `fixed_data`: the completions are known before training, so the
     reference can be scored once. Raises ModelError (exit 4) or ConfigError (exit 2).
     """
+    if model.attention == "flex_attention" and torch.device(device).type == "cpu":
+        raise ConfigError("model.attention: flex_attention cannot train on a CPU (torch has no backward for it there); use sdpa")
     tokenizer = load_tokenizer(model)
     loaded, dropout = load_model(model, device=device, dtype=dtype)
     check_vocabulary(loaded, tokenizer, model.name_or_path)

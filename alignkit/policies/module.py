@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from alignkit.batches import Statistic
 from alignkit.policies.head import AnchorStates, Head, head_figures
 from alignkit.policies.layout import Rows, attention_mask
-from alignkit.policies.packing import NARROW, packs, take_runs
+from alignkit.policies.packing import FLEX, packing_of, take_runs
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
@@ -56,17 +56,16 @@ class PolicyModule(nn.Module):
         return Head.of(causal_lm(self.model))
 
     @property
-    def packing(self) -> int | None:
-        """The model's width if its attention takes rows of runs; None where it does not, or gains nothing by it."""
-        model = causal_lm(self.model)
-        width = model.config.get_text_config().hidden_size
-        return width if packs(model) and width >= NARROW else None
+    def packing(self) -> float | None:
+        """See `alignkit.policies.packing.packing_of`."""
+        return packing_of(causal_lm(self.model))
 
     def _hidden(self, rows: Rows) -> Tensor:
         """Last hidden states at the tokens that predict the labels: [M, H]."""
         lm = causal_lm(self.model)
-        eager = lm.config._attn_implementation == "eager"
-        mask = attention_mask(rows, self.windows, additive=next(lm.parameters()).dtype if eager else None)
+        kernel = lm.config._attn_implementation
+        additive = next(lm.parameters()).dtype if kernel == "eager" else None
+        mask = attention_mask(rows, self.windows, additive=additive, blocks=kernel == FLEX)
         # position_ids only where they say something: given without need, they send models down slower paths
         positions = {"position_ids": rows.position_ids} if rows.branched else {}
         output = lm.base_model(input_ids=rows.input_ids, attention_mask=mask, use_cache=False, **positions)

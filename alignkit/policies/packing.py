@@ -4,6 +4,7 @@ Scaled-dot-product attention pays for the square of a row and for every masked p
 stretches of a tree without a branch; each run attends to the runs it grew from and to itself, in a call of its own.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 KERNEL = "alignkit_runs"  # the name under which transformers knows the attention below
+FLEX = "flex_attention"
 NARROW = 256  # models below this width gain nothing worth the counting
 CALL = 750_000  # what a call of the kernel costs beside its work, in query-key pairs of a model of width 1
 
@@ -43,12 +45,12 @@ def find_runs(positions: Sequence[int], ends: Sequence[int]) -> list[Run]:
     return runs
 
 
-def beside(rows: int, longest: int, width: int) -> float:
+def beside(rows: int, longest: int, width: float) -> float:
     """What rows side by side cost, pads and masked pairs counted, in tokens without attention."""
     return rows * longest * (1 + longest / (6 * width)) + CALL / (6 * width**2)
 
 
-def packed(tokens: int, pairs: float, calls: int, width: int) -> float:
+def packed(tokens: int, pairs: float, calls: int, width: float) -> float:
     """What a row of runs costs, in tokens without attention.
 
     A token's matrix products (24 width^2 operations) cost as much as 6 width pairs of a query and a key (4 width each): on a
@@ -57,7 +59,7 @@ def packed(tokens: int, pairs: float, calls: int, width: int) -> float:
     return tokens + pairs / (6 * width) + calls * CALL / (6 * width**2)
 
 
-def pays(rows: Sequence[Sequence[Run]], width: int) -> bool:
+def pays(rows: Sequence[Sequence[Run]], width: float) -> bool:
     """Whether rows are cheaper as one row of runs than side by side, for a model of this width on a CPU."""
     lengths = [sum(run.size for run in row) for row in rows]
     pairs = sum(run.pairs(row) for row in rows for run in row)
@@ -112,9 +114,17 @@ def take_runs(model: nn.Module) -> None:
         model.set_attn_implementation(KERNEL)
 
 
-def packs(model: nn.Module) -> bool:
-    """Whether rows of runs can be given to a model. Half precision gains nothing: its kernel is compiled anew for each shape."""
-    return model.config._attn_implementation == KERNEL and model.dtype in (torch.float32, torch.float64)
+def packing_of(model: nn.Module) -> float | None:
+    """What `build_rows` takes as `packing` for a model, None where rows stay side by side.
+
+    Flex attention passes over what is not seen, so only pads count. Runs in half precision gain nothing: the CPU's kernel is
+    compiled anew for each shape.
+    """
+    if model.config._attn_implementation == FLEX:
+        return math.inf
+    width = model.config.get_text_config().hidden_size
+    exact = model.config._attn_implementation == KERNEL and model.dtype in (torch.float32, torch.float64)
+    return width if exact and width >= NARROW else None
 
 
 def kernel_of(config) -> str:

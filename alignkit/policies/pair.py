@@ -1,5 +1,6 @@
 """The policy and its anchors: the one thing the loop asks for log-probs."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -121,10 +122,11 @@ class PolicyPair:
         return TokenLogps(extras.pop("policy"), figures, rows.mask, behavior, extras)
 
     @property
-    def _packing(self) -> int | None:
-        """The policy's width if its attention and every anchor's take rows of runs."""
+    def _packing(self) -> float | None:
+        """The policy's, if its attention and every anchor's take trees end to end."""
         modules = [self.base, *(anchor.module for anchor in self.anchors.values() if anchor.module is not None)]
-        return self.base.packing if not self._mixed and all(module.packing for module in modules) else None
+        exact = self.base.packing == math.inf or not self._mixed
+        return self.base.packing if exact and all(module.packing for module in modules) else None
 
     def _rows(self, bundles: Sequence[Bundle]) -> Rows:
         return build_rows(bundles, self.layout, self.device, packing=self._packing)

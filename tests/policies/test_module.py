@@ -11,7 +11,7 @@ from tiny_models import MODELS, bundle, random_bundles, separate_logps, tiny_mod
 
 from alignkit.policies.layout import build_rows
 from alignkit.policies.module import PolicyModule, causal_lm
-from alignkit.policies.packing import packs
+from alignkit.policies.packing import KERNEL
 
 LAYOUTS = ("shared_prefix", "padded")
 WIDE = 10**6  # a width at which every pad that is saved pays
@@ -44,7 +44,9 @@ def check(model, bundles, *, atol: float, oracle=None) -> None:
     module = PolicyModule(model)
     expected = separate_logps(oracle or model, bundles)
     reference = gradients(model, expected, bundles)
-    for layout, packing in itertools.product(LAYOUTS, {None, WIDE if packs(causal_lm(model)) else None}):
+    for layout, packing in itertools.product(
+        LAYOUTS, {None, WIDE if causal_lm(model).config._attn_implementation == KERNEL else None}
+    ):
         rows = build_rows(bundles, layout, packing=packing)
         logps = rows.scatter(module(rows)["policy"])
         torch.testing.assert_close(logps, expected, rtol=0, atol=atol)
