@@ -167,9 +167,9 @@ def preference_margins(
 
     Without `objective` the difference of their log-ratios: its sign is a preference, its size says nothing. With it the margin
     of the objective's own implicit reward (beta times that, for DPO), in log-odds: what `metrics.preference_calibration`
-    takes; None for an objective that does not learn from pairs or has no such reward.
+    takes; None for an objective that does not learn from pairs, has no such reward, or compares with what its run alone had.
     """
-    if objective is not None and objective.plan.data != "pair":
+    if objective is not None and (objective.plan.data != "pair" or set(objective.plan.anchors) - pair.anchors.keys()):
         return None
     bundles, _ = load_bundles(data or DataConfig(), "pair", pair.tokenizer, source=source)
     if objective is None:

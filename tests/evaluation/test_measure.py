@@ -1,6 +1,7 @@
 """Measured figures against listing: a random model whose completions of up to three tokens are all listed, and the reviews."""
 
 import json
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from alignkit.evaluation.measure import LIVE, Yardstick, evaluation_pair, perple
 from alignkit.evaluation.measured import Measured
 from alignkit.evaluation.statistics import sampling_interval
 from alignkit.finished import load_finished
+from alignkit.objectives import OBJECTIVES, locate
 from alignkit.objectives.dpo import DPO
 from alignkit.policies.config import AdapterConfig, ModelConfig, ReferenceConfig
 from alignkit.policies.load import load_pair
@@ -199,6 +201,17 @@ def test_preferences_are_the_objectives_own(pair):
     assert np.abs(plain).min() > 1e-3
     same = evaluation_pair("task:reviews_small", "task:reviews_small")
     assert np.abs(preference_margins(same, [{"prompt": "the western", "chosen": " gripping", "rejected": " thin"}])).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_finished_runs_of_every_objective_have_margins_or_none(folders, name):
+    """Not an error for want of what only the run itself had: other anchors, samples, verdicts."""
+    rows = [{"prompt": "w3 w4", "chosen": " w5 w6", "rejected": " w7"}]
+    pair = evaluation_pair(*folders)
+    module, cls, _ = locate(name)
+    for objective in getattr(import_module(module), cls).examples():
+        margins = preference_margins(pair, rows, objective=objective)
+        assert margins is None or np.isfinite(margins).all()
 
 
 def test_adapters_are_measured_as_they_were_trained(folders, prompts, tmp_path):
