@@ -1,20 +1,29 @@
 """What the benchmarks measure on: a random Llama, a BPE tokenizer made from the data, and memory of a process of its own."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
-SHAPES = {  # parameters without the embedding and head: width, inner width, layers, heads
-    "15M": (384, 1024, 7, 6),
-    "45M": (640, 1728, 8, 10),
+SHAPES = {  # parameters without the embedding and head (Llama), or of the model of that name (Qwen3)
+    "15M": LlamaConfig(hidden_size=384, intermediate_size=1024, num_hidden_layers=7, num_attention_heads=6),
+    "45M": LlamaConfig(hidden_size=640, intermediate_size=1728, num_hidden_layers=8, num_attention_heads=10),
+    "0.6B": Qwen3Config(
+        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8
+    ),
+    "1.7B": Qwen3Config(
+        hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8
+    ),
 }
+GPU = torch.cuda.is_available()
 
 
 def pairs(limit: int | None = None) -> list[dict[str, str]]:
@@ -35,7 +44,7 @@ def dialogues(limit: int, turns: int = 5) -> list[dict[str, str]]:
 
 
 def write_world(folder: Path, size: str = "15M", vocab: int = 8192) -> Path:
-    """A Llama with random weights and a byte-level BPE tokenizer trained on the pairs."""
+    """A model with random weights and a byte-level BPE tokenizer trained on the pairs."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -49,20 +58,10 @@ def write_world(folder: Path, size: str = "15M", vocab: int = 8192) -> Path:
 
 
 def write_model(folder: Path, size: str = "15M", vocab: int = 8192) -> Path:
-    """A Llama with random weights."""
-    width, hidden, layers, heads = SHAPES[size]
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=width,
-        intermediate_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    """A model of random weights."""
+    config = copy.deepcopy(SHAPES[size])
+    config.update({"vocab_size": vocab, "max_position_embeddings": 4096, "tie_word_embeddings": True})
+    config.update({"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
@@ -75,8 +74,15 @@ def _status(field: str) -> float:
 
 
 def peak_memory() -> float:
-    """Largest resident memory of this process so far, MiB."""
-    return _status("VmHWM:")
+    """Largest memory of this process so far, MiB: resident, or allocated on the GPU where there is one."""
+    return torch.cuda.max_memory_allocated() / 2**20 if GPU else _status("VmHWM:")
+
+
+def clock() -> float:
+    """Seconds; what the GPU was given before has been done."""
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def present_memory() -> float:
