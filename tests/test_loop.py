@@ -111,7 +111,7 @@ def test_a_finished_or_foreign_run_is_not_touched(model, tmp_path):
     with pytest.raises(ConfigError, match="already holds a run"):
         run(make_job(model, tmp_path, DPO(), pairs(8)))
     result, _, _ = run(make_job(model, tmp_path, DPO(), pairs(8)), "auto")  # finished: says so and stops
-    assert result.step == 3
+    assert result.step == 6
     (tmp_path / "model").rename(tmp_path.with_name("moved"))
     with pytest.raises(CheckpointError, match=r"config\.learning_rate: 0\.01 -> 0\.02"):
         run(make_job(model, tmp_path, DPO(), pairs(8), learning_rate=0.02), "auto")
