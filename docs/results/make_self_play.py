@@ -61,9 +61,11 @@ The shipped recipes at {neural_questions:,} judge questions each, one seed; samp
 
 {neural}
 
-With sampled completions no method stands out: all end at least ten times below the start, and one seed does not order them.
-EGPO spends half of its questions on the trial step. What sets it apart in the exact games, large steps without circling, needs
-win rates that are exact, or nearly so.
+With sampled completions the methods that rest at this equilibrium end close together, and one seed does not order them. EGPO
+spends half of its questions on the trial step: what sets it apart in the exact games, large steps without circling, needs win
+rates that are exact, or nearly so. Nash-EMA's delay costs it some of the way. RSPO rests there too, but asks ten questions per
+prompt and has made few steps. SPPO and ONPO have no reference and XPO a beta of its own: what they seek is not what this gap
+measures. Online DPO is made for judges without cycles; that it ends low in this game is no promise for others.
 """
 
 
