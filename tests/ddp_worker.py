@@ -28,7 +28,6 @@ from alignkit.objectives.kto import KTO
 from alignkit.objectives.nash_md import NashMD
 from alignkit.objectives.rpg import RPG
 from alignkit.processes import end
-from alignkit.signals import Interrupted
 
 SGD = {"optimizer": "sgd", "learning_rate": 0.5}
 BROKEN_STEP = 3
@@ -189,8 +188,18 @@ BREAKS = {  # what breaks in step 3: on which rank, in which run, exit code and 
 }
 
 
+def train_and_tell(job, out: Path) -> None:
+    """Every rank writes how the run ended for it: exit code and message."""
+    try:
+        with job.run:
+            train(job)
+    except (AlignkitError, ZeroDivisionError) as error:
+        told = [getattr(error, "exit_code", 1), str(error)]
+        (out / f"{job.run.path.name}-{job.accelerator.process_index}.json").write_text(json.dumps(told))
+
+
 def a_signal(model: Path, out: Path) -> None:
-    """In its third step the last rank is asked to stop; every rank writes how it ended."""
+    """In its third step the last rank is asked to stop."""
     accelerator = Accelerator(cpu=True)
     job = dpo(model, out / "a_signal", accelerator)
     if accelerator.process_index == accelerator.num_processes - 1:
@@ -202,30 +211,21 @@ def a_signal(model: Path, out: Path) -> None:
             return collect(step, half)
 
         job.source.collect = signalled
-    try:
-        with job.run:
-            train(job)
-    except Interrupted as left:
-        (out / f"a_signal-{accelerator.process_index}.json").write_text(json.dumps([left.exit_code, str(left)]))
+    train_and_tell(job, out)
 
 
 def break_one_rank(name: str, model: Path, out: Path) -> None:
-    """A run in which something breaks on one rank only; every rank writes how it ended."""
+    """A run in which something breaks on one rank only."""
     accelerator = Accelerator(cpu=True)
     rank, make, settings, *_ = BREAKS[name]
     job = make(model, out / name, accelerator, **{"save_every": 1, "evaluation": None, **settings})
     if accelerator.process_index == rank:
         globals()[name](job)
-    try:
-        with job.run:
-            train(job)
-    except (AlignkitError, ZeroDivisionError) as error:
-        code = getattr(error, "exit_code", 1)
-        (out / f"{name}-{accelerator.process_index}.json").write_text(json.dumps([code, str(error)]))
+    train_and_tell(job, out)
 
 
 def a_slow_rank(model: Path, out: Path) -> None:
-    """In its third step the last rank takes longer than the others wait; every rank writes how it ended. Nothing works after."""
+    """In its third step the last rank takes longer than the others wait. Nothing works after."""
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=PATIENCE))  # as train.process_timeout gives it
     accelerator = Accelerator(cpu=True, kwargs_handlers=[patience])
     job = rpg(model, out / "a_slow_rank", accelerator, save_every=1)
@@ -237,11 +237,7 @@ def a_slow_rank(model: Path, out: Path) -> None:
             return reward(*args, **columns)
 
         job.source.reward = slow
-    try:
-        with job.run:
-            train(job)
-    except AlignkitError as error:
-        (out / f"a_slow_rank-{accelerator.process_index}.json").write_text(json.dumps([error.exit_code, str(error)]))
+    train_and_tell(job, out)
 
 
 if __name__ == "__main__":

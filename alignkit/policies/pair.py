@@ -1,7 +1,6 @@
 """The policy and its anchors: the one thing the loop asks for log-probs."""
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.batches import Bundle, Plan, TokenLogps
-from alignkit.errors import CheckpointError, ConfigError, ModelError
+from alignkit.errors import CheckpointError, ModelError
 from alignkit.policies.head import AnchorStates
 from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches, stand_in
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.reference import START_ADAPTER, Anchor
-from alignkit.policies.sharding import assign, gathered, is_sharded, shard, whole
+from alignkit.policies.sharding import assign, check_launch, check_sharded, gathered, is_sharded, shard, whole
 
 SCORING_BUDGET = 8192  # tokens per forward without gradient
 ANCHOR_PREFIX = "anchor."
@@ -77,21 +76,14 @@ class PolicyPair:
         for anchor in self.anchors.values():
             if anchor.module is not None:
                 anchor.module.to(accelerator.device)
-        if str(accelerator.distributed_type).endswith(("DEEPSPEED", "MEGATRON_LM")):
-            raise ConfigError(
-                "accelerate was launched for DeepSpeed or Megatron, which alignkit cannot checkpoint; use train.shard"
-            )
+        check_launch(accelerator)
         if sharded and accelerator.num_processes > 1:
             shard(self.base, accelerator.num_processes)
             with torch.no_grad():  # the root must be the first to run: generation enters further down
                 self.logps([stand_in()], Plan("sequence"), anchors=False)
             return accelerator.prepare(make_optimizer(self.parameters()))
         self.module, optimizer = accelerator.prepare(self.base, make_optimizer(self.parameters()))
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not is_sharded(self.base):
-            raise ConfigError(
-                "accelerate was launched for FSDP but did not shard the policy (it does not on CPUs, nor with FSDP version 1); "
-                "set train.shard=true and launch without FSDP, or set fsdp_version: 2"
-            )
+        check_sharded(self.base)
         return optimizer
 
     def logps(self, bundles: Sequence[Bundle], plan: Plan, *, anchors: bool = True) -> TokenLogps:

@@ -1,5 +1,6 @@
 """Weights sharded over the processes by torch's `fully_shard` (FSDP2), and made whole where something needs them whole."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from alignkit.errors import ConfigError
 from alignkit.policies.module import PolicyModule, causal_lm
 
 
@@ -33,6 +35,21 @@ def shard(module: PolicyModule, processes: int) -> None:
 def is_sharded(module: nn.Module) -> bool:
     """Whether every trainable parameter is a shard."""
     return all(isinstance(p, DTensor) for p in module.parameters() if p.requires_grad)
+
+
+def check_launch(accelerator) -> None:
+    """ConfigError for launchers whose states no checkpoint of ours can gather."""
+    if str(accelerator.distributed_type).endswith(("DEEPSPEED", "MEGATRON_LM")):
+        raise ConfigError("accelerate was launched for DeepSpeed or Megatron, which alignkit cannot checkpoint; use train.shard")
+
+
+def check_sharded(module: nn.Module) -> None:
+    """ConfigError where accelerate was asked for shards and wrapped the policy otherwise, without a word."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not is_sharded(module):
+        raise ConfigError(
+            "accelerate was launched for FSDP but did not shard the policy (it does not on CPUs, nor with FSDP version 1); "
+            "set train.shard=true and launch without FSDP, or set fsdp_version: 2"
+        )
 
 
 @contextmanager

@@ -1,0 +1,169 @@
+"""Writes speed.md and speed_growth.png: what the benchmarks printed, with their commands.
+
+python docs/results/make_speed.py               # over an hour on two cores, which nothing else should use
+python docs/results/make_speed.py --only group  # runs this one; the other tables stay as they are
+python docs/results/make_speed.py --only        # none: seconds
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+BENCHMARKS = {  # part of the page -> the command behind tests/benchmarks/
+    "dpo_float32": "bench_dpo.py --steps 5",
+    "dpo_bfloat16": "bench_dpo.py --steps 4 --dtype bfloat16",
+    "dialogues": "bench_dpo.py --data dialogues --steps 3",
+    "larger": "bench_dpo.py --size 45M --vocab 32768 --steps 3",
+    "group": "bench_group.py --steps 6",
+    "radpo": "bench_radpo.py",
+    "sweep": "bench_sweep.py --rows 32",
+    "rollouts": "bench_rollouts.py",
+    "head": "bench_head.py",
+    "guard": "bench_guard.py",
+    "growth": "bench_growth.py",
+    "profile": "bench_profile.py",
+}
+
+GROWING = ("prompt", "completions", "vocabulary", "prompts")
+
+TEXT = """# Speed and memory
+
+What the benchmarks printed on a machine with two CPU cores and no GPU, beside TRL 1.16 in the same run: both sides take a step
+in turn, and the ratios are what to read. `make bench` runs them all with their defaults; `docs/results/make_speed.py` wrote this
+page.
+
+How alignkit saves work:
+
+- **The prompt once.** A row is a tree: the prompt, and the completions that branch off it.
+- **No pads.** On a CPU in float32 the trees of a micro-batch stand end to end in one row, and attention is computed for each
+  stretch without a branch over what it sees. Prices worked out from the shapes decide whether that is cheaper than rows side by
+  side, so the same run always takes the same way. In half precision it gains nothing (the kernel is compiled anew for each
+  shape), and rows stay side by side. With `model.attention=flex_attention`, on a GPU, trees stand end to end in any dtype.
+- **The head on trained tokens only**, in chunks: log-probs, entropy and statistics in one pass, computed again in backward.
+- **The reference once.** Where the data are fixed its log-probs are stored (`reference.kind: cached`, the default); with
+  `reference.store` once for a whole sweep. The tables below keep it live on both sides.
+- **CVaR without a sort**: the boundary of the tail is searched for in bins.
+
+## DPO
+
+TRL with and without gradient checkpointing, in whole batches (8 x 1) and in quarters that are accumulated (2 x 4, which cost it
+fewer pads). "Floor / step": the share of alignkit's step that are the matrix products nobody can leave out, each shape timed on
+the machine in the same run. "alignkit's share": of the peak memory, each side in a process of its own, libraries counted.
+
+{dpo_float32}
+
+{dpo_bfloat16}
+
+Dialogues of five turns, so that prompts are long:
+
+{dialogues}
+
+A larger model and vocabulary:
+
+{larger}
+
+## Other updates
+
+{group}
+
+{radpo}
+
+{sweep}
+
+## Sampling
+
+{rollouts}
+
+## Memory of the head, cost of the guard
+
+{head}
+
+{guard}
+
+## Growth
+
+{growth}
+
+![time of a step against prompt length, completions, vocabulary and prompts](speed_growth.png)
+
+## What limits it
+
+{profile}
+
+In float32 the matrix products are most of a step: however good the rest, the ratio to a setting of TRL cannot pass TRL's own
+ratio to the floor, which is the ratio in the table divided by "floor / step". Long prompts add attention; in bfloat16 the
+products are so fast that attention and elementwise operations weigh as much. Memory: the libraries, the weights, the reference,
+gradients and Adam's moments are there whatever the activations take. Sampling is bound by memory traffic and by the products of
+64 rows; every completion reads its own copy of the prompt's keys and values.
+
+No GPU was at hand: flex attention's gradients and the benchmark's GPU shapes were never run.
+"""
+
+
+def run(command: str) -> str:
+    """What a benchmark prints."""
+    script, *arguments = command.split()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    call = [sys.executable, str(ROOT / "tests" / "benchmarks" / script), *arguments]
+    return subprocess.run(call, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def table(printed: str) -> list[dict[str, float]]:
+    """The rows of a Markdown table of numbers."""
+    lines = [line.strip("| ").split("|") for line in printed.splitlines() if line.startswith("|")]
+    names = [name.strip() for name in lines[0]]
+    return [dict(zip(names, map(float, row), strict=True)) for row in lines[2:]]
+
+
+def draw_growth(printed: str, to: Path) -> None:
+    """Seconds of a step against each quantity that grows, the others as in the first row; dashed: in proportion."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    rows = table(printed)
+    base = rows[0]
+    figure, panels = pyplot.subplots(1, 4, figsize=(12, 3), sharey=True, layout="constrained")
+    for panel, name in zip(panels, GROWING, strict=True):
+        line = sorted(
+            (row[name], row["s"]) for row in rows if all(row[other] == base[other] for other in GROWING if other != name)
+        )
+        x, y = zip(*line, strict=True)
+        panel.loglog(x, y, "o-")
+        panel.loglog(x, [y[0] * value / x[0] for value in x], "--", color="grey", linewidth=1)
+        panel.set_xticks(x, [f"{value:g}" for value in x])
+        panel.minorticks_off()
+        panel.set_xlabel({"prompt": "tokens of the prompt", "completions": "completions of a prompt"}.get(name, name))
+    seconds = [0.5, 1, 2, 5, 10]
+    panels[0].set_yticks(seconds, map(str, seconds))
+    panels[0].set_ylabel("seconds of a step")
+    figure.savefig(to, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=BENCHMARKS, default=list(BENCHMARKS), help="benchmarks to run")
+    args = parser.parse_args()
+    saved = HERE / "speed.json"
+    found = json.loads(saved.read_text()) if saved.exists() else {}
+    for name in args.only:
+        print(BENCHMARKS[name], flush=True)
+        found[name] = {"command": BENCHMARKS[name], "printed": run(BENCHMARKS[name]).strip()}
+        saved.write_text(json.dumps(found, indent=1) + "\n")
+    if missing := [name for name in BENCHMARKS if name not in found]:
+        parser.exit(0, f"not yet run, so no page: {', '.join(missing)}\n")
+    parts = {name: f"`python tests/benchmarks/{part['command']}`\n\n{part['printed']}" for name, part in found.items()}
+    (HERE / "speed.md").write_text(TEXT.format(**parts))
+    draw_growth(found["growth"]["printed"], HERE / "speed_growth.png")
+    print(f"written to {HERE / 'speed.md'}")
+
+
+if __name__ == "__main__":
+    main()
