@@ -260,17 +260,18 @@ def _load(recipe: Recipe, plan: "Plan", task: "Task | None", accelerator: "Accel
 
 def _found_autos(pair: "PolicyPair", accelerator: "Accelerator", fixed: bool) -> dict[str, dict[str, Any]]:
     """What each `auto` turned out to be on this machine and model."""
-    from alignkit.policies.packing import kernel_of
+    from alignkit.policies.packing import default_budget, kernel_of
 
     with pair.model("policy") as model:
         attention = kernel_of(model.config)
     dtype = str(pair.parameters()[0].dtype).removeprefix("torch.")
+    packing = pair.packing if accelerator.mixed_precision == "no" else None
     return {
         "model": {"dtype": dtype, "attention": attention, "layout": pair.layout},
         "reference": {"kind": "auto" if pair.reference_kind == "none" else pair.reference_kind},
         "train": {
             "dtype": "bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
-            "micro_batch_tokens": 4096 if accelerator.device.type == "cpu" else 16384,
+            "micro_batch_tokens": default_budget(accelerator.device, packing),
             "metric": "eval_loss" if fixed else "eval_reward",
         },
     }

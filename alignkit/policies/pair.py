@@ -114,18 +114,18 @@ class PolicyPair:
         return TokenLogps(extras.pop("policy"), figures, rows.mask, behavior, extras)
 
     @property
-    def _packing(self) -> float | None:
-        """The policy's, if its attention and every anchor's take trees end to end."""
+    def packing(self) -> float | None:
+        """The policy's, if its attention and every anchor's take trees end to end; see `build_rows`."""
         modules = [self.base, *(anchor.module for anchor in self.anchors.values() if anchor.module is not None)]
         exact = self.base.packing == math.inf or not self._mixed
         return self.base.packing if exact and all(module.packing for module in modules) else None
 
     def _rows(self, bundles: Sequence[Bundle]) -> Rows:
-        return build_rows(bundles, self.layout, self.device, packing=self._packing)
+        return build_rows(bundles, self.layout, self.device, packing=self.packing)
 
     def micro_batches(self, bundles: Sequence[Bundle], budget: int) -> list[list[int]]:
         """Indices of the bundles of each forward of at most `budget` tokens; see `alignkit.policies.layout.micro_batches`."""
-        return micro_batches(bundles, budget, self.layout, packing=self._packing)
+        return micro_batches(bundles, budget, self.layout, packing=self.packing)
 
     def _stored(self, bundles: Sequence[Bundle], name: str, rows: Rows) -> Tensor:
         """Stored figures of the completions, [N, T], 0 outside the mask."""

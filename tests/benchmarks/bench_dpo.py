@@ -37,6 +37,7 @@ class Ours:
         from alignkit.objectives.dpo import DPO
         from alignkit.policies.config import ModelConfig, ReferenceConfig
         from alignkit.policies.load import load_pair
+        from alignkit.policies.packing import default_budget
         from alignkit.reduction import Reducer
         from alignkit.train_config import TrainConfig
 
@@ -52,7 +53,8 @@ class Ours:
         self.batches = [bundles[i : i + batch] for i in range(0, len(bundles), batch)]
         config = TrainConfig(learning_rate=RATE)
         self.optimizer = self.pair.prepare(accelerator, partial(make_optimizer, config))
-        self.reducer = Reducer(objective, self.pair, accelerator, 16384 if GPU else 4096, 1.0)
+        budget = default_budget(accelerator.device, self.pair.packing)
+        self.reducer = Reducer(objective, self.pair, accelerator, budget, 1.0)
         self.dtype = getattr(torch, dtype)
 
     def step(self, index: int) -> float:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from alignkit.batches import Plan
 from alignkit.policies.layout import build_rows, micro_batches, visible
 from alignkit.policies.module import PolicyModule
-from alignkit.policies.packing import KERNEL, Run, find_runs, kernel_of, pays, run_mask
+from alignkit.policies.packing import KERNEL, Run, default_budget, find_runs, kernel_of, pays, run_mask
 from alignkit.policies.pair import PolicyPair
 
 WIDE = 10**6
@@ -78,8 +78,10 @@ def test_mixed_precision_does_not_pack():
     bundles = [bundle([3] * 4, [[5] * 90, [6] * 2]), bundle([3], [[7, 8], [9, 9]])]
     assert len(pair.micro_batches(bundles, 100)) == 1
     AcceleratorState._reset_state()  # other tests have had another precision
+    assert default_budget(pair.device, pair.packing) == 1024
     pair.prepare(Accelerator(cpu=True, mixed_precision="bf16"), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     assert len(pair.micro_batches(bundles, 100)) == 2
+    assert default_budget(pair.device, pair.packing) == 4096
     AcceleratorState._reset_state()
 
 
