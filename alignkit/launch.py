@@ -1,14 +1,14 @@
 """From a recipe to a finished run: check it, load data and models, resolve every `auto`, and hand a job to the loop."""
 
 import math
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.config import Recipe, build_objective, dump_recipe, load_recipe
+from alignkit.config import Recipe, build_objective, dump_recipe
 from alignkit.errors import ConfigError
 from alignkit.processes import end
+from alignkit.resolved import found_autos, identity_of, replaced, with_resolved_autos
 from alignkit.validation import nearest
 
 if TYPE_CHECKING:
@@ -22,29 +22,6 @@ if TYPE_CHECKING:
     from alignkit.tasks import Task
 
 DEFAULT_TASK = "reviews"
-# Fields that may change between a checkpoint and its resumption: they decide where, how fast and how often, not what.
-FREE: dict[str, set[str] | None] = {  # None: the whole section
-    "model": {"layout", "gradient_checkpointing"},
-    "reference": {"store"},
-    "data": {"train", "eval", "format"},  # what is trained on is compared row by row
-    "train": {
-        "micro_batch_tokens",
-        "eval_every",
-        "save_every",
-        "log_samples_every",
-        "keep",
-        "shard",
-        "max_skipped_steps",
-        "process_timeout",
-    },
-    "rollout": {"url", "start_timeout", "timeout", "max_mismatch"},
-    "compare": None,
-    "trackers": None,
-    "output_dir": None,
-}
-# Fields whose `auto` is resolved once and then kept with the run; data.append_eos decides for each row.
-AUTOS = [("model", "dtype"), ("model", "attention"), ("model", "layout"), ("reference", "kind"), ("data", "format")]
-AUTOS += [("train", "micro_batch_tokens"), ("train", "dtype"), ("train", "metric")]
 
 
 def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False) -> "Result":
@@ -155,19 +132,6 @@ def _unused(recipe: Recipe, objective: "Objective") -> list[str]:
     return [f"`{section}` is set in the recipe, but this objective does not use it" for section, holds in unused.items() if holds]
 
 
-def with_resolved_autos(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe with each `auto` replaced by what the run in its output_dir resolved it to, and what else is not as it was."""
-    from alignkit.run import compare
-
-    file = Path(recipe.output_dir).expanduser() / "recipe.yaml"
-    if not file.is_file():
-        return recipe, []
-    kept = load_recipe(file)
-    recipe = _replaced(recipe, kept.model_dump())
-    changes = compare(kept.model_dump(mode="json"), recipe.model_dump(mode="json"))
-    return recipe, [f"changed since this run began: {'; '.join(changes)}"] if changes else []
-
-
 def make_accelerator(recipe: Recipe) -> "Accelerator":
     """accelerate's handle on devices, processes, precision and trackers. It accumulates nothing: the reduction does."""
     from datetime import timedelta
@@ -219,10 +183,10 @@ def build_job(
     plan = objective.plan
     fixed = plan.data not in ("rollout", "game")
     pair = _load(recipe, plan, task, accelerator)
-    recipe = _replaced(recipe, _found_autos(pair, accelerator, fixed))
+    recipe = replaced(recipe, found_autos(pair, accelerator, fixed))
     make_feed = preference_feed if plan.outputs else fixed_feed if fixed else sampled_feed
     feed = make_feed(recipe, objective, task, pair, accelerator, safe)
-    recipe = _replaced(recipe, {"data": {"format": feed.format}})
+    recipe = replaced(recipe, {"data": {"format": feed.format}})
     steps = recipe.train.steps
     if recipe.train.epochs is not None:
         steps = math.ceil(recipe.train.epochs * feed.rows / recipe.train.batch_size) * plan.epochs
@@ -236,7 +200,7 @@ def build_job(
         steps or 0,
         micro_batch_tokens=int(recipe.train.micro_batch_tokens),
         recipe=dump_recipe(recipe),
-        identity={**_identity(recipe), **feed.identity, "tokenizer": vocabulary_hash(pair.tokenizer)},
+        identity={**identity_of(recipe), **feed.identity, "tokenizer": vocabulary_hash(pair.tokenizer)},
         evaluation=feed.evaluation,
         measure=feed.measure,
         samples=feed.samples,
@@ -256,43 +220,6 @@ def _load(recipe: Recipe, plan: "Plan", task: "Task | None", accelerator: "Accel
         return load_scorer(model, plan, device=device, seed=seed)
     fixed = plan.data not in ("rollout", "game") and not plan.samples
     return load_pair(model, recipe.reference, recipe.target, plan, device=device, fixed_data=fixed, seed=seed)
-
-
-def _found_autos(pair: "PolicyPair", accelerator: "Accelerator", fixed: bool) -> dict[str, dict[str, Any]]:
-    """What each `auto` turned out to be on this machine and model."""
-    from alignkit.policies.packing import default_budget, kernel_of
-
-    with pair.model("policy") as model:
-        attention = kernel_of(model.config)
-    dtype = str(pair.parameters()[0].dtype).removeprefix("torch.")
-    packing = pair.packing if accelerator.mixed_precision == "no" else None
-    return {
-        "model": {"dtype": dtype, "attention": attention, "layout": pair.layout},
-        "reference": {"kind": "auto" if pair.reference_kind == "none" else pair.reference_kind},
-        "train": {
-            "dtype": "bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
-            "micro_batch_tokens": default_budget(accelerator.device, packing),
-            "metric": "eval_loss" if fixed else "eval_reward",
-        },
-    }
-
-
-def _replaced(recipe: Recipe, found: Mapping[str, Any]) -> Recipe:
-    """The recipe with each `auto` that `found` knows replaced."""
-    sections: dict[str, dict[str, Any]] = {}
-    for section, field in AUTOS:
-        if getattr(getattr(recipe, section), field) == "auto" and field in found.get(section, {}):
-            sections.setdefault(section, {})[field] = found[section][field]
-    return recipe.model_copy(update={s: getattr(recipe, s).model_copy(update=fields) for s, fields in sections.items()})
-
-
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what may change between a checkpoint and its resumption."""
-    found = recipe.model_dump(mode="json", exclude={section for section, fields in FREE.items() if fields is None})
-    for section, fields in FREE.items():
-        for field in fields or ():
-            del found[section][field]
-    return found
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
