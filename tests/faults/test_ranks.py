@@ -1,4 +1,4 @@
-"""`--processes 2`: a rank that dies ends the run with its name, and the run goes on."""
+"""`--processes 2`: a rank that dies ends the run with its name, a signal leaves a checkpoint, and both times the run goes on."""
 
 import sys
 
@@ -15,15 +15,18 @@ from pathlib import Path
 from alignkit import DPO
 
 class Mine(DPO):
-    '''In its 3rd step the second process is killed.'''
+    '''In its 3rd step the second process is killed; later, in the 5th, the launcher is asked to stop. Each happens once.'''
     folder: str
 
     def loss(self, batch):
         place = Path(self.folder) / os.environ.get("RANK", "0")
         calls = len(place.read_text()) if place.exists() else 0
         place.open("a").write(".")
-        if os.environ.get("RANK") == "1" and calls == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("RANK") == "1":
+            if calls == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if calls == 5:  # step 3 was called twice
+                os.kill(os.getppid(), signal.SIGTERM)
         return super().loss(batch)
 """
 
@@ -48,13 +51,18 @@ def train(tmp_path, monkeypatch):
     return call
 
 
-def test_a_rank_that_dies_ends_the_run_which_goes_on(train, tmp_path, capsys):
+def test_a_rank_that_dies_and_a_signal_end_the_run_and_it_goes_on(train, tmp_path, capsys):
     code, said = train("run", "--processes", "2")
     assert code == 128 + 9, said
     assert "alignkit: process 1 ended with exit code -9; the others were stopped" in said
     assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0].step == 2
+    code, said = train("run", "--processes", "2", "--resume", "auto")
+    assert code == 128 + 15, said
+    assert "resumed from step-2" in said
+    step = checkpoint.newest(tmp_path / "run" / "checkpoints")[0].step
+    assert f"stopped by signal 15 after step {step}" in " ".join(said.split())
     assert train("run", "--resume", "auto") == 0  # on one process
-    assert "resumed from step-2" in capsys.readouterr().err
+    assert f"resumed from step-{step}" in capsys.readouterr().err
     assert train("whole") == 0
     rows, others = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "run"))
     assert [row["step"] for row in others] == list(range(1, 8))
