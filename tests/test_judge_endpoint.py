@@ -134,6 +134,13 @@ def test_the_breaker_stops_a_run_whose_endpoint_is_gone(endpoint):
     assert len(endpoint.server.seen) == 3
 
 
+def test_the_breaker_needs_no_further_request(endpoint):
+    """All requests of a step may be on their way before the first has failed."""
+    judge = endpoint(lambda data, n: (500, {}, b""), concurrency=2, breaker=2, retries=0)
+    with pytest.raises(ResourceError, match=r"2 requests in a row had no response from 127.0.0.1"):
+        judge(["p"], ["a"], ["b"])
+
+
 @pytest.mark.parametrize(
     ("status", "headers", "message"),
     [

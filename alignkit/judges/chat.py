@@ -48,15 +48,13 @@ class ChatJudge:
                 future.cancel()
 
     def _one(self, prompt: Any, first: Any, second: Any) -> float | None:
-        if self._unanswered >= self.breaker:
-            raise ResourceError(
-                f"judge: {self._unanswered} requests in a row had no response from {self.endpoint.host}; the run stops here, "
-                "resume it when the endpoint works"
-            )
+        self._check_breaker()
         try:
             response = self.endpoint.post("chat/completions", self._request(prompt, first, second))
         except Unanswered as error:
-            return self._no_verdict("unanswered", str(error), lost=True)
+            self._no_verdict("unanswered", str(error), lost=True)
+            self._check_breaker()  # now: all requests of a step may be on their way already
+            return None
         with self._lock:
             self._unanswered = 0
         try:
@@ -65,6 +63,13 @@ class ChatJudge:
             return self._no_verdict("malformed", "the response has no choices[0].message.content")
         answer = _ANSWERS.get(text.strip().upper()) if isinstance(text, str) else None
         return self._no_verdict("unparsed", "the answer is not A, B or TIE") if answer is None else answer
+
+    def _check_breaker(self) -> None:
+        if self._unanswered >= self.breaker:
+            raise ResourceError(
+                f"judge: {self._unanswered} requests in a row had no response from {self.endpoint.host}; the run stops here, "
+                "resume it when the endpoint works"
+            )
 
     def _request(self, prompt: Any, first: Any, second: Any) -> dict[str, Any]:
         data = json.dumps({"request": prompt, "answer_A": first, "answer_B": second})
