@@ -56,13 +56,12 @@ def found_autos(pair: "PolicyPair", accelerator: "Accelerator", fixed: bool) -> 
     with pair.model("policy") as model:
         attention = kernel_of(model.config)
     dtype = str(pair.parameters()[0].dtype).removeprefix("torch.")
-    packing = pair.packing if accelerator.mixed_precision == "no" else None
     return {
         "model": {"dtype": dtype, "attention": attention, "layout": pair.layout},
         "reference": {"kind": "auto" if pair.reference_kind == "none" else pair.reference_kind},
         "train": {
             "dtype": "bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
-            "micro_batch_tokens": default_budget(accelerator.device, packing),
+            "micro_batch_tokens": default_budget(accelerator.device, pair.packing),
             "metric": "eval_loss" if fixed else "eval_reward",
         },
     }

@@ -100,16 +100,21 @@ def run_mask(runs: Sequence[Run], positions: Tensor, window: int | None = None) 
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
 ) -> tuple[Tensor, None]:
-    """transformers' attention: its SDPA kernel for each run [1, heads, L, D]; with any other mask that kernel itself."""
+    """transformers' attention: its SDPA kernel for each run [1, heads, L, D]; with any other mask that kernel itself.
+
+    Runs attend in float32 at least, inside autocast too: a CPU's kernel for half precision is compiled for every new shape.
+    """
     if not isinstance(attention_mask, RunMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    queries, keys, values = (tensor.split(attention_mask.sizes, 2) for tensor in (query, key, value))
+    wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (query, key, value)]
+    queries, keys, values = (tensor.split(attention_mask.sizes, 2) for tensor in wide)
     parts = []
-    for i, (ancestors, pairs) in enumerate(attention_mask.seen):
-        seen = (*ancestors, i)
-        k, v = (torch.cat([runs[j] for j in seen], 2) if ancestors else runs[i] for runs in (keys, values))
-        parts.append(sdpa_attention_forward(module, queries[i], k, v, pairs, **options)[0])
-    return torch.cat(parts, 1), None
+    with torch.autocast(query.device.type, enabled=False):
+        for i, (ancestors, pairs) in enumerate(attention_mask.seen):
+            seen = (*ancestors, i)
+            k, v = (torch.cat([runs[j] for j in seen], 2) if ancestors else runs[i] for runs in (keys, values))
+            parts.append(sdpa_attention_forward(module, queries[i], k, v, pairs, **options)[0])
+    return torch.cat(parts, 1).to(query.dtype), None
 
 
 AttentionInterface.register(KERNEL, attend)
@@ -125,14 +130,12 @@ def take_runs(model: nn.Module) -> None:
 def packing_of(model: nn.Module) -> float | None:
     """What `build_rows` takes as `packing` for a model, None where rows stay side by side.
 
-    Flex attention passes over what is not seen, so only pads count. Runs in half precision gain nothing: the CPU's kernel is
-    compiled anew for each shape.
+    Flex attention passes over what is not seen, so only pads count.
     """
     if model.config._attn_implementation == FLEX:
         return math.inf
     width = model.config.get_text_config().hidden_size
-    exact = model.config._attn_implementation == KERNEL and model.dtype in (torch.float32, torch.float64)
-    return width if exact and width >= NARROW else None
+    return width if model.config._attn_implementation == KERNEL and width >= NARROW else None
 
 
 def kernel_of(config) -> str:

@@ -1,6 +1,5 @@
 """The policy and its anchors: the one thing the loop asks for log-probs."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -42,7 +41,6 @@ class PolicyPair:
         self.notes = list(notes)
         self._save_config = dict(save_config or {})  # config fields that loading changed and saving restores
         self._autocast: Callable = nullcontext
-        self._mixed = False  # whether accelerate computes in another dtype than the weights'
         self._whole = False  # whether `whole` is entered
 
     @property
@@ -72,7 +70,7 @@ class PolicyPair:
         `sharded` asks for FSDP2 over torch's own `fully_shard`; else accelerate wraps the policy as it was launched to (DDP,
         FSDP2). ConfigError where accelerate was asked for shards and there are none.
         """
-        self._autocast, self._mixed = accelerator.autocast, accelerator.mixed_precision != "no"
+        self._autocast = accelerator.autocast
         for anchor in self.anchors.values():
             if anchor.module is not None:
                 anchor.module.to(accelerator.device)
@@ -117,8 +115,7 @@ class PolicyPair:
     def packing(self) -> float | None:
         """The policy's, if its attention and every anchor's take trees end to end; see `build_rows`."""
         modules = [self.base, *(anchor.module for anchor in self.anchors.values() if anchor.module is not None)]
-        exact = self.base.packing == math.inf or not self._mixed
-        return self.base.packing if exact and all(module.packing for module in modules) else None
+        return self.base.packing if all(module.packing for module in modules) else None
 
     def _rows(self, bundles: Sequence[Bundle]) -> Rows:
         return build_rows(bundles, self.layout, self.device, packing=self.packing)

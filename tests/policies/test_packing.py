@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from alignkit.batches import Plan
 from alignkit.policies.layout import build_rows, micro_batches, visible
 from alignkit.policies.module import PolicyModule
-from alignkit.policies.packing import KERNEL, Run, default_budget, find_runs, kernel_of, pays, run_mask
+from alignkit.policies.packing import KERNEL, Run, attend, find_runs, kernel_of, pays, run_mask
 from alignkit.policies.pair import PolicyPair
 
 WIDE = 10**6
@@ -70,19 +70,31 @@ def test_a_pair_packs_if_all_its_models_can():
 
     assert packed(models["llama"]) == [True]
     assert packed(models["gemma2"]) == [False]
-    assert packed(tiny_model("llama", hidden_size=512, dtype=torch.bfloat16)) == [False]
+    assert packed(tiny_model("llama", hidden_size=512, dtype=torch.bfloat16)) == [True]
 
 
-def test_mixed_precision_does_not_pack():
-    pair = PolicyPair(PolicyModule(tiny_model("llama", hidden_size=512)), None, {})
+def test_mixed_precision_packs():
+    pair = PolicyPair(PolicyModule(tiny_model("llama", hidden_size=512, initializer_range=0.05)), None, {})
     bundles = [bundle([3] * 4, [[5] * 90, [6] * 2]), bundle([3], [[7, 8], [9, 9]])]
-    assert len(pair.micro_batches(bundles, 100)) == 1
+    exact = pair.logps(bundles, Plan("pair", anchors=())).policy
     AcceleratorState._reset_state()  # other tests have had another precision
-    assert default_budget(pair.device, pair.packing) == 1024
     pair.prepare(Accelerator(cpu=True, mixed_precision="bf16"), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
-    assert len(pair.micro_batches(bundles, 100)) == 2
-    assert default_budget(pair.device, pair.packing) == 4096
+    assert len(pair.micro_batches(bundles, 100)) == 1
+    torch.testing.assert_close(pair.logps(bundles, Plan("pair", anchors=())).policy, exact, rtol=0, atol=0.02)
     AcceleratorState._reset_state()
+
+
+def test_runs_attend_in_float32_inside_autocast():
+    """Half-precision keys and queries give what float32 gives for the same numbers, rounded once at the end."""
+    rows = build_rows([bundle([5, 6, 7], [[4] * 9, [8] * 7])], "shared_prefix", packing=WIDE)
+    mask, module = run_mask(rows.runs, rows.position_ids[0]), torch.nn.Module()
+    made = torch.Generator().manual_seed(0)
+    half = [torch.randn(1, 2, rows.input_ids.shape[1], 8, generator=made).bfloat16() for _ in range(3)]
+    expected, _ = attend(module, *(tensor.float() for tensor in half), mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = attend(module, *half, mask)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected.bfloat16())
 
 
 def test_generation_saving_and_recomputing_know_nothing_of_it(tmp_path):
