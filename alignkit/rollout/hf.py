@@ -12,6 +12,7 @@ from alignkit.errors import ConfigError, ModelError, NumericsError
 from alignkit.policies.module import context_length
 from alignkit.rollout.cache import roomy_cache
 from alignkit.rollout.noise import gumbel, row_keys
+from alignkit.rollout.packed_weights import PackedWeights
 from alignkit.rollout.sampler import Models, Sample, check_request, stop_tokens
 
 _CHUNK = 1 << 16  # logits that a processor samples from at a time: the work buffers stay in its cache
@@ -50,14 +51,13 @@ class HFSampler:
     def sample(self, prompts: Sequence[Tensor], draw: Draw, *, step: int, prompt_ids: Sequence[int]) -> list[list[Sample]]:
         """`draw.n` samples for each prompt; see `Sampler.sample`. Raises ConfigError, DataError, ModelError, NumericsError."""
         n = check_request(prompts, draw, prompt_ids)
-        weights = _weights(draw)
+        halves = [_Half(self.models, name, weight) for name, weight in _weights(draw)]
         samples: list[list[Sample]] = [[] for _ in prompts]
         for batch in self._batches(prompts, n):
             unique = list(dict.fromkeys(prompt for prompt, _ in batch))
             owner = torch.tensor([unique.index(prompt) for prompt, _ in batch])
             ids = torch.tensor([prompt_ids[prompt] for prompt, _ in batch])
             completions = torch.tensor([k for _, k in batch])
-            halves = [_Half(self.models, name, weight) for name, weight in weights]
             rows = self._decode(halves, [prompts[i] for i in unique], owner, (step, ids, completions))
             for (prompt, _), sample in zip(batch, rows, strict=True):
                 samples[prompt].append(sample)
@@ -138,6 +138,8 @@ class HFSampler:
 class _Half:
     """One model of a draw, with its cache. A mixture has two, a plain draw one."""
 
+    products: PackedWeights | None = None
+
     def __init__(self, models: Models, name: str, weight: float):
         self.models, self.name, self.weight = models, name, weight
 
@@ -152,6 +154,7 @@ class _Half:
             self.mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
             self.cache = roomy_cache(model.config)
             self.arguments = _forward_arguments(model)
+            self.products = self.products or PackedWeights(model)
             self.next_position = lengths
             return self._forward(model, ids, (self.mask.cumsum(-1) - 1).clamp(min=0))
 
@@ -171,9 +174,10 @@ class _Half:
     def _forward(self, model: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
         offered = {"position_ids": positions, "logits_to_keep": 1}
         accepted = {name: value for name, value in offered.items() if name in self.arguments}
-        output = model(
-            input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, return_dict=True, **accepted
-        )
+        with self.products.used():
+            output = model(
+                input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, return_dict=True, **accepted
+            )
         return output.logits[:, -1]
 
 

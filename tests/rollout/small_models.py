@@ -39,10 +39,10 @@ FAMILIES = {
 }
 
 
-def small_model(family: str = "llama", vocab: int = 4, seed: int = 0):
+def small_model(family: str = "llama", vocab: int = 4, seed: int = 0, **changes):
     """A random model whose next-token distribution depends visibly on every token before."""
     settings = {"max_position_embeddings": 64, **FAMILIES[family], "vocab_size": vocab, "initializer_range": 0.5, "init_std": 0.5}
-    config = AutoConfig.for_model(**settings, bos_token_id=1, eos_token_id=EOS, pad_token_id=1)
+    config = AutoConfig.for_model(**{**settings, **changes}, bos_token_id=1, eos_token_id=EOS, pad_token_id=1)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config).eval()
