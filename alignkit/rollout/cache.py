@@ -9,10 +9,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 _ROOM = 64  # tokens of spare room at least; it doubles with the length
 
 
-def roomy_cache(config: Any) -> DynamicCache:
+def roomy_cache(config: Any, layer: "type[RoomyLayer]") -> DynamicCache:
     """The model's own cache with every plain full-attention layer replaced; sliding and recurrent layers stay."""
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [layer() if type(usual) is DynamicLayer else usual for usual in cache.layers]
     return cache
 
 
@@ -25,7 +25,7 @@ class RoomyLayer(DynamicLayer):
         """Append [B, H, new, D] to both; returns all keys and values so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
+        start = self.keys.shape[-2] if self.keys.numel() else 0
         end = start + key_states.shape[-2]
         if self.buffers is None or end > self.buffers[0].shape[-2]:
             self.buffers = (self._grown(self.keys, key_states, end), self._grown(self.values, value_states, end))

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from alignkit.batches import Draw
 from alignkit.errors import ConfigError, ModelError, NumericsError
-from alignkit.policies.module import context_length
-from alignkit.rollout.cache import roomy_cache
+from alignkit.policies.module import causal_lm, context_length
+from alignkit.rollout.branches import BranchingLayer, branching, can_branch
+from alignkit.rollout.cache import RoomyLayer, roomy_cache
 from alignkit.rollout.noise import gumbel, row_keys
 from alignkit.rollout.packed_weights import PackedWeights
 from alignkit.rollout.sampler import Models, Sample, check_request, stop_tokens
@@ -53,14 +55,16 @@ class HFSampler:
         n = check_request(prompts, draw, prompt_ids)
         halves = [_Half(self.models, name, weight) for name, weight in _weights(draw)]
         samples: list[list[Sample]] = [[] for _ in prompts]
-        for batch in self._batches(prompts, n):
-            unique = list(dict.fromkeys(prompt for prompt, _ in batch))
-            owner = torch.tensor([unique.index(prompt) for prompt, _ in batch])
-            ids = torch.tensor([prompt_ids[prompt] for prompt, _ in batch])
-            completions = torch.tensor([k for _, k in batch])
-            rows = self._decode(halves, [prompts[i] for i in unique], owner, (step, ids, completions))
-            for (prompt, _), sample in zip(batch, rows, strict=True):
-                samples[prompt].append(sample)
+        # the two of a mixture may be one network with its adapter on and off: each enters for its own forwards alone
+        with halves[0].entered() if len(halves) == 1 else nullcontext():
+            for batch in self._batches(prompts, n):
+                unique = list(dict.fromkeys(prompt for prompt, _ in batch))
+                owner = torch.tensor([unique.index(prompt) for prompt, _ in batch])
+                ids = torch.tensor([prompt_ids[prompt] for prompt, _ in batch])
+                completions = torch.tensor([k for _, k in batch])
+                rows = self._decode(halves, [prompts[i] for i in unique], owner, (step, ids, completions))
+                for (prompt, _), sample in zip(batch, rows, strict=True):
+                    samples[prompt].append(sample)
         return samples
 
     def sync(self) -> None:
@@ -139,30 +143,45 @@ class _Half:
     """One model of a draw, with its cache. A mixture has two, a plain draw one."""
 
     products: PackedWeights | None = None
+    network: nn.Module | None = None  # the model while it is entered
 
     def __init__(self, models: Models, name: str, weight: float):
         self.models, self.name, self.weight = models, name, weight
 
+    @contextmanager
+    def entered(self) -> Iterator[nn.Module]:
+        """The model, ready to decode; entering again inside costs nothing."""
+        if self.network is not None:
+            yield self.network
+            return
+        with self.models.model(self.name) as model:
+            self.products = self.products or PackedWeights(model)
+            self.branches = can_branch(causal_lm(model))
+            with self.products.used(), branching(causal_lm(model)) if self.branches else nullcontext():
+                self.network = model
+                try:
+                    yield model
+                finally:
+                    self.network = None
+
     def prefill(self, prompts: list[Tensor], new_tokens: int) -> Tensor:
         """Next-token logits [U, V] after each prompt, padded on the left; fills the cache."""
-        with self.models.model(self.name) as model:
+        with self.entered() as model:
             device = next(model.parameters()).device
             width = max(len(prompt) for prompt in prompts)
             _check_context(model, width, new_tokens)
             ids = torch.stack([nn.functional.pad(p, (width - len(p), 0)) for p in prompts]).to(device)
             lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
             self.mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-            self.cache = roomy_cache(model.config)
+            self.cache = roomy_cache(model.config, BranchingLayer if self.branches else RoomyLayer)
             self.arguments = _forward_arguments(model)
-            self.products = self.products or PackedWeights(model)
             self.next_position = lengths
-            return self._forward(model, ids, (self.mask.cumsum(-1) - 1).clamp(min=0))
+        return self._forward(ids, (self.mask.cumsum(-1) - 1).clamp(min=0))
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Next-token logits [R, V] after one more token per row [R]."""
         self.mask = torch.cat([self.mask, self.mask.new_ones((len(tokens), 1))], dim=1)
-        with self.models.model(self.name) as model:
-            logits = self._forward(model, tokens[:, None], self.next_position[:, None])
+        logits = self._forward(tokens[:, None], self.next_position[:, None])
         self.next_position = self.next_position + 1
         return logits
 
@@ -171,10 +190,10 @@ class _Half:
         self.cache.reorder_cache(rows)
         self.mask, self.next_position = self.mask[rows], self.next_position[rows]
 
-    def _forward(self, model: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         offered = {"position_ids": positions, "logits_to_keep": 1}
         accepted = {name: value for name, value in offered.items() if name in self.arguments}
-        with self.products.used():
+        with self.entered() as model:
             output = model(
                 input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, return_dict=True, **accepted
             )
