@@ -1,7 +1,7 @@
 """The language-model head on completion tokens only, in chunks: log-probs, entropies and statistics without [M, V] logits.
 
 A chunk's logits live while the chunk is computed; backward computes them again. No more than one chunk [C, V] of each
-model is alive at a time.
+model is alive at a time, unless all of them together are small.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +15,7 @@ from alignkit.batches import Statistic
 
 CHUNK_BYTES = {"cpu": 8 * 2**20}  # of one [C, V] float32 matrix, a handful of which are alive; on the CPU near its cache's size
 CHUNK_BYTES_ELSEWHERE = 64 * 2**20
+KEPT_CHUNKS = 4  # up to so many are kept for backward
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
@@ -68,6 +69,7 @@ class _Job:
     anchor: AnchorStates | None
     entropy: bool
     rows: int  # tokens per chunk
+    keep: bool  # the chunks' graphs for backward, which otherwise computes them again
 
     @property
     def detached(self) -> list[str]:
@@ -94,7 +96,7 @@ class _Job:
 
 
 class _Chunked(torch.autograd.Function):
-    """Runs the job chunk by chunk; backward recomputes each chunk and sums the parameters' gradients."""
+    """Runs the job chunk by chunk; backward goes through each, recomputed or kept, and sums the parameters' gradients."""
 
     @staticmethod
     def forward(ctx, job: _Job, hidden: Tensor, *parameters: nn.Parameter) -> tuple[Tensor, Tensor]:
@@ -102,7 +104,14 @@ class _Chunked(torch.autograd.Function):
         ctx.save_for_backward(hidden, *parameters)
         device = hidden.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        parts = [job.chunk(hidden[start : start + job.rows], start) for start in range(0, len(hidden), job.rows)]
+        ctx.kept = []
+        parts = []
+        for start in range(0, len(hidden), job.rows):
+            leaf = hidden[start : start + job.rows].detach().requires_grad_(job.keep)
+            with torch.set_grad_enabled(job.keep):
+                figures, detached = job.chunk(leaf, start)
+            ctx.kept += [(leaf, figures)] * job.keep
+            parts.append((figures.detach(), detached))
         figures, detached = (torch.cat(outputs, -1) for outputs in zip(*parts))
         ctx.mark_non_differentiable(detached)
         return figures, detached
@@ -115,9 +124,12 @@ class _Chunked(torch.autograd.Function):
         totals: list[Tensor | None] = [None] * len(parameters)
         for start in range(0, len(hidden), ctx.job.rows):
             part = slice(start, start + ctx.job.rows)
-            leaf = hidden[part].detach().requires_grad_()
-            with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-                figures, _ = ctx.job.chunk(leaf, start, again=True)
+            if ctx.kept:
+                leaf, figures = ctx.kept.pop(0)
+            else:
+                leaf = hidden[part].detach().requires_grad_()
+                with torch.enable_grad(), torch.autocast(device, dtype, enabled):
+                    figures, _ = ctx.job.chunk(leaf, start, again=True)
             grads = torch.autograd.grad(figures, [leaf, *parameters], grad[:, part], allow_unused=True)
             into_hidden[part] = grads[0]
             for i, new in enumerate(grads[1:]):
@@ -140,7 +152,9 @@ def head_figures(
     statistic gets the anchor's log-probs, or None without one; "anchor" is the anchor's log-prob of the label.
     """
     vocabulary = getattr(head.module, "out_features", None) or next(head.module.parameters()).shape[0]
-    job = _Job(head, labels, statistics, anchor, entropy, chunk_rows(vocabulary, hidden.device))
+    rows = chunk_rows(vocabulary, hidden.device)
+    keep = torch.is_grad_enabled() and not statistics and len(labels) <= KEPT_CHUNKS * rows
+    job = _Job(head, labels, statistics, anchor, entropy, rows, keep)
     trained = [p for p in head.module.parameters() if p.requires_grad]
     if len(labels):
         figures, detached = _Chunked.apply(job, hidden, *trained)

@@ -66,6 +66,28 @@ def test_figures_and_gradients_do_not_depend_on_the_chunks(monkeypatch, rows_per
         torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("rows_per_chunk", [5, 6, 100])  # of 23 tokens: 5, 4 and 1 chunks
+def test_few_chunks_are_kept_for_backward_and_many_computed_again(monkeypatch, rows_per_chunk):
+    monkeypatch.setattr(head_file, "chunk_rows", lambda *_: rows_per_chunk)
+    head, hidden, labels, _ = problem()
+    passes = []
+    head.module.register_forward_hook(lambda *_: passes.append(1))
+    inputs, weights = [hidden, head.module.weight, head.module.bias], torch.linspace(-1, 1, len(labels), dtype=torch.float64)
+    loss = (head_figures(head, hidden, labels, {})["policy"] * weights).sum()
+    found = torch.autograd.grad(loss, inputs, retain_graph=True)
+    chunks = -(-len(labels) // rows_per_chunk)
+    assert len(passes) == (chunks if chunks <= 4 else 2 * chunks)
+    for one, other in zip(found, torch.autograd.grad(loss, inputs), strict=True):  # nothing is kept for a second time
+        assert torch.equal(one, other)
+    picked = (2.0 * torch.tanh(1.7 * head.module(hidden) / 2.0)).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    for one, other in zip(found, torch.autograd.grad((picked * weights).sum(), inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    passes.clear()
+    with torch.no_grad():
+        head_figures(head, hidden, labels, {})
+    assert len(passes) == chunks
+
+
 def test_impossible_tokens():
     """A logit of -inf takes no probability and no entropy; nothing becomes NaN."""
     head, hidden, labels, _ = problem()
