@@ -17,6 +17,7 @@ from alignkit.policies.reference import START_ADAPTER, Anchor
 from alignkit.policies.sharding import assign, check_launch, check_sharded, gathered, is_sharded, shard, whole
 
 SCORING_BUDGET = 8192  # tokens per forward without gradient
+RESCORED = 4  # bundles whose stored log-probs are held against live ones
 ANCHOR_PREFIX = "anchor."
 
 
@@ -157,7 +158,7 @@ class PolicyPair:
     def cached(self, bundles: Sequence[Bundle], plan: Plan, progress: Callable[[int], None] | None = None) -> list[Bundle]:
         """The bundles with the reference's log-probs stored in `tokens["reference"]`; call it before the policy moves.
 
-        Eight bundles are scored a second time by themselves; the largest difference goes to `notes`. `progress` is called with
+        A few bundles are scored a second time by themselves; the largest difference goes to `notes`. `progress` is called with
         the number of bundles done.
         """
         out = list(bundles)
@@ -175,9 +176,9 @@ class PolicyPair:
         return out
 
     def rescored(self, bundles: Sequence[Bundle]) -> float:
-        """The largest difference between what eight bundles have stored and live scores; call it before the policy moves."""
+        """The largest difference between what a few bundles have stored and live scores; call it before the policy moves."""
         worst = 0.0
-        for bundle in bundles[:: max(1, len(bundles) // 8)]:
+        for bundle in bundles[:: -(-len(bundles) // RESCORED) or 1]:
             pairs = zip(self._reference_tokens([bundle])[0], bundle.tokens["reference"])
             worst = max([worst, *(float((a - b).abs().max()) for a, b in pairs if len(a))])
         return worst

@@ -27,7 +27,7 @@ Known = dict[bytes, list[Tensor]]  # row -> log-probs of its completions, K x [T
 def cached_in(folder: Path, pair: PolicyPair, bundles: Sequence[Bundle], plan: Plan) -> list[Bundle]:
     """As `pair.cached`, with a store: rows that `folder` knows are read, the others are scored and added to it.
 
-    Processes that ask at the same time wait for each other, so no row is scored twice. Of what was read, eight rows are
+    Processes that ask at the same time wait for each other, so no row is scored twice. Of what was read, a few rows are
     scored live; `pair.notes` says how far that is from the store. ResourceError where it is too far.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,9 @@ def cached_in(folder: Path, pair: PolicyPair, bundles: Sequence[Bundle], plan: P
         worst = pair.rescored(found)
         if not worst <= (TOLERANCE if pair.parameters()[0].dtype == torch.float32 else HALF_TOLERANCE):
             raise ResourceError(f"reference.store: {file} differs from live log-probs by {worst:.1e}; it is damaged, delete it")
-        pair.notes.append(f"reference log-probs of {len(found)} bundles read from {file}; eight differ by at most {worst:.1e}")
+        pair.notes.append(
+            f"reference log-probs of {len(found)} bundles read from {file}; those scored again differ by at most {worst:.1e}"
+        )
     return found
 
 
