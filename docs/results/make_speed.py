@@ -22,7 +22,7 @@ BENCHMARKS = {  # part of the page -> the command behind tests/benchmarks/
     "larger": "bench_dpo.py --size 45M --vocab 32768 --steps 3",
     "group": "bench_group.py --steps 6",
     "radpo": "bench_radpo.py",
-    "sweep": "bench_sweep.py --rows 32",
+    "sweep": "bench_sweep.py",
     "rollouts": "bench_rollouts.py",
     "head": "bench_head.py",
     "guard": "bench_guard.py",
@@ -41,14 +41,17 @@ page.
 How alignkit saves work:
 
 - **The prompt once.** A row is a tree: the prompt, and the completions that branch off it.
-- **No pads.** On a CPU in float32 the trees of a micro-batch stand end to end in one row, and attention is computed for each
-  stretch without a branch over what it sees. Prices worked out from the shapes decide whether that is cheaper than rows side by
-  side, so the same run always takes the same way. In half precision it gains nothing (the kernel is compiled anew for each
-  shape), and rows stay side by side. With `model.attention=flex_attention`, on a GPU, trees stand end to end in any dtype.
-- **The head on trained tokens only**, in chunks: log-probs, entropy and statistics in one pass, computed again in backward.
+- **No pads.** On a CPU the trees of a micro-batch stand end to end in one row, and attention is computed for each stretch
+  without a branch over what it sees, in float32 also where the rest is bfloat16. Prices worked out from the shapes decide
+  whether that is cheaper than rows side by side, so the same run always takes the same way. On a GPU trees stand end to end with
+  `model.attention=flex_attention`.
+- **The head on trained tokens only**, in chunks: log-probs, entropy and statistics in one pass, computed again in backward
+  unless there are few.
 - **The reference once.** Where the data are fixed its log-probs are stored (`reference.kind: cached`, the default); with
   `reference.store` once for a whole sweep. The tables below keep it live on both sides.
 - **CVaR without a sort**: the boundary of the tail is searched for in bins.
+- **Sampling**: one prefill per prompt, whose keys and values all its completions read in one product (on a CPU in float32);
+  weights packed once per rollout instead of in every product; finished rows leave the batch.
 
 ## DPO
 
@@ -99,8 +102,8 @@ A larger model and vocabulary:
 In float32 the matrix products are most of a step: however good the rest, the ratio to a setting of TRL cannot pass TRL's own
 ratio to the floor, which is the ratio in the table divided by "floor / step". Long prompts add attention; in bfloat16 the
 products are so fast that attention and elementwise operations weigh as much. Memory: the libraries, the weights, the reference,
-gradients and Adam's moments are there whatever the activations take. Sampling is bound by memory traffic and by the products of
-64 rows; every completion reads its own copy of the prompt's keys and values.
+gradients and Adam's moments are there whatever the activations take. Sampling is bound by the products of 64 rows,
+at the machine's full speed, and by reading the keys and values of the completions' own tokens.
 
 No GPU was at hand: flex attention's gradients and the benchmark's GPU shapes were never run.
 """

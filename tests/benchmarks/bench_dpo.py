@@ -14,6 +14,7 @@ import statistics
 import tempfile
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -95,12 +96,15 @@ class Setting:
 
     checkpointing: bool
     accumulation: int
+    liger: bool = False
 
     def __str__(self) -> str:
-        return f"{'checkpointing' if self.checkpointing else 'no checkpointing'}, {8 // self.accumulation} x {self.accumulation}"
+        parts = f"{'checkpointing' if self.checkpointing else 'no checkpointing'}, {8 // self.accumulation} x {self.accumulation}"
+        return f"{parts}, Liger" if self.liger else parts
 
 
-SETTINGS = [Setting(on, parts) for on in (False, True) for parts in (1, 4)]
+KERNELS = (False, True) if GPU and find_spec("liger_kernel") else (False,)
+SETTINGS = [Setting(on, parts, liger) for liger in KERNELS for on in (False, True) for parts in (1, 4)]
 
 
 def trl_trainer(folder: Path, rows: list[dict], setting: Setting, dtype: str, steps: int, callback):
@@ -122,6 +126,7 @@ def trl_trainer(folder: Path, rows: list[dict], setting: Setting, dtype: str, st
         beta=BETA,
         max_length=LONGEST,
         gradient_checkpointing=setting.checkpointing,
+        use_liger_kernel=setting.liger,
         train_sampling_strategy="sequential",
         bf16=dtype == "bfloat16",
         use_cpu=not GPU,

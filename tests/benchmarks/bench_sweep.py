@@ -53,7 +53,7 @@ def report(folder: Path, given: argparse.Namespace) -> None:
     print("| reference | s |\n|---|---|")
     for kind, total in seconds.items():
         print(f"| {kind} | {total:.1f} |")
-    print(f"\nShare: {shared / separate:.2f}")
+    print(f"\nShare: {shared / separate:.3f}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from alignkit.batches import Plan
 from alignkit.policies.layout import build_rows, micro_batches, visible
 from alignkit.policies.module import PolicyModule
-from alignkit.policies.packing import KERNEL, Run, attend, find_runs, kernel_of, pays, run_mask
+from alignkit.policies.packing import KERNEL, Run, attend, default_budget, find_runs, kernel_of, pays, run_mask
 from alignkit.policies.pair import PolicyPair
 
 WIDE = 10**6
@@ -80,8 +80,16 @@ def test_mixed_precision_packs():
     AcceleratorState._reset_state()  # other tests have had another precision
     pair.prepare(Accelerator(cpu=True, mixed_precision="bf16"), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     assert len(pair.micro_batches(bundles, 100)) == 1
+    assert default_budget(pair.device, pair.packing) == 1024
     torch.testing.assert_close(pair.logps(bundles, Plan("pair", anchors=())).policy, exact, rtol=0, atol=0.02)
     AcceleratorState._reset_state()
+
+
+def test_models_that_do_not_pack_count_pads():
+    pair = PolicyPair(PolicyModule(tiny_model("llama")), None, {})  # narrow
+    bundles = [bundle([3] * 4, [[5] * 90, [6] * 2]), bundle([3], [[7, 8], [9, 9]])]
+    assert len(pair.micro_batches(bundles, 100)) == 2
+    assert default_budget(pair.device, pair.packing) == 4096
 
 
 def test_runs_attend_in_float32_inside_autocast():
