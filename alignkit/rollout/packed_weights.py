@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 SMALLEST = 1 << 16  # elements of a weight below which packing gains nothing
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 class PackedWeights:
     """A model's large linear layers, packed as its weights are now, in the dtype that autocast computes in.
 
-    They take the weights' memory once more. Empty where the product is not oneDNN's to do: another device, another dtype.
+    They take the weights' memory once more. Empty where the product is not oneDNN's to do: another device, processor or dtype.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,7 +42,7 @@ def _packed(module: nn.Module) -> partial[Tensor] | None:
     if type(module) is not nn.Linear or "forward" in vars(module) or module.weight.numel() < SMALLEST:
         return None
     weight, bias = module.weight.data, None if module.bias is None else module.bias.data
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not ONEDNN:
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
     if dtype != torch.float32 and not (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
