@@ -1,7 +1,7 @@
 """A prompt's keys and values once for all of its completions, while sampling on a CPU.
 
-A decode step mostly waits for what it reads from the cache. Completions of one prompt see the same keys there, so all their
-queries meet them in one product.
+Attention of a decode step waits for what it reads from the cache. Completions of one prompt see the same keys there, so all
+their queries meet them in one product.
 """
 
 from collections.abc import Iterator

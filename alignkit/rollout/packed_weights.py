@@ -1,7 +1,7 @@
 """Matrix products with weights packed beforehand, for sampling on a CPU.
 
-A decode step multiplies few rows with every weight. Called plainly, the product packs the weight anew each time, which takes
-longer than the multiplication; oneDNN takes weights that are packed already.
+A decode step multiplies few rows with every weight. Called plainly, the product packs the weight anew each time, which for a
+dozen rows takes as long as the multiplication and for one row far longer; oneDNN takes weights that are packed already.
 """
 
 from collections.abc import Iterator
