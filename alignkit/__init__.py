@@ -1,4 +1,6 @@
-"""alignkit: KL-regularised RLHF and preference optimisation. Names load lazily: `import alignkit` imports no torch."""
+"""alignkit: KL-regularised RLHF and preference optimisation. Names load lazily: `import alignkit`
+imports no torch.
+"""
 
 from importlib import import_module
 
@@ -7,7 +9,12 @@ from alignkit.objectives import OBJECTIVES, locate
 __version__ = "0.1.0"
 
 _LAZY = {cls: module for module, cls, _ in map(locate, OBJECTIVES)}
-_LAZY |= {"gae": "alignkit.credit", "PolicyPair": "alignkit.policies.pair", "AlignkitError": "alignkit.errors"}
+_LAZY |= {
+    "gae": "alignkit.credit",
+    "PolicyPair": "alignkit.policies.pair",
+    "AlignkitError": "alignkit.errors",
+}
+_LAZY |= {"load_recipe": "alignkit.config.recipe", "run_recipe": "alignkit.runs.launch"}
 _MODULES = ("losses", "kl", "risk", "divergences", "testing", "oracles")
 __all__ = sorted([*_LAZY, "__version__", *_MODULES])
 

@@ -1,5 +1,5 @@
 """`python -m alignkit`."""
 
-from alignkit.cli import main
+from alignkit.cli.main import main
 
 main()

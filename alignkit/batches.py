@@ -1,6 +1,7 @@
 """The data that objectives and the loop exchange: bundles in, log-probs through, loss terms out.
 
-Axes: B pairs or rows, K completions of one prompt, N = all completions of a batch, T tokens, V vocabulary.
+Axes: B pairs or rows, K completions of one prompt, N = all completions of a batch, T tokens, V
+vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +22,9 @@ from alignkit.tensors import masked_sum
 class Bundle:
     """One prompt with K completions. All tensors live on the CPU until the layout moves them.
 
-    `rows` holds one number per completion (label, score, preference, ...), `tokens` one per token (behaviour or
-    cached anchor log-probs, advantages, returns, ...), each a list of K tensors [T_k].
+    `rows` holds one number per completion (label, score, preference, ...), `tokens` one per token
+    (behaviour or cached anchor log-probs, advantages, returns, ...), each a list of K tensors
+    [T_k].
     """
 
     prompt: Tensor  # [P] int64, at least one token
@@ -31,7 +33,8 @@ class Bundle:
     uid: str = ""  # where the row comes from ("preferences.jsonl:17"); named in errors
     rows: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [K]
     tokens: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)  # name -> K x [T_k]
-    mismatched: bool = False  # this prompt with another prompt's completion (KTO's z0), never trained on
+    # this prompt with another prompt's completion (KTO's z0), never trained on
+    mismatched: bool = False
 
     @property
     def n_trained(self) -> int:
@@ -48,11 +51,14 @@ class Bundle:
 class TokenLogps:
     """Per-token log-probs of N completions, padded to T. Everything is 0 where `mask` is False."""
 
-    policy: Tensor  # [N, T] log pi(y_t | prompt, y_<t), with gradient when trained; [N, D] where the plan asks for outputs
+    # [N, T] log pi(y_t | prompt, y_<t), with gradient when trained; [N, D] where the plan asks for
+    # outputs
+    policy: Tensor
     anchors: Mapping[str, Tensor]  # name -> [N, T], never with gradient; "reference" anchors the KL
     mask: Tensor  # [N, T] bool, True at trained tokens
     behavior: Tensor | None = None  # [N, T] log-probs of the policy that sampled the tokens
-    extras: Mapping[str, Tensor] = field(default_factory=dict)  # [N, T]: "entropy", "values", the plan's statistics
+    # [N, T]: "entropy", "values", the plan's statistics
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def reference(self) -> Tensor:
@@ -110,8 +116,9 @@ class Term:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What an objective returns. Each metric is a tensor of any shape; the logged figure is the mean of its elements
-    over the whole optimiser step and all ranks."""
+    """What an objective returns. Each metric is a tensor of any shape; the logged figure is the
+    mean of its elements over the whole optimiser step and all ranks.
+    """
 
     terms: Sequence[Term]
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
@@ -125,7 +132,9 @@ class LossTerms:
 
 
 def _tables(bundles: Sequence[Bundle], device: torch.device) -> Tensor | None:
-    """How often each completion of a prompt beats each other one, [B, K, K], where all were compared."""
+    """How often each completion of a prompt beats each other one, [B, K, K], where all were
+    compared.
+    """
     tables = [b.rows["table"] for b in bundles if "table" in b.rows]
     return torch.stack(tables).to(device) if tables else None
 
@@ -158,32 +167,62 @@ class PairBatch:
     completions_per_bundle: ClassVar[int | None] = 2
     chosen: TokenLogps
     rejected: TokenLogps
-    sampled: TokenLogps | None = None  # [B S, T] completions drawn beside each pair, where the plan asks for them
-    table: Tensor | None = None  # [B, 2 + S, 2 + S] P(completion i beats j): chosen, rejected, samples (plan.judged == "table")
+    # [B S, T] completions drawn beside each pair, where the plan asks for them
+    sampled: TokenLogps | None = None
+    # [B, 2 + S, 2 + S] P(completion i beats j): chosen, rejected, samples (plan.feedback == "table")
+    table: Tensor | None = None
 
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
         every = torch.arange(len(tokens.policy), device=tokens.policy.device).view(len(bundles), -1)
         beside = tokens.select(every[:, 2:].flatten()) if every.shape[1] > 2 else None
-        return cls(tokens.select(every[:, 0]), tokens.select(every[:, 1]), beside, _tables(bundles, every.device))
+        return cls(
+            tokens.select(every[:, 0]),
+            tokens.select(every[:, 1]),
+            beside,
+            _tables(bundles, every.device),
+        )
 
     @staticmethod
     def counts(bundles: Sequence[Bundle]) -> dict[str, int]:
-        """Rows are pairs; tokens are the chosen completions' (the demonstrations of a likelihood term)."""
+        """Rows are pairs; tokens are the chosen completions' (the demonstrations of a likelihood
+        term).
+        """
         return {"rows": len(bundles), "tokens": sum(int(b.masks[0].sum()) for b in bundles)}
 
     def sequence_logps(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """policy_chosen, policy_rejected, reference_chosen, reference_rejected log-prob sums, [B] each."""
-        chosen, rejected = self.chosen, self.rejected
-        return chosen.sequence(), rejected.sequence(), chosen.sequence("reference"), rejected.sequence("reference")
+        """policy_chosen, policy_rejected, reference_chosen, reference_rejected log-prob sums, [B]
+        each.
+        """
+        chosen = self.chosen
+        rejected = self.rejected
+        return (
+            chosen.sequence(),
+            rejected.sequence(),
+            chosen.sequence("reference"),
+            rejected.sequence("reference"),
+        )
 
-    def rows(self, name: str, values: Tensor, *, scale: float = 1.0, rewards: tuple[Tensor, Tensor] | None = None) -> LossTerms:
-        """One term of per-pair `values` [B] with TRL's metrics. The implicit rewards are `scale` * log-ratio unless
-        `rewards` (chosen [B], rejected [B]) is given."""
+    def rows(
+        self,
+        name: str,
+        values: Tensor,
+        *,
+        scale: float = 1.0,
+        rewards: tuple[Tensor, Tensor] | None = None,
+    ) -> LossTerms:
+        """One term of per-pair `values` [B] with TRL's metrics. The implicit rewards are `scale` *
+        log-ratio unless `rewards` (chosen [B], rejected [B]) is given.
+        """
         anchored = "reference" in self.chosen.anchors
         if rewards is None:
-            pc, pr = self.chosen.sequence(), self.rejected.sequence()
-            rc, rr = (self.chosen.sequence("reference"), self.rejected.sequence("reference")) if anchored else (0.0, 0.0)
+            pc = self.chosen.sequence()
+            pr = self.rejected.sequence()
+            rc, rr = (
+                (self.chosen.sequence("reference"), self.rejected.sequence("reference"))
+                if anchored
+                else (0.0, 0.0)
+            )
             rewards = (scale * (pc - rc), scale * (pr - rr))
         chosen, rejected = (r.detach() for r in rewards)
         metrics = {
@@ -207,17 +246,23 @@ class RankedBatch(_ByPrompt):
 
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
-        return cls(tokens, torch.tensor([len(b.completions) for b in bundles], device=tokens.policy.device))
+        return cls(
+            tokens, torch.tensor([len(b.completions) for b in bundles], device=tokens.policy.device)
+        )
 
     def ranked(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """One value per completion [N] -> [B, K], best first, 0 behind short rankings; and which are there, [B, K] bool."""
+        """One value per completion [N] -> [B, K], best first, 0 behind short rankings; and which
+        are there, [B, K] bool.
+        """
         mask = torch.arange(int(self.sizes.max()), device=values.device) < self.sizes.unsqueeze(-1)
         return values.new_zeros(mask.shape).masked_scatter(mask, values), mask
 
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """Unpaired completions with a desirable/undesirable label; `mismatched` pairs prompts with other prompts' completions."""
+    """Unpaired completions with a desirable/undesirable label; `mismatched` pairs prompts with
+    other prompts' completions.
+    """
 
     completions_per_bundle: ClassVar[int | None] = 1
     tokens: TokenLogps  # [B, T]
@@ -229,7 +274,8 @@ class LabelledBatch:
         device = tokens.policy.device
         shifted = torch.tensor([b.mismatched for b in bundles], device=device)
         labels = torch.tensor([bool(b.rows["label"][0]) for b in bundles], device=device)
-        kept, other = (~shifted).nonzero()[:, 0], shifted.nonzero()[:, 0]
+        kept = (~shifted).nonzero()[:, 0]
+        other = shifted.nonzero()[:, 0]
         return cls(tokens.select(kept), labels[kept], tokens.select(other) if len(other) else None)
 
     @staticmethod
@@ -253,37 +299,54 @@ class RolloutBatch:
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
         device, (_, length) = tokens.policy.device, tokens.policy.shape
-        groups = torch.tensor([i for i, b in enumerate(bundles) for _ in b.completions], device=device)
+        groups = torch.tensor(
+            [i for i, b in enumerate(bundles) for _ in b.completions], device=device
+        )
 
         def padded(name: str) -> Tensor | None:
             rows = [row for b in bundles for row in b.tokens.get(name, ())]
             if not rows:
                 return None
-            return torch.stack([torch.nn.functional.pad(row, (0, length - len(row))) for row in rows]).to(device)
+            return torch.stack(
+                [torch.nn.functional.pad(row, (0, length - len(row))) for row in rows]
+            ).to(device)
 
         scores = torch.cat([b.rows["score"] for b in bundles]).to(device)
-        return cls(tokens, scores, groups, padded("advantages"), padded("returns"), padded("values"))
+        return cls(
+            tokens, scores, groups, padded("advantages"), padded("returns"), padded("values")
+        )
 
     @staticmethod
     def counts(bundles: Sequence[Bundle]) -> dict[str, int]:
-        return {"rows": sum(len(b.completions) for b in bundles), "tokens": sum(b.n_trained for b in bundles)}
+        return {
+            "rows": sum(len(b.completions) for b in bundles),
+            "tokens": sum(b.n_trained for b in bundles),
+        }
 
 
 @dataclass(frozen=True)
 class GameBatch(_ByPrompt):
-    """Self-play: K completions of each prompt and how often each beats the opponent the judge compared it with."""
+    """Self-play: K completions of each prompt and how often each beats the opponent the judge
+    compared it with.
+    """
 
     completions_per_bundle: ClassVar[int | None] = None
     completions: Sequence[TokenLogps]  # K x [B, T]
-    preference: Tensor  # [B, K] probability that completion k beats the opponent (the last completion when none was set aside)
-    table: Tensor | None = None  # [B, K, K] probability that completion i beats completion j (plan.judged == "table")
+    # [B, K] probability that completion k beats the opponent (the last completion when none was set
+    # aside)
+    preference: Tensor
+    # [B, K, K] probability that completion i beats completion j (plan.feedback == "table")
+    table: Tensor | None = None
 
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
-        device, per = tokens.policy.device, len(bundles[0].completions)
+        device = tokens.policy.device
+        per = len(bundles[0].completions)
         start = per * torch.arange(len(bundles), device=device)
         preference = torch.stack([b.rows["preference"] for b in bundles]).to(device)
-        return cls([tokens.select(start + k) for k in range(per)], preference, _tables(bundles, device))
+        return cls(
+            [tokens.select(start + k) for k in range(per)], preference, _tables(bundles, device)
+        )
 
 
 Batch = SequenceBatch | PairBatch | RankedBatch | LabelledBatch | RolloutBatch | GameBatch

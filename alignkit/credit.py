@@ -1,6 +1,8 @@
-"""Credit assignment: from scores to advantages. Everything here runs on the global rollout and carries no gradient.
+"""Credit assignment: from scores to advantages. Everything here runs on the global rollout and
+carries no gradient.
 
-Axes: N completions, T tokens. Masks select by `where`, so what stands outside the mask (padding, tool output) never matters.
+Axes: N completions, T tokens. Masks select by `where`, so what stands outside the mask (padding,
+tool output) never matters.
 """
 
 from typing import Literal
@@ -15,11 +17,15 @@ Baseline = Literal["mean", "leave_one_out", "none"]
 
 
 @torch.no_grad()
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation: [N, T] x 3 -> advantages [N, T], returns [N, T]; both 0 where `mask` is False.
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: [N, T] x 3 -> advantages [N, T], returns [N, T]; both 0
+    where `mask` is False.
 
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, return = A_t + V_t. The value after the last
-    unmasked token is 0. Masked positions are stepped over: the result is that of the sequence without them.
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, return = A_t + V_t. The
+    value after the last unmasked token is 0. Masked positions are stepped over: the result is that
+    of the sequence without them.
 
     Schulman et al. 2016, arXiv:1506.02438, eq. 16.
 
@@ -41,10 +47,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, la
 
 @torch.no_grad()
 def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """(values - mean) / sqrt(variance + eps) over ALL unmasked entries, population variance: [N, T] x 2 -> [N, T].
+    """(values - mean) / sqrt(variance + eps) over ALL unmasked entries, population variance: [N, T]
+    x 2 -> [N, T].
 
-    Give it the global batch: statistics of a micro-batch would change with the memory setting. `shift_mean=False` keeps the
-    mean (rewards). 0 outside the mask.
+    Give it the global batch: statistics of a micro-batch would change with the memory setting.
+    `shift_mean=False` keeps the mean (rewards). 0 outside the mask.
     """
     check_same_shape(values=values, mask=mask)
     count = mask.sum().clamp(min=1)
@@ -62,15 +69,21 @@ def _group_sum(values: Tensor, groups: Tensor) -> Tensor:
 
 @torch.no_grad()
 def group_baseline(scores: Tensor, groups: Tensor, *, kind: Baseline = "mean") -> Tensor:
-    """Baseline of each completion from its group (same prompt): [N], [N] -> [N]; or [N, T], [N] -> [N, T], per position.
+    """Baseline of each completion from its group (same prompt): [N], [N] -> [N]; or [N, T], [N] ->
+    [N, T], per position.
 
-    "mean": the group's mean, itself included: the gradient shrinks by (K - 1) / K, nothing else. "leave_one_out": the mean of
-    the others, unbiased (RLOO, Kool et al. 2019). "none": 0. A group of one has baseline 0.
+    "mean": the group's mean, itself included: the gradient shrinks by (K - 1) / K, nothing else.
+    "leave_one_out": the mean of the others, unbiased (RLOO, Kool et al. 2019). "none": 0. A group
+    of one has baseline 0.
     """
     if scores.shape[:1] != groups.shape:
-        raise ShapeError(f"group_baseline: groups {list(groups.shape)} need one entry per row of scores {list(scores.shape)}")
+        raise ShapeError(
+            f"group_baseline: groups {list(groups.shape)} need one entry per row of scores {list(scores.shape)}"
+        )
     if kind not in ("mean", "leave_one_out", "none"):
-        raise ConfigError(f"group_baseline: kind is {kind!r}; it must be 'mean', 'leave_one_out' or 'none'")
+        raise ConfigError(
+            f"group_baseline: kind is {kind!r}; it must be 'mean', 'leave_one_out' or 'none'"
+        )
     if kind == "none" or not len(scores):
         return torch.zeros_like(scores)
     size = _group_sum(torch.ones_like(scores), groups)
@@ -81,7 +94,9 @@ def group_baseline(scores: Tensor, groups: Tensor, *, kind: Baseline = "mean") -
 
 @torch.no_grad()
 def constant_groups(scores: Tensor, groups: Tensor) -> Tensor:
-    """Whether a completion's group has two or more members, all with one score: [N], [N] -> [N] bool."""
+    """Whether a completion's group has two or more members, all with one score: [N], [N] -> [N]
+    bool.
+    """
     check_same_shape(scores=scores, groups=groups)
     if not len(scores):
         return torch.zeros_like(groups, dtype=torch.bool)
@@ -94,11 +109,17 @@ def constant_groups(scores: Tensor, groups: Tensor) -> Tensor:
 
 @torch.no_grad()
 def group_advantages(
-    scores: Tensor, groups: Tensor, *, kind: Baseline = "mean", scale: bool = False, eps: float = 1e-4
+    scores: Tensor,
+    groups: Tensor,
+    *,
+    kind: Baseline = "mean",
+    scale: bool = False,
+    eps: float = 1e-4,
 ) -> Tensor:
     """Score minus group baseline, exactly 0 in a group whose scores are all equal: [N], [N] -> [N].
 
-    `scale` divides by the group's sample standard deviation + eps (GRPO; it reweights prompts by difficulty and is biased).
+    `scale` divides by the group's sample standard deviation + eps (GRPO; it reweights prompts by
+    difficulty and is biased).
     """
     advantages = scores - group_baseline(scores, groups, kind=kind)
     if kind != "none":
@@ -113,14 +134,18 @@ def group_advantages(
 
 @torch.no_grad()
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, beta: float | Tensor) -> Tensor:
-    """-beta * kl_t on every unmasked token plus the score on the last one: [N], [N, T], [N, T] -> [N, T].
+    """-beta * kl_t on every unmasked token plus the score on the last one: [N], [N, T], [N, T] ->
+    [N, T].
 
-    With kl_t = k1 on the rollout policy this is the reward whose policy gradient is that of E[score] - beta * KL(policy ||
-    reference) (Ziegler et al. 2019, arXiv:1909.08593, eq. 2). Single kl_t may be negative; they are not clipped.
+    With kl_t = k1 on the rollout policy this is the reward whose policy gradient is that of
+    E[score] - beta * KL(policy || reference) (Ziegler et al. 2019, arXiv:1909.08593, eq. 2). Single
+    kl_t may be negative; they are not clipped.
     """
     check_same_shape(kl=kl, mask=mask)
     if scores.shape != kl.shape[:-1]:
-        raise ShapeError(f"shaped_rewards: scores {list(scores.shape)} must have one entry per row of kl {list(kl.shape)}")
+        raise ShapeError(
+            f"shaped_rewards: scores {list(scores.shape)} must have one entry per row of kl {list(kl.shape)}"
+        )
     last = mask & (reverse_cumsum(mask.long()) == 1)
     return torch.where(mask, -beta * kl, 0.0) + torch.where(last, scores.unsqueeze(-1), 0.0)
 
@@ -134,8 +159,10 @@ def reward_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def adapt_beta(beta: Tensor, kl: Tensor, *, target: float, horizon: float, samples: int) -> Tensor:
-    """The adaptive KL coefficient's next value, from the mean sequence KL (nats per completion) of `samples` completions.
+    """The adaptive KL coefficient's next value, from the mean sequence KL (nats per completion) of
+    `samples` completions.
 
-    beta * (1 + clip(kl / target - 1, -0.2, 0.2) * samples / horizon), never below 0. Ziegler et al. 2019, section 2.2.
+    beta * (1 + clip(kl / target - 1, -0.2, 0.2) * samples / horizon), never below 0. Ziegler et al.
+    2019, section 2.2.
     """
     return (beta * (1 + (kl / target - 1).clamp(-0.2, 0.2) * samples / horizon)).clamp(min=0.0)

@@ -1,4 +1,6 @@
-"""Errors of alignkit: each says what was given, what is allowed and what to do, and carries its exit code."""
+"""Errors of alignkit: each says what was given, what is allowed and what to do, and carries its
+exit code.
+"""
 
 
 class AlignkitError(Exception):

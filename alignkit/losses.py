@@ -1,13 +1,20 @@
-"""Every pure loss function, importable with torch and pydantic alone: the stable path for other trainers and for papers.
+"""Every pure loss function, importable with torch and pydantic alone: the stable path for other
+trainers and for papers.
 
-Each takes log-probs (four [B] tensors for pairs) and keyword hyper-parameters and returns one value per row or token.
+Each takes log-probs (four [B] tensors for pairs) and keyword hyper-parameters and returns one value
+per row or token.
 """
 
 from importlib import import_module
 
 from alignkit.objectives import OBJECTIVES, locate
 
-_FUNCTIONS = {name: module for module, _, names in map(locate, OBJECTIVES) for name in names.split(",") if name}
+_FUNCTIONS = {
+    name: module
+    for module, _, names in map(locate, OBJECTIVES)
+    for name in names.split(",")
+    if name
+}
 __all__ = sorted(_FUNCTIONS)
 
 

@@ -1,4 +1,6 @@
-"""What an objective asks of the loop: data, samples, statistics, anchors. Everything the loop knows of an objective."""
+"""What an objective asks of the loop: data, samples, statistics, anchors. Everything the loop knows
+of an objective.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -6,15 +8,17 @@ from typing import Literal
 
 from torch import Tensor
 
-# (policy_logprobs [C, V], anchor_logprobs [C, V] or None, labels [C]) -> [C], evaluated inside one head chunk
+# (policy_logprobs [C, V], anchor_logprobs [C, V] or None, labels [C]) -> [C], evaluated inside one
+# head chunk
 Statistic = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 Family = Literal["sequence", "pair", "ranked", "labelled", "rollout", "game"]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """`n` completions per prompt (None: the recipe's rollout.completions) from `source` (policy, reference, an anchor),
-    or from the token-level mixture with weight `mix` on the reference."""
+    """`n` completions per prompt (None: the recipe's rollout.completions) from `source` (policy,
+    reference, an anchor), or from the token-level mixture with weight `mix` on the reference.
+    """
 
     n: int | None = None
     source: str = "policy"
@@ -30,14 +34,16 @@ class Plan:
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
     anchors: tuple[str, ...] = ("reference",)
     samples: tuple[Draw, ...] = ()
-    judged: Literal["none", "score", "pair", "table"] = "none"
+    feedback: Literal["none", "reward", "pairwise", "table"] = "none"
     values: bool = False
     epochs: int = 1
     minibatches: int = 1
     coupled: bool = False
     mismatched: bool = False
     update: Literal["gradient", "extragradient"] = "gradient"
-    outputs: int = 0  # numbers that the network gives for a whole completion, instead of log-probs of its tokens
-    # name of an anchor -> a text: the reference's log-probs of the completions (fixed data) with the text before the prompt
+    # numbers that the network gives for a whole completion, instead of log-probs of its tokens
+    outputs: int = 0
+    # name of an anchor -> a text: the reference's log-probs of the completions (fixed data) with
+    # the text before the prompt
     prefixes: Mapping[str, str] = field(default_factory=dict)
     joined: bool = False  # these read both completions of a pair at once, in either order

@@ -1,4 +1,6 @@
-"""Masked reductions and shape checks shared by every loss. Masks select by `where`, never by multiplication: 0 * nan is nan."""
+"""Masked reductions and shape checks shared by every loss. Masks select by `where`, never by
+multiplication: 0 * nan is nan.
+"""
 
 import torch
 from torch import Tensor
@@ -7,7 +9,9 @@ from alignkit.errors import ShapeError
 
 
 def check_same_shape(**tensors: Tensor) -> None:
-    """Raise ShapeError unless all named tensors share one shape; the message names each with its shape."""
+    """Raise ShapeError unless all named tensors share one shape; the message names each with its
+    shape.
+    """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
@@ -31,20 +35,29 @@ def reverse_cumsum(values: Tensor) -> Tensor:
 
 
 def gather_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probs of `labels` under `logits`, log-softmax in float32 or wider. [..., V], [...] -> [...]."""
+    """Log-probs of `labels` under `logits`, log-softmax in float32 or wider. [..., V], [...] ->
+    [...].
+    """
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     return wide.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 def pair_log_ratios(
-    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, reference_chosen_logps: Tensor, reference_rejected_logps: Tensor
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """log policy - log reference of the chosen and of the rejected response: [B] x 4 -> [B] x 2. ShapeError unless all shapes
-    are equal. No gradient goes into the reference."""
+    """log policy - log reference of the chosen and of the rejected response: [B] x 4 -> [B] x 2.
+    ShapeError unless all shapes are equal. No gradient goes into the reference.
+    """
     check_same_shape(
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,
         reference_chosen_logps=reference_chosen_logps,
         reference_rejected_logps=reference_rejected_logps,
     )
-    return policy_chosen_logps - reference_chosen_logps.detach(), policy_rejected_logps - reference_rejected_logps.detach()
+    return (
+        policy_chosen_logps - reference_chosen_logps.detach(),
+        policy_rejected_logps - reference_rejected_logps.detach(),
+    )

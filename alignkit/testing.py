@@ -1,15 +1,17 @@
-"""The conformance suite: what every objective, built in or a user's own, has to hold, with the figure that shows it."""
+"""The conformance suite: what every objective, built in or a user's own, has to hold, with the
+figure that shows it.
+"""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
+from alignkit.config.plugins import load_object
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.objectives import OBJECTIVES, locate
 from alignkit.objectives.base import Objective
 from alignkit.oracles import claims, invariances
 from alignkit.oracles.invariances import Check
-from alignkit.plugins import load_object
 
 __all__ = ["Check", "ConformanceError", "check_objective", "run_checks", "verify"]
 
@@ -19,12 +21,17 @@ class ConformanceError(AlignkitError, AssertionError):
 
     def __init__(self, objective: Objective, checks: Sequence[Check]):
         self.checks = list(checks)
-        lines = [f"  {c.name}: {c.figure:.2e}, allowed {c.bound:.0e}. {c.detail}" for c in checks if not c.passed]
+        lines = [
+            f"  {c.name}: {c.figure:.2e}, allowed {c.bound:.0e}. {c.detail}"
+            for c in checks
+            if not c.passed
+        ]
         super().__init__("\n".join([f"{objective!r} fails the conformance suite:", *lines]))
 
 
 def check_objective(objective: Objective) -> list[Check]:
-    """All checks of `objective` where every one passed; ConformanceError (an AssertionError) naming the failures otherwise.
+    """All checks of `objective` where every one passed; ConformanceError (an AssertionError) naming
+    the failures otherwise.
 
     >>> from alignkit import DPO
     >>> all(check.passed for check in check_objective(DPO(beta=0.1)))
@@ -43,8 +50,9 @@ def run_checks(objective: Objective) -> list[Check]:
 
 
 def verify(names: Sequence[str] = (), *, safe: bool = False) -> int:
-    """Check the objectives called `names` (`module:Class` and `file.py:Class` for one's own; default: all built-in ones) in all
-    their example settings and print a table. Returns the exit code: 0, or 1 where a check failed. ConfigError for unknown names.
+    """Check the objectives called `names` (`module:Class` and `file.py:Class` for one's own;
+    default: all built-in ones) in all their example settings and print a table. Returns the exit
+    code: 0, or 1 where a check failed. ConfigError for unknown names.
     """
     from rich.console import Console
     from rich.table import Table
@@ -57,8 +65,12 @@ def verify(names: Sequence[str] = (), *, safe: bool = False) -> int:
             title = repr(objective)
             for check in run_checks(objective):
                 verdict = "[green]holds" if check.passed else f"[red]FAILS {check.detail}"
-                table.add_row(title, check.name, f"{check.figure:.1e}", f"{check.bound:.0e}", verdict)
-                failed, total, title = failed + (not check.passed), total + 1, ""
+                table.add_row(
+                    title, check.name, f"{check.figure:.1e}", f"{check.bound:.0e}", verdict
+                )
+                failed = failed + (not check.passed)
+                total = total + 1
+                title = ""
             table.add_section()
     console = Console()
     console.print(table)
@@ -74,7 +86,11 @@ def _find(name: str, safe: bool) -> type[Objective]:
         found = load_object(name, what="verify", safe=safe)
         if isinstance(found, type) and issubclass(found, Objective):
             return found
-        raise ConfigError(f"verify: `{name}` is not a subclass of alignkit.objectives.base.Objective")
+        raise ConfigError(
+            f"verify: `{name}` is not a subclass of alignkit.objectives.base.Objective"
+        )
     near = get_close_matches(name, OBJECTIVES, 1)
     hint = f"did you mean `{near[0]}`? " if near else ""
-    raise ConfigError(f"verify: there is no objective `{name}`; {hint}built in: {', '.join(OBJECTIVES)}; own: module:Class")
+    raise ConfigError(
+        f"verify: there is no objective `{name}`; {hint}built in: {', '.join(OBJECTIVES)}; own: module:Class"
+    )

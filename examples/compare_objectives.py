@@ -1,6 +1,8 @@
-"""What `alignkit compare` does, in Python: three objectives on film reviews, reward against KL, with the optimum known.
+"""What `alignkit compare` does, in Python: three objectives on film reviews, reward against KL,
+with the optimum known.
 
-    python examples/compare_objectives.py            # a few minutes; the report is runs/compare_objectives/report.html
+    python examples/compare_objectives.py            # a few minutes; the report is
+    runs/compare_objectives/report.html
 
 Run it again after an interruption: finished runs are not repeated.
 """
@@ -11,14 +13,26 @@ from typing import Any
 
 import yaml
 
-from alignkit.config import load_recipe
-from alignkit.evaluation.compare import compare
+from alignkit.comparison.compare import compare
+from alignkit.config.recipe import load_recipe
 
-ONLINE = {"steps": 150, "batch_size": 32, "learning_rate": 2.0e-3, "adam_betas": [0.9, 0.99], "ema_decay": 0.97}
+ONLINE = {
+    "steps": 150,
+    "batch_size": 32,
+    "learning_rate": 2.0e-3,
+    "adam_betas": [0.9, 0.99],
+    "ema_decay": 0.97,
+}
 RECIPE = {
     "model": {"name_or_path": "task"},
     "data": {"train": "task:reviews"},
-    "train": {"steps": 400, "batch_size": 64, "learning_rate": 5.0e-4, "warmup_steps": 50, "log_samples_every": 0},
+    "train": {
+        "steps": 400,
+        "batch_size": 64,
+        "learning_rate": 5.0e-4,
+        "warmup_steps": 50,
+        "log_samples_every": 0,
+    },
     "rollout": {"completions": 16, "max_new_tokens": 16},
     "compare": {
         # label -> fields of the objective; every value of a list is a run
@@ -27,7 +41,9 @@ RECIPE = {
             "hdpo": {"alpha": 0.9, "beta": [0.5, 1.0, 2.0]},
             "rpg": {"clip_low": None, "clip_high": None, "beta": [0.25, 0.5, 1.0]},
         },
-        "overrides": {"rpg": {"train": ONLINE}},  # what differs for one objective: its own steps and optimiser
+        "overrides": {
+            "rpg": {"train": ONLINE}
+        },  # what differs for one objective: its own steps and optimiser
         "seeds": [0],
         "samples": 16,
     },
@@ -35,7 +51,9 @@ RECIPE = {
 
 
 def main(folder: str | Path = "runs/compare_objectives", *overrides: str) -> dict[str, Any]:
-    """Run the grid and print, for each run, how much of the best possible gain it reached at its KL."""
+    """Run the grid and print, for each run, how much of the best possible gain it reached at its
+    KL.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "grid.yaml"
@@ -45,9 +63,13 @@ def main(folder: str | Path = "runs/compare_objectives", *overrides: str) -> dic
     for curve in found["curves"]:
         for point in curve["points"]:
             share = "-" if point["efficiency"] is None else f"{point['efficiency']:.3f}"
-            kl, score = point["kl"]["value"], point["score"]["value"]
-            print(f"{curve['label']:6} {point['setting']:10} KL {kl:.3f}  expected reward {score:+.3f}  efficiency {share}")
-    # A verdict is worded from its interval: "A over B at matched KL 1.2: +0.03 [0.01, 0.05]", or that no difference is shown.
+            kl = point["kl"]["value"]
+            score = point["score"]["value"]
+            print(
+                f"{curve['label']:6} {point['setting']:10} KL {kl:.3f}  expected reward {score:+.3f}  efficiency {share}"
+            )
+    # A verdict is worded from its interval: "A over B at matched KL 1.2: +0.03 [0.01, 0.05]", or
+    # that no difference is shown.
     for pair in found["verdicts"]["pairs"]:
         print(pair["words"])
     print(f"the report: {folder / 'report.html'}")

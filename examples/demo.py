@@ -1,8 +1,10 @@
-"""What `make demo` runs: align a small film critic with DPO and check the result against the exact optimum.
+"""What `make demo` runs: align a small film critic with DPO and check the result against the exact
+optimum.
 
-The task `reviews` is small enough to list: every review the model can write has a probability we can compute, so nothing
-below is an estimate. Usage: python examples/demo.py [RECIPE] [section.field=value ...]; the recipe's task has to be one of the
-reviews worlds, its objective one with a beta and a closed-form optimum.
+The task `reviews` is small enough to list: every review the model can write has a probability we
+can compute, so nothing below is an estimate. Usage: python examples/demo.py [RECIPE]
+[section.field=value ...]; the recipe's task has to be one of the reviews worlds, its objective one
+with a beta and a closed-form optimum.
 """
 
 import sys
@@ -13,42 +15,58 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignkit.config import build_objective, load_recipe
-from alignkit.launch import run_recipe
-from alignkit.rollout.text import OneModel, generate
+from alignkit.config.recipe import build_objective, load_recipe
+from alignkit.rollout.generate import OneModel, generate
+from alignkit.runs.launch import run_recipe
 from alignkit.tasks.exact import Figures, figures, folder_logps, outcome_rewards
 from alignkit.tasks.reviews import WORLDS, World
 
 
 def main(recipe: str = "dpo", *overrides: str) -> Figures:
     """Run the recipe on the reviews and print what it did."""
-    console, began = Console(width=130), time.monotonic()
+    console = Console(width=130)
+    began = time.monotonic()
     folder = f"output_dir=runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"
     loaded = load_recipe(recipe, [folder, *overrides])
     objective = build_objective(loaded.objective)
     world = WORLDS[loaded.data.train.removeprefix("task:")]
 
-    # 1. The base model and its preference pairs: made on first use by alignkit's own `sft`, then cached.
+    # 1. The base model and its preference pairs: made on first use by alignkit's own `sft`, then
+    # cached.
     task = world.task()
-    console.print(f"base model and pairs: {task.model_folder.parent} ({time.monotonic() - began:.0f} s)", soft_wrap=True)
+    console.print(
+        f"base model and pairs: {task.model_folder.parent} ({time.monotonic() - began:.0f} s)",
+        soft_wrap=True,
+    )
 
     # 2. The same as `alignkit train dpo` on the command line.
     began = time.monotonic()
     run_recipe(loaded)
     console.print(f"trained in {time.monotonic() - began:.0f} s")
 
-    # 3. The aligned model is an ordinary transformers model. Same noise for both: what differs is the training.
+    # 3. The aligned model is an ordinary transformers model. Same noise for both: what differs is
+    # the training.
     aligned = Path(loaded.output_dir) / "model"
     show_samples(console, world, task.model_folder, aligned)
 
-    # 4. Probabilities of every review under both models, and the policy that the objective's mathematics promises.
-    before, after = (folder_logps(model, world.prompts, list(world.rewards)) for model in (task.model_folder, aligned))
+    # 4. Probabilities of every review under both models, and the policy that the objective's
+    # mathematics promises.
+    before, after = (
+        folder_logps(model, world.prompts, list(world.rewards))
+        for model in (task.model_folder, aligned)
+    )
     rewards = outcome_rewards(list(world.rewards.values()), world.outside)
     optimum = objective.optimum(rewards, before)
-    rows = [figures(policy, before, rewards, optimum=optimum, beta=objective.beta) for policy in (before, after, optimum)]
+    rows = [
+        figures(policy, before, rewards, optimum=optimum, beta=objective.beta)
+        for policy in (before, after, optimum)
+    ]
     show_figures(console, rows)
     fell = rows[0].kl_optimum / rows[1].kl_optimum
-    console.print(f"KL to the closed-form optimum fell {fell:.0f} times; the model is in {aligned}", soft_wrap=True)
+    console.print(
+        f"KL to the closed-form optimum fell {fell:.0f} times; the model is in {aligned}",
+        soft_wrap=True,
+    )
     return rows[1]
 
 
@@ -58,7 +76,9 @@ def show_samples(console: Console, world: World, base: Path, aligned: Path) -> N
     table = Table("prompt", "before", "after", title="samples")
     columns = []
     for folder in (base, aligned):
-        models = OneModel(AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+        models = OneModel(
+            AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        )
         columns.append([texts[0] for texts in generate(models, prompts, max_new_tokens=world.cap)])
     for row in zip(prompts, *columns):
         table.add_row(*row)

@@ -1,12 +1,15 @@
-"""Which self-play algorithm reaches the equilibrium of a cyclic preference game? Exact runs, no sampling, a few seconds on a CPU.
+"""Which self-play algorithm reaches the equilibrium of a cyclic preference game? Exact runs, no
+sampling, a few seconds on a CPU.
 
     python examples/nash_tabular.py --out nash_tabular.png
 
-Ten random games of ten answers; KL to a random reference with weight beta. All algorithms ask the judge the same number of
-questions (how often does each answer beat the present opponent?). EGPO and Nash-MP take the step size that theory gives, the
-others the one that ends best. What to see: mirror descent, Nash-MD and the gradient methods circle and come down slowly; the
-gap of the extragradient methods falls along a straight line on the logarithmic axis, by a constant factor per question. SPPO and
-ONPO play the game without the KL, online DPO and XPO are made for judges without cycles: they end elsewhere.
+Ten random games of ten answers; KL to a random reference with weight beta. All algorithms ask the
+judge the same number of questions (how often does each answer beat the present opponent?). EGPO and
+Nash-MP take the step size that theory gives, the others the one that ends best. What to see: mirror
+descent, Nash-MD and the gradient methods circle and come down slowly; the gap of the extragradient
+methods falls along a straight line on the logarithmic axis, by a constant factor per question. SPPO
+and ONPO play the game without the KL, online DPO and XPO are made for judges without cycles: they
+end elsewhere.
 """
 
 import argparse
@@ -35,13 +38,20 @@ LABELS = {
     "egpo": "EGPO",
     "nash_mp": "Nash-MP",
 }
-ALIKE = ("inpo", "rspo", "nash_mp")  # lie on mirror descent, online IPO and EGPO: other parametrisations of these
+# lie on mirror descent, online IPO and EGPO: other parametrisations of these
+ALIKE = (
+    "inpo",
+    "rspo",
+    "nash_mp",
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="nash_tabular.png", help="the picture")
-    parser.add_argument("--beta", type=float, default=0.01, help="weight of the KL to the reference")
+    parser.add_argument(
+        "--beta", type=float, default=0.01, help="weight of the KL to the reference"
+    )
     parser.add_argument("--questions", type=int, default=1000, help="judge questions per run")
     args = parser.parse_args()
 
@@ -53,7 +63,9 @@ def main() -> None:
         curve, step = tuned(game, name, args.questions)
         questions = torch.arange(len(curve)) * ALGORITHMS[name].queries
         print(f"{label:<16} {step:>8.3g} {int(questions[-1]):>10} {float(curve[-1]):>10.1e}")
-        axes.semilogy(questions, curve, "--" if name in ALIKE else "-", label=f"{label}, step {step:.2g}")
+        axes.semilogy(
+            questions, curve, "--" if name in ALIKE else "-", label=f"{label}, step {step:.2g}"
+        )
     axes.set_xlabel("questions to the judge")
     axes.set_ylabel("duality gap, median of 10 games")
     axes.set_title(f"Ten random games of ten answers, beta = {args.beta}")

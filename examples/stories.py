@@ -1,12 +1,16 @@
-"""How much happier are the stories, and at what distance from the base model? VADER score and exact KL on held-out openings.
+"""How much happier are the stories, and at what distance from the base model? VADER score and exact
+KL on held-out openings.
 
-    python examples/stories.py $STORIES runs/happy-0 runs/happy-1 runs/happy-2        # needs vaderSentiment
+    python examples/stories.py $STORIES runs/happy-0 runs/happy-1 runs/happy-2        # needs
+    vaderSentiment
 
-`$STORIES` holds `stories260k/` and `stories_sentiment/prompts_{train,test}.jsonl`. Four samples of 48 tokens for each opening,
-temperature 1, whole distribution. KL(policy || base) per completion: the exact KL of each token's distribution, summed along
-the sample (Rao-Blackwellised: unbiased, less noisy than log-ratios). With intervals and more figures, for any model and score:
+`$STORIES` holds `stories260k/` and `stories_sentiment/prompts_{train,test}.jsonl`. Four samples of
+48 tokens for each opening, temperature 1, whole distribution. KL(policy || base) per completion:
+the exact KL of each token's distribution, summed along the sample (Rao-Blackwellised: unbiased,
+less noisy than log-ratios). With intervals and more figures, for any model and score:
 
-    alignkit eval runs/happy-0 --prompts prompts_test.jsonl --reward examples/stories.py:happiness --samples 4 --max-new-tokens 48
+    alignkit eval runs/happy-0 --prompts prompts_test.jsonl --reward examples/stories.py:happiness
+    --samples 4 --max-new-tokens 48
 """
 
 import argparse
@@ -17,21 +21,29 @@ from typing import Any
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from alignkit.data.config import DataConfig
+from alignkit.config.data import DataConfig
 from alignkit.data.load import load_prompts
 from alignkit.evaluation.measure import Yardstick, evaluation_pair
 
-SAMPLES, TOKENS = 4, 48
+SAMPLES = 4
+TOKENS = 48
 SCORER = SentimentIntensityAnalyzer()
 
 
 def happiness(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """VADER compound of prompt + completion, in [-1, 1]: what `configs/rpg_stories.yaml` learns from."""
-    return [SCORER.polarity_scores(prompt + completion)["compound"] for prompt, completion in zip(prompts, completions)]
+    """VADER compound of prompt + completion, in [-1, 1]: what `configs/rpg_stories.yaml` learns
+    from.
+    """
+    return [
+        SCORER.polarity_scores(prompt + completion)["compound"]
+        for prompt, completion in zip(prompts, completions)
+    ]
 
 
 def evaluate(base: Path, model: Path, prompts: Path, last: int = 0) -> tuple[float, float]:
-    """Mean VADER compound of prompt + completion, and mean KL(model || base) in nats per completion."""
+    """Mean VADER compound of prompt + completion, and mean KL(model || base) in nats per
+    completion.
+    """
     pair = evaluation_pair(model, base)
     openings = load_prompts(DataConfig(), pair.tokenizer, source=prompts)[0][-last:]
     found = Yardstick(openings, SAMPLES, TOKENS, reward=happiness).measure(pair, model.name)
@@ -42,10 +54,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("stories", type=Path)
     parser.add_argument("runs", type=Path, nargs="*", help="run folders of alignkit train")
-    parser.add_argument("--split", default="test", choices=["test", "train"], help="train: its last 150, for choosing settings")
+    parser.add_argument(
+        "--split",
+        default="test",
+        choices=["test", "train"],
+        help="train: its last 150, for choosing settings",
+    )
     parser.add_argument("--openings", type=int, help="only the last so many")
     asked = parser.parse_args()
-    base, prompts = asked.stories / "stories260k", asked.stories / "stories_sentiment" / f"prompts_{asked.split}.jsonl"
+    base = asked.stories / "stories260k"
+    prompts = asked.stories / "stories_sentiment" / f"prompts_{asked.split}.jsonl"
     last = asked.openings or (150 if asked.split == "train" else 0)
     print("| model | VADER score | KL to the base, nats per completion |\n|---|---|---|")
     found = []

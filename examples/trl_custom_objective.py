@@ -1,6 +1,8 @@
-"""An objective of your own, in a few lines, on TRL's DPOTrainer (and the same class in `alignkit train`).
+"""An objective of your own, in a few lines, on TRL's DPOTrainer (and the same class in `alignkit
+train`).
 
-python examples/trl_custom_objective.py MODEL PREFERENCES.jsonl OUT      # rows: prompt, chosen, rejected
+python examples/trl_custom_objective.py MODEL PREFERENCES.jsonl OUT      # rows: prompt, chosen,
+rejected
 """
 
 import sys
@@ -25,16 +27,26 @@ class TemperedDPO(PairObjective):
 
     def loss(self, batch: PairBatch) -> LossTerms:
         chosen, rejected = pair_log_ratios(*batch.sequence_logps())
-        return batch.rows("tempered", softplus(self.target - self.beta * (chosen - rejected)), scale=self.beta)
+        return batch.rows(
+            "tempered", softplus(self.target - self.beta * (chosen - rejected)), scale=self.beta
+        )
 
 
 objective = TemperedDPO(beta=0.1)
-check_objective(objective)  # gradients, padding, micro-batches, extremes: before a GPU hour is spent
+# gradients, padding, micro-batches, extremes: before a GPU hour is spent
+check_objective(objective)
 
 model, data, out = sys.argv[1:4]
 trainer = as_trl_trainer(objective)(
     model=model,
-    args=DPOConfig(output_dir=out, max_steps=4, per_device_train_batch_size=4, logging_steps=1, report_to=[], bf16=False),
+    args=DPOConfig(
+        output_dir=out,
+        max_steps=4,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        report_to=[],
+        bf16=False,
+    ),
     train_dataset=load_dataset("json", data_files=data, split="train"),
 )
 trainer.train()

@@ -16,7 +16,14 @@ Trainer = as_trl_trainer(HDPO(beta=0.1, alpha=0.9))  # was: from trl import DPOT
 
 trainer = Trainer(
     model=model,
-    args=DPOConfig(output_dir=out, max_steps=4, per_device_train_batch_size=4, logging_steps=1, report_to=[], bf16=False),
+    args=DPOConfig(
+        output_dir=out,
+        max_steps=4,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        report_to=[],
+        bf16=False,
+    ),
     train_dataset=load_dataset("json", data_files=data, split="train"),
 )
 trainer.train()

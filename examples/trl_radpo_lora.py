@@ -1,4 +1,5 @@
-"""Ra-DPO with a LoRA adapter inside TRL: the risk is computed over the whole vocabulary, the reference is the base model.
+"""Ra-DPO with a LoRA adapter inside TRL: the risk is computed over the whole vocabulary, the
+reference is the base model.
 
 python examples/trl_radpo_lora.py MODEL PREFERENCES.jsonl OUT      # rows: prompt, chosen, rejected
 """
@@ -17,7 +18,14 @@ Trainer = as_trl_trainer(RaDPO(beta=0.1, risk="cvar", level=0.95))
 
 trainer = Trainer(
     model=model,
-    args=DPOConfig(output_dir=out, max_steps=4, per_device_train_batch_size=4, logging_steps=1, report_to=[], bf16=False),
+    args=DPOConfig(
+        output_dir=out,
+        max_steps=4,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        report_to=[],
+        bf16=False,
+    ),
     train_dataset=load_dataset("json", data_files=data, split="train"),
     peft_config=LoraConfig(r=8, target_modules="all-linear"),
 )

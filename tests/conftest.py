@@ -15,7 +15,9 @@ settings.load_profile("untimed")
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with the real test data beside the checkout; tests that use it skip where it is absent."""
+    """The folder with the real test data beside the checkout; tests that use it skip where it is
+    absent.
+    """
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("the real test data (../shared/data) is not beside this checkout")

@@ -1,16 +1,19 @@
-"""Part of ddp_worker.py: an online run on this many processes, and the same run taken up in the middle of a rollout."""
+"""Part of ddp_worker.py: an online run on this many processes, and the same run taken up in the
+middle of a rollout.
+"""
 
 import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
+from online_world import online_job
 from safetensors.torch import save_file
-from test_online import online_job
 
-from alignkit.loop import train
-from alignkit.objectives.kl_ppo import KLPPO
+from alignkit.objectives.online.kl_ppo import KLPPO
+from alignkit.training.loop import train
 
-# 10 prompts per rollout, which serves steps 1-4 or 5-8: twice in two minibatches of 5 prompts, of any ranks'
+# 10 prompts per rollout, which serves steps 1-4 or 5-8: twice in two minibatches of 5 prompts, of
+# any ranks'
 OBJECTIVE = KLPPO(beta=0.1, epochs=2, minibatches=2, kl_target=0.5, kl_horizon=20)
 SETTINGS = {"steps": 7, "save_every": 1, "keep": 99, "optimizer": "sgd", "learning_rate": 0.5}
 TAKEN_UP = 6
@@ -26,8 +29,12 @@ def run(model: Path, out: Path, resume: str | None = None) -> None:
 
 
 def copy_checkpoint(source: Path, out: Path) -> None:
-    """A run folder with nothing but the checkpoint in the middle of a rollout, and the metrics up to there."""
-    shutil.copytree(source / "checkpoints" / f"step-{TAKEN_UP}", out / "checkpoints" / f"step-{TAKEN_UP}")
+    """A run folder with nothing but the checkpoint in the middle of a rollout, and the metrics up
+    to there.
+    """
+    shutil.copytree(
+        source / "checkpoints" / f"step-{TAKEN_UP}", out / "checkpoints" / f"step-{TAKEN_UP}"
+    )
     shutil.copy(source / "metrics.jsonl", out / "metrics.jsonl")
 
 

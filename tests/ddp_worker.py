@@ -1,4 +1,6 @@
-"""Run by torchrun in tests: the loop on this many processes; the main one writes weights and metrics of each case."""
+"""Run by torchrun in tests: the loop on this many processes; the main one writes weights and
+metrics of each case.
+"""
 
 import json
 import os
@@ -15,19 +17,19 @@ import ddp_online_worker
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from online_world import online_job, share_of_wanted
 from safetensors.torch import save_file
-from test_online import online_job, share_of_wanted
 from torch.distributed.tensor import DTensor
 from world import make_job, pairs
 
+from alignkit.distributed.launcher import end
 from alignkit.errors import AlignkitError, DataError, ResourceError
-from alignkit.held_out import HeldOut
-from alignkit.loop import train
-from alignkit.objectives.dpo import DPO
-from alignkit.objectives.kto import KTO
-from alignkit.objectives.nash_md import NashMD
-from alignkit.objectives.rpg import RPG
-from alignkit.processes import end
+from alignkit.objectives.online.rpg import RPG
+from alignkit.objectives.preference.dpo import DPO
+from alignkit.objectives.preference.kto import KTO
+from alignkit.objectives.self_play.nash_md import NashMD
+from alignkit.training.held_out_reward import HeldOut
+from alignkit.training.loop import train
 
 SGD = {"optimizer": "sgd", "learning_rate": 0.5}
 BROKEN_STEP = 3
@@ -35,26 +37,49 @@ PATIENCE = 1.0  # seconds
 
 
 def dpo(model, out, accelerator, **settings):
-    """6 rows per step of uneven lengths: ranks need different numbers of micro-batches. The second has no row to evaluate."""
-    settings = {"evaluation": pairs(1, seed=5) if accelerator.is_main_process else [], "eval_every": 2, **settings}
-    return make_job(model, out, DPO(beta=0.5), pairs(20), accelerator=accelerator, batch_size=6, steps=4, **settings)
+    """6 rows per step of uneven lengths: ranks need different numbers of micro-batches. The second
+    has no row to evaluate.
+    """
+    settings = {
+        "evaluation": pairs(1, seed=5) if accelerator.is_main_process else [],
+        "eval_every": 2,
+        **settings,
+    }
+    return make_job(
+        model,
+        out,
+        DPO(beta=0.5),
+        pairs(20),
+        accelerator=accelerator,
+        batch_size=6,
+        steps=4,
+        **settings,
+    )
 
 
 def kto(model, out, accelerator, **settings):
-    """Coupled: every row is compared with a baseline over the whole step. The second rank has no row to evaluate here either."""
+    """Coupled: every row is compared with a baseline over the whole step. The second rank has no
+    row to evaluate here either.
+    """
     rows = pairs(20, k=1, label=lambda i: torch.tensor([i % 3 > 0]))
     held_out = rows[:1] if accelerator.is_main_process else []
     settings = {"evaluation": held_out, "eval_every": 2, "learning_rate": 0.05, **settings}
-    return make_job(model, out, KTO(beta=0.5), rows, accelerator=accelerator, batch_size=6, steps=4, **settings)
+    return make_job(
+        model, out, KTO(beta=0.5), rows, accelerator=accelerator, batch_size=6, steps=4, **settings
+    )
 
 
 def rpg(model, out, accelerator, **settings):
     """5 prompts per rollout: 3 for the first rank, 2 for the second."""
-    return online_job(model, out, RPG(beta=0.1), prompts_per_step=5, steps=4, accelerator=accelerator, **settings)
+    return online_job(
+        model, out, RPG(beta=0.1), prompts_per_step=5, steps=4, accelerator=accelerator, **settings
+    )
 
 
 def dropped(model, out, accelerator, **settings):
-    """The reward applies to the first prompt of each rollout alone: the second rank's whole rollout is dropped."""
+    """The reward applies to the first prompt of each rollout alone: the second rank's whole rollout
+    is dropped.
+    """
     job = rpg(model, out, accelerator, n_prompts=20, **settings)
     kept = set(job.source.order[0:20][::5])
 
@@ -103,7 +128,8 @@ def run(case: str, model: Path, out: Path, resume: str | None = None) -> None:
     make, settings = CASES[case]
     accelerator = Accelerator(cpu=True)
     job = make(model, out / case, accelerator, **settings)
-    job.samples = lambda step: [{"step": step, "logit": a_logit(job.pair)}]  # on the first process alone
+    # on the first process alone
+    job.samples = lambda step: [{"step": step, "logit": a_logit(job.pair)}]
     with job.run:
         train(job, resume)
     shards = [isinstance(p, DTensor) for p in job.pair.parameters()]
@@ -114,7 +140,9 @@ def run(case: str, model: Path, out: Path, resume: str | None = None) -> None:
 
 
 def take_up(case: str, source: Path, out: Path) -> None:
-    """`out/case` with nothing but the second step's checkpoint of `source/case`, and the metrics up to there."""
+    """`out/case` with nothing but the second step's checkpoint of `source/case`, and the metrics up
+    to there.
+    """
     shutil.copytree(source / case / "checkpoints" / "step-2", out / case / "checkpoints" / "step-2")
     shutil.copy(source / case / "metrics.jsonl", out / case / "metrics.jsonl")
 
@@ -150,11 +178,15 @@ def the_reward(job):
 
 
 def the_judge(job):
-    job.source.judge = failing(job.source.judge, ResourceError("judge mine did not return within 0.3 s"))
+    job.source.judge = failing(
+        job.source.judge, ResourceError("judge mine did not return within 0.3 s")
+    )
 
 
 def the_held_out_reward(job):
-    job.measure = replace(job.measure, reward=failing(job.measure.reward, DataError("reward mine raised KeyError: 1")))
+    job.measure = replace(
+        job.measure, reward=failing(job.measure.reward, DataError("reward mine raised KeyError: 1"))
+    )
 
 
 def ones_own_code(job):
@@ -162,18 +194,26 @@ def ones_own_code(job):
 
 
 def the_memory(job):
-    job.source.sampler.sample = failing(job.source.sampler.sample, torch.OutOfMemoryError("CUDA out of memory"))
+    job.source.sampler.sample = failing(
+        job.source.sampler.sample, torch.OutOfMemoryError("CUDA out of memory")
+    )
 
 
 def the_disk(job):
     checkpoints = job.run.checkpoints
-    job.run.log = lambda row: setattr(job.run, "checkpoints", checkpoints / "a file") if row["step"] == BROKEN_STEP else None
+    job.run.log = lambda row: (
+        setattr(job.run, "checkpoints", checkpoints / "a file")
+        if row["step"] == BROKEN_STEP
+        else None
+    )
     checkpoints.mkdir(parents=True)
     (checkpoints / "a file").touch()
 
 
 def the_log(job):
-    job.run.log = failing(job.run.log, ResourceError("cannot write metrics.jsonl: No space left on device"))
+    job.run.log = failing(
+        job.run.log, ResourceError("cannot write metrics.jsonl: No space left on device")
+    )
 
 
 BREAKS = {  # what breaks in step 3: on which rank, in which run, exit code and words
@@ -195,7 +235,9 @@ def train_and_tell(job, out: Path) -> None:
             train(job)
     except (AlignkitError, ZeroDivisionError) as error:
         told = [getattr(error, "exit_code", 1), str(error)]
-        (out / f"{job.run.path.name}-{job.accelerator.process_index}.json").write_text(json.dumps(told))
+        (out / f"{job.run.path.name}-{job.accelerator.process_index}.json").write_text(
+            json.dumps(told)
+        )
 
 
 def a_signal(model: Path, out: Path) -> None:
@@ -226,7 +268,8 @@ def break_one_rank(name: str, model: Path, out: Path) -> None:
 
 def a_slow_rank(model: Path, out: Path) -> None:
     """In its third step the last rank takes longer than the others wait. Nothing works after."""
-    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=PATIENCE))  # as train.process_timeout gives it
+    # as train.process_timeout gives it
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=PATIENCE))
     accelerator = Accelerator(cpu=True, kwargs_handlers=[patience])
     job = rpg(model, out / "a_slow_rank", accelerator, save_every=1)
     if accelerator.process_index == 1:

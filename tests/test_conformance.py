@@ -1,4 +1,6 @@
-"""The conformance suite holds for every built-in objective, and an objective broken on purpose fails it."""
+"""The conformance suite holds for every built-in objective, and an objective broken on purpose
+fails it.
+"""
 
 from importlib import import_module
 
@@ -20,10 +22,11 @@ from alignkit.losses import (
     tdpo_loss,
 )
 from alignkit.objectives import OBJECTIVES, locate
-from alignkit.objectives.dpo import DPO
+from alignkit.objectives.preference.dpo import DPO
 from alignkit.testing import ConformanceError, check_objective, verify
 
-PW, PL, RW, RL = (torch.tensor([v], dtype=torch.float64) for v in (-2.0, -3.0, -2.5, -2.75))  # margin h = 0.75
+# margin h = 0.75
+PW, PL, RW, RL = (torch.tensor([v], dtype=torch.float64) for v in (-2.0, -3.0, -2.5, -2.75))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -55,7 +58,9 @@ class MeanOfBatch(DPO):
         return batch.rows("dpo", losses * losses.mean(), scale=self.beta)
 
 
-@pytest.mark.parametrize("cls", [WrongSign, MissingBeta, LeakedAnchor, MeanOfBatch], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "cls", [WrongSign, MissingBeta, LeakedAnchor, MeanOfBatch], ids=lambda c: c.__name__
+)
 def test_an_objective_broken_on_purpose_fails(cls):
     with pytest.raises(ConformanceError, match="fails the conformance suite"):
         check_objective(cls(beta=0.3))
@@ -76,7 +81,9 @@ def test_losses_by_hand():
     expected = {
         -lsig(0.075): dpo_loss(*pair, beta=0.1),
         -0.9 * lsig(0.075) - 0.1 * lsig(-0.075): dpo_loss(*pair, beta=0.1, label_smoothing=0.1),
-        (-0.9 * lsig(0.075) + 0.1 * lsig(-0.075)) / 0.8: robust_dpo_loss(*pair, beta=0.1, label_smoothing=0.1),
+        (-0.9 * lsig(0.075) + 0.1 * lsig(-0.075)) / 0.8: robust_dpo_loss(
+            *pair, beta=0.1, label_smoothing=0.1
+        ),
         (0.75 - 5.0) ** 2: ipo_loss(*pair, tau=0.1),
         (0.5 / 2 + 0.25 / 4 - 5.0) ** 2: ipo_loss(
             *pair, tau=0.1, chosen_lengths=torch.tensor([2]), rejected_lengths=torch.tensor([4])
@@ -84,27 +91,49 @@ def test_losses_by_hand():
         1 - 0.075: hinge_loss(*pair, beta=0.1),
         -lsig(0.09 * 1.0 - 0.1 * 0.25): hdpo_loss(*pair, beta=0.1, alpha=0.9),
         -lsig(0.075 - 0.1 * (0.4 - 0.3)): tdpo_loss(*pair, *_kl(0.3, 0.4), beta=0.1),
-        -lsig(0.075 - 0.05 * (0.4 - 0.3)): radpo_loss(*pair, *_kl(0.3, 0.4), beta=0.1, alpha=0.5, version=2),
+        -lsig(0.075 - 0.05 * (0.4 - 0.3)): radpo_loss(
+            *pair, *_kl(0.3, 0.4), beta=0.1, alpha=0.5, version=2
+        ),
     }
     for value, found in expected.items():
         assert float(found) == pytest.approx(value, rel=1e-12)
     u = torch.tensor([0.5, -0.25], dtype=torch.float64).exp()
     forward = -lsig(float(0.1 * (-1 / u[0] + 1 / u[1])))
     shannon = -lsig(float(0.1 * ((2 * u / (1 + u)).log()[0] - (2 * u / (1 + u)).log()[1])))
-    assert float(fdpo_loss(*pair, beta=0.1, divergence="forward_kl")) == pytest.approx(forward, rel=1e-12)
-    assert float(fdpo_loss(*pair, beta=0.1, divergence="jensen_shannon")) == pytest.approx(shannon, rel=1e-12)
+    assert float(fdpo_loss(*pair, beta=0.1, divergence="forward_kl")) == pytest.approx(
+        forward, rel=1e-12
+    )
+    assert float(fdpo_loss(*pair, beta=0.1, divergence="jensen_shannon")) == pytest.approx(
+        shannon, rel=1e-12
+    )
     lengths = (torch.tensor([2]), torch.tensor([4]))
-    assert float(simpo_loss(PW, PL, *lengths, beta=2.0, gamma=0.5)) == pytest.approx(-lsig(2 * (-1 + 0.75) - 0.5), rel=1e-12)
+    assert float(simpo_loss(PW, PL, *lengths, beta=2.0, gamma=0.5)) == pytest.approx(
+        -lsig(2 * (-1 + 0.75) - 0.5), rel=1e-12
+    )
 
 
 def _kl(chosen, rejected):
-    return (torch.tensor([chosen], dtype=torch.float64), torch.tensor([rejected], dtype=torch.float64))
+    return (
+        torch.tensor([chosen], dtype=torch.float64),
+        torch.tensor([rejected], dtype=torch.float64),
+    )
 
 
 ANCHORED = ("dpo", "fdpo", "hdpo", "tdpo", "radpo", "robust_dpo", "hinge", "kto", "simpo")
-OUT_OF_RANGE = [(name, "beta", v) for name in ANCHORED for v in (0, -1.0, float("nan"), float("inf"))]
-OUT_OF_RANGE += [("dpo", "label_smoothing", 0.5), ("robust_dpo", "label_smoothing", 0.5), ("ipo", "tau", 0)]
-OUT_OF_RANGE += [("radpo", "level", 0.0), ("radpo", "level", 1.5), ("hdpo", "alpha", 0.0), ("fdpo", "alpha", 1.5)]
+OUT_OF_RANGE = [
+    (name, "beta", v) for name in ANCHORED for v in (0, -1.0, float("nan"), float("inf"))
+]
+OUT_OF_RANGE += [
+    ("dpo", "label_smoothing", 0.5),
+    ("robust_dpo", "label_smoothing", 0.5),
+    ("ipo", "tau", 0),
+]
+OUT_OF_RANGE += [
+    ("radpo", "level", 0.0),
+    ("radpo", "level", 1.5),
+    ("hdpo", "alpha", 0.0),
+    ("fdpo", "alpha", 1.5),
+]
 OUT_OF_RANGE += [("fdpo", "divergence", "pearson_chi2"), ("fdpo", "divergence", "total_variation")]
 
 

@@ -33,13 +33,18 @@ def test_gae_steps_over_masked_tokens(steps, gamma, lam):
     kept_rewards, kept_values = rewards[mask].tolist(), values[mask].tolist()
     expected = naive_gae(kept_rewards, kept_values, gamma, lam)
     assert advantages[mask].tolist() == pytest.approx(expected, abs=1e-12)
-    assert returns[mask].tolist() == pytest.approx([a + v for a, v in zip(expected, kept_values)], abs=1e-12)
+    assert returns[mask].tolist() == pytest.approx(
+        [a + v for a, v in zip(expected, kept_values)], abs=1e-12
+    )
     assert (advantages[~mask] == 0).all()
     assert (returns[~mask] == 0).all()
 
 
 def test_gae_hand_written():
-    rewards, values = torch.tensor([[1.0, 0.0, 2.0]], dtype=F64), torch.tensor([[0.5, 1.0, -1.0]], dtype=F64)
+    rewards, values = (
+        torch.tensor([[1.0, 0.0, 2.0]], dtype=F64),
+        torch.tensor([[0.5, 1.0, -1.0]], dtype=F64),
+    )
     mask = torch.ones(1, 3, dtype=torch.bool)
     advantages, returns = credit.gae(rewards, values, mask, gamma=0.5, lam=0.5)
     # deltas: 1 + 0.5 - 0.5 = 1; 0 - 0.5 - 1 = -1.5; 2 + 1 = 3
@@ -79,7 +84,9 @@ def test_whitening_uses_all_unmasked_entries_of_the_global_batch():
 def test_whitening_one_or_no_entry_is_zero_not_nan():
     mask = torch.tensor([[True, False]])
     assert credit.whiten(torch.tensor([[3.0, 4.0]]), mask).tolist() == [[0.0, 0.0]]
-    assert credit.whiten(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2, dtype=torch.bool)).tolist() == [[0.0, 0.0]]
+    assert credit.whiten(
+        torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2, dtype=torch.bool)
+    ).tolist() == [[0.0, 0.0]]
 
 
 SCORES = torch.tensor([1.0, 2.0, 6.0, 5.0, 4.0, 4.0], dtype=F64)
@@ -88,7 +95,14 @@ GROUPS = torch.tensor([7, 7, 7, 3, 9, 9])  # a group of three, a single one, a c
 
 def test_group_baselines_by_hand():
     assert credit.group_baseline(SCORES, GROUPS).tolist() == [3, 3, 3, 0, 4, 4]
-    assert credit.group_baseline(SCORES, GROUPS, kind="leave_one_out").tolist() == [4, 3.5, 1.5, 0, 4, 4]
+    assert credit.group_baseline(SCORES, GROUPS, kind="leave_one_out").tolist() == [
+        4,
+        3.5,
+        1.5,
+        0,
+        4,
+        4,
+    ]
     assert credit.group_baseline(SCORES, GROUPS, kind="none").tolist() == [0] * 6
 
 
@@ -103,7 +117,9 @@ def test_group_baseline_per_position_is_the_baseline_of_each_column():
     scores = torch.randn(6, 3, dtype=F64)
     found = credit.group_baseline(scores, GROUPS, kind="leave_one_out")
     for t in range(3):
-        assert torch.equal(found[:, t], credit.group_baseline(scores[:, t], GROUPS, kind="leave_one_out"))
+        assert torch.equal(
+            found[:, t], credit.group_baseline(scores[:, t], GROUPS, kind="leave_one_out")
+        )
 
 
 def test_leave_one_out_is_the_mean_baseline_scaled():
@@ -153,7 +169,9 @@ def test_adaptive_beta_moves_towards_the_target_and_is_bounded():
     beta = torch.tensor(0.2, dtype=F64)
 
     def step(kl):
-        return credit.adapt_beta(beta, torch.tensor(kl, dtype=F64), target=6.0, horizon=10_000, samples=500).item()
+        return credit.adapt_beta(
+            beta, torch.tensor(kl, dtype=F64), target=6.0, horizon=10_000, samples=500
+        ).item()
 
     assert step(6.0) == pytest.approx(0.2, abs=1e-15)
     assert step(6.6) == pytest.approx(0.2 * (1 + 0.1 * 0.05), abs=1e-15)

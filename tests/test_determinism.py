@@ -1,4 +1,6 @@
-"""Same seed, same run; a run taken up in its middle is the run that was never stopped. Every objective, bit for bit."""
+"""Same seed, same run; a run taken up in its middle is the run that was never stopped. Every
+objective, bit for bit.
+"""
 
 import random
 from dataclasses import replace
@@ -7,13 +9,13 @@ from importlib import import_module
 import numpy
 import pytest
 import torch
-from test_online import more_wanted, online_job, share_of_wanted
+from online_world import more_wanted, online_job, share_of_wanted
 from world import make_job, pairs, save_model
 
-from alignkit.loop import train
+from alignkit.config.model import TargetConfig
 from alignkit.objectives import OBJECTIVES, locate
-from alignkit.policies.config import TargetConfig
-from alignkit.run import read_lines
+from alignkit.training.loop import train
+from alignkit.training.run_folder import read_lines
 
 FIXED = {
     "sequence": {"k": 1},
@@ -37,17 +39,32 @@ def model(tmp_path_factory):
 def noisy(prompts, completions, **columns):
     """A reward that draws from every generator it can reach."""
     noise = random.random() + numpy.random.rand() + float(torch.rand(()))
-    return [value + noise * i for i, value in enumerate(share_of_wanted(prompts, completions, **columns))]
+    return [
+        value + noise * i
+        for i, value in enumerate(share_of_wanted(prompts, completions, **columns))
+    ]
 
 
 def job(model, out, objective):
-    settings = {"steps": STEPS, "save_every": TAKEN_UP, "keep": 9, "learning_rate": 0.05, "ema_decay": 0.5}
+    settings = {
+        "steps": STEPS,
+        "save_every": TAKEN_UP,
+        "keep": 9,
+        "learning_rate": 0.05,
+        "ema_decay": 0.5,
+    }
     if "previous" in objective.plan.anchors:
-        settings["target"] = TargetConfig(kind="synced", every=STEPS - 1)  # its last copy is made after the checkpoint
+        # its last copy is made after the checkpoint
+        settings["target"] = TargetConfig(kind="synced", every=STEPS - 1)
     if objective.plan.data in FIXED:
         bundles = pairs(10, **FIXED[objective.plan.data])
-        for name in objective.plan.prefixes:  # what the reference says after a text is scored before training
-            bundles = [replace(b, tokens={**b.tokens, name: [-ids / len(name) for ids in b.completions]}) for b in bundles]
+        for name in (
+            objective.plan.prefixes
+        ):  # what the reference says after a text is scored before training
+            bundles = [
+                replace(b, tokens={**b.tokens, name: [-ids / len(name) for ids in b.completions]})
+                for b in bundles
+            ]
         return make_job(model, out, objective, bundles, lora=True, **settings)
     return online_job(model, out, objective, reward=noisy, judge=more_wanted, **settings)
 
@@ -56,7 +73,9 @@ def run(made, resume=None):
     """Final weights and anchors, and every logged figure but the time."""
     with made.run:
         train(made, resume)
-    rows = [{k: v for k, v in row.items() if k != "time"} for row in read_lines(made.run.metrics_file)]
+    rows = [
+        {k: v for k, v in row.items() if k != "time"} for row in read_lines(made.run.metrics_file)
+    ]
     return made.pair.state(), rows
 
 

@@ -1,4 +1,6 @@
-"""f-divergences: derivatives and inverses against each other, stability at any log-ratio, what is inadmissible."""
+"""f-divergences: derivatives and inverses against each other, stability at any log-ratio, what is
+inadmissible.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,10 @@ from alignkit import divergences
 from alignkit.errors import ConfigError
 from alignkit.losses import dpo_loss, fdpo_loss
 
-NAMED = [("alpha", {"alpha": 0.3}), *((n, {}) for n in ("reverse_kl", "forward_kl", "jensen_shannon", "hellinger", "jeffreys"))]
+NAMED = [
+    ("alpha", {"alpha": 0.3}),
+    *((n, {}) for n in ("reverse_kl", "forward_kl", "jensen_shannon", "hellinger", "jeffreys")),
+]
 NAMED += [("neyman_chi2", {}), ("chi2_kl", {})]
 
 
@@ -19,7 +24,8 @@ def test_f_is_convex_zero_at_one_and_f_prime_is_its_derivative(name, params):
     assert float(d.f(zero)) == pytest.approx(0, abs=1e-12)
     (by_log,) = torch.autograd.grad(d.f(log_ratio).sum(), log_ratio)
     difference = by_log / log_ratio.detach().exp() - d.f_prime(log_ratio).detach()
-    assert float(difference.max() - difference.min()) < 1e-10  # a constant in f' shifts every reward alike
+    # a constant in f' shifts every reward alike
+    assert float(difference.max() - difference.min()) < 1e-10
     assert (d.f_prime(log_ratio).diff() > 0).all()
     back = d.f_prime_inverse(d.f_prime(log_ratio).detach())  # the inverse gives the log-ratio back
     torch.testing.assert_close(back, log_ratio.detach(), atol=1e-8, rtol=0)
@@ -30,7 +36,10 @@ def test_f_is_convex_zero_at_one_and_f_prime_is_its_derivative(name, params):
 def test_loss_and_gradient_stay_finite_with_the_right_sign(name, params, dtype):
     divergence = divergences.get(name, **params)
     ratios = torch.tensor([-1e4, -160.0, -50.0, 0.0, 50.0, 160.0, 1e4], dtype=dtype)
-    chosen, rejected = (t.reshape(-1).clone().requires_grad_() for t in torch.meshgrid(ratios, ratios, indexing="ij"))
+    chosen, rejected = (
+        t.reshape(-1).clone().requires_grad_()
+        for t in torch.meshgrid(ratios, ratios, indexing="ij")
+    )
     zero = torch.zeros_like(chosen)
     loss = fdpo_loss(chosen, rejected, zero, zero, beta=0.1, divergence=divergence)
     up, down = torch.autograd.grad(loss.sum(), (chosen, rejected))
@@ -48,7 +57,9 @@ def test_reverse_kl_is_dpo_and_alpha_runs_between_the_kls():
     torch.testing.assert_close(same, dpo_loss(*pair, beta=0.3), atol=1e-14, rtol=0)
     for alpha, name in ((1e-7, "reverse_kl"), (1 - 1e-7, "forward_kl")):
         near = fdpo_loss(*pair, beta=0.3, divergence=divergences.get("alpha", alpha=alpha))
-        torch.testing.assert_close(near, fdpo_loss(*pair, beta=0.3, divergence=name), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            near, fdpo_loss(*pair, beta=0.3, divergence=name), atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("name", ["pearson_chi2", "total_variation", "nonsense"])

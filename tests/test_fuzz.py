@@ -1,4 +1,6 @@
-"""Anything that a recipe or a row may hold is understood or refused in words: kept corpus, and hypothesis over every field."""
+"""Anything that a recipe or a row may hold is understood or refused in words: kept corpus, and
+hypothesis over every field.
+"""
 
 import re
 from pathlib import Path
@@ -8,21 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from world import save_model
 
-from alignkit.config import Recipe, build_objective, load_recipe
+from alignkit.config.model import ModelConfig
+from alignkit.config.recipe import Recipe, build_objective, load_recipe
+from alignkit.config.validation import field_names
 from alignkit.data import DataConfig, load_bundles
 from alignkit.errors import AlignkitError
 from alignkit.objectives import OBJECTIVES
 from alignkit.objectives.base import Objective
-from alignkit.policies.config import ModelConfig
 from alignkit.policies.load import load_tokenizer
-from alignkit.validation import field_names
 
-CORPUS = Path(__file__).with_name("corpus")  # each file once broke something here or elsewhere, or might
+# each file once broke something here or elsewhere, or might
+CORPUS = Path(__file__).with_name("corpus")
 USABLE = {"bom.yaml", "binary_words.yaml", "date.yaml", "empty.yaml", "hexadecimal.yaml"}
 
 
 def attempt(call):
-    """What `call` returns and None, or None and the AlignkitError it raises; any other exception fails the test."""
+    """What `call` returns and None, or None and the AlignkitError it raises; any other exception
+    fails the test.
+    """
     try:
         return call(), None
     except AlignkitError as error:
@@ -44,7 +49,9 @@ def test_recipes_of_the_corpus(name):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return load_tokenizer(ModelConfig(name_or_path=str(save_model(tmp_path_factory.mktemp("model")))))
+    return load_tokenizer(
+        ModelConfig(name_or_path=str(save_model(tmp_path_factory.mktemp("model"))))
+    )
 
 
 @pytest.mark.parametrize("policy", ["error", "drop"])
@@ -77,8 +84,18 @@ SCALARS = [
     "1" * 30,
     "0x1F",
 ]
-VALUES = st.sampled_from(SCALARS) | st.sampled_from(["[]", "{}", "[1, 2]", "{a: 1}", "[[]]", "'a:b'", "[null]", "{name: dpo}"])
-FIELDS = st.sampled_from([*field_names(Recipe), "objective.beta", "objective.name", "objective.0.weight", "rewards.0.function"])
+VALUES = st.sampled_from(SCALARS) | st.sampled_from(
+    ["[]", "{}", "[1, 2]", "{a: 1}", "[[]]", "'a:b'", "[null]", "{name: dpo}"]
+)
+FIELDS = st.sampled_from(
+    [
+        *field_names(Recipe),
+        "objective.beta",
+        "objective.name",
+        "objective.0.weight",
+        "rewards.0.function",
+    ]
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -86,14 +103,20 @@ FIELDS = st.sampled_from([*field_names(Recipe), "objective.beta", "objective.nam
 def test_any_value_of_any_field_is_taken_or_refused_in_words(overrides):
     objective, refusal = attempt(lambda: read("dpo", overrides, safe=True))
     assert isinstance(objective, Objective) or refusal.exit_code == 2
-    assert not refusal or all(re.match(r"override |\S+/dpo\.yaml", line) for line in str(refusal).splitlines()), refusal
+    assert not refusal or all(
+        re.match(r"override |\S+/dpo\.yaml", line) for line in str(refusal).splitlines()
+    ), refusal
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(sorted(OBJECTIVES)), st.data())
 def test_any_hyper_parameter_is_taken_or_refused_in_words(name, data):
     fields = list(type(build_objective({"name": name})).model_fields) or ["none"]
-    values = st.sampled_from([0, -1, 1, 0.5, 1e308, float("nan"), float("inf"), None, "", "kl", True, [], {}])
+    values = st.sampled_from(
+        [0, -1, 1, 0.5, 1e308, float("nan"), float("inf"), None, "", "kl", True, [], {}]
+    )
     section = {"name": name, data.draw(st.sampled_from(fields)): data.draw(values)}
     objective, refusal = attempt(lambda: build_objective(section))
-    assert isinstance(objective, Objective) or (refusal.exit_code == 2 and "`objective" in str(refusal))
+    assert isinstance(objective, Objective) or (
+        refusal.exit_code == 2 and "`objective" in str(refusal)
+    )

@@ -1,4 +1,6 @@
-"""KL estimators: values in closed form and by enumeration, numerics at the extremes. Gradients: oracles/test_gradients.py."""
+"""KL estimators: values in closed form and by enumeration, numerics at the extremes. Gradients:
+oracles/test_gradients.py.
+"""
 
 import math
 from decimal import Decimal, getcontext
@@ -89,7 +91,9 @@ def exact_k3(a: float) -> tuple[float, float]:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 2e-14), (torch.float32, 1e-5)])
 def test_k3_keeps_its_digits_near_zero(dtype, tolerance):
     sizes = [1e-12, 1e-8, 1e-5, 1e-4, 1e-3, 0.0199, 0.0201, 0.1, 1.0, 5.0]
-    a = torch.tensor([sign * size for size in sizes for sign in (1, -1)], dtype=dtype, requires_grad=True)
+    a = torch.tensor(
+        [sign * size for size in sizes for sign in (1, -1)], dtype=dtype, requires_grad=True
+    )
     values = kl.k3(a)
     (slopes,) = torch.autograd.grad(values.sum(), a)
     for x, value, slope in zip(a.tolist(), values.tolist(), slopes.tolist()):
@@ -128,6 +132,8 @@ def test_the_clamp_limits_the_value_and_passes_the_gradient():
 
 
 def test_importance_is_the_ratio_of_probabilities():
-    assert torch.allclose(kl.importance(POLICY, BEHAVIOR), POLICY.exp() / BEHAVIOR.exp(), rtol=1e-14)
+    assert torch.allclose(
+        kl.importance(POLICY, BEHAVIOR), POLICY.exp() / BEHAVIOR.exp(), rtol=1e-14
+    )
     with pytest.raises(ShapeError):
         kl.importance(POLICY, BEHAVIOR[:2])

@@ -60,13 +60,26 @@ def test_every_loss_is_imported_and_used_with_torch_and_pydantic_alone():
         module for module, owners in packages_distributions().items()
         if not kept & {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners} and module not in ("alignkit", "setuptools")
     }  # fmt: skip
-    assert {"transformers", "trl", "peft", "datasets", "accelerate", "omegaconf", "typer", "rich", "numpy"} <= others
+    assert {
+        "transformers",
+        "trl",
+        "peft",
+        "datasets",
+        "accelerate",
+        "omegaconf",
+        "typer",
+        "rich",
+        "numpy",
+    } <= others
     script = SCRIPT.format(blocked=sorted(others))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     count, loss, chosen, rejected = done.stdout.split()
     assert int(count) >= 15
-    # margin 0.5 * (0.8 * (-1 + 2) - 0) = 0.4; -log sigmoid(0.4) and its derivatives -+ 0.5 * 0.8 * sigmoid(-0.4)
+    # margin 0.5 * (0.8 * (-1 + 2) - 0) = 0.4; -log sigmoid(0.4) and its derivatives -+ 0.5 * 0.8 *
+    # sigmoid(-0.4)
     assert abs(float(loss) - 0.5130152) < 1e-6
     assert abs(float(chosen) + 0.4 * 0.4013123) < 1e-6
     assert abs(float(rejected) - 0.4 * 0.4013123) < 1e-6

@@ -4,7 +4,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
-from alignkit.config import build_objective, load_recipe
+from alignkit.config.recipe import build_objective, load_recipe
 from alignkit.objectives import OBJECTIVES, locate
 from alignkit.testing import check_objective
 
@@ -21,7 +21,11 @@ def test_the_table_of_objectives_is_the_registry():
 
 def test_the_objective_of_ones_own_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "my_losses.py" in block)
+    code = next(
+        block
+        for block in re.findall(r"```python\n(.*?)```", README, re.S)
+        if "my_losses.py" in block
+    )
     Path("my_losses.py").write_text(code)
     override = re.search(r'alignkit train dpo "(objective=.*?)"', README)[1]
     objective = build_objective(load_recipe("dpo", [override]).objective)

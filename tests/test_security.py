@@ -7,9 +7,9 @@ import pytest
 import torch
 from world import pair_rows, run, save_model, write_rows
 
+from alignkit.config.judges import ALLOW_PRIVATE
+from alignkit.config.model import ModelConfig
 from alignkit.errors import ModelError
-from alignkit.judges.config import ALLOW_PRIVATE
-from alignkit.policies.config import ModelConfig
 from alignkit.policies.load import load_model
 
 CODE = "import pathlib\npathlib.Path({flag!r}).touch()\ndef f(prompts, completions, **columns): return [0.0] * len(prompts)\n"
@@ -24,8 +24,18 @@ def folder(tmp_path):
 
 
 def arguments(folder, recipe, *overrides):
-    paths = [f"model.name_or_path={folder / 'model'}", f"data.train={folder / 'rows.jsonl'}", f"output_dir={folder / 'out'}"]
-    small = ["train.steps=1", "train.batch_size=2", "train.epochs=null", "rollout.completions=2", "rollout.max_new_tokens=3"]
+    paths = [
+        f"model.name_or_path={folder / 'model'}",
+        f"data.train={folder / 'rows.jsonl'}",
+        f"output_dir={folder / 'out'}",
+    ]
+    small = [
+        "train.steps=1",
+        "train.batch_size=2",
+        "train.epochs=null",
+        "rollout.completions=2",
+        "rollout.max_new_tokens=3",
+    ]
     return ["train", recipe, *paths, *small, *overrides]
 
 
@@ -48,7 +58,10 @@ def test_safe_refuses_every_field_that_runs_code(folder, capsys, field):
 
 def test_code_is_announced(folder, capsys):
     assert run(*arguments(folder, "rloo", f"rewards.0.function={folder / 'mine.py'}:f")) == 0
-    assert f"alignkit: rewards.0.function runs code from {folder / 'mine.py'}:f" in capsys.readouterr().err
+    assert (
+        f"alignkit: rewards.0.function runs code from {folder / 'mine.py'}:f"
+        in capsys.readouterr().err
+    )
     assert (folder / "ran").exists()
 
 
@@ -76,7 +89,11 @@ def test_a_judge_on_a_private_network_needs_the_users_word(folder, capsys, monke
     said = " ".join(capsys.readouterr().err.split())
     assert (code, set(asked)) == ((7, {("10.0.0.1", 443)}) if allowed else (2, set()))
     assert ("a private one needs --allow-private-judge" in said) != allowed
-    assert run(*arguments(folder, "nash_md", chat.replace("retries", "allow_private: true, retries"))) == 2  # no recipe can
+    # no recipe can
+    assert (
+        run(*arguments(folder, "nash_md", chat.replace("retries", "allow_private: true, retries")))
+        == 2
+    )
 
 
 class Trap:

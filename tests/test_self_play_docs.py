@@ -1,4 +1,6 @@
-"""The code in docs/self_play.md runs as it stands, its recipes' judges are accepted, and its table names shipped recipes."""
+"""The code in docs/self_play.md runs as it stands, its recipes' judges are accepted, and its table
+names shipped recipes.
+"""
 
 import re
 import runpy
@@ -8,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from alignkit.config import build_objective, load_recipe
+from alignkit.config.recipe import build_objective, load_recipe
 from alignkit.judges import JudgeConfig
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "self_play.md").read_text()
@@ -30,12 +32,18 @@ def test_the_code_runs_from_top_to_bottom(tmp_path):
 
 def test_every_judge_of_the_page_is_one():
     (block,) = blocks("yaml")
-    kinds = [JudgeConfig.model_validate(yaml.safe_load(line)["judge"]) for line in block.splitlines()]
-    assert [len(kind.model_fields_set & {"function", "rewards", "chat", "trl"}) for kind in kinds] == [1] * 4
+    kinds = [
+        JudgeConfig.model_validate(yaml.safe_load(line)["judge"]) for line in block.splitlines()
+    ]
+    assert [
+        len(kind.model_fields_set & {"function", "rewards", "chat", "trl"}) for kind in kinds
+    ] == [1] * 4
 
 
 def test_the_table_tells_how_often_the_judge_is_asked():
-    """One question per sample against the opponent, or between two samples; both halves of an extragradient step."""
+    """One question per sample against the opponent, or between two samples; both halves of an
+    extragradient step.
+    """
     rows = re.findall(r"^\| `(\w+)` \|[^|]*\| (\d)", PAGE, flags=re.MULTILINE)
     assert [name for name, _ in rows] == ["egpo", "nash_mp", "online_ipo", "nash_md", "ipo_md"]
     for name, questions in rows:

@@ -12,17 +12,30 @@ TIMEOUT = 240  # seconds
 
 
 def run_to_its_end(command: list[str], timeout: float = TIMEOUT) -> tuple[int, str]:
-    """Exit code and stderr of a command that starts processes of its own; all of them are killed if it takes too long."""
+    """Exit code and stderr of a command that starts processes of its own; all of them are killed if
+    it takes too long.
+    """
     with started(command) as finish:
         return finish(timeout)
 
 
 @contextmanager
 def started(command: list[str]) -> Iterator:
-    """A command in a process group of its own; gives a function that waits for it: seconds -> exit code and stderr."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads would fill up and stop the writer
-        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
+    """A command in a process group of its own; gives a function that waits for it: seconds -> exit
+    code and stderr.
+    """
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    with tempfile.TemporaryFile(
+        "w+"
+    ) as errors:  # a pipe that nobody reads would fill up and stop the writer
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+        )
 
         def finish(timeout: float = TIMEOUT) -> tuple[int, str]:
             try:

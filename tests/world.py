@@ -1,4 +1,6 @@
-"""A tiny world for tests: a random Llama of a few thousand parameters, a word tokenizer, rows, bundles, the command line."""
+"""A tiny world for tests: a random Llama of a few thousand parameters, a word tokenizer, rows,
+bundles, the command line.
+"""
 
 import json
 import signal
@@ -12,13 +14,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from alignkit.batches import Bundle
-from alignkit.cli import main
-from alignkit.collect import DatasetSource
-from alignkit.loop import Job
-from alignkit.policies.config import AdapterConfig, ModelConfig, ReferenceConfig
+from alignkit.cli.main import main
+from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig
+from alignkit.config.train import TrainConfig
 from alignkit.policies.load import load_pair, load_scorer
-from alignkit.run import RunFolder
-from alignkit.train_config import TrainConfig
+from alignkit.sources.dataset import DatasetSource
+from alignkit.training.loop import Job
+from alignkit.training.run_folder import RunFolder
 
 VOCAB = 23
 
@@ -35,7 +37,11 @@ def save_model(folder: Path, seed: int = 0) -> Path:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<pad>",
     ).save_pretrained(folder)
     return folder
 
@@ -48,7 +54,10 @@ def write_rows(file: Path, rows: Iterable[Mapping]) -> Path:
 
 def pair_rows(n: int) -> list[dict[str, str]]:
     """`n` preference pairs (at most 13) in the words of the tokenizer."""
-    return [{"prompt": f"w{3 + i} w4", "chosen": f"w5 w{6 + i}", "rejected": f"w{7 + i}"} for i in range(n)]
+    return [
+        {"prompt": f"w{3 + i} w4", "chosen": f"w5 w{6 + i}", "rejected": f"w{7 + i}"}
+        for i in range(n)
+    ]
 
 
 def run(*arguments: object) -> int:
@@ -85,21 +94,54 @@ def make_job(
     model: Path, out: Path, objective, bundles, *, lora=False, checkpointing=False, budget=4096, evaluation=None,
     accelerator=None, reference="frozen", target=None, layout="shared_prefix", steps=6, **config,
 ) -> Job:  # fmt: skip
-    """A job over `bundles` with small defaults; keyword arguments beyond the named ones are TrainConfig's."""
-    settings = {"steps": steps, "batch_size": 4, "warmup_steps": 2, "learning_rate": 1e-2, "save_every": 0, "eval_every": 0}
+    """A job over `bundles` with small defaults; keyword arguments beyond the named ones are
+    TrainConfig's.
+    """
+    settings = {
+        "steps": steps,
+        "batch_size": 4,
+        "warmup_steps": 2,
+        "learning_rate": 1e-2,
+        "save_every": 0,
+        "eval_every": 0,
+    }
     train = TrainConfig(**{**settings, **config})
     accelerator = accelerator or Accelerator(cpu=True)
     plan = objective.plan
     adapter = AdapterConfig(r=4, alpha=8) if lora and not plan.outputs else None
-    model_config = ModelConfig(name_or_path=str(model), adapter=adapter, gradient_checkpointing=checkpointing, layout=layout)
+    model_config = ModelConfig(
+        name_or_path=str(model),
+        adapter=adapter,
+        gradient_checkpointing=checkpointing,
+        layout=layout,
+    )
     if plan.outputs:
         pair = load_scorer(model_config, plan, device="cpu", seed=train.seed)
     else:
         kind = ReferenceConfig(kind=reference)
-        pair = load_pair(model_config, kind, target, plan, device="cpu", fixed_data=True, seed=train.seed)
+        pair = load_pair(
+            model_config, kind, target, plan, device="cpu", fixed_data=True, seed=train.seed
+        )
     source = DatasetSource(
-        bundles, plan, train.batch_size, seed=train.seed, rank=accelerator.process_index, world=accelerator.num_processes
+        bundles,
+        plan,
+        train.batch_size,
+        seed=train.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
     )
     run = RunFolder(out, writes=accelerator.is_main_process)
     identity = {"config": train.model_dump(mode="json", exclude={"save_every", "keep"})}
-    return Job(objective, pair, source, train, run, accelerator, steps, budget, "recipe: test\n", identity, evaluation=evaluation)
+    return Job(
+        objective,
+        pair,
+        source,
+        train,
+        run,
+        accelerator,
+        steps,
+        budget,
+        "recipe: test\n",
+        identity,
+        evaluation=evaluation,
+    )

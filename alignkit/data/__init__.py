@@ -3,7 +3,7 @@
 from importlib import import_module
 
 _LAZY = {
-    "DataConfig": "alignkit.data.config",
+    "DataConfig": "alignkit.config.data",
     "Report": "alignkit.data.report",
     "Prompt": "alignkit.data.load",
     "load_bundles": "alignkit.data.load",

@@ -1,11 +1,13 @@
-"""The door of this room: load_bundles for fixed data, load_prompts for online objectives, check for the data doctor."""
+"""The door of this room: load_bundles for fixed data, load_prompts for online objectives, check for
+the data doctor.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from alignkit.data.config import DataConfig
+from alignkit.config.data import DataConfig
 from alignkit.data.examples import BadRow, Example, Text, example
 from alignkit.data.formats import detect
 from alignkit.data.read import Rows, Source, read_rows
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 class Prompt:
     """One prompt of an online objective."""
 
-    ids: "Tensor"  # [P] int64, at least one token; a chat's ends where the assistant begins to write
+    ids: (
+        "Tensor"  # [P] int64, at least one token; a chat's ends where the assistant begins to write
+    )
     text: Text  # as it stood in the data: what rewards and judges see
     uid: str
     columns: Mapping[str, Any]  # the row's other columns: a reward's keyword arguments
@@ -31,10 +35,11 @@ class Prompt:
 def load_bundles(
     config: DataConfig, family: str, tokenizer: Any, *, source: Source | None = None
 ) -> tuple[list["Bundle"], Report]:
-    """Bundles for an objective of `family` (sequence, pair, labelled) from `source` (default: config.train).
+    """Bundles for an objective of `family` (sequence, pair, labelled) from `source` (default:
+    config.train).
 
-    Errors: DataError for malformed rows (unless on_bad_row is drop) and for data that cannot teach anything; ConfigError
-    and ModelError for options the tokenizer cannot serve.
+    Errors: DataError for malformed rows (unless on_bad_row is drop) and for data that cannot teach
+    anything; ConfigError and ModelError for options the tokenizer cannot serve.
     """
     report, examples = _examples(config, family, source)
     if report.errors() and config.on_bad_row == "error":
@@ -44,24 +49,36 @@ def load_bundles(
     return bundles, report
 
 
-def load_prompts(config: DataConfig, tokenizer: Any, *, source: Source | None = None) -> tuple[list[Prompt], Report]:
-    """Prompts for online objectives; all other columns are kept for the rewards. Errors as in load_bundles."""
+def load_prompts(
+    config: DataConfig, tokenizer: Any, *, source: Source | None = None
+) -> tuple[list[Prompt], Report]:
+    """Prompts for online objectives; all other columns are kept for the rewards. Errors as in
+    load_bundles.
+    """
     from alignkit.data.prompts import tokenise_prompts
 
     report, examples = _examples(config, "rollout", source)
     if report.errors() and config.on_bad_row == "error":
         raise report.malformed()
     ids = tokenise_prompts(examples, config, tokenizer, report)
-    prompts = [Prompt(ids[e.number], e.prompt or "", e.uid, e.columns) for e in examples if e.number in ids]
+    prompts = [
+        Prompt(ids[e.number], e.prompt or "", e.uid, e.columns) for e in examples if e.number in ids
+    ]
     report.kept = len(prompts)
     _refuse(report, config)
     return prompts, report
 
 
 def check(
-    config: DataConfig, tokenizer: Any = None, *, family: str | None = None, source: Source | None = None
+    config: DataConfig,
+    tokenizer: Any = None,
+    *,
+    family: str | None = None,
+    source: Source | None = None,
 ) -> tuple[Report, DataError | None]:
-    """Read every row and report; the error is what `load_bundles` would stop with. Without a tokenizer only text is checked."""
+    """Read every row and report; the error is what `load_bundles` would stop with. Without a
+    tokenizer only text is checked.
+    """
     report, examples = _examples(config, family, source)
     if tokenizer is not None and report.format == "prompt":
         from alignkit.data.prompts import tokenise_prompts
@@ -74,16 +91,27 @@ def check(
 
 
 def fingerprint(bundles: Sequence["Bundle"]) -> str:
-    """SHA-256 of what is trained on (token ids, masks, labels, order), for the checkpoint's manifest."""
+    """SHA-256 of what is trained on (token ids, masks, labels, order), for the checkpoint's
+    manifest.
+    """
     digest = sha256()
     for bundle in bundles:
-        parts = [bundle.prompt, *bundle.completions, *bundle.masks, *(bundle.rows[name] for name in sorted(bundle.rows))]
+        parts = [
+            bundle.prompt,
+            *bundle.completions,
+            *bundle.masks,
+            *(bundle.rows[name] for name in sorted(bundle.rows)),
+        ]
         for part in parts:
-            digest.update(f"{part.dtype}{tuple(part.shape)}".encode() + part.contiguous().numpy().tobytes())
+            digest.update(
+                f"{part.dtype}{tuple(part.shape)}".encode() + part.contiguous().numpy().tobytes()
+            )
     return digest.hexdigest()
 
 
-def _examples(config: DataConfig, family: str | None, source: Source | None) -> tuple[Report, list[Example]]:
+def _examples(
+    config: DataConfig, family: str | None, source: Source | None
+) -> tuple[Report, list[Example]]:
     """All rows, each checked in the format that the columns of all rows decide."""
     rows = read_rows(config, source)
     report = Report(rows.where, rows.name, total=len(rows.rows))
@@ -120,12 +148,18 @@ def _compare(examples: Sequence[Example], report: Report) -> None:
         if len(made.completions) == 2 and made.key(swapped=True) in seen:
             report.add("contradictory", made.number)
         texts = [text for text in (made.prompt, *made.completions) if isinstance(text, str)]
-        if len(texts) == 3 and texts[0].strip() and all(text.startswith(texts[0]) for text in texts[1:]):
+        if (
+            len(texts) == 3
+            and texts[0].strip()
+            and all(text.startswith(texts[0]) for text in texts[1:])
+        ):
             report.add("prompt_repeated", made.number)
         seen.add(key)
 
 
-def _tokenise(examples: Sequence[Example], config: DataConfig, tokenizer: Any, report: Report, family: str) -> list["Bundle"]:
+def _tokenise(
+    examples: Sequence[Example], config: DataConfig, tokenizer: Any, report: Report, family: str
+) -> list["Bundle"]:
     from alignkit.data.tokenise import tokenise
 
     bundles = tokenise(examples, config, tokenizer, report, family)
@@ -134,7 +168,9 @@ def _tokenise(examples: Sequence[Example], config: DataConfig, tokenizer: Any, r
 
 
 def _refuse(report: Report, config: DataConfig) -> None:
-    if report.errors() and config.on_bad_row == "error":  # found while tokenising: the chat template's refusals
+    if (
+        report.errors() and config.on_bad_row == "error"
+    ):  # found while tokenising: the chat template's refusals
         raise report.malformed()
     if error := report.refusal(config.max_length):
         raise error

@@ -6,17 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignkit.config.data import DataConfig
 from alignkit.data.chat import Renderer, chat_template
-from alignkit.data.config import DataConfig
 from alignkit.data.examples import BadRow, Example
 from alignkit.data.report import Report
 from alignkit.data.tokenise import Tokeniser
 
 
-def tokenise_prompts(examples: Sequence[Example], config: DataConfig, tokenizer: Any, report: Report) -> dict[int, Tensor]:
-    """Row number -> ids [P]; prompts that leave no room for a completion are dropped and counted in `report`."""
-    tokeniser, ids = Tokeniser(tokenizer, config), {}
-    renderer = Renderer(tokenizer, chat_template(config)) if any(made.chat for made in examples) else None
+def tokenise_prompts(
+    examples: Sequence[Example], config: DataConfig, tokenizer: Any, report: Report
+) -> dict[int, Tensor]:
+    """Row number -> ids [P]; prompts that leave no room for a completion are dropped and counted in
+    `report`.
+    """
+    tokeniser = Tokeniser(tokenizer, config)
+    ids = {}
+    renderer = (
+        Renderer(tokenizer, chat_template(config)) if any(made.chat for made in examples) else None
+    )
     for chat in (False, True):
         texts: dict[int, str] = {}
         for made in examples:
@@ -36,7 +43,11 @@ def tokenise_prompts(examples: Sequence[Example], config: DataConfig, tokenizer:
                 report.add("overlong", number, f"the prompt has {len(tokens)} tokens")
             else:
                 if not tokens:
-                    report.add("empty_prompt", number, "BOS (or EOS, for a tokenizer without BOS) stands in for it")
+                    report.add(
+                        "empty_prompt",
+                        number,
+                        "BOS (or EOS, for a tokenizer without BOS) stands in for it",
+                    )
                 ids[number] = torch.tensor(tokens or [tokeniser.stand_in])
     return ids
 

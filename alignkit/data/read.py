@@ -1,5 +1,7 @@
-"""Rows from a file, a saved dataset folder, a hub name or a list. JSONL, JSON and CSV are read here so that a bad line
-is named by file and line, and no value changes its type on the way; Parquet and `datasets` go through those libraries."""
+"""Rows from a file, a saved dataset folder, a hub name or a list. JSONL, JSON and CSV are read here
+so that a bad line is named by file and line, and no value changes its type on the way; Parquet and
+`datasets` go through those libraries.
+"""
 
 import csv
 import json
@@ -9,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from alignkit.data.config import DataConfig
+from alignkit.config.data import DataConfig
 from alignkit.errors import ConfigError, DataError
 
 MAX_LINE = 64 * 2**20  # bytes of one JSONL line or CSV cell
@@ -44,12 +46,16 @@ class Rows:
 
 
 def read_rows(config: DataConfig, source: Source | None = None) -> Rows:
-    """Every row of `source` (default: config.train), with `config.columns` renamed. Errors: DataError, ConfigError."""
+    """Every row of `source` (default: config.train), with `config.columns` renamed. Errors:
+    DataError, ConfigError.
+    """
     source = config.train if source is None else source
     if not isinstance(source, str | Path):
         return _renamed(Rows("rows", "the given rows", _numbered(source)), config.columns)
     if str(source).startswith("task:"):
-        raise ConfigError(f"data: {source} is made by the command line; in Python pass the task's rows as `source`")
+        raise ConfigError(
+            f"data: {source} is made by the command line; in Python pass the task's rows as `source`"
+        )
     path = Path(source).expanduser()
     if path.is_file():
         try:
@@ -57,17 +63,29 @@ def read_rows(config: DataConfig, source: Source | None = None) -> Rows:
         except OSError as error:
             raise DataError(f"data: cannot read {path} ({error.strerror})") from None
     elif path.is_dir():
-        rows = Rows(path.name, f"{path} split {config.split}", _numbered(_read_folder(path, config)))
+        rows = Rows(
+            path.name, f"{path} split {config.split}", _numbered(_read_folder(path, config))
+        )
     elif path.suffix in SUFFIXES or path.is_absolute() or str(source).startswith((".", "~")):
-        near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [], n=1)
-        raise DataError(f"data: there is no file or folder {path}" + (f"; {near[0]} is there" if near else ""))
+        near = get_close_matches(
+            path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [], n=1
+        )
+        raise DataError(
+            f"data: there is no file or folder {path}" + (f"; {near[0]} is there" if near else "")
+        )
     else:
-        rows = Rows(str(source), f"dataset {source} split {config.split}", _numbered(_read_hub(str(source), config)))
+        rows = Rows(
+            str(source),
+            f"dataset {source} split {config.split}",
+            _numbered(_read_hub(str(source), config)),
+        )
     return _renamed(rows, config.columns)
 
 
 def read_jsonl(path: Path, limit: int = MAX_LINE) -> Iterator[Row]:
-    """One row per line; blank lines are skipped; a BOM and CRLF are allowed; lines above `limit` bytes are not kept in memory."""
+    """One row per line; blank lines are skipped; a BOM and CRLF are allowed; lines above `limit`
+    bytes are not kept in memory.
+    """
     with path.open("rb") as file:
         number = 0
         while line := file.readline(limit + 1):
@@ -95,7 +113,10 @@ def _parse_line(line: bytes, number: int) -> Row:
         return Row(number, None, f"not UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
         return Row(number, None, f"{error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested too deeply
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits, brackets nested too deeply
         return Row(number, None, str(error))
     return _object_row(number, value)
 
@@ -120,7 +141,9 @@ def _read_file(path: Path, config: DataConfig) -> Iterable[Row]:
         return _read_csv(path, "," if suffix == ".csv" else "\t")
     if suffix == ".parquet":
         return _numbered(_read_parquet(path))
-    raise DataError(f"data: {path} ends in {suffix or 'no suffix'}; files that can be read end in {', '.join(SUFFIXES)}")
+    raise DataError(
+        f"data: {path} ends in {suffix or 'no suffix'}; files that can be read end in {', '.join(SUFFIXES)}"
+    )
 
 
 def _read_json(path: Path, split: str) -> Iterable[Row]:
@@ -137,13 +160,16 @@ def _read_json(path: Path, split: str) -> Iterable[Row]:
     if isinstance(value, dict):
         value = value.get(split, value.get("data", [value]))
     if not isinstance(value, list):
-        raise DataError(f"{path}: expected a JSON list of rows, or an object with such a list under `{split}` or `data`")
+        raise DataError(
+            f"{path}: expected a JSON list of rows, or an object with such a list under `{split}` or `data`"
+        )
     return _numbered(value)
 
 
 def _read_csv(path: Path, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(MAX_LINE)
-    # undecodable bytes become lone surrogates, so that the row is named by the check every text goes through
+    # undecodable bytes become lone surrogates, so that the row is named by the check every text
+    # goes through
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
@@ -169,15 +195,21 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 def _read_folder(path: Path, config: DataConfig) -> Iterable[object]:
     import datasets
 
-    if not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
+    if not any(
+        (path / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json")
+    ):
         return _read_hub(str(path), config)  # a folder of data files
     try:
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise DataError(f"{path}: not a dataset saved with save_to_disk ({_one_line(error)})") from None
+        raise DataError(
+            f"{path}: not a dataset saved with save_to_disk ({_one_line(error)})"
+        ) from None
     if isinstance(dataset, datasets.DatasetDict):
         if config.split not in dataset:
-            raise DataError(f"{path}: no split `{config.split}`; data.split can be {', '.join(dataset)}")
+            raise DataError(
+                f"{path}: no split `{config.split}`; data.split can be {', '.join(dataset)}"
+            )
         return list(dataset[config.split])
     return list(dataset)
 
@@ -187,9 +219,13 @@ def _read_hub(name: str, config: DataConfig) -> Iterable[object]:
 
     try:
         dataset: Iterable[object] = datasets.load_dataset(name, config.subset, split=config.split)
-    except Exception as error:  # the hub library has no common base class for what can go wrong here
+    except (
+        Exception
+    ) as error:  # the hub library has no common base class for what can go wrong here
         advice = f"data.train is a file ending in {', '.join(SUFFIXES)}, a saved dataset folder, a hub name or task:NAME"
-        raise DataError(f"data: cannot load `{name}` split `{config.split}` ({_one_line(error)}); {advice}") from None
+        raise DataError(
+            f"data: cannot load `{name}` split `{config.split}` ({_one_line(error)}); {advice}"
+        ) from None
     return dataset
 
 
@@ -205,11 +241,20 @@ def _renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
         if theirs not in found:
             near = get_close_matches(theirs, found, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise DataError(f"{rows.where}: data.columns.{ours}={theirs}, but the columns are {', '.join(found)}{hint}")
+            raise DataError(
+                f"{rows.where}: data.columns.{ours}={theirs}, but the columns are {', '.join(found)}{hint}"
+            )
 
     def rename(values: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {key: value for key, value in values.items() if key not in columns.values() and key not in columns}
+        kept = {
+            key: value
+            for key, value in values.items()
+            if key not in columns.values() and key not in columns
+        }
         return kept | {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
 
-    renamed = [Row(row.number, None if row.values is None else rename(row.values), row.problem) for row in rows.rows]
+    renamed = [
+        Row(row.number, None if row.values is None else rename(row.values), row.problem)
+        for row in rows.rows
+    ]
     return Rows(rows.name, rows.where, renamed)

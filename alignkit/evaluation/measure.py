@@ -1,7 +1,8 @@
-"""Figures of a finished model against its reference: same prompts and same noise for every model that is compared.
+"""Figures of a finished model against its reference: same prompts and same noise for every model
+that is compared.
 
-Axes: P prompts, K completions of each. All KLs are in nats per completion, of the distribution that is cut at `max_new_tokens`,
-at temperature 1 and over the whole vocabulary.
+Axes: P prompts, K completions of each. All KLs are in nats per completion, of the distribution that
+is cut at `max_new_tokens`, at temperature 1 and over the whole vocabulary.
 """
 
 import math
@@ -14,20 +15,20 @@ import torch
 from torch import Tensor
 
 from alignkit.batches import Bundle, Draw, PairBatch, Plan, TokenLogps
-from alignkit.data.config import DataConfig
+from alignkit.config.data import DataConfig
 from alignkit.data.load import Prompt, load_bundles
 from alignkit.data.read import Source
 from alignkit.errors import ModelError
-from alignkit.evaluation.measured import Measured
-from alignkit.finished import load_finished
+from alignkit.evaluation.measurements import Measured
 from alignkit.kl import exact
 from alignkit.objectives.base import Objective
 from alignkit.policies.load import choose_layout, probe_bundle, same_vocabulary
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.pair import SCORING_BUDGET, PolicyPair
 from alignkit.policies.reference import Anchor, frozen
+from alignkit.rollout.generate import OneModel
 from alignkit.rollout.hf import HFSampler
-from alignkit.rollout.text import OneModel
+from alignkit.runs.trained_model import load_finished
 
 Reward = Callable[..., Sequence[float | None]]  # TRL's signature
 
@@ -42,15 +43,18 @@ def _forward(policy: Tensor, anchor: Tensor | None, labels: Tensor) -> Tensor:
     return exact(policy, anchor, "forward")
 
 
-REVERSE, FORWARD = (Plan("rollout", statistics={"kl": statistic}) for statistic in (_reverse, _forward))
+REVERSE, FORWARD = (
+    Plan("rollout", statistics={"kl": statistic}) for statistic in (_reverse, _forward)
+)
 LIVE = Plan("sequence")
 
 
 def evaluation_pair(model: str | Path, reference: str | Path | OneModel) -> PolicyPair:
-    """A finished model (run folder, model or adapter folder, hub name, `task:NAME`) with what it is measured against.
+    """A finished model (run folder, model or adapter folder, hub name, `task:NAME`) with what it is
+    measured against.
 
-    Give an open reference (`alignkit.finished.load_finished`) where several models share it. ModelError where there is no
-    model, or its tokens are not the reference's.
+    Give an open reference (`alignkit.runs.trained_model.load_finished`) where several models share
+    it. ModelError where there is no model, or its tokens are not the reference's.
     """
     policy = load_finished(str(model))
     anchor = reference if isinstance(reference, OneModel) else load_finished(str(reference))
@@ -71,7 +75,9 @@ def evaluation_pair(model: str | Path, reference: str | Path | OneModel) -> Poli
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What stays the same for every model: prompts, noise, number and length of the completions, the reward."""
+    """What stays the same for every model: prompts, noise, number and length of the completions,
+    the reward.
+    """
 
     prompts: Sequence[Prompt]
     samples: int = 8
@@ -80,27 +86,41 @@ class Yardstick:
     reward: Reward | None = None
 
     def measure(self, pair: PolicyPair, name: str, *, base: Measured | None = None) -> Measured:
-        """Samples of the pair's policy with their figures; with `base` (see `measure_reference`) also its forward KL."""
+        """Samples of the pair's policy with their figures; with `base` (see `measure_reference`)
+        also its forward KL.
+        """
         return self._measured(pair, name, "policy", base)
 
     def measure_reference(self, pair: PolicyPair, name: str = "base") -> Measured:
         """The same for the pair's reference: where every frontier starts."""
         return self._measured(pair, name, "reference", None)
 
-    def _measured(self, pair: PolicyPair, name: str, source: str, base: Measured | None) -> Measured:
+    def _measured(
+        self, pair: PolicyPair, name: str, source: str, base: Measured | None
+    ) -> Measured:
         sampler = HFSampler(pair, max_new_tokens=self.max_new_tokens, seed=self.seed)
         ids = [prompt.ids for prompt in self.prompts]
         drawn = sampler.sample(ids, Draw(self.samples, source), step=0, prompt_ids=range(len(ids)))
         tokens = [[sample.ids for sample in samples] for samples in drawn]
-        found = scored(pair, [_bundle(p, t) for p, t in zip(ids, tokens)], REVERSE if source == "policy" else LIVE)
+        found = scored(
+            pair,
+            [_bundle(p, t) for p, t in zip(ids, tokens)],
+            REVERSE if source == "policy" else LIVE,
+        )
         shape = (len(ids), self.samples)
         figures = {key: np.array(values).reshape(shape) for key, values in found.items()}
         if source == "reference":
             figures |= {"logp": figures["reference_logp"], "kl": np.zeros(shape)}
         if base is not None:
-            along = scored(pair, [_bundle(p, [torch.tensor(t) for t in ts]) for p, ts in zip(ids, base.tokens)], FORWARD)
+            along = scored(
+                pair,
+                [_bundle(p, [torch.tensor(t) for t in ts]) for p, ts in zip(ids, base.tokens)],
+                FORWARD,
+            )
             figures["forward_kl"] = np.array(along["kl"]).reshape(shape)
-        texts = [[pair.tokenizer.decode(t, skip_special_tokens=True) for t in row] for row in tokens]
+        texts = [
+            [pair.tokenizer.decode(t, skip_special_tokens=True) for t in row] for row in tokens
+        ]
         return Measured(
             name=name,
             prompts=[prompt.text for prompt in self.prompts],
@@ -112,11 +132,15 @@ class Yardstick:
         )
 
     def scores(self, texts: list[list[str]], tokens: list[list[Tensor]]) -> np.ndarray | None:
-        """The reward of every completion [P, K], nan where it does not apply; None without a reward."""
+        """The reward of every completion [P, K], nan where it does not apply; None without a
+        reward.
+        """
         if self.reward is None:
             return None
         repeated = [prompt for prompt in self.prompts for _ in range(self.samples)]
-        columns = {name: [p.columns.get(name) for p in repeated] for name in self.prompts[0].columns}
+        columns = {
+            name: [p.columns.get(name) for p in repeated] for name in self.prompts[0].columns
+        }
         chats = [not isinstance(p.text, str) for p in repeated]
         flat = [text for row in texts for text in row]
         values = self.reward(
@@ -131,14 +155,24 @@ class Yardstick:
 
 @torch.no_grad()
 def scored(pair: PolicyPair, bundles: Sequence[Bundle], plan: Plan) -> dict[str, list[float]]:
-    """Sums over each completion, in the bundles' order: "logp", "reference_logp", "entropy", and the plan's statistics."""
-    names = {"logp": "policy", "reference_logp": "reference", "entropy": "entropy", **{s: s for s in plan.statistics}}
+    """Sums over each completion, in the bundles' order: "logp", "reference_logp", "entropy", and
+    the plan's statistics.
+    """
+    names = {
+        "logp": "policy",
+        "reference_logp": "reference",
+        "entropy": "entropy",
+        **{s: s for s in plan.statistics},
+    }
     rows: list[dict[str, list[float]]] = [{} for _ in bundles]
     for group in pair.micro_batches(bundles, SCORING_BUDGET):
         logps: TokenLogps = pair.logps([bundles[i] for i in group], plan)
         sums = {key: iter(logps.sequence(name).double().tolist()) for key, name in names.items()}
         for index in group:
-            rows[index] = {key: [next(values) for _ in bundles[index].completions] for key, values in sums.items()}
+            rows[index] = {
+                key: [next(values) for _ in bundles[index].completions]
+                for key, values in sums.items()
+            }
     return {key: [value for row in rows for value in row[key]] for key in names}
 
 
@@ -152,24 +186,34 @@ class Perplexity:
 
 
 def perplexity(pair: PolicyPair, source: Source, data: DataConfig | None = None) -> Perplexity:
-    """Of held-out text (rows with `text`, or demonstrations): what a model forgot shows as policy above reference."""
+    """Of held-out text (rows with `text`, or demonstrations): what a model forgot shows as policy
+    above reference.
+    """
     bundles, _ = load_bundles(data or DataConfig(), "sequence", pair.tokenizer, source=source)
-    found, tokens = scored(pair, bundles, LIVE), sum(bundle.n_trained for bundle in bundles)
+    found = scored(pair, bundles, LIVE)
+    tokens = sum(bundle.n_trained for bundle in bundles)
     policy, reference = (math.exp(-sum(found[key]) / tokens) for key in ("logp", "reference_logp"))
     return Perplexity(policy, reference, tokens)
 
 
 @torch.no_grad()
 def preference_margins(
-    pair: PolicyPair, source: Source, data: DataConfig | None = None, *, objective: Objective | None = None
+    pair: PolicyPair,
+    source: Source,
+    data: DataConfig | None = None,
+    *,
+    objective: Objective | None = None,
 ) -> np.ndarray | None:
     """How much each held-out pair's chosen completion is preferred to the rejected: [N].
 
-    Without `objective` the difference of their log-ratios: its sign is a preference, its size says nothing. With it the margin
-    of the objective's own implicit reward (beta times that, for DPO), in log-odds: what `metrics.preference_calibration`
-    takes; None for an objective that does not learn from pairs, has no such reward, or compares with what its run alone had.
+    Without `objective` the difference of their log-ratios: its sign is a preference, its size says
+    nothing. With it the margin of the objective's own implicit reward (beta times that, for DPO),
+    in log-odds: what `metrics.preference_calibration` takes; None for an objective that does not
+    learn from pairs, has no such reward, or compares with what its run alone had.
     """
-    if objective is not None and (objective.plan.data != "pair" or set(objective.plan.anchors) - pair.anchors.keys()):
+    if objective is not None and (
+        objective.plan.data != "pair" or set(objective.plan.anchors) - pair.anchors.keys()
+    ):
         return None
     bundles, _ = load_bundles(data or DataConfig(), "pair", pair.tokenizer, source=source)
     if objective is None:
@@ -179,7 +223,9 @@ def preference_margins(
     margins = np.empty(len(bundles))
     for group in pair.micro_batches(bundles, SCORING_BUDGET):
         rows = [bundles[i] for i in group]
-        values = objective.loss(PairBatch.build(rows, pair.logps(rows, objective.plan))).metrics.get("rewards/margins")
+        values = objective.loss(
+            PairBatch.build(rows, pair.logps(rows, objective.plan))
+        ).metrics.get("rewards/margins")
         if values is None:
             return None
         margins[group] = values.cpu()
@@ -187,4 +233,6 @@ def preference_margins(
 
 
 def _bundle(prompt: Tensor, completions: Sequence[Tensor]) -> Bundle:
-    return Bundle(prompt, list(completions), [torch.ones(len(ids), dtype=torch.bool) for ids in completions])
+    return Bundle(
+        prompt, list(completions), [torch.ones(len(ids), dtype=torch.bool) for ids in completions]
+    )

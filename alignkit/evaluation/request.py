@@ -1,15 +1,17 @@
-"""What is asked of `alignkit eval`, checked before anything is loaded. Importing this imports no torch."""
+"""What is asked of `alignkit eval`, checked before anything is loaded. Importing this imports no
+torch.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignkit.config import REFERENCES, Recipe, load_recipe
-from alignkit.data.config import DataConfig
+from alignkit.config.data import DataConfig
+from alignkit.config.recipe import REFERENCES, Recipe, load_recipe
 from alignkit.errors import ConfigError
-from alignkit.finished import find_finished
-from alignkit.launch import DEFAULT_TASK
+from alignkit.runs.launch import DEFAULT_TASK
+from alignkit.runs.trained_model import find_finished
 from alignkit.tasks import resolve
 
 if TYPE_CHECKING:
@@ -32,16 +34,20 @@ class Request:
     max_new_tokens: int | None = None
     seed: int = 0
     safe: bool = False
-    recipes: dict[str, Recipe] = field(default_factory=dict)  # of the models that are run folders; filled by `checked`
+    # of the models that are run folders; filled by `checked`
+    recipes: dict[str, Recipe] = field(default_factory=dict)
 
 
 def checked(request: Request) -> Request:
-    """The request with the recipes of its runs and its reference; what can be refused without torch is refused here.
+    """The request with the recipes of its runs and its reference; what can be refused without torch
+    is refused here.
 
-    ModelError for a folder that is not there or a run that has not finished, ConfigError where nothing says what to measure
-    against.
+    ModelError for a folder that is not there or a run that has not finished, ConfigError where
+    nothing says what to measure against.
     """
-    for name in dict.fromkeys(n for n in (*request.models, request.reference) if n and not n.startswith("task:")):
+    for name in dict.fromkeys(
+        n for n in (*request.models, request.reference) if n and not n.startswith("task:")
+    ):
         find_finished(name)
     files = {name: Path(name).expanduser() / "recipe.yaml" for name in request.models}
     recipes = {name: load_recipe(file) for name, file in files.items() if file.is_file()}
@@ -51,12 +57,18 @@ def checked(request: Request) -> Request:
 
 def _start(models: Sequence[str], recipes: dict[str, Recipe]) -> str:
     """What the models were trained from."""
-    starts = {name: _anchor(recipe) for name, recipe in recipes.items()} | {n: n for n in models if n.startswith("task:")}
+    starts = {name: _anchor(recipe) for name, recipe in recipes.items()} | {
+        n: n for n in models if n.startswith("task:")
+    }
     if not starts:
-        raise ConfigError(f"there is no run folder {models[0]}, so nothing says what it was trained from; give --reference MODEL")
+        raise ConfigError(
+            f"there is no run folder {models[0]}, so nothing says what it was trained from; give --reference MODEL"
+        )
     if len(set(starts.values())) > 1:
         listed = ", ".join(f"{name} from {start}" for name, start in starts.items())
-        raise ConfigError(f"the models do not share one start: {listed}; say with --reference what to measure them all against")
+        raise ConfigError(
+            f"the models do not share one start: {listed}; say with --reference what to measure them all against"
+        )
     return next(iter(starts.values()))
 
 
@@ -87,7 +99,9 @@ def task_of(request: Request) -> "Task | None":
 
 
 def data_of(recipe: Recipe | None, *, given: bool) -> DataConfig:
-    """How rows are read: as by the run, except that the format is found anew, and the columns of a file that is `given` too."""
+    """How rows are read: as by the run, except that the format is found anew, and the columns of a
+    file that is `given` too.
+    """
     if recipe is None:
         return DataConfig()
     return recipe.data.model_copy(update={"format": "auto"} | ({"columns": {}} if given else {}))

@@ -1,4 +1,6 @@
-"""What fits into TRL's trainers: releases, objectives, arguments. Imports no trl; every refusal is one sentence."""
+"""What fits into TRL's trainers: releases, objectives, arguments. Imports no trl; every refusal is
+one sentence.
+"""
 
 import copy
 import os
@@ -15,12 +17,35 @@ from alignkit.objectives.base import Objective
 
 SUPPORTED = "trl>=0.29.1,<2, not 1.15.0 on a machine without a GPU"
 ANY_VERSION = "ALIGNKIT_ANY_TRL"  # environment: try an untested version
-# Arguments of TRL's own losses. The objective has its own, so a value other than the default would change nothing.
+# Arguments of TRL's own losses. The objective has its own, so a value other than the default would
+# change nothing.
 OWN_LOSS = (
-    *("label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "loss_weights", "use_weighting"),
-    *("discopop_tau", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "top_entropy_quantile", "entropy_coef"),
+    *(
+        "label_smoothing",
+        "f_divergence_type",
+        "f_alpha_divergence_coef",
+        "ld_alpha",
+        "loss_weights",
+        "use_weighting",
+    ),
+    *(
+        "discopop_tau",
+        "epsilon",
+        "epsilon_high",
+        "delta",
+        "importance_sampling_level",
+        "top_entropy_quantile",
+        "entropy_coef",
+    ),
     *("use_adaptive_entropy", "off_policy_mask_threshold", "use_bias_correction_kl"),
-    *("sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+    *(
+        "sapo_temperature_neg",
+        "sapo_temperature_pos",
+        "vespo_k_pos",
+        "vespo_lambda_pos",
+        "vespo_k_neg",
+        "vespo_lambda_neg",
+    ),
 )
 
 
@@ -31,27 +56,45 @@ def check_version() -> None:
     except PackageNotFoundError:
         raise ConfigError(f"trl is not installed; install one of {SUPPORTED}") from None
     numbers = tuple(int(n) for n in re.findall(r"\d+", found)[:3])
-    broken = numbers == (1, 15, 0) and not torch.cuda.is_available()  # its own log-prob kernel needs a GPU
+    # its own log-prob kernel needs a GPU
+    broken = numbers == (1, 15, 0) and not torch.cuda.is_available()
     if ((0, 29, 1) <= numbers < (2,) and not broken) or os.environ.get(ANY_VERSION):
         return
-    raise ConfigError(f"trl {found} is installed; supported is {SUPPORTED} (set {ANY_VERSION}=1 to try it all the same)")
+    raise ConfigError(
+        f"trl {found} is installed; supported is {SUPPORTED} (set {ANY_VERSION}=1 to try it all the same)"
+    )
 
 
 def check_objective(objective: Any, family: str, base: str) -> None:
-    """Raise ConfigError for what trainer `base`, whose batches are of `family` (pair or rollout), cannot train."""
+    """Raise ConfigError for what trainer `base`, whose batches are of `family` (pair or rollout),
+    cannot train.
+    """
     if not isinstance(objective, Objective):
         given = objective.__name__ if isinstance(objective, type) else type(objective).__name__
-        raise ConfigError(f"as_trl_trainer: objective is {given}, not an objective's instance; give one, such as DPO(beta=0.1)")
-    name, plan = type(objective).__name__, objective.plan
+        raise ConfigError(
+            f"as_trl_trainer: objective is {given}, not an objective's instance; give one, such as DPO(beta=0.1)"
+        )
+    name = type(objective).__name__
+    plan = objective.plan
     if plan.data != family and (family, plan.data) != ("pair", "sequence"):
-        fitting = {"pair": "DPOTrainer", "sequence": "DPOTrainer", "rollout": "GRPOTrainer"}.get(plan.data)
-        hint = f"use base={fitting}" if fitting else "train it with alignkit's own loop (`alignkit train`)"
-        raise ConfigError(f"as_trl_trainer: {name} learns from {plan.data} data, which {base} does not have; {hint}")
+        fitting = {"pair": "DPOTrainer", "sequence": "DPOTrainer", "rollout": "GRPOTrainer"}.get(
+            plan.data
+        )
+        hint = (
+            f"use base={fitting}"
+            if fitting
+            else "train it with alignkit's own loop (`alignkit train`)"
+        )
+        raise ConfigError(
+            f"as_trl_trainer: {name} learns from {plan.data} data, which {base} does not have; {hint}"
+        )
     needs = {
         "a value head": plan.values,
         "a head of its own": plan.outputs,
         "completions drawn beside the rows": family == "pair" and plan.samples,
-        "completions of another policy": any(draw.source != "policy" or draw.mix for draw in plan.samples),
+        "completions of another policy": any(
+            draw.source != "policy" or draw.mix for draw in plan.samples
+        ),
         "the whole step's rows at once": plan.coupled,
         "prompts with other prompts' completions": plan.mismatched,
         "a second anchor": set(plan.anchors) - {"reference"},
@@ -62,32 +105,47 @@ def check_objective(objective: Any, family: str, base: str) -> None:
     }
     missing = [need for need, wanted in needs.items() if wanted]
     if missing:
-        raise ConfigError(f"as_trl_trainer: {name} needs {', '.join(missing)}, which {base} cannot give; use `alignkit train`")
+        raise ConfigError(
+            f"as_trl_trainer: {name} needs {', '.join(missing)}, which {base} cannot give; use `alignkit train`"
+        )
     if family == "rollout":
         advantage_rule(objective, 4)
 
 
 def advantage_rule(objective: Objective, size: int) -> tuple[str, float]:
-    """How the objective's advantages follow from TRL's, for groups of `size`: the `scale_rewards` to ask TRL for, and a factor.
+    """How the objective's advantages follow from TRL's, for groups of `size`: the `scale_rewards`
+    to ask TRL for, and a factor.
 
-    TRL's are the reward minus the group's mean ("none"), divided by the group's standard deviation ("group"); a leave-one-out
-    baseline is size / (size - 1) times the former. ConfigError where the objective's `credit` is neither.
+    TRL's are the reward minus the group's mean ("none"), divided by the group's standard deviation
+    ("group"); a leave-one-out baseline is size / (size - 1) times the former. ConfigError where the
+    objective's `credit` is neither.
     """
-    name, fields = type(objective).__name__, type(objective).model_fields
-    grouped = torch.arange(size) ** 2.0 * torch.tensor([[1.0], [-3.0]])  # two groups, told apart by their spread
+    name = type(objective).__name__
+    fields = type(objective).model_fields
+    # two groups, told apart by their spread
+    grouped = torch.arange(size) ** 2.0 * torch.tensor([[1.0], [-3.0]])
     own = _credited(objective, grouped)
-    others = torch.stack([torch.zeros(size), 10.0 * torch.arange(size)])  # one of them without a difference
+    # one of them without a difference
+    others = torch.stack([torch.zeros(size), 10.0 * torch.arange(size)])
     if not torch.allclose(
-        _credited(objective, torch.cat([grouped, others]), apart=True)[:2, :, 0], own[..., 0], rtol=1e-4, atol=1e-5
+        _credited(objective, torch.cat([grouped, others]), apart=True)[:2, :, 0],
+        own[..., 0],
+        rtol=1e-4,
+        atol=1e-5,
     ):
         settings = {"kl_credit": "kl_credit='token'", "drop_constant": "drop_constant=False"}
-        hint = "".join(f"set {setting}, or " for field, setting in settings.items() if field in fields)
+        hint = "".join(
+            f"set {setting}, or " for field, setting in settings.items() if field in fields
+        )
         raise ConfigError(
             f"as_trl_trainer: {name}'s advantages depend on more than the rewards of a prompt's completions (the KL to the "
             f"reference, lengths or other prompts), TRL's do not; {hint}use `alignkit train`"
         )
     centred = grouped - grouped.mean(1, keepdim=True)
-    for rule, theirs in (("none", centred), ("group", centred / (grouped.std(1, keepdim=True) + 1e-4))):
+    for rule, theirs in (
+        ("none", centred),
+        ("group", centred / (grouped.std(1, keepdim=True) + 1e-4)),
+    ):
         factor = float((own.mean(-1) * theirs).sum() / (theirs**2).sum())
         if torch.allclose(own, factor * theirs.unsqueeze(-1), rtol=1e-4, atol=1e-4):
             return rule, factor
@@ -98,7 +156,8 @@ def advantage_rule(objective: Objective, size: int) -> tuple[str, float]:
 
 
 def _credited(objective: Objective, scores: torch.Tensor, *, apart: bool = False) -> torch.Tensor:
-    """The objective's advantages [groups, size, 2 tokens] for made-up completions with `scores` [groups, size].
+    """The objective's advantages [groups, size, 2 tokens] for made-up completions with `scores`
+    [groups, size].
 
     `apart`: the reference differs from the policy, and every other completion has one token only.
     """
@@ -112,38 +171,54 @@ def _credited(objective: Objective, scores: torch.Tensor, *, apart: bool = False
     credited, _ = objective.credit(rollout, objective.init_state())
     if credited.advantages is None:
         name = type(objective).__name__
-        raise ConfigError(f"as_trl_trainer: {name}.credit fills no advantages; it should return replace(rollout, advantages=...)")
+        raise ConfigError(
+            f"as_trl_trainer: {name}.credit fills no advantages; it should return replace(rollout, advantages=...)"
+        )
     return credited.advantages.view(groups, size, 2)
 
 
 def checked_arguments(config: Any, objective: Objective, name: str, loss_type: str) -> Any:
-    """A copy of the trainer's arguments in which beta, loss type and reward scaling are the objective's.
+    """A copy of the trainer's arguments in which beta, loss type and reward scaling are the
+    objective's.
 
     ConfigError for an argument that says something else, and for arguments of TRL's own losses.
     """
-    config, label = copy.copy(config), type(objective).__name__
-    own, default = getattr(objective, "beta", None), default_of(config, "beta")
+    config = copy.copy(config)
+    label = type(objective).__name__
+    own = getattr(objective, "beta", None)
+    default = default_of(config, "beta")
     if config.beta not in (default, own):
         has = f"{label}'s is {own}" if own is not None else f"{label} has none"
-        raise ConfigError(f"{name}: args.beta is {config.beta}, {has}; leave it out of the arguments, the objective decides")
-    config.beta = (own or default or 1.0) if wants_reference(objective) else 0.0  # 0: TRL loads no reference for rollouts
+        raise ConfigError(
+            f"{name}: args.beta is {config.beta}, {has}; leave it out of the arguments, the objective decides"
+        )
+    # 0: TRL loads no reference for rollouts
+    config.beta = (own or default or 1.0) if wants_reference(objective) else 0.0
     if getattr(config, "use_liger_kernel", False):
         raise ConfigError(
             f"{name}: use_liger_kernel=True replaces the model's forward, which then gives no logits; set it to False"
         )
-    changed = [f for f in OWN_LOSS if hasattr(config, f) and getattr(config, f) != default_of(config, f)]
+    changed = [
+        f for f in OWN_LOSS if hasattr(config, f) and getattr(config, f) != default_of(config, f)
+    ]
     given = config.loss_type if isinstance(config.loss_type, list) else [config.loss_type]
     if given != [loss_type] and config.loss_type != default_of(config, "loss_type"):
         changed.append("loss_type")
     if changed:
         said = ", ".join(f"{field}={getattr(config, field)!r}" for field in changed)
-        raise ConfigError(f"{name}: {said} would change nothing, the loss is {label}'s; leave it out of the arguments")
+        raise ConfigError(
+            f"{name}: {said} would change nothing, the loss is {label}'s; leave it out of the arguments"
+        )
     config.loss_type = [loss_type] if isinstance(config.loss_type, list) else loss_type
     return config
 
 
-def checked_rollout_arguments(config: Any, objective: Objective, name: str) -> tuple[Any, dict[str, float]]:
-    """The arguments with the objective's reward scaling, and the factor of TRL's advantages in training and evaluation."""
+def checked_rollout_arguments(
+    config: Any, objective: Objective, name: str
+) -> tuple[Any, dict[str, float]]:
+    """The arguments with the objective's reward scaling, and the factor of TRL's advantages in
+    training and evaluation.
+    """
     scale, factor = advantage_rule(objective, config.num_generations)
     if config.scale_rewards not in (scale, default_of(config, "scale_rewards")):
         raise ConfigError(
@@ -156,7 +231,9 @@ def checked_rollout_arguments(config: Any, objective: Objective, name: str) -> t
             f"{name}: multi_objective_aggregation makes other advantages than {type(objective).__name__}'s; leave it out"
         )
     if config.use_vllm and config.vllm_importance_sampling_correction:
-        raise ConfigError(f"{name}: vllm_importance_sampling_correction=True weighs TRL's own loss; set it to False")
+        raise ConfigError(
+            f"{name}: vllm_importance_sampling_correction=True weighs TRL's own loss; set it to False"
+        )
     config.scale_rewards = scale
     evaluation = getattr(config, "num_generations_eval", None) or config.num_generations
     return config, {"train": factor, "eval": advantage_rule(objective, evaluation)[1]}
@@ -174,14 +251,22 @@ def wants_reference(objective: Objective) -> bool:
 
 
 def reads_reference_sums(objective: Objective) -> bool:
-    """Whether the loss stays the same when only each completion's sum of the reference's log-probs is known."""
+    """Whether the loss stays the same when only each completion's sum of the reference's log-probs
+    is known.
+    """
     if objective.plan.statistics:
         return False
     generator = torch.Generator().manual_seed(0)
     policy, reference = (-torch.rand(2, 2, 3, generator=generator) for _ in range(2))
-    sums = torch.nn.functional.pad(reference.sum(-1, keepdim=True), (0, 2))  # all on the first token
+    # all on the first token
+    sums = torch.nn.functional.pad(reference.sum(-1, keepdim=True), (0, 2))
     mask = torch.ones(2, 3, dtype=torch.bool)
-    sides = [TokenLogps(p, {"reference": r}, mask, extras={"entropy": -p}) for p, r in zip(policy, reference)]
+    sides = [
+        TokenLogps(p, {"reference": r}, mask, extras={"entropy": -p})
+        for p, r in zip(policy, reference)
+    ]
     told = [replace(side, anchors={"reference": s}) for side, s in zip(sides, sums)]
     first, second = (objective.loss(PairBatch(*pair)).terms for pair in (sides, told))
-    return all(torch.allclose(a.values.sum(), b.values.sum(), rtol=1e-4) for a, b in zip(first, second))
+    return all(
+        torch.allclose(a.values.sum(), b.values.sum(), rtol=1e-4) for a, b in zip(first, second)
+    )

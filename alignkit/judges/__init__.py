@@ -14,12 +14,15 @@ _WHERE = {
     "from_trl_judge": "trl_style",
     "ChatJudge": "chat",
     "load_judge": "load",
-    "JudgeConfig": "config",
+    "JudgeConfig": "alignkit.config.judges",
 }
 __all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> object:
     if name in _WHERE:
-        return getattr(import_module(f"alignkit.judges.{_WHERE[name]}"), name)
+        module = _WHERE[name]
+        return getattr(
+            import_module(module if "." in module else f"alignkit.judges.{module}"), name
+        )
     raise AttributeError(f"alignkit.judges has no {name!r}; it has {', '.join(__all__)}")

@@ -21,26 +21,43 @@ _SYSTEM = (
 
 
 class ChatJudge:
-    """Asks for one order: `ask(prompts, first, second)` -> 1.0, 0.0, 0.5 or None (no verdict). Wrap it in `BothOrders`.
+    """Asks for one order: `ask(prompts, first, second)` -> 1.0, 0.0, 0.5 or None (no verdict). Wrap
+    it in `BothOrders`.
 
-    Completions travel as JSON whose angle brackets are escaped, so that no text can close its frame. Only the three words
-    count as an answer; anything else, a response that is too long or never comes, is no verdict, and counted in `reasons`.
-    After `breaker` requests in a row without a response the run stops with ResourceError instead of waiting for each.
+    Completions travel as JSON whose angle brackets are escaped, so that no text can close its
+    frame. Only the three words count as an answer; anything else, a response that is too long or
+    never comes, is no verdict, and counted in `reasons`. After `breaker` requests in a row without
+    a response the run stops with ResourceError instead of waiting for each.
     """
 
     def __init__(
-        self, endpoint: Endpoint, model: str, *, criterion: str, max_tokens: int = 16, concurrency: int = 8, breaker: int = 5
+        self,
+        endpoint: Endpoint,
+        model: str,
+        *,
+        criterion: str,
+        max_tokens: int = 16,
+        concurrency: int = 8,
+        breaker: int = 5,
     ):
-        self.endpoint, self.model, self.max_tokens = endpoint, model, max_tokens
-        self.system, self.breaker = _SYSTEM.format(criterion=criterion), breaker
+        self.endpoint = endpoint
+        self.model = model
+        self.max_tokens = max_tokens
+        self.system = _SYSTEM.format(criterion=criterion)
+        self.breaker = breaker
         self.reasons: Counter[str] = Counter()
         self._unanswered = 0
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="judge")
 
-    def __call__(self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> list[float | None]:
+    def __call__(
+        self, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]
+    ) -> list[float | None]:
         """One answer per query."""
-        waiting = [self._threads.submit(self._one, *query) for query in zip(prompts, first, second, strict=True)]
+        waiting = [
+            self._threads.submit(self._one, *query)
+            for query in zip(prompts, first, second, strict=True)
+        ]
         try:
             return [future.result() for future in waiting]
         finally:
@@ -62,7 +79,11 @@ class ChatJudge:
         except (KeyError, IndexError, TypeError):
             return self._no_verdict("malformed", "the response has no choices[0].message.content")
         answer = _ANSWERS.get(text.strip().upper()) if isinstance(text, str) else None
-        return self._no_verdict("unparsed", "the answer is not A, B or TIE") if answer is None else answer
+        return (
+            self._no_verdict("unparsed", "the answer is not A, B or TIE")
+            if answer is None
+            else answer
+        )
 
     def _check_breaker(self) -> None:
         if self._unanswered >= self.breaker:

@@ -1,4 +1,6 @@
-"""POST of JSON to an address that a recipe names: guarded, bounded in time and size, and silent about the key."""
+"""POST of JSON to an address that a recipe names: guarded, bounded in time and size, and silent
+about the key.
+"""
 
 import contextlib
 import http.client
@@ -20,15 +22,18 @@ _LONGEST_WAIT = 30.0  # seconds between two attempts
 
 
 class Unanswered(Exception):
-    """A request that failed for good, or a response that is no JSON: no verdict, and a reason without secrets."""
+    """A request that failed for good, or a response that is no JSON: no verdict, and a reason
+    without secrets.
+    """
 
 
 class Endpoint:
     """A JSON endpoint. `post` is safe to call from several threads.
 
-    https anywhere public, http on loopback addresses only; private, link-local and metadata addresses are refused unless
-    `allow_private`. The address is resolved once per request, checked, and connected to as checked. No redirect is
-    followed, no proxy is used. Raises ConfigError for an address that is not allowed.
+    https anywhere public, http on loopback addresses only; private, link-local and metadata
+    addresses are refused unless `allow_private`. The address is resolved once per request, checked,
+    and connected to as checked. No redirect is followed, no proxy is used. Raises ConfigError for
+    an address that is not allowed.
     """
 
     def __init__(
@@ -43,18 +48,35 @@ class Endpoint:
         allow_private: bool = False,
     ):
         parts = urlsplit(url)
-        if parts.scheme not in ("https", "http") or not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
-            raise ConfigError("judge.chat.url: write https://host/path, without user, query or fragment")
-        self.secure, self.host, self.path = parts.scheme == "https", parts.hostname, parts.path.rstrip("/")
+        if (
+            parts.scheme not in ("https", "http")
+            or not parts.hostname
+            or "@" in parts.netloc
+            or parts.query
+            or parts.fragment
+        ):
+            raise ConfigError(
+                "judge.chat.url: write https://host/path, without user, query or fragment"
+            )
+        self.secure = parts.scheme == "https"
+        self.host = parts.hostname
+        self.path = parts.path.rstrip("/")
         self.port = parts.port or (443 if self.secure else 80)
-        self.api_key_env, self.timeout, self.retries, self.backoff = api_key_env, timeout, retries, backoff
-        self.max_bytes, self.allow_private = max_bytes, allow_private
-        self.jitter = random.Random()  # its own: the run's random numbers must not depend on the network
+        self.api_key_env = api_key_env
+        self.timeout = timeout
+        self.retries = retries
+        self.backoff = backoff
+        self.max_bytes = max_bytes
+        self.allow_private = allow_private
+        # its own: the run's random numbers must not depend on the network
+        self.jitter = random.Random()
         self._key()
 
     def post(self, route: str, body: dict[str, Any]) -> Any:
-        """The response's JSON. Raises Unanswered after the last attempt, ResourceError for what no attempt can mend
-        (a refused key, an unknown route, a redirect), ConfigError for an address that is not allowed."""
+        """The response's JSON. Raises Unanswered after the last attempt, ResourceError for what no
+        attempt can mend (a refused key, an unknown route, a redirect), ConfigError for an address
+        that is not allowed.
+        """
         for attempt in range(self.retries + 1):
             try:
                 status, data = self._once(route, json.dumps(body).encode())
@@ -64,18 +86,27 @@ class Endpoint:
                 if status == 200:
                     return _parsed(data)
                 if status not in _RETRIED:
-                    raise ResourceError(f"judge: {self.host} answered {_status(status)}; {_hint(status, self.api_key_env)}")
+                    raise ResourceError(
+                        f"judge: {self.host} answered {_status(status)}; {_hint(status, self.api_key_env)}"
+                    )
                 reason = _status(status)
             if attempt < self.retries:
-                time.sleep(min(_LONGEST_WAIT, self.backoff * 2**attempt) * self.jitter.uniform(0.5, 1.5))
+                time.sleep(
+                    min(_LONGEST_WAIT, self.backoff * 2**attempt) * self.jitter.uniform(0.5, 1.5)
+                )
         raise Unanswered(f"{self.host}: {reason}, after {self.retries + 1} attempts")
 
     def _once(self, route: str, body: bytes) -> tuple[int, bytes]:
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "Connection": "close",
+        }
         if self.api_key_env:
             headers["Authorization"] = f"Bearer {self._key()}"
         connection = _Pinned(self.host, self.port, self._address(), self.secure, self.timeout)
-        deadline = threading.Timer(self.timeout, connection.cut)  # a server that drips bytes never trips a socket's timeout
+        # a server that drips bytes never trips a socket's timeout
+        deadline = threading.Timer(self.timeout, connection.cut)
         deadline.daemon = True
         deadline.start()
         try:
@@ -97,16 +128,23 @@ class Endpoint:
         """The key, checked here because the error for a bad header would quote it."""
         key = os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
         if self.api_key_env and not (key and key.isascii() and key.isprintable()):
-            raise ConfigError(f"judge.chat.api_key_env: the variable {self.api_key_env} is not set, or holds no key")
+            raise ConfigError(
+                f"judge.chat.api_key_env: the variable {self.api_key_env} is not set, or holds no key"
+            )
         return key
 
     def _address(self) -> str:
         """An address of the host, all of which are allowed."""
-        found = [str(info[4][0]) for info in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)]
+        found = [
+            str(info[4][0])
+            for info in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        ]
         for text in found:
             address = ipaddress.ip_address(text.partition("%")[0])
             address = getattr(address, "ipv4_mapped", None) or address
-            if address.is_loopback or (self.allow_private and address.is_private and not address.is_link_local):
+            if address.is_loopback or (
+                self.allow_private and address.is_private and not address.is_link_local
+            ):
                 continue
             if not address.is_global or address.is_multicast:
                 raise ConfigError(
@@ -114,7 +152,9 @@ class Endpoint:
                     "loopback address (a private one needs --allow-private-judge; link-local and reserved ones are never used)"
                 )
             if not self.secure:
-                raise ConfigError(f"judge.chat.url: http would send prompts to {self.host} in the clear; use https")
+                raise ConfigError(
+                    f"judge.chat.url: http would send prompts to {self.host} in the clear; use https"
+                )
         return found[0]
 
 
@@ -123,14 +163,19 @@ class _Pinned(http.client.HTTPConnection):
 
     def __init__(self, host: str, port: int, address: str, secure: bool, timeout: float):
         super().__init__(host, port, timeout=timeout)
-        self.address, self.secure, self.was_cut = address, secure, False
-        self.opened: socket.socket | None = None  # `sock` is dropped as soon as the response owns it
+        self.address = address
+        self.secure = secure
+        self.was_cut = False
+        # `sock` is dropped as soon as the response owns it
+        self.opened: socket.socket | None = None
 
     def connect(self) -> None:
         """Open the socket to the pinned address."""
         self.sock = self.opened = socket.create_connection((self.address, self.port), self.timeout)
         if self.secure:
-            self.sock = self.opened = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+            self.sock = self.opened = ssl.create_default_context().wrap_socket(
+                self.sock, server_hostname=self.host
+            )
 
     def cut(self) -> None:
         """End the connection from another thread: reads that wait return at once."""
@@ -153,7 +198,11 @@ def _status(status: int) -> str:
 
 def _hint(status: int, key: str | None) -> str:
     if status in (401, 403):
-        return f"check the key in {key}" if key else "set judge.chat.api_key_env to the variable that holds the key"
+        return (
+            f"check the key in {key}"
+            if key
+            else "set judge.chat.api_key_env to the variable that holds the key"
+        )
     if 300 <= status < 400:
         return "redirects are not followed; give the final address in judge.chat.url"
     return "check judge.chat.url and judge.chat.model"

@@ -1,4 +1,6 @@
-"""Base classes of objectives: frozen pydantic models around pure loss functions. An objective sees tensors only."""
+"""Base classes of objectives: frozen pydantic models around pure loss functions. An objective sees
+tensors only.
+"""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -16,7 +18,11 @@ class Objective(BaseModel):
     """One loss with its hyper-parameters. Subclasses give `plan` and `loss`; the rest has defaults."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, arbitrary_types_allowed=True
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        validate_default=True,
+        arbitrary_types_allowed=True,
     )
 
     paper: ClassVar[str] = ""  # "Rafailov et al. 2023, arXiv:2305.18290, eq. 7"
@@ -33,20 +39,28 @@ class Objective(BaseModel):
 
     @property
     def surrogate(self) -> bool:
-        """Whether the loss stops gradients through the policy's log-probs, so that its gradient is not its value's derivative."""
+        """Whether the loss stops gradients through the policy's log-probs, so that its gradient is
+        not its value's derivative.
+        """
         return False
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
-        """Closed-form optimal log-probs [..., n] for `reward` and reference log-probs, [..., n] each; None if there is none."""
+        """Closed-form optimal log-probs [..., n] for `reward` and reference log-probs, [..., n]
+        each; None if there is none.
+        """
         return None
 
     def backup(self, values: Tensor, reference: Tensor) -> Tensor | None:
-        """Value [...] of a node of the token tree from its children's `values` and reference log-probs [..., V]; the policy
-        there is `optimum(values, reference)`. None: the objective knows whole responses only."""
+        """Value [...] of a node of the token tree from its children's `values` and reference
+        log-probs [..., V]; the policy there is `optimum(values, reference)`. None: the objective
+        knows whole responses only.
+        """
         return None
 
     def label_probability(self, reward: Tensor) -> Tensor:
-        """Probability [..., n, n] that response i is labelled better than j, as `optimum` assumes it: Bradley-Terry."""
+        """Probability [..., n, n] that response i is labelled better than j, as `optimum` assumes
+        it: Bradley-Terry.
+        """
         return (reward.unsqueeze(-1) - reward.unsqueeze(-2)).sigmoid()
 
     @classmethod
@@ -56,11 +70,15 @@ class Objective(BaseModel):
 
     @classmethod
     def limits(cls) -> Sequence[tuple["Objective", "Objective"]]:
-        """Pairs of objectives that must have the same loss and gradient: a setting of this one, and what it turns into."""
+        """Pairs of objectives that must have the same loss and gradient: a setting of this one, and
+        what it turns into.
+        """
         return ()
 
     def init_state(self) -> State:
-        """Tensors the objective carries from step to step (an adaptive KL coefficient, ...); checkpointed by the loop."""
+        """Tensors the objective carries from step to step (an adaptive KL coefficient, ...);
+        checkpointed by the loop.
+        """
         return {}
 
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
@@ -94,16 +112,29 @@ class Weighted(Objective):
         plans = [part.plan for part, _ in self.parts]
         families = {p.data for p in plans} - {"sequence"} or {"sequence"}
         if len(families) > 1:
-            raise ConfigError(f"objective: a weighted list needs one data family, got {', '.join(sorted(families))}")
+            raise ConfigError(
+                f"objective: a weighted list needs one data family, got {', '.join(sorted(families))}"
+            )
         family = families.pop()
         if family not in ("sequence", "pair") and any(p.data == "sequence" for p in plans):
             raise ConfigError(f"objective: sft can join sequence or pair objectives, not {family}")
         single = [p for p in plans if p.data == family]
         first = single[0]
-        shared = ("samples", "judged", "values", "epochs", "minibatches", "update", "outputs", "joined")
+        shared = (
+            "samples",
+            "feedback",
+            "values",
+            "epochs",
+            "minibatches",
+            "update",
+            "outputs",
+            "joined",
+        )
         for field in shared:
             if any(getattr(p, field) != getattr(first, field) for p in single):
-                raise ConfigError(f"objective: the parts of a weighted list disagree on `{field}`; give each its own run")
+                raise ConfigError(
+                    f"objective: the parts of a weighted list disagree on `{field}`; give each its own run"
+                )
         return Plan(
             family,
             statistics={k: v for p in plans for k, v in p.statistics.items()},
@@ -121,7 +152,13 @@ class Weighted(Objective):
         return total
 
     def init_state(self) -> State:
-        return {f"{i}.{k}": v for i, (part, _) in enumerate(self.parts) for k, v in part.init_state().items()}
+        return {
+            f"{i}.{k}": v
+            for i, (part, _) in enumerate(self.parts)
+            for k, v in part.init_state().items()
+        }
 
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
-        raise ConfigError("objective: rollout objectives cannot be summed in a weighted list: their advantages differ")
+        raise ConfigError(
+            "objective: rollout objectives cannot be summed in a weighted list: their advantages differ"
+        )

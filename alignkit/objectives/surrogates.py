@@ -1,6 +1,8 @@
-"""Policy-gradient surrogates per token or sequence: PPO's clip, RPG's four divergences, the value loss.
+"""Policy-gradient surrogates per token or sequence: PPO's clip, RPG's four divergences, the value
+loss.
 
-Gradients flow into the policy's log-probs and values alone; behaviour, advantages and returns are constants.
+Gradients flow into the policy's log-probs and values alone; behaviour, advantages and returns are
+constants.
 """
 
 from typing import Literal
@@ -25,26 +27,40 @@ def ppo_loss(
     clip_high: float | None = None,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """Clipped surrogate per token or sequence: [...] x 3 -> [...]. w = exp(policy - behavior), see `kl.importance`.
+    """Clipped surrogate per token or sequence: [...] x 3 -> [...]. w = exp(policy - behavior), see
+    `kl.importance`.
 
-    max(-w A, -clip(w, 1 - clip_low, 1 + clip_high) A); where A < 0, at most -dual_clip A. None switches a bound off.
-    Schulman et al. 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al. 2020, arXiv:1912.09729, eq. 5.
+    max(-w A, -clip(w, 1 - clip_low, 1 + clip_high) A); where A < 0, at most -dual_clip A. None
+    switches a bound off. Schulman et al. 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al. 2020,
+    arXiv:1912.09729, eq. 5.
     """
-    check_same_shape(policy_logps=policy_logps, behavior_logps=behavior_logps, advantages=advantages)
-    ratio, advantages = importance(policy_logps, behavior_logps.detach()), advantages.detach()
-    low, high = None if clip_low is None else 1 - clip_low, None if clip_high is None else 1 + clip_high
+    check_same_shape(
+        policy_logps=policy_logps, behavior_logps=behavior_logps, advantages=advantages
+    )
+    ratio = importance(policy_logps, behavior_logps.detach())
+    advantages = advantages.detach()
+    low = None if clip_low is None else 1 - clip_low
+    high = None if clip_high is None else 1 + clip_high
     clipped = ratio if low is None and high is None else ratio.clamp(low, high)
     loss = torch.maximum(-ratio * advantages, -clipped * advantages)
-    return loss if dual_clip is None else torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    return (
+        loss
+        if dual_clip is None
+        else torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    )
 
 
-def value_loss(values: Tensor, behavior_values: Tensor, returns: Tensor, *, clip: float | None = None) -> Tensor:
-    """0.5 max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2) per token: [...] x 3 -> [...].
+def value_loss(
+    values: Tensor, behavior_values: Tensor, returns: Tensor, *, clip: float | None = None
+) -> Tensor:
+    """0.5 max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2) per token: [...] x 3 ->
+    [...].
 
     `behavior_values`: the value head's at rollout time. Without `clip`, 0.5 (V - G)^2.
     """
     check_same_shape(values=values, behavior_values=behavior_values, returns=returns)
-    behavior_values, returns = behavior_values.detach(), returns.detach()
+    behavior_values = behavior_values.detach()
+    returns = returns.detach()
     error = (values - returns) ** 2
     if clip is None:
         return 0.5 * error
@@ -65,19 +81,26 @@ def rpg_loss(
     dual_clip: float | None = None,
     mass: float = 1.0,
 ) -> Tensor:
-    """Loss per sequence or token whose mean gradient is -grad(E_policy[R] - beta D): [...] x 3 -> [...].
+    """Loss per sequence or token whose mean gradient is -grad(E_policy[R] - beta D): [...] x 3 ->
+    [...].
 
-    D is KL(behavior || policy) ("forward") or KL(policy || behavior) ("reverse"), normalised or not ("ukl"); `mass` is the sum
-    of exp(behavior_logps), other than 1 only for the latter. The theorem is about sequences; per token it is exact for w = 1.
-    RPG-style clip: with A' the weight over w, KL inside, a sample keeps its gradient iff A' >= 0 and w < 1 + clip_high, or
-    A' < 0 and 1 - clip_low < w < dual_clip. The log-ratio is clamped (`kl.clamp_log_ratio`).
+    D is KL(behavior || policy) ("forward") or KL(policy || behavior) ("reverse"), normalised or not
+    ("ukl"); `mass` is the sum of exp(behavior_logps), other than 1 only for the latter. The theorem
+    is about sequences; per token it is exact for w = 1. RPG-style clip: with A' the weight over w,
+    KL inside, a sample keeps its gradient iff A' >= 0 and w < 1 + clip_high, or A' < 0 and 1 -
+    clip_low < w < dual_clip. The log-ratio is clamped (`kl.clamp_log_ratio`).
 
-    Zhang et al. 2025, arXiv:2505.17508, tables 1, 2 and 4, algorithm 2 (algorithm 1 lets cut samples keep the gradient of A').
+    Zhang et al. 2025, arXiv:2505.17508, tables 1, 2 and 4, algorithm 2 (algorithm 1 lets cut
+    samples keep the gradient of A').
     """
-    check_same_shape(policy_logps=policy_logps, behavior_logps=behavior_logps, advantages=advantages)
-    log_w, advantages = clamp_log_ratio(policy_logps - behavior_logps.detach()), advantages.detach()
+    check_same_shape(
+        policy_logps=policy_logps, behavior_logps=behavior_logps, advantages=advantages
+    )
+    log_w = clamp_log_ratio(policy_logps - behavior_logps.detach())
+    advantages = advantages.detach()
     w = log_w.exp()
-    penalties = {  # divergence: (KL part of the weight w A', KL part of the differentiable loss), both over beta
+    # divergence: (KL part of the weight w A', KL part of the differentiable loss), both over beta
+    penalties = {
         "forward_kl": (torch.ones_like(w), -policy_logps),
         "reverse_kl": (-w * (log_w + 1), w * log_w),
         "forward_ukl": (1 - w, w - log_w - 1),
@@ -85,10 +108,14 @@ def rpg_loss(
     }
     if divergence not in penalties or estimator not in ("differentiable", "reinforce"):
         allowed = f"{', '.join(penalties)}; differentiable, reinforce"
-        raise ConfigError(f"rpg_loss: divergence {divergence!r}, estimator {estimator!r}; allowed are {allowed}")
+        raise ConfigError(
+            f"rpg_loss: divergence {divergence!r}, estimator {estimator!r}; allowed are {allowed}"
+        )
     in_weight, in_loss = penalties[divergence]
     weight = (w * advantages + beta * in_weight).detach()
-    low, high, top = (bound if bound is not None else torch.inf for bound in (clip_low, clip_high, dual_clip))
+    low, high, top = (
+        bound if bound is not None else torch.inf for bound in (clip_low, clip_high, dual_clip)
+    )
     keep = torch.where(weight >= 0, w < 1 + high, (w > 1 - low) & (w < top))
     loss = -weight * policy_logps if estimator == "reinforce" else -w * advantages + beta * in_loss
     return mass * torch.where(keep, loss, loss.detach())

@@ -1,4 +1,6 @@
-"""Checks of the conformance suite on what an objective claims: direction, fields, limits, its gradient's KL, its optimum."""
+"""Checks of the conformance suite on what an objective claims: direction, fields, limits, its
+gradient's KL, its optimum.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,19 +26,34 @@ def direction(objective: Objective) -> Iterator[Check]:
     world = World.build(objective.plan)
     same = dict.fromkeys(world.anchors, world.policy)
     world = replace(world, anchors=same, behavior=world.policy).credited(objective)
-    yield Check("direction", _slope(objective, world), -1e-12, "slope of the loss towards better completions")
+    yield Check(
+        "direction",
+        _slope(objective, world),
+        -1e-12,
+        "slope of the loss towards better completions",
+    )
 
 
 def wrong_order(objective: Objective) -> Iterator[Check]:
-    """Pairs that the policy orders wrongly by up to 2e4 nats are put right, however flat the loss may be there."""
-    world, signs = World.build(objective.plan), torch.tensor([-1.0, 1.0])
+    """Pairs that the policy orders wrongly by up to 2e4 nats are put right, however flat the loss
+    may be there.
+    """
+    world = World.build(objective.plan)
+    signs = torch.tensor([-1.0, 1.0])
     for size in EXTREMES:
         slope = _slope(objective, apart(world, size, signs))
-        yield Check(f"direction, wrong by {2 * size:g} nats", slope, -1e-12, "slope of the loss towards better completions")
+        yield Check(
+            f"direction, wrong by {2 * size:g} nats",
+            slope,
+            -1e-12,
+            "slope of the loss towards better completions",
+        )
 
 
 def _slope(objective: Objective, world: World) -> float:
-    """Slope of the loss, by the policy's log-probs, towards the better completions: below 0, a step of descent favours them."""
+    """Slope of the loss, by the policy's log-probs, towards the better completions: below 0, a step
+    of descent favours them.
+    """
     tokens = world.tokens().map(Tensor.detach)
     leaf = tokens.policy.requires_grad_()
     loss = reduced(objective, world, replace(tokens, policy=leaf))
@@ -45,9 +62,15 @@ def _slope(objective: Objective, world: World) -> float:
 
 
 def fields(objective: Objective) -> Iterator[Check]:
-    """Every number among the fields changes the loss, its gradient or the plan, in this setting or one of the examples."""
+    """Every number among the fields changes the loss, its gradient or the plan, in this setting or
+    one of the examples.
+    """
     settings = [objective, *type(objective).examples()]
-    numbers = [name for name in type(objective).model_fields if any(_is_number(getattr(s, name)) for s in settings)]
+    numbers = [
+        name
+        for name in type(objective).model_fields
+        if any(_is_number(getattr(s, name)) for s in settings)
+    ]
     idle = [name for name in numbers if not any(_matters(s, name) for s in settings)]
     yield Check("fields matter", len(idle), 0, f"no effect: {', '.join(idle)}" if idle else "")
 
@@ -60,7 +83,11 @@ def _matters(objective: Objective, name: str) -> bool:
     value = getattr(objective, name)
     if not _is_number(value):
         return False
-    steps = (value + 1, max(value - 1, 1)) if isinstance(value, int) else (1.3 * value + 0.05, 0.7 * value)
+    steps = (
+        (value + 1, max(value - 1, 1))
+        if isinstance(value, int)
+        else (1.3 * value + 0.05, 0.7 * value)
+    )
     for changed in steps:
         try:
             other = type(objective)(**{**objective.model_dump(), name: changed})
@@ -80,7 +107,10 @@ def _carried(objective: Objective) -> dict[str, list[float]]:
         return {}
     world = World.build(objective.plan)
     rollout = RolloutBatch.build(world.bundles, world.tokens().map(Tensor.detach))
-    return {name: value.flatten().tolist() for name, value in objective.credit(rollout, objective.init_state())[1].items()}
+    return {
+        name: value.flatten().tolist()
+        for name, value in objective.credit(rollout, objective.init_state())[1].items()
+    }
 
 
 def readable(objective: Objective) -> Iterator[Check]:
@@ -94,7 +124,9 @@ def limits(objective: Objective) -> Iterator[Check]:
     """The declared pairs of objectives agree in loss and gradient."""
     for own, other in type(objective).limits():
         pair = [solved(o, World.build(o.plan, seed=1).credited(o)) for o in (own, other)]
-        yield Check(f"limit {type(other).__name__}", distance(*pair), EXACT, f"{own!r} is {other!r}")
+        yield Check(
+            f"limit {type(other).__name__}", distance(*pair), EXACT, f"{own!r} is {other!r}"
+        )
 
 
 def optimum(objective: Objective) -> Iterator[Check]:
@@ -106,25 +138,35 @@ def optimum(objective: Objective) -> Iterator[Check]:
 
 
 def optimum_error(objective: Objective, tree: Tree, seed: int = 0) -> float | None:
-    """Largest difference in log-prob between the minimiser of a pair objective's loss and its closed form, for random rewards
-    and a random reference; None without a closed form."""
+    """Largest difference in log-prob between the minimiser of a pair objective's loss and its
+    closed form, for random rewards and a random reference; None without a closed form.
+    """
     noise = torch.Generator().manual_seed(seed)
-    reference = torch.randn(tree.states, tree.vocab, generator=noise, dtype=torch.float64).log_softmax(-1)
+    reference = torch.randn(
+        tree.states, tree.vocab, generator=noise, dtype=torch.float64
+    ).log_softmax(-1)
     reward = torch.randn(len(tree.tokens), generator=noise, dtype=torch.float64)
     wanted = tree_optimum(objective, tree, reward, reference)
     if wanted is None:
         return None
-    found = minimise(lambda theta: preference_loss(objective, tree, theta, reference, reward), reference)
+    found = minimise(
+        lambda theta: preference_loss(objective, tree, theta, reference, reward), reference
+    )
     return float((tree.sequence_logps(found) - tree.sequence_logps(wanted)).abs().max())
 
 
 def kl_gradient(objective: Objective) -> Iterator[Check]:
-    """The KL that a rollout objective's penalty claims to follow is the one that its gradient follows, by enumeration."""
+    """The KL that a rollout objective's penalty claims to follow is the one that its gradient
+    follows, by enumeration.
+    """
     claim = getattr(objective, "kl_gradient", None)
     if claim is not None:
         name = " ".join(claim)
         yield Check(
-            f"gradient of the {name} KL", kl_misalignment(objective)[name], 1e-8, "misalignment, expectation by enumeration"
+            f"gradient of the {name} KL",
+            kl_misalignment(objective)[name],
+            1e-8,
+            "misalignment, expectation by enumeration",
         )
 
 

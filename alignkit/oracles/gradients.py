@@ -1,7 +1,8 @@
-"""Expected gradients by enumeration: what an estimator or an objective optimises, against autograd of the exact quantity.
+"""Expected gradients by enumeration: what an estimator or an objective optimises, against autograd
+of the exact quantity.
 
-A policy is a table of logits theta [S, V], one row per prefix of a `Tree`; expectations are finite sums, so two gradients
-that should agree agree to float64 rounding.
+A policy is a table of logits theta [S, V], one row per prefix of a `Tree`; expectations are finite
+sums, so two gradients that should agree agree to float64 rounding.
 """
 
 from collections.abc import Callable
@@ -29,36 +30,49 @@ def gradient(value: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
 
 
 def expected_gradient(losses: Callable[[Tensor], Tensor], theta: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of the mean loss under fixed response probabilities: losses(theta) [n], [S, V], [n] -> [S, V].
+    """Gradient of the mean loss under fixed response probabilities: losses(theta) [n], [S, V], [n]
+    -> [S, V].
 
     This is what a trainer computes in the mean: the sampling distribution is not differentiated.
     """
     return gradient(lambda leaf: (weights.detach() * losses(leaf)).sum(), theta)
 
 
-def sequence_kl(tree: Tree, theta: Tensor, reference: Tensor, direction: Direction = "reverse") -> Tensor:
+def sequence_kl(
+    tree: Tree, theta: Tensor, reference: Tensor, direction: Direction = "reverse"
+) -> Tensor:
     """Exact KL between response distributions, scalar: "reverse" is KL(theta || reference)."""
     return exact(tree.sequence_logps(theta), tree.sequence_logps(reference), direction)
 
 
-def token_kl(tree: Tree, theta: Tensor, reference: Tensor, direction: Direction = "reverse") -> Tensor:
-    """Per-prefix KLs weighted by theta's stopped visiting probabilities, scalar: its gradient is the partial one."""
+def token_kl(
+    tree: Tree, theta: Tensor, reference: Tensor, direction: Direction = "reverse"
+) -> Tensor:
+    """Per-prefix KLs weighted by theta's stopped visiting probabilities, scalar: its gradient is
+    the partial one.
+    """
     visits = tree.sequence_logps(theta).exp().detach()
     per_token = exact(tree.logprobs(theta), tree.logprobs(reference), direction)
     return (visits * masked_sum(per_token, tree.mask)).sum()
 
 
-def regularised_value(tree: Tree, theta: Tensor, reward: Tensor, reference: Tensor, beta: float) -> Tensor:
+def regularised_value(
+    tree: Tree, theta: Tensor, reward: Tensor, reference: Tensor, beta: float
+) -> Tensor:
     """J = E_theta[reward] - beta KL(theta || reference), scalar; `reward` [n]."""
-    return (tree.sequence_logps(theta).exp() * reward).sum() - beta * sequence_kl(tree, theta, reference)
+    return (tree.sequence_logps(theta).exp() * reward).sum() - beta * sequence_kl(
+        tree, theta, reference
+    )
 
 
 @dataclass(frozen=True)
 class Population:
-    """A rollout of groups of two in which every pair of responses occurs exactly as often as its probability says.
+    """A rollout of groups of two in which every pair of responses occurs exactly as often as its
+    probability says.
 
-    A mean over this batch IS an expectation over independent pairs, so leave-one-out baselines and whitening over the batch
-    take their exact population values and the gradient of the reduced loss is the expected gradient.
+    A mean over this batch IS an expectation over independent pairs, so leave-one-out baselines and
+    whitening over the batch take their exact population values and the gradient of the reduced loss
+    is the expected gradient.
     """
 
     tree: Tree
@@ -68,50 +82,71 @@ class Population:
 
     @classmethod
     def build(cls, tree: Tree | None = None, seed: int = 0) -> "Population":
-        """Probabilities proportional to small whole numbers and a random reference; by default nine responses of two tokens."""
+        """Probabilities proportional to small whole numbers and a random reference; by default nine
+        responses of two tokens.
+        """
         tree = tree or Tree.build(3, 2, eos=False)
         generator = torch.Generator().manual_seed(seed)
         counts = torch.randint(1, 5, (len(tree.tokens),), generator=generator)
         theta = torch.zeros(tree.states, tree.vocab, dtype=torch.float64)
         decisions = (tree.prefixes[tree.mask], tree.tokens[tree.mask])
-        theta.index_put_(decisions, counts[:, None].expand_as(tree.mask)[tree.mask].double(), accumulate=True)
+        theta.index_put_(
+            decisions, counts[:, None].expand_as(tree.mask)[tree.mask].double(), accumulate=True
+        )
         reference = torch.randn(theta.shape, dtype=torch.float64, generator=generator)
         urn = torch.arange(len(counts)).repeat_interleave(counts)
         return cls(tree, theta.log(), reference, torch.cartesian_prod(urn, urn).flatten())
 
     def batch(self, objective: Objective, theta: Tensor, scores: Tensor) -> RolloutBatch:
-        """The rollout under `theta` [S, V] with `scores` [n] and everything that the objective's plan asks for."""
-        tree, plan = self.tree, objective.plan
-        policy, reference = tree.logprobs(theta), tree.logprobs(self.reference)
+        """The rollout under `theta` [S, V] with `scores` [n] and everything that the objective's
+        plan asks for.
+        """
+        tree = self.tree
+        plan = objective.plan
+        policy = tree.logprobs(theta)
+        reference = tree.logprobs(self.reference)
         extras = {
-            name: statistic(policy.flatten(0, 1), reference.flatten(0, 1), tree.tokens.flatten()).reshape(tree.mask.shape)
+            name: statistic(
+                policy.flatten(0, 1), reference.flatten(0, 1), tree.tokens.flatten()
+            ).reshape(tree.mask.shape)
             for name, statistic in plan.statistics.items()
         }
         if plan.values:  # any function of the prefix will do: a baseline does not move the mean
             extras["values"] = torch.linspace(-1, 1, tree.states, dtype=theta.dtype)[tree.prefixes]
         anchors = {name: tree.logps(self.reference) for name in plan.anchors}
         tokens = TokenLogps(tree.logps(theta), anchors, tree.mask, tree.logps(self.theta), extras)
-        return RolloutBatch(tokens.select(self.rows), scores[self.rows], torch.arange(len(self.rows)) // 2)
+        return RolloutBatch(
+            tokens.select(self.rows), scores[self.rows], torch.arange(len(self.rows)) // 2
+        )
 
     def delivered(self, objective: Objective, scores: Tensor, at: Tensor | None = None) -> Tensor:
-        """Expected gradient of the objective's whole way, credit, loss and reduction: scores [n] -> [S, V].
+        """Expected gradient of the objective's whole way, credit, loss and reduction: scores [n] ->
+        [S, V].
 
-        `at` [S, V]: the policy after some updates on the same rollout; left out, the one that sampled.
+        `at` [S, V]: the policy after some updates on the same rollout; left out, the one that
+        sampled.
         """
         with torch.no_grad():
-            credited, _ = objective.credit(self.batch(objective, self.theta, scores), objective.init_state())
+            credited, _ = objective.credit(
+                self.batch(objective, self.theta, scores), objective.init_state()
+            )
 
         def reduced(theta: Tensor) -> Tensor:
             batch = self.batch(objective, theta, scores)
             filled = replace(credited, tokens=batch.tokens)
             counts = {"rows": len(self.rows), "tokens": int(batch.tokens.mask.sum())}
-            return sum((t.weight * t.values.sum() / counts[t.unit] for t in objective.loss(filled).terms), theta.new_zeros(()))
+            return sum(
+                (t.weight * t.values.sum() / counts[t.unit] for t in objective.loss(filled).terms),
+                theta.new_zeros(()),
+            )
 
         return gradient(reduced, self.theta if at is None else at)
 
 
 def misalignment(found: Tensor, wanted: Tensor) -> float:
-    """0 where `found` is a positive multiple of `wanted`, else the part of it that is not, relative to its size (up to 1)."""
+    """0 where `found` is a positive multiple of `wanted`, else the part of it that is not, relative
+    to its size (up to 1).
+    """
     scale = (found * wanted).sum() / (wanted**2).sum()
     size = found.norm()
     if size == 0 or scale <= 0:
@@ -120,22 +155,31 @@ def misalignment(found: Tensor, wanted: Tensor) -> float:
 
 
 def kl_misalignment(objective: Objective) -> dict[str, float]:
-    """How far the KL part of a rollout objective's gradient is from each KL's: "sequence reverse" etc. -> misalignment.
+    """How far the KL part of a rollout objective's gradient is from each KL's: "sequence reverse"
+    etc. -> misalignment.
 
     The KL part is what is left when all scores are 0.
     """
     population = Population.build()
-    found = population.delivered(objective, torch.zeros(len(population.tree.tokens), dtype=torch.float64))
+    found = population.delivered(
+        objective, torch.zeros(len(population.tree.tokens), dtype=torch.float64)
+    )
     result = {}
     for credit, value in (("sequence", sequence_kl), ("token", token_kl)):
         for direction in ("reverse", "forward"):
-            exact_value = partial(value, population.tree, reference=population.reference, direction=direction)
-            result[f"{credit} {direction}"] = misalignment(found, gradient(exact_value, population.theta))
+            exact_value = partial(
+                value, population.tree, reference=population.reference, direction=direction
+            )
+            result[f"{credit} {direction}"] = misalignment(
+                found, gradient(exact_value, population.theta)
+            )
     return result
 
 
 def check_kl_gradient(objective: Objective, tolerance: float = 1e-8) -> None:
-    """AssertionError where a rollout objective's `kl_gradient` claims one KL and its loss delivers another (or none)."""
+    """AssertionError where a rollout objective's `kl_gradient` claims one KL and its loss delivers
+    another (or none).
+    """
     claim = getattr(objective, "kl_gradient", None)
     if claim is None:
         return

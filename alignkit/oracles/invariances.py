@@ -1,7 +1,10 @@
-"""Checks of the conformance suite that hold for every objective: numerics, gradients, padding, order, division, anchors."""
+"""Checks of the conformance suite that hold for every objective: numerics, gradients, padding,
+order, division, anchors.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +15,8 @@ from alignkit.oracles.worlds import World, distance, gradient, reduced, solved, 
 
 EXTREMES = (50.0, 1e4)  # nats per completion
 EXACT = 1e-10  # float64 arithmetic in another order
-PATTERNS = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]])  # signs of a bundle's completions in turn
+# signs of a bundle's completions in turn
+PATTERNS = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]])
 
 
 @dataclass(frozen=True)
@@ -30,30 +34,42 @@ class Check:
 
 
 def apart(world: World, size: float, signs: Tensor) -> World:
-    """`world` in float32 with about `size` nats more between the policy and the others for each completion, of the sign that
-    `signs` [2] gives to a bundle's completions in turn. Policy or the others lose probability; logits never grow."""
+    """`world` in float32 with about `size` nats more between the policy and the others for each
+    completion, of the sign that `signs` [2] gives to a bundle's completions in turn. Policy or the
+    others lose probability; logits never grow.
+    """
     starts = torch.cat([torch.arange(len(b.completions)) for b in world.bundles])
     push = (size * signs[starts % 2].unsqueeze(-1) / world.mask.sum(-1, keepdim=True)).unsqueeze(-1)
     at = torch.nn.functional.one_hot(world.labels, world.policy.shape[-1]) * push
     return replace(
         world,
         policy=(world.policy + at.clamp(max=0)).float(),
-        anchors={name: (logits - at.clamp(min=0)).float() for name, logits in world.anchors.items()},
+        anchors={
+            name: (logits - at.clamp(min=0)).float() for name, logits in world.anchors.items()
+        },
         behavior=(world.behavior - at.clamp(min=0)).float(),
     )
 
 
 def finite(objective: Objective) -> Iterator[Check]:
-    """Losses and gradients at ordinary and extreme log-ratios of either sign, in float32 and bfloat16."""
+    """Losses and gradients at ordinary and extreme log-ratios of either sign, in float32 and
+    bfloat16.
+    """
     world = World.build(objective.plan)
     for dtype in (torch.float32, torch.bfloat16):
-        broken, largest = 0, 0.0
+        broken = 0
+        largest = 0.0
         for size in (0.0, *EXTREMES):
             for signs in PATTERNS:
                 loss, grad = solved(objective, apart(world, size, signs).credited(objective), dtype)
                 broken += int(not (loss.isfinite() and grad.isfinite().all()))
                 largest = max(largest, float(grad.abs().max()))
-        yield Check(f"finite, {str(dtype)[6:]}", broken, 0, f"log-ratios to 1e4; largest gradient {largest:.1e}")
+        yield Check(
+            f"finite, {str(dtype)[6:]}",
+            broken,
+            0,
+            f"log-ratios to 1e4; largest gradient {largest:.1e}",
+        )
 
 
 def differentiated(objective: Objective) -> Iterator[Check]:
@@ -63,24 +79,35 @@ def differentiated(objective: Objective) -> Iterator[Check]:
     if objective.surrogate:
         yield Check("gradcheck", 0, 0, "a surrogate: its value's derivative is not its gradient")
     else:
-        error = _slope_error(lambda x: reduced(objective, world, replace(tokens, policy=x)), tokens.policy)
+        error = _slope_error(
+            lambda x: reduced(objective, world, replace(tokens, policy=x)), tokens.policy
+        )
         yield Check("gradcheck", error, 1e-7)
     for name, statistic in objective.plan.statistics.items():
         anchor = world.anchors[objective.plan.anchors[0]].log_softmax(-1).flatten(0, 1)
         labels = world.labels.flatten()
-        error = _slope_error(lambda x: statistic(x.log_softmax(-1), anchor, labels).sum(), world.policy.flatten(0, 1))  # noqa: B023
+
+        def total(
+            x: Tensor, statistic: Any = statistic, anchor: Any = anchor, labels: Any = labels
+        ) -> Tensor:
+            return statistic(x.log_softmax(-1), anchor, labels).sum()
+
+        error = _slope_error(total, world.policy.flatten(0, 1))
         yield Check(f"gradcheck of {name}", error, 1e-7)
 
 
 def _slope_error(value: Callable[[Tensor], Tensor], point: Tensor, step: float = 1e-5) -> float:
     """Largest relative error of autograd along random directions."""
-    noise, errors = torch.Generator().manual_seed(0), []
+    noise = torch.Generator().manual_seed(0)
+    errors = []
     leaf = point.detach().requires_grad_()
     out = value(leaf)
     found = torch.autograd.grad(out, leaf, allow_unused=True)[0] if out.requires_grad else None
     for _ in range(5):
         direction = torch.randn(point.shape, generator=noise, dtype=point.dtype)
-        slope = (value(point + step * direction) - value(point - step * direction)).detach() / (2 * step)
+        slope = (value(point + step * direction) - value(point - step * direction)).detach() / (
+            2 * step
+        )
         mine = slope.new_zeros(()) if found is None else (found * direction).sum()
         errors.append(float((mine - slope).abs() / slope.abs().clamp(min=1)))
     return max(errors)
@@ -94,20 +121,35 @@ def invariant(objective: Objective) -> Iterator[Check]:
     yield Check("padding", distance((loss, grad[:, : -3 or None]), whole), EXACT)
 
     order = list(range(len(world.bundles)))[::-1]
-    index = torch.cat([torch.arange(len(world.better)).split([len(b.completions) for b in world.bundles])[i] for i in order])
+    index = torch.cat(
+        [
+            torch.arange(len(world.better)).split([len(b.completions) for b in world.bundles])[i]
+            for i in order
+        ]
+    )
     loss, grad = solved(objective, world.select(order))
     yield Check("permutation", distance((loss, grad), (whole[0], whole[1][index])), EXACT)
 
     parts = [[0], list(range(1, len(world.bundles)))]
-    split = _coupled_parts(objective, world, parts) if objective.plan.coupled else _parts(objective, world, parts)
+    split = (
+        _coupled_parts(objective, world, parts)
+        if objective.plan.coupled
+        else _parts(objective, world, parts)
+    )
     yield Check(
-        "micro-batches", distance(split, whole), EXACT, "through leaves, as the loop does" if objective.plan.coupled else ""
+        "micro-batches",
+        distance(split, whole),
+        EXACT,
+        "through leaves, as the loop does" if objective.plan.coupled else "",
     )
 
 
-def _parts(objective: Objective, world: World, parts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def _parts(
+    objective: Objective, world: World, parts: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor]:
     counts = FAMILIES[objective.plan.data].counts(world.bundles)
-    losses, grads = [], []
+    losses = []
+    grads = []
     for chosen in parts:
         part = trained(world.select(chosen))
         loss = reduced(objective, part, part.tokens(), counts)
@@ -116,8 +158,12 @@ def _parts(objective: Objective, world: World, parts: Sequence[Sequence[int]]) -
     return torch.stack(losses).sum(), torch.cat(grads)
 
 
-def _coupled_parts(objective: Objective, world: World, parts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """The loss of all parts on leaves, then its gradient with respect to them pulled back part by part."""
+def _coupled_parts(
+    objective: Objective, world: World, parts: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor]:
+    """The loss of all parts on leaves, then its gradient with respect to them pulled back part by
+    part.
+    """
     tokens = world.tokens().map(Tensor.detach)
     extras = {name: value.requires_grad_() for name, value in tokens.extras.items()}
     tokens = replace(tokens, policy=tokens.policy.requires_grad_(), extras=extras)
@@ -125,13 +171,24 @@ def _coupled_parts(objective: Objective, world: World, parts: Sequence[Sequence[
     names = ["policy", *extras]
     leaves = [tokens.get(name) for name in names]
     found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    pulls = {name: torch.zeros_like(leaf) if g is None else g for name, leaf, g in zip(names, leaves, found)}
-    grads, at = [], 0
+    pulls = {
+        name: torch.zeros_like(leaf) if g is None else g
+        for name, leaf, g in zip(names, leaves, found)
+    }
+    grads = []
+    at = 0
     for chosen in parts:
         part = trained(world.select(chosen))
         mine = part.tokens()
         rows = slice(at, at := at + len(part.better))
-        grads.append(gradient(torch.stack([(mine.get(name) * pull[rows]).sum() for name, pull in pulls.items()]).sum(), part))
+        grads.append(
+            gradient(
+                torch.stack(
+                    [(mine.get(name) * pull[rows]).sum() for name, pull in pulls.items()]
+                ).sum(),
+                part,
+            )
+        )
     return loss.detach(), torch.cat(grads)
 
 

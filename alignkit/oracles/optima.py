@@ -1,4 +1,5 @@
-"""What a preference or RLHF objective should end at: its own closed form, and the minimiser of its loss over all pairs.
+"""What a preference or RLHF objective should end at: its own closed form, and the minimiser of its
+loss over all pairs.
 
 Everything is enumerated in float64. A response space is a `Tree`; with depth 1 it is flat.
 """
@@ -15,31 +16,43 @@ from alignkit.policies.tabular import Tree
 
 
 def optimum(objective: Objective, reward: Tensor, reference: Tensor) -> Tensor | None:
-    """The policy that `objective` ends at: `reward` and `reference` (probabilities), [..., n] each -> probabilities [..., n].
+    """The policy that `objective` ends at: `reward` and `reference` (probabilities), [..., n] each
+    -> probabilities [..., n].
 
-    In float64. None where the objective has no closed form. ShapeError for unequal shapes, ConfigError unless the reference
-    is a distribution.
+    In float64. None where the objective has no closed form. ShapeError for unequal shapes,
+    ConfigError unless the reference is a distribution.
     """
-    reward, reference = reward.double(), reference.double()
+    reward = reward.double()
+    reference = reference.double()
     if reward.shape != reference.shape:
-        raise ShapeError(f"optimum: reward {list(reward.shape)} and reference {list(reference.shape)} must have the same shape")
+        raise ShapeError(
+            f"optimum: reward {list(reward.shape)} and reference {list(reference.shape)} must have the same shape"
+        )
     total = reference.sum(-1)
     if bool((reference < 0).any()) or not torch.allclose(total, torch.ones_like(total), atol=1e-6):
-        raise ConfigError("optimum: `reference` must be probabilities: not negative, with sum 1 over the last axis")
+        raise ConfigError(
+            "optimum: `reference` must be probabilities: not negative, with sum 1 over the last axis"
+        )
     found = objective.optimum(reward, reference.log())
     return None if found is None else found.exp()
 
 
-def tree_optimum(objective: Objective, tree: Tree, reward: Tensor, reference: Tensor) -> Tensor | None:
-    """The same on a token tree: rewards of the responses [n], reference log-probs [S, V] -> policy log-probs [S, V] or None.
+def tree_optimum(
+    objective: Objective, tree: Tree, reward: Tensor, reference: Tensor
+) -> Tensor | None:
+    """The same on a token tree: rewards of the responses [n], reference log-probs [S, V] -> policy
+    log-probs [S, V] or None.
 
-    An objective with a `backup` is solved from the leaves: at each prefix the optimum for the values of its continuations,
-    whose backup is the value of the prefix. Others know whole responses, and their optimum is conditioned on prefixes.
+    An objective with a `backup` is solved from the leaves: at each prefix the optimum for the
+    values of its continuations, whose backup is the value of the prefix. Others know whole
+    responses, and their optimum is conditioned on prefixes.
     """
     policy = torch.zeros_like(reference)
     values = reward
     for t in reversed(range(tree.tokens.shape[1])):
-        live, states, chosen = tree.mask[:, t], tree.prefixes[:, t], tree.tokens[:, t]
+        live = tree.mask[:, t]
+        states = tree.prefixes[:, t]
+        chosen = tree.tokens[:, t]
         table = torch.zeros_like(reference)
         table[states[live], chosen[live]] = values[live]
         backed = objective.backup(table, reference)
@@ -53,10 +66,16 @@ def tree_optimum(objective: Objective, tree: Tree, reward: Tensor, reference: Te
     return policy
 
 
-def preference_loss(objective: Objective, tree: Tree, theta: Tensor, reference: Tensor, reward: Tensor) -> Tensor:
-    """The loss of policy `theta` [S, V] over all ordered pairs of responses, scalar: pair (i, j) weighs the probability that
-    it is labelled that way under `reward` [n], times 1 / n^2 for drawing it."""
-    tokens = tree.token_logps(theta, dict.fromkeys(objective.plan.anchors, reference), objective.plan)
+def preference_loss(
+    objective: Objective, tree: Tree, theta: Tensor, reference: Tensor, reward: Tensor
+) -> Tensor:
+    """The loss of policy `theta` [S, V] over all ordered pairs of responses, scalar: pair (i, j)
+    weighs the probability that it is labelled that way under `reward` [n], times 1 / n^2 for
+    drawing it.
+    """
+    tokens = tree.token_logps(
+        theta, dict.fromkeys(objective.plan.anchors, reference), objective.plan
+    )
     every = torch.cartesian_prod(*[torch.arange(len(reward))] * 2)
     out = objective.loss(PairBatch(tokens.select(every[:, 0]), tokens.select(every[:, 1])))
     weights = objective.label_probability(reward).flatten() / len(every)
@@ -69,7 +88,12 @@ def minimise(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int = 2000)
     """The minimiser of `loss` from `start` by L-BFGS in float64; same shape."""
     theta = start.detach().double().clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [theta], max_iter=steps, history_size=50, tolerance_grad=1e-13, tolerance_change=0.0, line_search_fn="strong_wolfe"
+        [theta],
+        max_iter=steps,
+        history_size=50,
+        tolerance_grad=1e-13,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:

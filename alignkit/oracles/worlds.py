@@ -1,4 +1,6 @@
-"""Random batches of every family, made of logits: what a model and a loop would hand to an objective, small and in float64."""
+"""Random batches of every family, made of logits: what a model and a loop would hand to an
+objective, small and in float64.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +12,10 @@ from torch.nn.functional import pad
 from alignkit.batches import FAMILIES, Bundle, Family, Plan, TokenLogps
 from alignkit.objectives.base import Objective
 
-PROMPTS, LENGTH, VOCAB, GROUP = 4, 5, 7, 4
+PROMPTS = 4
+LENGTH = 5
+VOCAB = 7
+GROUP = 4
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ def _sequence(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
 
 def _pair(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
     beside = sum(d.n or GROUP for d in plan.samples)
-    rows = {"table": _table(2 + beside, noise)} if plan.judged == "table" else {}
+    rows = {"table": _table(2 + beside, noise)} if plan.feedback == "table" else {}
     return [Draft(torch.tensor([1.0, -1.0, *[0.0] * beside]), rows)]
 
 
@@ -40,11 +45,17 @@ def _ranked(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
 def _labelled(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
     label = torch.tensor([i % 2 == 0])
     matched = Draft(2.0 * label - 1, {"label": label})
-    return [matched, Draft(torch.zeros(1), {"label": label}, mismatched=True)] if plan.mismatched else [matched]
+    return (
+        [matched, Draft(torch.zeros(1), {"label": label}, mismatched=True)]
+        if plan.mismatched
+        else [matched]
+    )
 
 
 def _rollout(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
-    score = torch.randn(sum(d.n or GROUP for d in plan.samples if d.scored), generator=noise, dtype=torch.float64)
+    score = torch.randn(
+        sum(d.n or GROUP for d in plan.samples if d.scored), generator=noise, dtype=torch.float64
+    )
     return [Draft(score - score.mean(), {"score": score})]
 
 
@@ -55,13 +66,19 @@ def _table(count: int, noise: torch.Generator) -> Tensor:
 
 
 def _game(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
-    """Judged against the opponent that was set aside, or else against the last completion (1/2 against itself)."""
+    """Judged against the opponent that was set aside, or else against the last completion (1/2
+    against itself).
+    """
     count = sum(d.n or GROUP for d in plan.samples if d.scored)
     table = _table(count, noise)
     aside = any(not d.scored for d in plan.samples)
     preference = torch.rand(count, generator=noise, dtype=torch.float64) if aside else table[:, -1]
-    if plan.judged != "table":
-        return [Draft(preference - (0.5 if count == 1 else preference.mean()), {"preference": preference})]
+    if plan.feedback != "table":
+        return [
+            Draft(
+                preference - (0.5 if count == 1 else preference.mean()), {"preference": preference}
+            )
+        ]
     mean = table.mean(-1)
     return [Draft(mean - mean.mean(), {"preference": mean, "table": table})]
 
@@ -78,7 +95,9 @@ DRAFTS: dict[Family, Callable[[Plan, torch.Generator, int], list[Draft]]] = {
 
 @dataclass(frozen=True)
 class World:
-    """N completions of a few prompts with the logits of every policy involved. Only `policy` and `values` are trained."""
+    """N completions of a few prompts with the logits of every policy involved. Only `policy` and
+    `values` are trained.
+    """
 
     plan: Plan
     bundles: Sequence[Bundle]
@@ -88,7 +107,9 @@ class World:
     values: Tensor  # [N, T] what the value head says
     labels: Tensor  # [N, T] int64
     mask: Tensor  # [N, T] bool
-    better: Tensor  # [N] > 0 where training should raise a completion's probability, < 0 where lower it
+    better: (
+        Tensor  # [N] > 0 where training should raise a completion's probability, < 0 where lower it
+    )
 
     @classmethod
     def build(cls, plan: Plan, seed: int = 0) -> "World":
@@ -101,24 +122,47 @@ class World:
         drafts = [draft for i in range(PROMPTS) for draft in DRAFTS[plan.data](plan, noise, i)]
         better = torch.cat([d.better for d in drafts])
         lengths = torch.randint(2, LENGTH + 1, better.shape, generator=noise)
-        mask = (torch.rand(len(better), LENGTH, generator=noise) < 0.8) & (torch.arange(LENGTH) < lengths[:, None])
+        mask = (torch.rand(len(better), LENGTH, generator=noise) < 0.8) & (
+            torch.arange(LENGTH) < lengths[:, None]
+        )
         mask[:, 0] = True
         labels = torch.randint(VOCAB, mask.shape, generator=noise)
-        bundles, at = [], 0
+        bundles = []
+        at = 0
         for i, draft in enumerate(drafts):
             part = range(at, at := at + len(draft.better))
             ids, masks = ([t[n, : lengths[n]] for n in part] for t in (labels, mask))
-            bundles.append(Bundle(torch.tensor([i]), ids, masks, str(i), draft.rows, mismatched=draft.mismatched))
+            bundles.append(
+                Bundle(
+                    torch.tensor([i]), ids, masks, str(i), draft.rows, mismatched=draft.mismatched
+                )
+            )
         shape = (*mask.shape, VOCAB)
         anchors = {name: normal(*shape) for name in plan.anchors}
-        return cls(plan, bundles, normal(*shape), anchors, normal(*shape), normal(*mask.shape), labels, mask, better)
+        return cls(
+            plan,
+            bundles,
+            normal(*shape),
+            anchors,
+            normal(*shape),
+            normal(*mask.shape),
+            labels,
+            mask,
+            better,
+        )
 
     def tokens(self, dtype: torch.dtype | None = None) -> TokenLogps:
-        """Log-probs and statistics of these logits, as the head computes them; `dtype` casts the result."""
+        """Log-probs and statistics of these logits, as the head computes them; `dtype` casts the
+        result.
+        """
         logprobs = {name: logits.log_softmax(-1) for name, logits in self.anchors.items()}
-        policy, behavior = self.policy.log_softmax(-1), self.behavior.log_softmax(-1)
+        policy = self.policy.log_softmax(-1)
+        behavior = self.behavior.log_softmax(-1)
         first = logprobs[self.plan.anchors[0]].flatten(0, 1) if self.plan.anchors else None
-        extras = {name: f(policy.flatten(0, 1), first, self.labels.flatten()) for name, f in self.plan.statistics.items()}
+        extras = {
+            name: f(policy.flatten(0, 1), first, self.labels.flatten())
+            for name, f in self.plan.statistics.items()
+        }
         extras["entropy"] = -(policy.exp() * policy).sum(-1).detach()
         if self.plan.values:
             extras["values"] = self.values
@@ -132,22 +176,38 @@ class World:
 
         old = taken(behavior) if self.plan.data in ("rollout", "game") else None
         figures = {k: kept(v) for k, v in extras.items()}
-        return TokenLogps(taken(policy), {k: taken(v) for k, v in logprobs.items()}, self.mask, old, figures)
+        return TokenLogps(
+            taken(policy), {k: taken(v) for k, v in logprobs.items()}, self.mask, old, figures
+        )
 
     def credited(self, objective: Objective) -> "World":
-        """With the objective's credit of this rollout in the bundles, as the loop writes it there; other families unchanged."""
+        """With the objective's credit of this rollout in the bundles, as the loop writes it there;
+        other families unchanged.
+        """
         if self.plan.data != "rollout":
             return self
         tokens = self.tokens().map(Tensor.detach)
-        batch, _ = objective.credit(FAMILIES["rollout"].build(self.bundles, tokens), objective.init_state())
-        found = {"advantages": batch.advantages, "returns": batch.returns, "values": tokens.extras.get("values")}
-        bundles, at = [], 0
+        batch, _ = objective.credit(
+            FAMILIES["rollout"].build(self.bundles, tokens), objective.init_state()
+        )
+        found = {
+            "advantages": batch.advantages,
+            "returns": batch.returns,
+            "values": tokens.extras.get("values"),
+        }
+        bundles = []
+        at = 0
         for bundle in self.bundles:
             lengths = [len(ids) for ids in bundle.completions]
-            rows = {k: [v[at + i, :n] for i, n in enumerate(lengths)] for k, v in found.items() if v is not None}
+            rows = {
+                k: [v[at + i, :n] for i, n in enumerate(lengths)]
+                for k, v in found.items()
+                if v is not None
+            }
             bundles.append(replace(bundle, tokens={**bundle.tokens, **rows}))
             at += len(lengths)
-        return replace(self, bundles=bundles, values=self.values + 0.5)  # the value head has moved on since
+        # the value head has moved on since
+        return replace(self, bundles=bundles, values=self.values + 0.5)
 
     def select(self, chosen: Sequence[int]) -> "World":
         """The bundles at `chosen`, in that order."""
@@ -165,32 +225,48 @@ class World:
     def map(self, fn: Callable[[Tensor], Tensor]) -> "World":
         """`fn` applied to every tensor with axes [N, T, ...]."""
         anchors = {name: fn(logits) for name, logits in self.anchors.items()}
-        fields = {k: fn(getattr(self, k)) for k in ("policy", "behavior", "values", "labels", "mask")}
+        fields = {
+            k: fn(getattr(self, k)) for k in ("policy", "behavior", "values", "labels", "mask")
+        }
         return replace(self, anchors=anchors, **fields)
 
 
-def reduced(objective: Objective, world: World, tokens: TokenLogps, counts: dict[str, int] | None = None) -> Tensor:
-    """The scalar that the loop differentiates: every term's sum over its count (of `counts`, where `world` is a part)."""
+def reduced(
+    objective: Objective, world: World, tokens: TokenLogps, counts: dict[str, int] | None = None
+) -> Tensor:
+    """The scalar that the loop differentiates: every term's sum over its count (of `counts`, where
+    `world` is a part).
+    """
     family = FAMILIES[objective.plan.data]
     counts = counts or family.counts(world.bundles)
     terms = objective.loss(family.build(world.bundles, tokens)).terms
-    return torch.stack([term.weight * term.values.sum() / counts[term.unit] for term in terms]).sum()
+    return torch.stack(
+        [term.weight * term.values.sum() / counts[term.unit] for term in terms]
+    ).sum()
 
 
 def trained(world: World) -> World:
     """The same world with fresh leaves where the policy and its values are trained."""
-    return replace(world, policy=world.policy.detach().requires_grad_(), values=world.values.detach().requires_grad_())
+    return replace(
+        world,
+        policy=world.policy.detach().requires_grad_(),
+        values=world.values.detach().requires_grad_(),
+    )
 
 
 def gradient(loss: Tensor, world: World) -> Tensor:
     """Gradient of `loss` with respect to the world's logits and values, [N, T, V + 1]."""
     leaves = (world.policy, world.values)
-    found = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else (None, None)
+    found = (
+        torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else (None, None)
+    )
     logits, values = (torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found))
     return torch.cat([logits, values.unsqueeze(-1)], -1)
 
 
-def solved(objective: Objective, world: World, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def solved(
+    objective: Objective, world: World, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Loss and gradient of `objective` on `world`."""
     world = trained(world)
     loss = reduced(objective, world, world.tokens(dtype))

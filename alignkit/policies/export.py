@@ -11,27 +11,33 @@ from alignkit.errors import ModelError
 
 @torch.no_grad()
 def write_weights(model: nn.Module, folder: Path, *, dtype: torch.dtype) -> Path:
-    """Write `folder`/model.safetensors under a checkpoint's names, in `dtype`; a LoRA adapter is folded in. The model stays as
-    it is, bit for bit."""
+    """Write `folder`/model.safetensors under a checkpoint's names, in `dtype`; a LoRA adapter is
+    folded in. The model stays as it is, bit for bit.
+    """
     base, layers = _unwrapped(model)
     state: dict[str, Tensor] = {}
     cast: dict[int, Tensor] = {}  # tied weights stay tied
     for name, value in _live(base).items():
         if ".lora_" in name:
             continue
-        name, kind = name.replace(".base_layer.", "."), dtype if value.is_floating_point() else value.dtype
+        name = name.replace(".base_layer.", ".")
+        kind = dtype if value.is_floating_point() else value.dtype
         layer = layers.get(name.removesuffix(".weight"))
         if layer is None:
             state[name] = cast.setdefault(value.data_ptr(), value.to("cpu", kind))
         else:
-            update = sum(layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A)
+            update = sum(
+                layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A
+            )
             state[name] = (value + update).to("cpu", kind)
     base.save_pretrained(folder, state_dict=state, max_shard_size="100TB")
     return folder / "model.safetensors"
 
 
 def _live(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a checkpoint as they are now. `state_dict()` would give the shards of a policy that is made whole."""
+    """The tensors of a checkpoint as they are now. `state_dict()` would give the shards of a policy
+    that is made whole.
+    """
     state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -48,9 +54,15 @@ def _unwrapped(model: Any) -> tuple[Any, dict[str, Any]]:
 
     for name in model.active_adapters:
         config = model.peft_config[name]
-        if getattr(config, "use_dora", False) or getattr(config, "modules_to_save", None) or config.bias != "none":
+        if (
+            getattr(config, "use_dora", False)
+            or getattr(config, "modules_to_save", None)
+            or config.bias != "none"
+        ):
             raise ModelError(
                 "model.adapter: DoRA, biases and whole modules of an adapter cannot be folded into a server's weights"
             )
     base = model.get_base_model()
-    return base, {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    return base, {
+        name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)
+    }

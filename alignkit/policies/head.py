@@ -1,7 +1,8 @@
-"""The language-model head on completion tokens only, in chunks: log-probs, entropies and statistics without [M, V] logits.
+"""The language-model head on completion tokens only, in chunks: log-probs, entropies and statistics
+without [M, V] logits.
 
-A chunk's logits live while the chunk is computed; backward computes them again. No more than one chunk [C, V] of each
-model is alive at a time, unless all of them together are small.
+A chunk's logits live while the chunk is computed; backward computes them again. No more than one
+chunk [C, V] of each model is alive at a time, unless all of them together are small.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 
 from alignkit.batches import Statistic
 
-CHUNK_BYTES = {"cpu": 8 * 2**20}  # of one [C, V] float32 matrix, a handful of which are alive; on the CPU near its cache's size
+# of one [C, V] float32 matrix, a handful of which are alive; on the CPU near its cache's size
+CHUNK_BYTES = {"cpu": 8 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 64 * 2**20
 KEPT_CHUNKS = 4  # up to so many are kept for backward
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Tokens per chunk. At least 64: each chunk also passes over the whole vocabulary matrix and its gradient."""
+    """Tokens per chunk. At least 64: each chunk also passes over the whole vocabulary matrix and
+    its gradient.
+    """
     return max(64, CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE) // (4 * vocabulary))
 
 
@@ -30,15 +34,22 @@ class Head:
     module: nn.Module
     scale: float = 1.0
     soft_cap: float | None = None
-    context: Callable[[], AbstractContextManager] = field(default=nullcontext)  # adapters off, where the head has some
+    # adapters off, where the head has some
+    context: Callable[[], AbstractContextManager] = field(default=nullcontext)
 
     @classmethod
     def of(cls, model: nn.Module) -> "Head":
         """The head of a transformers causal LM, adapters included."""
         config = model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+        scale = (
+            getattr(config, "logit_scale", None)
+            or getattr(config, "lm_head_multiplier", None)
+            or 1.0
+        )
         scale /= getattr(config, "logits_scaling", None) or 1.0
-        return cls(model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
+        return cls(
+            model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None)
+        )
 
     def logprobs(self, hidden: Tensor) -> Tensor:
         """Log-probs of the whole vocabulary, in float32 or wider: [C, H] -> [C, V]."""
@@ -77,11 +88,14 @@ class _Job:
         return ["entropy"] * self.entropy + ["anchor"] * (self.anchor is not None)
 
     def chunk(self, hidden: Tensor, start: int, *, again: bool = False) -> tuple[Tensor, Tensor]:
-        """Differentiable figures [1 + S, C] (log-prob, statistics) and detached ones [D, C]; `again`: the former only."""
+        """Differentiable figures [1 + S, C] (log-prob, statistics) and detached ones [D, C];
+        `again`: the former only.
+        """
         part = slice(start, start + self.rows)
         labels = self.labels[part]
         logps = self.head.logprobs(hidden)
-        anchor, detached = None, []
+        anchor = None
+        detached = []
         with torch.no_grad():
             if self.entropy and not again:
                 lowest = torch.finfo(logps.dtype).min  # impossible tokens (-inf): 0 log 0 = 0
@@ -92,11 +106,15 @@ class _Job:
                 detached.append(anchor.gather(-1, labels[:, None])[:, 0].to(logps.dtype))
         figures = [logps.gather(-1, labels[:, None])[:, 0]]
         figures += [statistic(logps, anchor, labels) for statistic in self.statistics.values()]
-        return torch.stack(figures), torch.stack(detached) if self.detached and not again else logps.new_zeros(0, len(labels))
+        return torch.stack(figures), torch.stack(
+            detached
+        ) if self.detached and not again else logps.new_zeros(0, len(labels))
 
 
 class _Chunked(torch.autograd.Function):
-    """Runs the job chunk by chunk; backward goes through each, recomputed or kept, and sums the parameters' gradients."""
+    """Runs the job chunk by chunk; backward goes through each, recomputed or kept, and sums the
+    parameters' gradients.
+    """
 
     @staticmethod
     def forward(ctx, job: _Job, hidden: Tensor, *parameters: nn.Parameter) -> tuple[Tensor, Tensor]:
@@ -130,7 +148,9 @@ class _Chunked(torch.autograd.Function):
                 leaf = hidden[part].detach().requires_grad_()
                 with torch.enable_grad(), torch.autocast(device, dtype, enabled):
                     figures, _ = ctx.job.chunk(leaf, start, again=True)
-            grads = torch.autograd.grad(figures, [leaf, *parameters], grad[:, part], allow_unused=True)
+            grads = torch.autograd.grad(
+                figures, [leaf, *parameters], grad[:, part], allow_unused=True
+            )
             into_hidden[part] = grads[0]
             for i, new in enumerate(grads[1:]):
                 totals[i] = new if totals[i] is None or new is None else totals[i].add_(new)
@@ -146,12 +166,16 @@ def head_figures(
     *,
     entropy: bool = True,
 ) -> dict[str, Tensor]:
-    """Figures of each token: hidden states [M, H], labels [M] -> {"policy", "entropy", statistics, "anchor"}: [M] each.
+    """Figures of each token: hidden states [M, H], labels [M] -> {"policy", "entropy", statistics,
+    "anchor"}: [M] each.
 
-    "entropy" (nats) carries no gradient: it takes two more passes over a chunk's log-probs, none through the model. A
-    statistic gets the anchor's log-probs, or None without one; "anchor" is the anchor's log-prob of the label.
+    "entropy" (nats) carries no gradient: it takes two more passes over a chunk's log-probs, none
+    through the model. A statistic gets the anchor's log-probs, or None without one; "anchor" is the
+    anchor's log-prob of the label.
     """
-    vocabulary = getattr(head.module, "out_features", None) or next(head.module.parameters()).shape[0]
+    vocabulary = (
+        getattr(head.module, "out_features", None) or next(head.module.parameters()).shape[0]
+    )
     rows = chunk_rows(vocabulary, hidden.device)
     keep = torch.is_grad_enabled() and not statistics and len(labels) <= KEPT_CHUNKS * rows
     job = _Job(head, labels, statistics, anchor, entropy, rows, keep)
@@ -159,7 +183,9 @@ def head_figures(
     if len(labels):
         figures, detached = _Chunked.apply(job, hidden, *trained)
     else:  # nothing to train in these rows: empty figures that still depend on every parameter, as DDP wants
-        figures = sum((p.sum() for p in trained), hidden.sum()) * hidden.new_zeros(1 + len(statistics), 0)
+        figures = sum((p.sum() for p in trained), hidden.sum()) * hidden.new_zeros(
+            1 + len(statistics), 0
+        )
         detached = figures.new_zeros(len(job.detached), 0)
     found = dict(zip(("policy", *statistics), figures))
     return found | dict(zip(job.detached, detached))

@@ -1,8 +1,9 @@
 """Bundles become rows of tokens. The prompt is computed once and the completions branch off it.
 
-A shared-prefix row holds `prompt | completion 1 | completion 2 | ...`: a tree written depth first. Every token knows its
-position (its depth in the tree) and where its subtree ends; a token sees another when it lies inside the other's
-subtree. Completions that begin alike share these tokens too. A padded row is the same tree with one completion.
+A shared-prefix row holds `prompt | completion 1 | completion 2 | ...`: a tree written depth first.
+Every token knows its position (its depth in the tree) and where its subtree ends; a token sees
+another when it lies inside the other's subtree. Completions that begin alike share these tokens
+too. A padded row is the same tree with one completion.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,13 +24,16 @@ Layout = Literal["shared_prefix", "padded"]
 
 @dataclass(frozen=True)
 class Rows:
-    """R rows of L tokens, and where the M trained tokens of N completions (padded to T) are found in them."""
+    """R rows of L tokens, and where the M trained tokens of N completions (padded to T) are found
+    in them.
+    """
 
     input_ids: Tensor  # [R, L] int64
     position_ids: Tensor  # [R, L] int64, depth in the row's tree
     ends: Tensor  # [R, L] int64, the index after the token's subtree: tokens index .. ends-1 see it
     branched: bool  # False: every row is one chain, plain causal attention is right
-    runs: tuple[Run, ...] | None  # of the single row into which all were packed; None: rows lie side by side
+    # of the single row into which all were packed; None: rows lie side by side
+    runs: tuple[Run, ...] | None
     sources: Tensor  # [M] int64 into R * L: the token whose hidden state predicts the label
     labels: Tensor  # [M] int64, the trained tokens
     targets: Tensor  # [M] int64 into N * T: where the label's figures belong
@@ -58,7 +62,8 @@ class _Row:
     ids: list[int]
     positions: list[int]
     ends: list[int]
-    paths: list[list[int]]  # per completion: the index of the prompt's end and of each of its input tokens
+    # per completion: the index of the prompt's end and of each of its input tokens
+    paths: list[list[int]]
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
@@ -66,7 +71,9 @@ def _shared(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _row(prompt: list[int], inputs: list[list[int]]) -> _Row:
-    """The tree of one prompt and its completions. Sorted, each completion shares the longest beginning with the one before."""
+    """The tree of one prompt and its completions. Sorted, each completion shares the longest
+    beginning with the one before.
+    """
     start = len(prompt)
     row = _Row(list(prompt), list(range(start)), [0] * start, [[] for _ in inputs])
     previous: list[int] = []
@@ -80,7 +87,8 @@ def _row(prompt: list[int], inputs: list[list[int]]) -> _Row:
         row.ends += [0] * new
         for index in path:
             row.ends[index] = len(row.ids)
-        row.paths[k], previous = [start - 1, *path], inputs[k]
+        row.paths[k] = [start - 1, *path]
+        previous = inputs[k]
     row.ends[:start] = [len(row.ids)] * start
     return row
 
@@ -94,23 +102,37 @@ def _used(mask: Tensor) -> int:
 def _padded(lists: Sequence[Sequence[int]], fill: Sequence[int] | None = None) -> Tensor:
     """Lists to one tensor [R, L]; pads take 0, or their own index + `fill`."""
     length = max(map(len, lists))
-    return torch.tensor([[*row, *((0,) * (length - len(row)) if fill is None else fill[len(row) : length])] for row in lists])
+    return torch.tensor(
+        [
+            [*row, *((0,) * (length - len(row)) if fill is None else fill[len(row) : length])]
+            for row in lists
+        ]
+    )
 
 
 def build_rows(
-    bundles: Sequence[Bundle], layout: Layout, device: torch.device | str = "cpu", *, packing: float | None = None
+    bundles: Sequence[Bundle],
+    layout: Layout,
+    device: torch.device | str = "cpu",
+    *,
+    packing: float | None = None,
 ) -> Rows:
-    """Lay bundles out: one row per bundle (shared_prefix) or per completion (padded), right-padded to the longest.
+    """Lay bundles out: one row per bundle (shared_prefix) or per completion (padded), right-padded
+    to the longest.
 
-    Tokens after a completion's last trained one are not computed, nor is its last token: nothing reads them. For models that
-    take trees end to end the rows become a single one where that is cheaper. `packing` is their width, by which attention is
-    weighed against the rest; inf where attention costs nothing beside it.
+    Tokens after a completion's last trained one are not computed, nor is its last token: nothing
+    reads them. For models that take trees end to end the rows become a single one where that is
+    cheaper. `packing` is their width, by which attention is weighed against the rest; inf where
+    attention costs nothing beside it.
     """
     rows: list[_Row] = []
     where: list[tuple[int, list[int]]] = []  # per completion: its row and its path
     for bundle in bundles:
         prompt = bundle.prompt.tolist()
-        inputs = [ids[: _used(mask)].tolist() for ids, mask in zip(bundle.completions, bundle.masks, strict=True)]
+        inputs = [
+            ids[: _used(mask)].tolist()
+            for ids, mask in zip(bundle.completions, bundle.masks, strict=True)
+        ]
         for group in [inputs] if layout == "shared_prefix" else [[ids] for ids in inputs]:
             row = _row(prompt, group)
             where += [(len(rows), path) for path in row.paths]
@@ -125,7 +147,9 @@ def build_rows(
     completions = [ids for bundle in bundles for ids in bundle.completions]
     masks = [mask for bundle in bundles for mask in bundle.masks]
     longest = max(map(len, completions))
-    sources, targets, labels = [], [], []
+    sources = []
+    targets = []
+    labels = []
     for n, ((r, path), ids, mask) in enumerate(zip(where, completions, masks)):
         trained = mask.nonzero()[:, 0]
         sources.append(torch.tensor(path)[trained] + r * length)
@@ -151,7 +175,9 @@ def _packed(rows: Sequence[_Row], width: float) -> tuple[Run, ...] | None:
         return None
     firsts = accumulate(map(len, found), initial=0)
     return tuple(
-        replace(run, ancestors=tuple(first + i for i in run.ancestors)) for first, row in zip(firsts, found) for run in row
+        replace(run, ancestors=tuple(first + i for i in run.ancestors))
+        for first, row in zip(firsts, found)
+        for run in row
     )
 
 
@@ -166,7 +192,9 @@ def _end_to_end(rows: Sequence[_Row]) -> _Row:
 
 
 def visible(rows: Rows, window: int | None = None) -> Tensor:
-    """Which token sees which: [R, 1, L, L] bool, query before key. `window` counts positions, the token's own included."""
+    """Which token sees which: [R, 1, L, L] bool, query before key. `window` counts positions, the
+    token's own included.
+    """
     index = torch.arange(rows.input_ids.shape[1], device=rows.input_ids.device)
     seen = (index <= index[:, None]) & (index[:, None] < rows.ends[:, None, :])
     if window is not None:
@@ -176,25 +204,33 @@ def visible(rows: Rows, window: int | None = None) -> Tensor:
 
 def block_mask(rows: Rows, window: int | None = None) -> BlockMask:
     """`visible` for flex attention, which passes over blocks in which nothing is seen."""
-    ends, depth = rows.ends, rows.position_ids
+    ends = rows.ends
+    depth = rows.position_ids
 
     def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         inside = (key <= query) & (query < ends[row, key])
         return inside if window is None else inside & (depth[row, query] - depth[row, key] < window)
 
     count, length = ends.shape
-    return create_block_mask(seen, count, None, length, length, device=ends.device, _compile=ends.is_cuda)
+    return create_block_mask(
+        seen, count, None, length, length, device=ends.device, _compile=ends.is_cuda
+    )
 
 
 def attention_mask(
-    rows: Rows, windows: Mapping[str, int | None], *, additive: torch.dtype | None, blocks: bool = False
+    rows: Rows,
+    windows: Mapping[str, int | None],
+    *,
+    additive: torch.dtype | None,
+    blocks: bool = False,
 ) -> Tensor | BlockMask | dict[str, Tensor | BlockMask]:
     """What a transformers model takes as `attention_mask` for these rows.
 
-    `windows` names the mask of each layer type; the single key "" stands for a model that takes one mask. Rows without
-    branches get an all-ones [R, L], so the model's own (faster) causal path runs: pads follow the tokens and are never seen.
-    `additive` is the dtype of a mask that is added to the scores (eager attention), None for a boolean one; `blocks` asks for
-    flex attention's kind.
+    `windows` names the mask of each layer type; the single key "" stands for a model that takes one
+    mask. Rows without branches get an all-ones [R, L], so the model's own (faster) causal path
+    runs: pads follow the tokens and are never seen. `additive` is the dtype of a mask that is added
+    to the scores (eager attention), None for a boolean one; `blocks` asks for flex attention's
+    kind.
     """
     if not rows.branched:
         return torch.ones_like(rows.input_ids)
@@ -207,49 +243,74 @@ def attention_mask(
         else:
             seen = visible(rows, window)
             built[window] = (
-                seen if additive is None else torch.zeros_like(seen, dtype=additive).masked_fill(~seen, torch.finfo(additive).min)
+                seen
+                if additive is None
+                else torch.zeros_like(seen, dtype=additive).masked_fill(
+                    ~seen, torch.finfo(additive).min
+                )
             )
     masks = {name: built[window] for name, window in windows.items()}
     return masks.get("", masks)
 
 
 def computed_tokens(bundle: Bundle, layout: Layout) -> list[int]:
-    """Row lengths of a bundle under a layout (an upper bound: completions that begin alike share more)."""
+    """Row lengths of a bundle under a layout (an upper bound: completions that begin alike share
+    more).
+    """
     used = [_used(mask) for mask in bundle.masks]
     prompt = len(bundle.prompt)
     return [prompt + sum(used)] if layout == "shared_prefix" else [prompt + n for n in used]
 
 
 def stand_in() -> Bundle:
-    """The smallest bundle there is, for a rank that has to take part in a forward without rows of its own."""
-    return Bundle(torch.zeros(1, dtype=torch.long), [torch.zeros(1, dtype=torch.long)], [torch.ones(1, dtype=torch.bool)])
+    """The smallest bundle there is, for a rank that has to take part in a forward without rows of
+    its own.
+    """
+    return Bundle(
+        torch.zeros(1, dtype=torch.long),
+        [torch.zeros(1, dtype=torch.long)],
+        [torch.ones(1, dtype=torch.bool)],
+    )
 
 
 def micro_batches(
-    bundles: Sequence[Bundle], budget: int, layout: Layout, *, packing: float | None = None, overhead: int = 128
+    bundles: Sequence[Bundle],
+    budget: int,
+    layout: Layout,
+    *,
+    packing: float | None = None,
+    overhead: int = 128,
 ) -> list[list[int]]:
     """Indices of the bundles of each forward: its tokens, pads counted, stay within `budget`.
 
-    Bundles are sorted by length and cut where that computes fewest tokens, a forward and backward of their own costing as
-    much as `overhead` tokens; every bundle appears once. One that exceeds the budget by itself gets a forward of its own.
-    `packing`: see `build_rows`.
+    Bundles are sorted by length and cut where that computes fewest tokens, a forward and backward
+    of their own costing as much as `overhead` tokens; every bundle appears once. One that exceeds
+    the budget by itself gets a forward of its own. `packing`: see `build_rows`.
     """
     rows = [computed_tokens(bundle, layout) for bundle in bundles]
     order = sorted(range(len(bundles)), key=lambda i: (-max(rows[i]), i))
     longest = np.array([max(rows[i]) for i in order])
     counts, sizes = (np.cumsum([0, *(measure(rows[i]) for i in order)]) for measure in (len, sum))
-    prices = np.cumsum([0, *(round(_packed_price(bundles[i], layout, packing)) if packing else 0 for i in order)])
-    best = np.zeros(len(order) + 1)  # per number of bundles placed: the least cost, and where its last group begins
+    prices = np.cumsum(
+        [0, *(round(_packed_price(bundles[i], layout, packing)) if packing else 0 for i in order)]
+    )
+    # per number of bundles placed: the least cost, and where its last group begins
+    best = np.zeros(len(order) + 1)
     cut = [0] * (len(order) + 1)
     low = 0
     for stop in range(1, len(order) + 1):
         while low < stop - 1 and sizes[stop] - sizes[low] > budget:
             low += 1
-        count, total, width = counts[stop] - counts[low:stop], sizes[stop] - sizes[low:stop], longest[low:stop]
-        tokens, cost = count * width, (count * width).astype(float)
+        count = counts[stop] - counts[low:stop]
+        total = sizes[stop] - sizes[low:stop]
+        width = longest[low:stop]
+        tokens = count * width
+        cost = (count * width).astype(float)
         if packing:
-            price, cost = prices[stop] - prices[low:stop], beside(count, width, packing)
-            tokens, cost = np.where(price < cost, total, tokens), np.minimum(price, cost)
+            price = prices[stop] - prices[low:stop]
+            cost = beside(count, width, packing)
+            tokens = np.where(price < cost, total, tokens)
+            cost = np.minimum(price, cost)
         over = np.flatnonzero(tokens[:-1] > budget)
         first = over[-1] + 1 if len(over) else 0
         options = best[low + first : stop] + cost[first:] + overhead
@@ -265,7 +326,8 @@ def micro_batches(
 
 def _packed_price(bundle: Bundle, layout: Layout, width: float) -> float:
     """What `packed` says of a bundle, as if its completions shared no beginning."""
-    rows, prompt = computed_tokens(bundle, layout), len(bundle.prompt)
+    rows = computed_tokens(bundle, layout)
+    prompt = len(bundle.prompt)
     if layout == "padded":
         return packed(sum(rows), sum(n * n for n in rows), len(rows), width)
     used = [_used(mask) for mask in bundle.masks]

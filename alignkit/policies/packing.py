@@ -1,7 +1,9 @@
-"""One row for many trees: no pads between bundles, and attention that computes what a token sees and no more.
+"""One row for many trees: no pads between bundles, and attention that computes what a token sees
+and no more.
 
-Scaled-dot-product attention pays for the square of a row and for every masked pair in it. So the row is cut into *runs*,
-stretches of a tree without a branch; each run attends to the runs it grew from and to itself, in a call of its own.
+Scaled-dot-product attention pays for the square of a row and for every masked pair in it. So the
+row is cut into *runs*, stretches of a tree without a branch; each run attends to the runs it grew
+from and to itself, in a call of its own.
 """
 
 import math
@@ -17,12 +19,15 @@ from transformers.masking_utils import sdpa_mask
 KERNEL = "alignkit_runs"  # the name under which transformers knows the attention below
 FLEX = "flex_attention"
 NARROW = 256  # models below this width gain nothing worth the counting
-CALL = 750_000  # what a call of the kernel costs beside its work, in query-key pairs of a model of width 1
+# what a call of the kernel costs beside its work, in query-key pairs of a model of width 1
+CALL = 750_000
 
 
 @dataclass(frozen=True)
 class Run:
-    """`size` tokens in a row without a branch between them, and the indices of the runs they grew from."""
+    """`size` tokens in a row without a branch between them, and the indices of the runs they grew
+    from.
+    """
 
     size: int
     ancestors: tuple[int, ...]
@@ -34,7 +39,11 @@ class Run:
 
 def find_runs(positions: Sequence[int], ends: Sequence[int]) -> list[Run]:
     """The runs of a row of trees written depth first; see `Rows` for the two lists."""
-    starts = [i for i in range(len(ends)) if i == 0 or ends[i] != ends[i - 1] or positions[i] != positions[i - 1] + 1]
+    starts = [
+        i
+        for i in range(len(ends))
+        if i == 0 or ends[i] != ends[i - 1] or positions[i] != positions[i - 1] + 1
+    ]
     runs: list[Run] = []
     above: list[int] = []
     for start, stop in zip(starts, [*starts[1:], len(ends)]):
@@ -53,38 +62,47 @@ def beside(rows: int, longest: int, width: float) -> float:
 def packed(tokens: int, pairs: float, calls: int, width: float) -> float:
     """What a row of runs costs, in tokens without attention.
 
-    A token's matrix products (24 width^2 operations) cost as much as 6 width pairs of a query and a key (4 width each): on a
-    CPU both run at about the same speed.
+    A token's matrix products (24 width^2 operations) cost as much as 6 width pairs of a query and a
+    key (4 width each): on a CPU both run at about the same speed.
     """
     return tokens + pairs / (6 * width) + calls * CALL / (6 * width**2)
 
 
 def pays(rows: Sequence[Sequence[Run]], width: float) -> bool:
-    """Whether rows are cheaper as one row of runs than side by side, for a model of this width on a CPU."""
+    """Whether rows are cheaper as one row of runs than side by side, for a model of this width on a
+    CPU.
+    """
     lengths = [sum(run.size for run in row) for row in rows]
     pairs = sum(run.pairs(row) for row in rows for run in row)
-    return packed(sum(lengths), pairs, sum(map(len, rows)), width) < beside(len(rows), max(lengths), width)
+    return packed(sum(lengths), pairs, sum(map(len, rows)), width) < beside(
+        len(rows), max(lengths), width
+    )
 
 
 def default_budget(device: torch.device, packing: float | None) -> int:
-    """Tokens of a forward where nobody says how many. On a CPU, trees that stand end to end have no pads to spread over more
-    rows, and are as fast in small parts, which take less memory."""
+    """Tokens of a forward where nobody says how many. On a CPU, trees that stand end to end have no
+    pads to spread over more rows, and are as fast in small parts, which take less memory.
+    """
     if device.type != "cpu":
         return 16384
     return 4096 if packing is None else 1024
 
 
 class RunMask(Tensor):
-    """Stands where a model hands a 4-D mask to its attention: it carries the runs, each with the mask of its pairs."""
+    """Stands where a model hands a 4-D mask to its attention: it carries the runs, each with the
+    mask of its pairs.
+    """
 
     sizes: list[int]
-    seen: list[tuple[tuple[int, ...], Tensor | None]]  # per run its ancestors, and [q, k] bool (None: plain causal)
+    # per run its ancestors, and [q, k] bool (None: plain causal)
+    seen: list[tuple[tuple[int, ...], Tensor | None]]
 
 
 def run_mask(runs: Sequence[Run], positions: Tensor, window: int | None = None) -> RunMask:
     """The mask of a row [L] of runs. `window` counts positions, the token's own included."""
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool).as_subclass(RunMask)
-    mask.sizes, mask.seen = [run.size for run in runs], []
+    mask.sizes = [run.size for run in runs]
+    mask.seen = []
     places = positions.split(mask.sizes)
     for run, own in zip(runs, places):
         if run.ancestors or (window is not None and run.size > window):
@@ -98,21 +116,34 @@ def run_mask(runs: Sequence[Run], positions: Tensor, window: int | None = None) 
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options,
 ) -> tuple[Tensor, None]:
-    """transformers' attention: its SDPA kernel for each run [1, heads, L, D]; with any other mask that kernel itself.
+    """transformers' attention: its SDPA kernel for each run [1, heads, L, D]; with any other mask
+    that kernel itself.
 
-    Runs attend in float32 at least, inside autocast too: a CPU's kernel for half precision is compiled for every new shape.
+    Runs attend in float32 at least, inside autocast too: a CPU's kernel for half precision is
+    compiled for every new shape.
     """
     if not isinstance(attention_mask, RunMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (query, key, value)]
+    wide = [
+        tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        for tensor in (query, key, value)
+    ]
     queries, keys, values = (tensor.split(attention_mask.sizes, 2) for tensor in wide)
     parts = []
     with torch.autocast(query.device.type, enabled=False):
         for i, (ancestors, pairs) in enumerate(attention_mask.seen):
             seen = (*ancestors, i)
-            k, v = (torch.cat([runs[j] for j in seen], 2) if ancestors else runs[i] for runs in (keys, values))
+            k, v = (
+                torch.cat([runs[j] for j in seen], 2) if ancestors else runs[i]
+                for runs in (keys, values)
+            )
             parts.append(sdpa_attention_forward(module, queries[i], k, v, pairs, **options)[0])
     return torch.cat(parts, 1).to(query.dtype), None
 
@@ -122,8 +153,14 @@ AttentionMaskInterface.register(KERNEL, sdpa_mask)
 
 
 def take_runs(model: nn.Module) -> None:
-    """Let a transformers model on a CPU that attends by SDPA take runs, if it can change its kernel."""
-    if model.config._attn_implementation == "sdpa" and model.device.type == "cpu" and model._can_set_attn_implementation():
+    """Let a transformers model on a CPU that attends by SDPA take runs, if it can change its
+    kernel.
+    """
+    if (
+        model.config._attn_implementation == "sdpa"
+        and model.device.type == "cpu"
+        and model._can_set_attn_implementation()
+    ):
         model.set_attn_implementation(KERNEL)
 
 

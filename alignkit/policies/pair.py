@@ -14,7 +14,15 @@ from alignkit.policies.head import AnchorStates
 from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches, stand_in
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.reference import START_ADAPTER, Anchor
-from alignkit.policies.sharding import assign, check_launch, check_sharded, gathered, is_sharded, shard, whole
+from alignkit.policies.sharding import (
+    assign,
+    check_launch,
+    check_sharded,
+    gathered,
+    is_sharded,
+    shard,
+    whole,
+)
 
 SCORING_BUDGET = 8192  # tokens per forward without gradient
 RESCORED = 4  # bundles whose stored log-probs are held against live ones
@@ -40,7 +48,8 @@ class PolicyPair:
         self.anchors = dict(anchors)
         self.layout: Layout = layout
         self.notes = list(notes)
-        self._save_config = dict(save_config or {})  # config fields that loading changed and saving restores
+        # config fields that loading changed and saving restores
+        self._save_config = dict(save_config or {})
         self._autocast: Callable = nullcontext
         self._whole = False  # whether `whole` is entered
 
@@ -64,12 +73,18 @@ class PolicyPair:
         return [p for p in self.base.parameters() if p.requires_grad]
 
     def prepare(
-        self, accelerator, make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer], *, sharded: bool = False
+        self,
+        accelerator,
+        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        *,
+        sharded: bool = False,
     ) -> torch.optim.Optimizer:
-        """Spread the policy over the processes, move the anchors to its device, and return the optimiser of its parameters.
+        """Spread the policy over the processes, move the anchors to its device, and return the
+        optimiser of its parameters.
 
-        `sharded` asks for FSDP2 over torch's own `fully_shard`; else accelerate wraps the policy as it was launched to (DDP,
-        FSDP2). ConfigError where accelerate was asked for shards and there are none.
+        `sharded` asks for FSDP2 over torch's own `fully_shard`; else accelerate wraps the policy as
+        it was launched to (DDP, FSDP2). ConfigError where accelerate was asked for shards and there
+        are none.
         """
         self._autocast = accelerator.autocast
         for anchor in self.anchors.values():
@@ -78,7 +93,9 @@ class PolicyPair:
         check_launch(accelerator)
         if sharded and accelerator.num_processes > 1:
             shard(self.base, accelerator.num_processes)
-            with torch.no_grad():  # the root must be the first to run: generation enters further down
+            with (
+                torch.no_grad()
+            ):  # the root must be the first to run: generation enters further down
                 self.logps([stand_in()], Plan("sequence"), anchors=False)
             return accelerator.prepare(make_optimizer(self.parameters()))
         self.module, optimizer = accelerator.prepare(self.base, make_optimizer(self.parameters()))
@@ -88,8 +105,9 @@ class PolicyPair:
     def logps(self, bundles: Sequence[Bundle], plan: Plan, *, anchors: bool = True) -> TokenLogps:
         """Per-token log-probs of the N completions of `bundles`, with gradient iff it is enabled.
 
-        With `anchors` also the plan's anchors (stored ones where every bundle has them, else live) and statistics; without,
-        the policy alone. Extras: "entropy" (detached), "values", the statistics.
+        With `anchors` also the plan's anchors (stored ones where every bundle has them, else live)
+        and statistics; without, the policy alone. Extras: "entropy" (detached), "values", the
+        statistics.
         """
         rows = self._rows(bundles)
         figures: dict[str, Tensor] = {}
@@ -114,15 +132,22 @@ class PolicyPair:
 
     @property
     def packing(self) -> float | None:
-        """The policy's, if its attention and every anchor's take trees end to end; see `build_rows`."""
-        modules = [self.base, *(anchor.module for anchor in self.anchors.values() if anchor.module is not None)]
+        """The policy's, if its attention and every anchor's take trees end to end; see
+        `build_rows`.
+        """
+        modules = [
+            self.base,
+            *(anchor.module for anchor in self.anchors.values() if anchor.module is not None),
+        ]
         return self.base.packing if all(module.packing for module in modules) else None
 
     def _rows(self, bundles: Sequence[Bundle]) -> Rows:
         return build_rows(bundles, self.layout, self.device, packing=self.packing)
 
     def micro_batches(self, bundles: Sequence[Bundle], budget: int) -> list[list[int]]:
-        """Indices of the bundles of each forward of at most `budget` tokens; see `alignkit.policies.layout.micro_batches`."""
+        """Indices of the bundles of each forward of at most `budget` tokens; see
+        `alignkit.policies.layout.micro_batches`.
+        """
         return micro_batches(bundles, budget, self.layout, packing=self.packing)
 
     def _stored(self, bundles: Sequence[Bundle], name: str, rows: Rows) -> Tensor:
@@ -147,25 +172,34 @@ class PolicyPair:
         anchor = self.anchors[name]
         if anchor.module is not None:
             return AnchorStates(hidden, anchor.module.head)
-        return AnchorStates(hidden, replace(self.base.head, context=lambda: anchor.active(self.base, self.base)))
+        return AnchorStates(
+            hidden, replace(self.base.head, context=lambda: anchor.active(self.base, self.base))
+        )
 
     def _active(self, name: str):
         if name not in self.anchors:
             known = ", ".join(["policy", *self.anchors])
-            raise ModelError(f"this run has no anchor {name!r}, only {known}; set the recipe's `{name}` section")
+            raise ModelError(
+                f"this run has no anchor {name!r}, only {known}; set the recipe's `{name}` section"
+            )
         return self.anchors[name].active(self.module, self.base)
 
-    def cached(self, bundles: Sequence[Bundle], plan: Plan, progress: Callable[[int], None] | None = None) -> list[Bundle]:
-        """The bundles with the reference's log-probs stored in `tokens["reference"]`; call it before the policy moves.
+    def cached(
+        self, bundles: Sequence[Bundle], plan: Plan, progress: Callable[[int], None] | None = None
+    ) -> list[Bundle]:
+        """The bundles with the reference's log-probs stored in `tokens["reference"]`; call it
+        before the policy moves.
 
-        A few bundles are scored a second time by themselves; the largest difference goes to `notes`. `progress` is called with
-        the number of bundles done.
+        A few bundles are scored a second time by themselves; the largest difference goes to
+        `notes`. `progress` is called with the number of bundles done.
         """
         out = list(bundles)
         done = 0
         for group in self.micro_batches(bundles, SCORING_BUDGET):
             for index, tokens in zip(group, self._reference_tokens([bundles[i] for i in group])):
-                out[index] = replace(bundles[index], tokens={**bundles[index].tokens, "reference": tokens})
+                out[index] = replace(
+                    bundles[index], tokens={**bundles[index].tokens, "reference": tokens}
+                )
             done += len(group)
             if progress is not None:
                 progress(done)
@@ -176,7 +210,9 @@ class PolicyPair:
         return out
 
     def rescored(self, bundles: Sequence[Bundle]) -> float:
-        """The largest difference between what a few bundles have stored and live scores; call it before the policy moves."""
+        """The largest difference between what a few bundles have stored and live scores; call it
+        before the policy moves.
+        """
         worst = 0.0
         for bundle in bundles[:: -(-len(bundles) // RESCORED) or 1]:
             pairs = zip(self._reference_tokens([bundle])[0], bundle.tokens["reference"])
@@ -186,15 +222,21 @@ class PolicyPair:
     def _reference_tokens(self, bundles: Sequence[Bundle]) -> list[list[Tensor]]:
         rows = self._rows(bundles)
         scored = iter(rows.scatter(self._score("reference", rows)).cpu())
-        return [[next(scored)[: len(ids)].clone() for ids in bundle.completions] for bundle in bundles]
+        return [
+            [next(scored)[: len(ids)].clone() for ids in bundle.completions] for bundle in bundles
+        ]
 
     @contextmanager
     def rewound(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """At exit parameters and optimiser state are bit for bit what they were; new state is deleted. RNG is untouched."""
+        """At exit parameters and optimiser state are bit for bit what they were; new state is
+        deleted. RNG is untouched.
+        """
         parameters = self.parameters()
         weights = [p.detach().clone() for p in parameters]
         state = {p: _cloned(optimizer.state[p]) for p in parameters if p in optimizer.state}
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        groups = [
+            {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+        ]
         try:
             yield
         finally:
@@ -209,9 +251,17 @@ class PolicyPair:
 
     @contextmanager
     def model(self, name: str = "policy") -> Iterator[nn.Module]:
-        """A transformers causal LM for generation, in evaluation mode: "policy" or an anchor. Only valid inside the block."""
-        if name != "policy" and self.anchors.get(name, Anchor("")).kind == "cached" and self.anchors[name].moved:
-            raise ModelError("reference.kind: a cached reference cannot generate; set reference.kind=frozen")
+        """A transformers causal LM for generation, in evaluation mode: "policy" or an anchor. Only
+        valid inside the block.
+        """
+        if (
+            name != "policy"
+            and self.anchors.get(name, Anchor("")).kind == "cached"
+            and self.anchors[name].moved
+        ):
+            raise ModelError(
+                "reference.kind: a cached reference cannot generate; set reference.kind=frozen"
+            )
         active = nullcontext(self.base) if name == "policy" else self._active(name)
         with self.whole(), active as module, self._autocast():
             base = self.base if module is self.module else module
@@ -220,8 +270,11 @@ class PolicyPair:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside, a sharded policy is whole on every process and each may call it as often as it likes; all have to enter."""
-        outer, self._whole = self._whole, True
+        """Inside, a sharded policy is whole on every process and each may call it as often as it
+        likes; all have to enter.
+        """
+        outer = self._whole
+        self._whole = True
         try:
             with nullcontext() if outer else whole(self.base):
                 yield
@@ -237,13 +290,17 @@ class PolicyPair:
         """Live tensors a checkpoint covers: trainable parameters and moving anchors."""
         found = {name: p for name, p in self.base.named_parameters() if p.requires_grad}
         for name, anchor in self.anchors.items():
-            found |= {f"{ANCHOR_PREFIX}{name}.{key}": value for key, value in anchor.state(self.base).items()}
+            found |= {
+                f"{ANCHOR_PREFIX}{name}.{key}": value
+                for key, value in anchor.state(self.base).items()
+            }
         return found
 
     def state(self, *, keep: bool = True) -> dict[str, Tensor]:
         """Trainable parameters and moving anchors, whole, copied to the CPU.
 
-        Shards are gathered one by one: every process has to ask, and those that do not `keep` the answer get nothing.
+        Shards are gathered one by one: every process has to ask, and those that do not `keep` the
+        answer get nothing.
         """
         return gathered(self._tensors(), keep)
 
@@ -262,20 +319,26 @@ class PolicyPair:
             anchor.moved = True
 
     def whole_state(self, *, keep: bool = True) -> dict[str, Tensor] | None:
-        """What `save` needs of a sharded policy, gathered as by `state`; None for a policy that is whole already."""
+        """What `save` needs of a sharded policy, gathered as by `state`; None for a policy that is
+        whole already.
+        """
         return gathered(self.base.model.state_dict(), keep) if is_sharded(self.base) else None
 
     def save(self, folder: Path | str, state: dict[str, Tensor] | None = None) -> None:
-        """Write the policy so that `from_pretrained` loads it (a LoRA run: the adapter, in peft's layout), and the tokenizer.
+        """Write the policy so that `from_pretrained` loads it (a LoRA run: the adapter, in peft's
+        layout), and the tokenizer.
 
         A sharded policy needs `state`, its `whole_state`.
         """
-        model, config = self.base.model, causal_lm(self.base.model).config
+        model = self.base.model
+        config = causal_lm(self.base.model).config
         changed = {name: getattr(config, name) for name in self._save_config}
         for name, value in self._save_config.items():
             setattr(config, name, value)
         only = (
-            {"selected_adapters": [a for a in model.peft_config if a != START_ADAPTER]} if hasattr(model, "peft_config") else {}
+            {"selected_adapters": [a for a in model.peft_config if a != START_ADAPTER]}
+            if hasattr(model, "peft_config")
+            else {}
         )
         try:
             model.save_pretrained(folder, state_dict=state, **only)
@@ -287,4 +350,7 @@ class PolicyPair:
 
 
 def _cloned(state: Mapping[str, object]) -> dict[str, object]:
-    return {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+    return {
+        key: value.detach().clone() if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }

@@ -1,4 +1,6 @@
-"""What anchors the KL: a frozen copy, the policy without its adapter, its starting adapter, a cache, or a moving average."""
+"""What anchors the KL: a frozen copy, the policy without its adapter, its starting adapter, a
+cache, or a moving average.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -9,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.batches import Plan
+from alignkit.config.model import TargetConfig
 from alignkit.errors import ConfigError, ModelError
-from alignkit.policies.config import TargetConfig
 from alignkit.policies.module import PolicyModule
 from alignkit.policies.sharding import full
 
@@ -20,12 +22,16 @@ START_ADAPTER = "reference"  # the frozen twin of a pretrained adapter that is t
 
 
 def resolve_kind(kind: str, plan: Plan, *, adapter: bool, fixed_data: bool) -> str:
-    """What `reference.kind` means for this run; "none" where nothing asks for a reference, else one of KINDS or a path."""
+    """What `reference.kind` means for this run; "none" where nothing asks for a reference, else one
+    of KINDS or a path.
+    """
     sampled = any(draw.source == "reference" or draw.mix for draw in plan.samples)
     if "reference" not in plan.anchors and not plan.statistics and not sampled:
         return "none"
     if kind == "adapter_off" and not adapter:
-        raise ConfigError("reference.kind: adapter_off needs a LoRA adapter; set model.adapter, or reference.kind=frozen")
+        raise ConfigError(
+            "reference.kind: adapter_off needs a LoRA adapter; set model.adapter, or reference.kind=frozen"
+        )
     reasons = {
         "completions are sampled during the run": not fixed_data or sampled,
         "its loss reads the reference's whole vocabulary": bool(plan.statistics),
@@ -33,7 +39,9 @@ def resolve_kind(kind: str, plan: Plan, *, adapter: bool, fixed_data: bool) -> s
     }
     why = next((reason for reason, holds in reasons.items() if holds), "")
     if kind == "cached" and why:
-        raise ConfigError(f"reference.kind: cached does not work for this objective ({why}); use auto, frozen or adapter_off")
+        raise ConfigError(
+            f"reference.kind: cached does not work for this objective ({why}); use auto, frozen or adapter_off"
+        )
     if kind != "auto":
         return kind
     if not why:
@@ -50,7 +58,8 @@ class Anchor:
     decay: float = 0.99  # ema
     every: int = 64  # synced
     moved: bool = False  # cached: the policy is no longer what it was at the start
-    follows: "Anchor | None" = None  # lagged: the synced anchor of which this one is the copy before the present one
+    # lagged: the synced anchor of which this one is the copy before the present one
+    follows: "Anchor | None" = None
 
     @classmethod
     def of(cls, kind: str, policy: PolicyModule, config: TargetConfig) -> "Anchor":
@@ -70,7 +79,9 @@ class Anchor:
 
     @contextmanager
     def active(self, policy: nn.Module, base: PolicyModule) -> Iterator[nn.Module]:
-        """The module to call for this anchor. `policy` is the prepared module around `base`, as it may be wrapped for DDP."""
+        """The module to call for this anchor. `policy` is the prepared module around `base`, as it
+        may be wrapped for DDP.
+        """
         if self.module is not None:
             yield self.module
         elif self.kind == "cached":
@@ -95,7 +106,11 @@ class Anchor:
     def after_step(self, step: int, base: PolicyModule) -> None:
         """Move towards the policy after optimiser step `step` (counted from 1)."""
         self.moved = True
-        if self.module is None or self.kind not in MOVING or (self.kind != "ema" and step % self.every):
+        if (
+            self.module is None
+            or self.kind not in MOVING
+            or (self.kind != "ema" and step % self.every)
+        ):
             return
         ahead = self.follows and {name: value for name, value, _ in self.follows._trained(base)}
         for name, own, trained in self._trained(base):
@@ -105,7 +120,9 @@ class Anchor:
     def _trained(self, base: PolicyModule) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, own tensor and the policy's tensor of each weight that the policy trains."""
         assert self.module is not None
-        for (name, own), new in zip(self.module.model.named_parameters(), base.model.parameters(), strict=True):
+        for (name, own), new in zip(
+            self.module.model.named_parameters(), base.model.parameters(), strict=True
+        ):
             if new.requires_grad:
                 yield name, own, new
 

@@ -1,4 +1,6 @@
-"""Training a model that gives a few numbers for a whole completion: reward and preference models behind the loop's one door."""
+"""Training a model that gives a few numbers for a whole completion: reward and preference models
+behind the loop's one door.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,15 +29,22 @@ class ScoreModule(nn.Module):
 
 
 class ScorePair(PolicyPair):
-    """What the loop asks for log-probs, for objectives that learn from a whole completion's outputs (`plan.outputs`)."""
+    """What the loop asks for log-probs, for objectives that learn from a whole completion's outputs
+    (`plan.outputs`).
+    """
 
-    def __init__(self, model: Any, tokenizer: Any, *, save_config: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, save_config: Mapping[str, object] | None = None
+    ) -> None:
         module: Any = ScoreModule(model)
         super().__init__(module, tokenizer, {}, layout="padded", save_config=save_config)
-        self.pad, self.longest = model.config.get_text_config().pad_token_id, context_length(model)
+        self.pad = model.config.get_text_config().pad_token_id
+        self.longest = context_length(model)
 
     def logps(self, bundles: Sequence[Bundle], plan: Plan, *, anchors: bool = True) -> TokenLogps:
-        """`policy` [N, D] holds the outputs of the N completions. DataError where a row exceeds the model's context."""
+        """`policy` [N, D] holds the outputs of the N completions. DataError where a row exceeds the
+        model's context.
+        """
         rows = [torch.cat([bundle.prompt, ids]) for bundle in bundles for ids in bundle.completions]
         lengths = torch.tensor([len(row) for row in rows])
         if int(lengths.max()) > self.longest:
@@ -51,11 +60,19 @@ class ScorePair(PolicyPair):
 
 
 def joined(bundle: Bundle, separator: int) -> Bundle:
-    """A pair as two texts that hold both completions: first | separator | second, and the same in the other order."""
+    """A pair as two texts that hold both completions: first | separator | second, and the same in
+    the other order.
+    """
     first, second = bundle.completions
     between = torch.tensor([separator])
     both = [torch.cat([a, between, b]) for a, b in ((first, second), (second, first))]
-    return Bundle(bundle.prompt, both, [torch.ones(len(ids), dtype=torch.bool) for ids in both], bundle.uid, bundle.rows)
+    return Bundle(
+        bundle.prompt,
+        both,
+        [torch.ones(len(ids), dtype=torch.bool) for ids in both],
+        bundle.uid,
+        bundle.rows,
+    )
 
 
 def separator_of(tokenizer: Any) -> int:

@@ -1,4 +1,6 @@
-"""Weights sharded over the processes by torch's `fully_shard` (FSDP2), and made whole where something needs them whole."""
+"""Weights sharded over the processes by torch's `fully_shard` (FSDP2), and made whole where
+something needs them whole.
+"""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -15,7 +17,8 @@ from alignkit.policies.module import PolicyModule, causal_lm
 
 
 def shard(module: PolicyModule, processes: int) -> None:
-    """Shard parameters, gradients and (through them) moments over all processes: the model's blocks one by one, then the rest.
+    """Shard parameters, gradients and (through them) moments over all processes: the model's blocks
+    one by one, then the rest.
 
     The module's forward is the only way in from here on, except inside `whole`.
     """
@@ -25,9 +28,11 @@ def shard(module: PolicyModule, processes: int) -> None:
     blocks = [m for m in language_model.modules() if type(m).__name__ in names]
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    # the root too, against torch's default: what a forward without gradient left whole would be stale after the next update
+    # the root too, against torch's default: what a forward without gradient left whole would be
+    # stale after the next update
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    # the order of gathering in backward is said, not recorded: what processes sample in between may differ between them
+    # the order of gathering in backward is said, not recorded: what processes sample in between may
+    # differ between them
     for later, earlier in zip([module, *blocks[::-1]], [*blocks[::-1], *blocks[:1]]):
         later.set_modules_to_backward_prefetch([earlier])
 
@@ -40,11 +45,15 @@ def is_sharded(module: nn.Module) -> bool:
 def check_launch(accelerator) -> None:
     """ConfigError for launchers whose states no checkpoint of ours can gather."""
     if str(accelerator.distributed_type).endswith(("DEEPSPEED", "MEGATRON_LM")):
-        raise ConfigError("accelerate was launched for DeepSpeed or Megatron, which alignkit cannot checkpoint; use train.shard")
+        raise ConfigError(
+            "accelerate was launched for DeepSpeed or Megatron, which alignkit cannot checkpoint; use train.shard"
+        )
 
 
 def check_sharded(module: nn.Module) -> None:
-    """ConfigError where accelerate was asked for shards and wrapped the policy otherwise, without a word."""
+    """ConfigError where accelerate was asked for shards and wrapped the policy otherwise, without a
+    word.
+    """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not is_sharded(module):
         raise ConfigError(
             "accelerate was launched for FSDP but did not shard the policy (it does not on CPUs, nor with FSDP version 1); "
@@ -54,7 +63,9 @@ def check_sharded(module: nn.Module) -> None:
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
-    """Every parameter whole on every process, however often its parts are called; nothing to do for a module without shards."""
+    """Every parameter whole on every process, however often its parts are called; nothing to do for
+    a module without shards.
+    """
     parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -78,7 +89,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole copies on the CPU of tensors and shards; without `keep` only the part in the gathering, and nothing to return."""
+    """Whole copies on the CPU of tensors and shards; without `keep` only the part in the gathering,
+    and nothing to return.
+    """
     found = {}
     for name, tensor in tensors.items():
         complete = full(tensor.detach())

@@ -1,7 +1,8 @@
 """One reference pass for several runs: log-probs kept in a file, row by row.
 
-A file belongs to one set of weights, dtype, attention kernel and autocast; a row is found by its token ids and masks, whatever
-the order of the rows and the layout. So runs on the same data, or on parts of it, score each row once between them.
+A file belongs to one set of weights, dtype, attention kernel and autocast; a row is found by its
+token ids and masks, whatever the order of the rows and the layout. So runs on the same data, or on
+parts of it, score each row once between them.
 """
 
 import fcntl
@@ -20,15 +21,21 @@ from alignkit.errors import ResourceError
 from alignkit.policies.module import causal_lm
 from alignkit.policies.pair import PolicyPair
 
-TOLERANCE, HALF_TOLERANCE = 1e-3, 0.25  # between stored and live log-probs; rows of another length round differently
+# between stored and live log-probs; rows of another length round differently
+TOLERANCE = 1e-3
+HALF_TOLERANCE = 0.25
 Known = dict[bytes, list[Tensor]]  # row -> log-probs of its completions, K x [T_k]
 
 
-def cached_in(folder: Path, pair: PolicyPair, bundles: Sequence[Bundle], plan: Plan) -> list[Bundle]:
-    """As `pair.cached`, with a store: rows that `folder` knows are read, the others are scored and added to it.
+def cached_in(
+    folder: Path, pair: PolicyPair, bundles: Sequence[Bundle], plan: Plan
+) -> list[Bundle]:
+    """As `pair.cached`, with a store: rows that `folder` knows are read, the others are scored and
+    added to it.
 
-    Processes that ask at the same time wait for each other, so no row is scored twice. Of what was read, a few rows are
-    scored live; `pair.notes` says how far that is from the store. ResourceError where it is too far.
+    Processes that ask at the same time wait for each other, so no row is scored twice. Of what was
+    read, a few rows are scored live; `pair.notes` says how far that is from the store.
+    ResourceError where it is too far.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{_weights_key(pair)}.safetensors"
@@ -40,11 +47,18 @@ def cached_in(folder: Path, pair: PolicyPair, bundles: Sequence[Bundle], plan: P
             scored = pair.cached(list(missing.values()), plan)
             known |= {key: list(bundle.tokens["reference"]) for key, bundle in zip(missing, scored)}
             _write(file, known)
-    found = [replace(bundle, tokens={**bundle.tokens, "reference": known[key]}) for key, bundle in zip(keys, bundles)]
+    found = [
+        replace(bundle, tokens={**bundle.tokens, "reference": known[key]})
+        for key, bundle in zip(keys, bundles)
+    ]
     if not missing and found:
         worst = pair.rescored(found)
-        if not worst <= (TOLERANCE if pair.parameters()[0].dtype == torch.float32 else HALF_TOLERANCE):
-            raise ResourceError(f"reference.store: {file} differs from live log-probs by {worst:.1e}; it is damaged, delete it")
+        if not worst <= (
+            TOLERANCE if pair.parameters()[0].dtype == torch.float32 else HALF_TOLERANCE
+        ):
+            raise ResourceError(
+                f"reference.store: {file} differs from live log-probs by {worst:.1e}; it is damaged, delete it"
+            )
         pair.notes.append(
             f"reference log-probs of {len(found)} bundles read from {file}; those scored again differ by at most {worst:.1e}"
         )
@@ -54,10 +68,14 @@ def cached_in(folder: Path, pair: PolicyPair, bundles: Sequence[Bundle], plan: P
 def _weights_key(pair: PolicyPair) -> str:
     with pair.model("policy") as model:
         config = causal_lm(model).config
-        digest = sha256(f"{config._attn_implementation} {torch.is_autocast_enabled(pair.device.type)}".encode())
+        digest = sha256(
+            f"{config._attn_implementation} {torch.is_autocast_enabled(pair.device.type)}".encode()
+        )
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(
+                tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
     return digest.hexdigest()[:24]
 
 
@@ -74,7 +92,10 @@ def _read(file: Path) -> Known:
     found = load_file(file)
     rows = iter(found["logps"].split(found["lengths"].tolist()))
     keys = found["keys"].numpy()
-    return {key.tobytes(): [next(rows) for _ in range(k)] for key, k in zip(keys, found["completions"].tolist())}
+    return {
+        key.tobytes(): [next(rows) for _ in range(k)]
+        for key, k in zip(keys, found["completions"].tolist())
+    }
 
 
 def _write(file: Path, known: Mapping[bytes, Sequence[Tensor]]) -> None:

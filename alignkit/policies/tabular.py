@@ -1,4 +1,6 @@
-"""Policies small enough to enumerate: one softmax per prefix over a tiny vocabulary; with depth 1 a flat softmax."""
+"""Policies small enough to enumerate: one softmax per prefix over a tiny vocabulary; with depth 1 a
+flat softmax.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +13,9 @@ from alignkit.batches import Plan, TokenLogps
 
 @dataclass(frozen=True)
 class Tree:
-    """All n responses of at most `depth` tokens. With `eos` the last vocabulary entry ends a response early."""
+    """All n responses of at most `depth` tokens. With `eos` the last vocabulary entry ends a
+    response early.
+    """
 
     tokens: Tensor  # [n, depth] int64, 0 after the end
     mask: Tensor  # [n, depth] bool
@@ -23,7 +27,8 @@ class Tree:
     def build(cls, vocab: int, depth: int, *, eos: bool = True) -> "Tree":
         """Enumerate the responses; depth 1 is a bandit with `vocab` arms."""
         paths: list[list[tuple[int, int]]] = [[]]  # (prefix, token) pairs
-        done, states = [], 0
+        done = []
+        states = 0
         for t in range(depth):
             grown = []
             for path in paths:
@@ -34,7 +39,9 @@ class Tree:
             done += ended
         padded = torch.tensor([path + [(0, 0)] * (depth - len(path)) for path in done])
         lengths = torch.tensor([len(path) for path in done])
-        return cls(padded[..., 1], torch.arange(depth) < lengths[:, None], padded[..., 0], states, vocab)
+        return cls(
+            padded[..., 1], torch.arange(depth) < lengths[:, None], padded[..., 0], states, vocab
+        )
 
     def logprobs(self, theta: Tensor) -> Tensor:
         """The whole distribution at each position: [S, V] -> [n, depth, V]."""
@@ -50,19 +57,30 @@ class Tree:
         return self.logps(theta).sum(-1)
 
     def conditionals(self, response_logps: Tensor) -> Tensor:
-        """The policy [S, V] (log-probs) whose responses have log-probs `response_logps` [n] up to a constant."""
+        """The policy [S, V] (log-probs) whose responses have log-probs `response_logps` [n] up to a
+        constant.
+        """
         flat = (self.prefixes * self.vocab + self.tokens)[self.mask]
-        weights = (response_logps - response_logps.max()).exp().unsqueeze(-1).expand_as(self.mask)[self.mask]
+        weights = (
+            (response_logps - response_logps.max())
+            .exp()
+            .unsqueeze(-1)
+            .expand_as(self.mask)[self.mask]
+        )
         total = weights.new_zeros(self.states * self.vocab).index_add(0, flat, weights)
         return total.reshape(self.states, self.vocab).log().log_softmax(-1)
 
     def token_logps(self, theta: Tensor, anchors: Mapping[str, Tensor], plan: Plan) -> TokenLogps:
-        """All responses as an objective sees them, with the plan's statistics under the first anchor: [S, V] -> [n, depth]."""
+        """All responses as an objective sees them, with the plan's statistics under the first
+        anchor: [S, V] -> [n, depth].
+        """
         policy = self.logprobs(theta)
         anchor = self.logprobs(anchors[plan.anchors[0]]).flatten(0, 1) if plan.anchors else None
         extras = {}
         for name, statistic in plan.statistics.items():
-            values = statistic(policy.flatten(0, 1), anchor, self.tokens.flatten()).reshape(self.mask.shape)
+            values = statistic(policy.flatten(0, 1), anchor, self.tokens.flatten()).reshape(
+                self.mask.shape
+            )
             extras[name] = torch.where(self.mask, values, values.new_zeros(()))
         found = {name: self.logps(anchors[name]).detach() for name in plan.anchors}
         return TokenLogps(self.logps(theta), found, self.mask, extras=extras)

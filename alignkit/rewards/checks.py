@@ -17,9 +17,11 @@ _SHOWN = 160  # characters of a prompt or completion quoted in an error
 def checked(
     name: str, values: Any, prompts: Sequence[Any], completions: Sequence[Any], *, drop: bool
 ) -> tuple[list[float | None], list[int]]:
-    """`values` as one float or None per completion, and the rows with nan or inf, which are None too.
+    """`values` as one float or None per completion, and the rows with nan or inf, which are None
+    too.
 
-    Raises DataError for anything that is not a sequence of N numbers, NumericsError for nan or inf unless `drop`.
+    Raises DataError for anything that is not a sequence of N numbers, NumericsError for nan or inf
+    unless `drop`.
     """
     values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, str) or not isinstance(values, Sequence):
@@ -32,7 +34,11 @@ def checked(
             f"reward {name} returned {len(values)} values for {len(completions)} completions; it should return one for each"
         )
     numbers = [_number(name, value, row, prompts, completions) for row, value in enumerate(values)]
-    bad = [row for row, number in enumerate(numbers) if number is not None and not math.isfinite(number)]
+    bad = [
+        row
+        for row, number in enumerate(numbers)
+        if number is not None and not math.isfinite(number)
+    ]
     if bad and not drop:
         kinds = " and ".join(sorted({str(numbers[row]) for row in bad}))
         raise NumericsError(
@@ -42,7 +48,9 @@ def checked(
     return [None if row in set(bad) else number for row, number in enumerate(numbers)], bad
 
 
-def _number(name: str, value: Any, row: int, prompts: Sequence[Any], completions: Sequence[Any]) -> float | None:
+def _number(
+    name: str, value: Any, row: int, prompts: Sequence[Any], completions: Sequence[Any]
+) -> float | None:
     if value is None:
         return None
     try:
@@ -57,9 +65,11 @@ def _number(name: str, value: Any, row: int, prompts: Sequence[Any], completions
 
 
 def within(seconds: float, what: str, call: Callable[[], T]) -> T:
-    """The result of `call`, run in a thread of its own without gradients. ResourceError when it takes longer.
+    """The result of `call`, run in a thread of its own without gradients. ResourceError when it
+    takes longer.
 
-    A thread cannot be killed: a function that hangs stops the run; what may hang on a completion belongs into a verifier.
+    A thread cannot be killed: a function that hangs stops the run; what may hang on a completion
+    belongs into a verifier.
     """
     box: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 

@@ -21,32 +21,44 @@ class Part:
 
 
 class Reward:
-    """The weighted sum of its parts: reward(prompts, completions, **columns) -> one float or None per completion.
+    """The weighted sum of its parts: reward(prompts, completions, **columns) -> one float or None
+    per completion.
 
-    A part that answers None for a completion (not applicable) is left out of its sum. None is a completion that no part
-    applies to, or that a part set aside. It is itself a reward function for TRL's GRPOTrainer. `metrics` describes the last
-    call: `rewards/NAME/mean` and `/std` over the rows a part applies to, `/set_aside` (how many were nan, infinite or raised),
-    and what the part itself reports.
+    A part that answers None for a completion (not applicable) is left out of its sum. None is a
+    completion that no part applies to, or that a part set aside. It is itself a reward function for
+    TRL's GRPOTrainer. `metrics` describes the last call: `rewards/NAME/mean` and `/std` over the
+    rows a part applies to, `/set_aside` (how many were nan, infinite or raised), and what the part
+    itself reports.
     """
 
     def __init__(self, parts: Sequence[Part]):
         if not parts:
             raise ConfigError("rewards: the list is empty; give at least one reward")
-        self.parts, self.metrics = list(parts), dict[str, float]()
+        self.parts = list(parts)
+        self.metrics = dict[str, float]()
         self.__name__ = "_".join(part.name for part in parts)  # TRL's name for it
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """Raises NumericsError for nan or inf, DataError for answers of the wrong shape or type and for exceptions,
-        ResourceError for a hang; each names the function and the rows."""
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | None]:
+        """Raises NumericsError for nan or inf, DataError for answers of the wrong shape or type and
+        for exceptions, ResourceError for a hang; each names the function and the rows.
+        """
         self.metrics = {}
         plain = {name: column for name, column in columns.items() if name not in CONTEXT}
         totals: list[float | None] = [None] * len(completions)
         aside: set[int] = set()
         for part in self.parts:
-            raw = part.call(prompts, completions, **(columns if isinstance(part.call, FunctionReward) else plain))
+            raw = part.call(
+                prompts,
+                completions,
+                **(columns if isinstance(part.call, FunctionReward) else plain),
+            )
             values, bad = checked(part.name, raw, prompts, completions, drop=part.drop)
             if bad and len(bad) == len(values):
-                raise DataError(f"reward {part.name} has no finite value for any of the {len(values)} completions")
+                raise DataError(
+                    f"reward {part.name} has no finite value for any of the {len(values)} completions"
+                )
             aside.update(bad)
             for row, value in enumerate(values):
                 if value is not None:
@@ -63,7 +75,13 @@ class Reward:
     def _describe(self, part: Part, values: Sequence[float | None], bad: Sequence[int]) -> None:
         applicable = [value for value in values if value is not None]
         if applicable:
-            self.metrics |= {f"rewards/{part.name}/mean": fmean(applicable), f"rewards/{part.name}/std": pstdev(applicable)}
+            self.metrics |= {
+                f"rewards/{part.name}/mean": fmean(applicable),
+                f"rewards/{part.name}/std": pstdev(applicable),
+            }
         if part.drop:
             self.metrics[f"rewards/{part.name}/set_aside"] = len(bad)
-        self.metrics |= {f"rewards/{part.name}/{name}": value for name, value in getattr(part.call, "metrics", {}).items()}
+        self.metrics |= {
+            f"rewards/{part.name}/{name}": value
+            for name, value in getattr(part.call, "metrics", {}).items()
+        }

@@ -11,53 +11,94 @@ from alignkit.errors import AlignkitError, DataError
 from alignkit.rewards.checks import quoted, within
 
 Values = Sequence[float | None]
-CONTEXT = ("trainer_state", "log_metric", "log_extra")  # what TRL hands a reward function beside its columns
+# what TRL hands a reward function beside its columns
+CONTEXT = (
+    "trainer_state",
+    "log_metric",
+    "log_extra",
+)
 log = logging.getLogger("alignkit")
 
 
 class FunctionReward:
-    """A user's function f(prompts, completions, **columns) -> list, sync or async, under a wall-clock limit.
+    """A user's function f(prompts, completions, **columns) -> list, sync or async, under a
+    wall-clock limit.
 
-    It is given what it names, or everything when it takes **kwargs: prompts, completions, the columns, and TRL's `trainer_state`
-    (of which there is `global_step`), `log_metric` (into `metrics`) and `log_extra` (nowhere). A caller may bring its own three.
+    It is given what it names, or everything when it takes **kwargs: prompts, completions, the
+    columns, and TRL's `trainer_state` (of which there is `global_step`), `log_metric` (into
+    `metrics`) and `log_extra` (nowhere). A caller may bring its own three.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], *, timeout: float = 600.0, drop: bool = False):
-        self.name, self.function, self.timeout, self.drop = name, function, timeout, drop
+    def __init__(
+        self, name: str, function: Callable[..., Any], *, timeout: float = 600.0, drop: bool = False
+    ):
+        self.name = name
+        self.function = function
+        self.timeout = timeout
+        self.drop = drop
         self.metrics: dict[str, float] = {}
         parameters = inspect.signature(function).parameters.values()
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.named = {p.name for p in parameters}
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Any:
-        """Its raw answer. A function that raises is tried row by row: the rows that raise are named, or set aside (`drop`)."""
+        """Its raw answer. A function that raises is tried row by row: the rows that raise are
+        named, or set aside (`drop`).
+        """
         self.metrics = {}
         try:
-            return within(self.timeout, f"reward {self.name}", lambda: self._call(prompts, completions, columns))
+            return within(
+                self.timeout,
+                f"reward {self.name}",
+                lambda: self._call(prompts, completions, columns),
+            )
         except AlignkitError:
             raise
         except Exception as error:
             whole = error  # the name in the clause ends with it
-        return within(self.timeout, f"reward {self.name}", lambda: self._row_by_row(prompts, completions, columns, whole))
+        return within(
+            self.timeout,
+            f"reward {self.name}",
+            lambda: self._row_by_row(prompts, completions, columns, whole),
+        )
 
-    def _call(self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]) -> Any:
-        own = {"trainer_state": None, "log_metric": self._log_metric, "log_extra": lambda column, values: None}
+    def _call(
+        self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]
+    ) -> Any:
+        own = {
+            "trainer_state": None,
+            "log_metric": self._log_metric,
+            "log_extra": lambda column, values: None,
+        }
         offered = {**own, **columns, "prompts": prompts, "completions": completions}
-        given = offered if self.takes_all else {name: value for name, value in offered.items() if name in self.named}
+        given = (
+            offered
+            if self.takes_all
+            else {name: value for name, value in offered.items() if name in self.named}
+        )
         result = self.function(**given)
         return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
 
-    def _row_by_row(self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any], whole: Exception) -> Any:
+    def _row_by_row(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: dict[str, Any],
+        whole: Exception,
+    ) -> Any:
         values: list[Any] = []
         failed = 0
         for row in range(len(completions)):
-            one = {name: value if name in CONTEXT else [value[row]] for name, value in columns.items()}
+            one = {
+                name: value if name in CONTEXT else [value[row]] for name, value in columns.items()
+            }
             try:
                 values += self._call([prompts[row]], [completions[row]], one)
             except Exception as again:
                 failed += 1
                 if not self.drop:
-                    log.error("reward %s raised on row %d:", self.name, row, exc_info=again)  # where in the user's code
+                    # where in the user's code
+                    log.error("reward %s raised on row %d:", self.name, row, exc_info=again)
                     raise DataError(
                         f"reward {self.name} raised {type(again).__name__}: {again}; first on row {row} of {len(completions)}: "
                         f"{quoted(prompts[row], completions[row])}"
@@ -67,7 +108,11 @@ class FunctionReward:
             log.error("reward %s raised:", self.name, exc_info=whole)
             raise DataError(
                 f"reward {self.name} raised {type(whole).__name__}: {whole}; on "
-                + (f"each of the {failed} completions" if failed else f"the batch of {len(completions)}, on no single row")
+                + (
+                    f"each of the {failed} completions"
+                    if failed
+                    else f"the batch of {len(completions)}, on no single row"
+                )
             ) from whole
         return values
 
@@ -79,23 +124,38 @@ class LengthPenalty:
     """See `LengthReward`; needs `completion_ids`."""
 
     def __init__(self, max_tokens: int, buffer: int):
-        self.max_tokens, self.buffer = max_tokens, buffer
+        self.max_tokens = max_tokens
+        self.buffer = buffer
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], *, completion_ids: Sequence[Any], **_: Any) -> Values:
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        *,
+        completion_ids: Sequence[Any],
+        **_: Any,
+    ) -> Values:
         """0 up to max_tokens - buffer tokens, -1 from max_tokens on, linear between."""
-        excess = [(len(ids) - (self.max_tokens - self.buffer)) / self.buffer for ids in completion_ids]
+        excess = [
+            (len(ids) - (self.max_tokens - self.buffer)) / self.buffer for ids in completion_ids
+        ]
         return [-min(max(share, 0.0), 1.0) for share in excess]
 
 
 class FormatMatch:
-    """1 where the regular expression matches the whole completion, else 0; `.` matches newlines too."""
+    """1 where the regular expression matches the whole completion, else 0; `.` matches newlines
+    too.
+    """
 
     def __init__(self, pattern: str):
         self.pattern = re.compile(pattern, re.DOTALL)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> Values:
         """One number per completion; of a chat the content of the last message is matched."""
-        return [float(self.pattern.fullmatch(plain_text(completion)) is not None) for completion in completions]
+        return [
+            float(self.pattern.fullmatch(plain_text(completion)) is not None)
+            for completion in completions
+        ]
 
 
 def plain_text(completion: Any) -> str:

@@ -7,20 +7,23 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from alignkit.config.plugins import load_object
+from alignkit.config.rewards import RewardConfig
 from alignkit.errors import ConfigError, ModelError
-from alignkit.plugins import load_object
 from alignkit.rewards.combine import Part, Reward
-from alignkit.rewards.config import RewardConfig
 from alignkit.rewards.functions import FormatMatch, FunctionReward, LengthPenalty
 from alignkit.rewards.model import RewardModel
 from alignkit.rewards.verifier import Verifier
 
 
-def load_rewards(section: Sequence[RewardConfig | Mapping[str, Any]], *, safe: bool, device: Any = "cpu") -> Reward:
+def load_rewards(
+    section: Sequence[RewardConfig | Mapping[str, Any]], *, safe: bool, device: Any = "cpu"
+) -> Reward:
     """The weighted sum of the section's rewards; reward models go to `device`.
 
-    Code that the recipe names is announced on stderr before it is imported, and refused (ConfigError) when `safe`.
-    Raises ConfigError for faults of the section and ModelError for a model that is no reward model.
+    Code that the recipe names is announced on stderr before it is imported, and refused
+    (ConfigError) when `safe`. Raises ConfigError for faults of the section and ModelError for a
+    model that is no reward model.
     """
     parsed = [_parsed(entry, number) for number, entry in enumerate(section)]
     seen: Counter[str] = Counter()
@@ -29,12 +32,23 @@ def load_rewards(section: Sequence[RewardConfig | Mapping[str, Any]], *, safe: b
         name = _name(entry)
         seen[name] += 1
         label = name if seen[name] == 1 else f"{name}_{seen[name]}"
-        parts.append(Part(label, _call(entry, label, f"rewards.{number}", safe, device), entry.weight, entry.on_bad == "drop"))
+        parts.append(
+            Part(
+                label,
+                _call(entry, label, f"rewards.{number}", safe, device),
+                entry.weight,
+                entry.on_bad == "drop",
+            )
+        )
     return Reward(parts)
 
 
-def load_reward_model(name_or_path: str, *, revision: str | None = None, device: Any = "cpu") -> RewardModel:
-    """A sequence-classification model with one output, and its tokenizer. Raises ModelError. Runs no code of the model's."""
+def load_reward_model(
+    name_or_path: str, *, revision: str | None = None, device: Any = "cpu"
+) -> RewardModel:
+    """A sequence-classification model with one output, and its tokenizer. Raises ModelError. Runs
+    no code of the model's.
+    """
     model, tokenizer = load_classifier(name_or_path, revision=revision, device=device)
     kind = getattr(model.config, "alignkit_outputs", "reward")
     if model.config.num_labels != 1 or kind != "reward":
@@ -46,9 +60,15 @@ def load_reward_model(name_or_path: str, *, revision: str | None = None, device:
 
 
 def load_classifier(
-    name_or_path: str, *, revision: str | None = None, device: Any = "cpu", field: str = "rewards.model"
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    device: Any = "cpu",
+    field: str = "rewards.model",
 ) -> tuple[Any, Any]:
-    """A sequence-classification model that knows its pad token, and its tokenizer. Raises ModelError, which names `field`."""
+    """A sequence-classification model that knows its pad token, and its tokenizer. Raises
+    ModelError, which names `field`.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
@@ -59,9 +79,13 @@ def load_classifier(
         raise ModelError(f"{field}: {name_or_path} could not be loaded: {reason}") from error
     config = model.config.get_text_config()
     if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        config.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
     if config.pad_token_id is None:
-        raise ModelError(f"{field}: {name_or_path} has neither a pad nor an end token; set pad_token_id in its config")
+        raise ModelError(
+            f"{field}: {name_or_path} has neither a pad nor an end token; set pad_token_id in its config"
+        )
     return model.to(device), tokenizer
 
 
@@ -85,19 +109,26 @@ def _name(entry: RewardConfig) -> str:
     return entry.model.rstrip("/").rpartition("/")[2] if entry.model else entry.kind
 
 
-def _call(entry: RewardConfig, name: str, field: str, safe: bool, device: Any) -> Callable[..., Any]:
+def _call(
+    entry: RewardConfig, name: str, field: str, safe: bool, device: Any
+) -> Callable[..., Any]:
     drop = entry.on_bad == "drop"
     if entry.function is not None:
         function = load_object(entry.function, what=f"{field}.function", safe=safe)
         if not callable(function):
-            raise ConfigError(f"{field}.function: {entry.function} is a {type(function).__name__}, not a function")
+            raise ConfigError(
+                f"{field}.function: {entry.function} is a {type(function).__name__}, not a function"
+            )
         return FunctionReward(name, function, timeout=entry.timeout or 600.0, drop=drop)
     if entry.verifier is not None:
         if safe:
             raise ConfigError(
                 f"{field}.verifier: `{entry.verifier}` would run code that the recipe names; --safe does not allow that"
             )
-        print(f"alignkit: {field}.verifier runs code from {entry.verifier} in {entry.workers} processes", file=sys.stderr)
+        print(
+            f"alignkit: {field}.verifier runs code from {entry.verifier} in {entry.workers} processes",
+            file=sys.stderr,
+        )
         return Verifier(
             entry.verifier,
             timeout=entry.timeout or 10.0,

@@ -1,8 +1,8 @@
 """Verifiers: code that judges what a model wrote, in processes that can be killed.
 
-A verifier that hangs, eats the memory or crashes costs one completion its score, not the run. Messages are JSON, never
-pickle; a process is replaced after every failure and after a number of completions, so that nothing a completion leaves
-behind reaches later ones for long.
+A verifier that hangs, eats the memory or crashes costs one completion its score, not the run.
+Messages are JSON, never pickle; a process is replaced after every failure and after a number of
+completions, so that nothing a completion leaves behind reaches later ones for long.
 """
 
 import contextlib
@@ -26,12 +26,23 @@ from alignkit.rewards.checks import quoted
 _START = 120.0  # seconds for a process to import the verifier
 _RECYCLE = 256  # completions after which a process is replaced
 _LONGEST = 1 << 20  # bytes of an answer
-_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")  # no tokens or keys in the environment
+# no tokens or keys in the environment
+_KEPT = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+    "VIRTUAL_ENV",
+    "SYSTEMROOT",
+)
 log = logging.getLogger("alignkit")
 
 
 class Verifier:
-    """f(prompt, completion, **columns) -> float, bool or None, for each completion on its own, under a wall-clock limit."""
+    """f(prompt, completion, **columns) -> float, bool or None, for each completion on its own,
+    under a wall-clock limit.
+    """
 
     def __init__(
         self,
@@ -43,7 +54,9 @@ class Verifier:
         memory_mb: int = 4096,
         drop: bool = False,
     ):
-        self.name, self.failed, self.drop = spec.rpartition(":")[2], failed, drop
+        self.name = spec.rpartition(":")[2]
+        self.failed = failed
+        self.drop = drop
         self.metrics: dict[str, float] = {}
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         processes = [_Process(spec, timeout, memory_mb) for _ in range(workers)]
@@ -52,14 +65,20 @@ class Verifier:
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")
         self._end = weakref.finalize(self, _stop_all, processes)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Any]:
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[Any]:
         """One value per completion; `failed` where the process had to be killed or died.
 
-        Raises DataError for an exception in the verifier (unless `drop`), ConfigError when it cannot be loaded,
-        ResourceError when it failed on every completion.
+        Raises DataError for an exception in the verifier (unless `drop`), ConfigError when it
+        cannot be loaded, ResourceError when it failed on every completion.
         """
         questions = [
-            {"prompt": prompt, "completion": completion, "columns": {name: column[row] for name, column in columns.items()}}
+            {
+                "prompt": prompt,
+                "completion": completion,
+                "columns": {name: column[row] for name, column in columns.items()},
+            }
             for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
         answers = list(self._threads.map(self._ask, questions))
@@ -70,7 +89,10 @@ class Verifier:
                 "`memory_mb`, or mend it"
             )
         self.metrics = {"failed": len(failures)}
-        return [self._value(answer, question, row) for row, (answer, question) in enumerate(zip(answers, questions))]
+        return [
+            self._value(answer, question, row)
+            for row, (answer, question) in enumerate(zip(answers, questions))
+        ]
 
     def close(self) -> None:
         """End the processes."""
@@ -92,14 +114,18 @@ class Verifier:
         if self.drop:
             return float("nan")  # set aside and counted by the caller
         log.error("verifier %s, row %d:\n%s", self.name, row, answer["traceback"])
-        raise DataError(f"verifier {self.name} raised {answer['error']} on row {row}: {quoted(**_text(question))}")
+        raise DataError(
+            f"verifier {self.name} raised {answer['error']} on row {row}: {quoted(**_text(question))}"
+        )
 
 
 class _Process:
     """One worker process, started when first needed."""
 
     def __init__(self, spec: str, timeout: float, memory_mb: int):
-        self.spec, self.timeout, self.memory_mb = spec, timeout, memory_mb
+        self.spec = spec
+        self.timeout = timeout
+        self.memory_mb = memory_mb
         self.child: subprocess.Popen[bytes] | None = None
         self.asked = 0
         self.unread = b""
@@ -128,25 +154,41 @@ class _Process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.child.pid, signal.SIGKILL)
             self.child.communicate()
-        self.child, self.asked, self.unread = None, 0, b""
+        self.child = None
+        self.asked = 0
+        self.unread = b""
 
     def _start(self) -> None:
         environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        command = [sys.executable, "-m", "alignkit.rewards.worker", self.spec, str(self.timeout), str(self.memory_mb)]
+        command = [
+            sys.executable,
+            "-m",
+            "alignkit.rewards.worker",
+            self.spec,
+            str(self.timeout),
+            str(self.memory_mb),
+        ]
         self.child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
         )
         first = self._read(_START)
         if "ready" not in first:
             self.stop()
-            raise ConfigError(f"rewards.verifier: {self.spec} cannot be loaded: {first.get('broken') or first['failed']}")
+            raise ConfigError(
+                f"rewards.verifier: {self.spec} cannot be loaded: {first.get('broken') or first['failed']}"
+            )
 
     def _read(self, seconds: float) -> dict[str, Any]:
         """The next line of the worker as JSON, or {"failed": why}."""
         assert self.child is not None
         assert self.child.stdout is not None
-        deadline, descriptor = time.monotonic() + seconds, self.child.stdout.fileno()
+        deadline = time.monotonic() + seconds
+        descriptor = self.child.stdout.fileno()
         while b"\n" not in self.unread:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([descriptor], [], [], left)[0]:

@@ -1,4 +1,6 @@
-"""The process in which a verifier runs: JSON lines in, JSON lines out. Started as `python -m alignkit.rewards.worker`."""
+"""The process in which a verifier runs: JSON lines in, JSON lines out. Started as `python -m
+alignkit.rewards.worker`.
+"""
 
 import contextlib
 import io
@@ -11,13 +13,15 @@ import traceback
 from math import ceil
 from typing import Any
 
-from alignkit.plugins import load_object
+from alignkit.config.plugins import load_object
 
 _BACKSTOP = 5  # seconds after the limit at which the process ends itself, should its parent be gone
 
 
 def main(spec: str, timeout: float, memory_mb: int) -> None:
-    """Answer {"prompt", "completion", "columns"} with {"value"} or {"error", "traceback"} until the input ends."""
+    """Answer {"prompt", "completion", "columns"} with {"value"} or {"error", "traceback"} until the
+    input ends.
+    """
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the verifier prints must not look like an answer
     questions = sys.stdin

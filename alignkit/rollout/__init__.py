@@ -3,14 +3,13 @@
 from importlib import import_module
 
 _WHERE = {
-    "Sample": "sampler",
-    "Sampler": "sampler",
-    "Models": "sampler",
-    "make_sampler": "sampler",
+    "Sample": "protocol",
+    "Sampler": "protocol",
+    "Models": "protocol",
+    "make_sampler": "engines",
     "HFSampler": "hf",
     "VLLMSampler": "vllm",
-    "OneModel": "text",
-    "generate": "text",
+    "OneModel": "generate",
 }
 __all__ = sorted(_WHERE)
 

@@ -1,4 +1,6 @@
-"""The trainer's side of a sampling server: addresses that are allowed, requests that end, answers that are checked."""
+"""The trainer's side of a sampling server: addresses that are allowed, requests that end, answers
+that are checked.
+"""
 
 import http.client
 import json
@@ -26,15 +28,22 @@ class Unreachable(ResourceError):
 class Client:
     """A sampling server at `url`. Raises ResourceError where it is gone, slow or talks nonsense.
 
-    http goes to loopback addresses alone; https goes anywhere and needs the token. No redirect is followed, no proxy is used.
+    http goes to loopback addresses alone; https goes anywhere and needs the token. No redirect is
+    followed, no proxy is used.
     """
 
     def __init__(self, url: str, *, timeout: float):
         parts = urlsplit(url)
-        self.url, self.timeout, self.host, self.port = url, timeout, parts.hostname or "", parts.port
-        self.secure, self.token = parts.scheme == "https", os.environ.get(TOKEN_ENV, "").strip()
+        self.url = url
+        self.timeout = timeout
+        self.host = parts.hostname or ""
+        self.port = parts.port
+        self.secure = parts.scheme == "https"
+        self.token = os.environ.get(TOKEN_ENV, "").strip()
         if self.secure and not self.token:
-            raise ConfigError(f"rollout.url: {url} is not this machine; set {TOKEN_ENV} to the server's token")
+            raise ConfigError(
+                f"rollout.url: {url} is not this machine; set {TOKEN_ENV} to the server's token"
+            )
 
     def wait(self, patience: float) -> dict[str, Any]:
         """The server's hello; a server that is still loading its model has `patience` seconds."""
@@ -50,7 +59,12 @@ class Client:
                         "`python -m alignkit.rollout.vllm_server MODEL` in vLLM's environment"
                     ) from error
                 if now - said >= SAY_EVERY:
-                    log.warning("waiting for the sampling server at %s: %.0f of %g s", self.url, now - began, patience)
+                    log.warning(
+                        "waiting for the sampling server at %s: %.0f of %g s",
+                        self.url,
+                        now - began,
+                        patience,
+                    )
                     said = now
                 time.sleep(min(1.0, patience / 10))
 
@@ -76,7 +90,13 @@ class Client:
         return self._ask("POST", "/sample", [body], headers, most=most)
 
     def _ask(
-        self, method: str, path: str, body: Iterable[bytes] = (), headers: Mapping[str, str] | None = None, *, most: int
+        self,
+        method: str,
+        path: str,
+        body: Iterable[bytes] = (),
+        headers: Mapping[str, str] | None = None,
+        *,
+        most: int,
     ) -> dict[str, Any]:
         connection = self._connection()
         try:
@@ -88,9 +108,12 @@ class Client:
             for block in body:
                 connection.send(block)
             response = connection.getresponse()
-            status, data = response.status, response.read(most + 1)
+            status = response.status
+            data = response.read(most + 1)
         except TimeoutError as error:
-            raise Unreachable(f"rollout.url: {self.url} did not answer in {self.timeout:g} s; {RESUME}") from error
+            raise Unreachable(
+                f"rollout.url: {self.url} did not answer in {self.timeout:g} s; {RESUME}"
+            ) from error
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable(
                 f"rollout.url: no sampling server answers at {self.url} ({type(error).__name__}: {error}); {RESUME}"
@@ -98,12 +121,16 @@ class Client:
         finally:
             connection.close()
         if len(data) > most:
-            raise ResourceError(f"rollout.url: the answer of {self.url} is longer than the {most} bytes that were asked for")
+            raise ResourceError(
+                f"rollout.url: the answer of {self.url} is longer than the {most} bytes that were asked for"
+            )
         return self._checked(method, path, status, data)
 
     def _connection(self) -> http.client.HTTPConnection:
         if self.secure:
-            return http.client.HTTPSConnection(self.host, self.port, timeout=self.timeout, context=ssl.create_default_context())
+            return http.client.HTTPSConnection(
+                self.host, self.port, timeout=self.timeout, context=ssl.create_default_context()
+            )
         return http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
 
     def _checked(self, method: str, path: str, status: int, data: bytes) -> dict[str, Any]:
@@ -124,5 +151,9 @@ class Client:
                 "started again, or another run uses it. Give each run its own server, then go on with --resume auto"
             )
         if status == 422:
-            raise ModelError(f"rollout.url: the server at {self.url} refused the policy's weights: {reason}")
-        raise ResourceError(f"rollout.url: {self.url} answered {method} {path} with {status}: {reason}")
+            raise ModelError(
+                f"rollout.url: the server at {self.url} refused the policy's weights: {reason}"
+            )
+        raise ResourceError(
+            f"rollout.url: {self.url} answered {method} {path} with {status}: {reason}"
+        )

@@ -1,8 +1,10 @@
-"""Counter-based Gumbel noise: a pure function of (seed, step, prompt, completion, position, vocabulary index).
+"""Counter-based Gumbel noise: a pure function of (seed, step, prompt, completion, position,
+vocabulary index).
 
-Nothing is drawn from a stateful generator, so the noise of one token does not depend on which rows share its batch, on how
-many processes sample, or on what was sampled before; resume needs no random state, and two objectives compared under one
-seed see the same noise. Integer arithmetic wraps alike on every device.
+Nothing is drawn from a stateful generator, so the noise of one token does not depend on which rows
+share its batch, on how many processes sample, or on what was sampled before; resume needs no random
+state, and two objectives compared under one seed see the same noise. Integer arithmetic wraps alike
+on every device.
 """
 
 from functools import lru_cache
@@ -10,13 +12,20 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-_ODD = (0x7FEB352D, 0x846CA68B - (1 << 32))  # multipliers of the 32-bit finaliser "lowbias32" (Wellons 2018), as int32
+# multipliers of the 32-bit finaliser "lowbias32" (Wellons 2018), as int32
+_ODD = (
+    0x7FEB352D,
+    0x846CA68B - (1 << 32),
+)
 
 
-def row_keys(seed: int, step: int, prompts: Tensor, completions: Tensor, positions: Tensor) -> Tensor:
+def row_keys(
+    seed: int, step: int, prompts: Tensor, completions: Tensor, positions: Tensor
+) -> Tensor:
     """One 64-bit key per row. prompts, completions, positions: int64 [B] -> int64 [B].
 
-    The coordinates are absorbed one after the other by the splitmix64 finaliser (Steele et al. 2014).
+    The coordinates are absorbed one after the other by the splitmix64 finaliser (Steele et al.
+    2014).
     """
     key = _mix64(torch.full_like(prompts, _signed(seed, 64)))
     for part in (torch.full_like(prompts, _signed(step, 64)), prompts, completions, positions):
@@ -25,7 +34,9 @@ def row_keys(seed: int, step: int, prompts: Tensor, completions: Tensor, positio
 
 
 def uniform(keys: Tensor, size: int) -> Tensor:
-    """Uniform numbers in (0, 1), float32: int64 keys [B] -> [B, size]. Spaced by 2^-31 near 0, so that rare tokens stay exact."""
+    """Uniform numbers in (0, 1), float32: int64 keys [B] -> [B, size]. Spaced by 2^-31 near 0, so
+    that rare tokens stay exact.
+    """
     low = (keys & 0xFFFFFFFF).to(torch.int32)[:, None]
     high = (keys >> 32).to(torch.int32)[:, None]
     words = _xorshift(_indices(size, keys.device) ^ low, 16).mul_(_ODD[0]).add_(high)
@@ -34,8 +45,11 @@ def uniform(keys: Tensor, size: int) -> Tensor:
 
 
 def gumbel(keys: Tensor, size: int) -> Tensor:
-    """Standard Gumbel noise, float32: int64 keys [B] -> [B, size]. argmax(log-probs + noise) samples the log-probs."""
-    # -log(-log(1 - u)): the large values, which decide the argmax, come from small u, where float32 is dense
+    """Standard Gumbel noise, float32: int64 keys [B] -> [B, size]. argmax(log-probs + noise)
+    samples the log-probs.
+    """
+    # -log(-log(1 - u)): the large values, which decide the argmax, come from small u, where float32
+    # is dense
     return uniform(keys, size).neg_().log1p_().neg_().log_().neg_()
 
 

@@ -1,11 +1,15 @@
-"""A sampling engine behind HTTP on this machine: weights in as safetensors, completions out as token ids with log-probs.
+"""A sampling engine behind HTTP on this machine: weights in as safetensors, completions out as
+token ids with log-probs.
 
     GET  /hello    what the engine holds: protocol, vocabulary, shape, dtype, max_length, version
     PUT  /weights  a safetensors file; its SHA-256 is the version from then on
-    POST /sample   {version, max_new_tokens, temperature, top_p, stop, prompts: [[id]], seeds: [[one per completion]]}
-                   -> {version, completions: [{ids, logps, ended}]}, prompt by prompt; 409 under another version
+    POST /sample   {version, max_new_tokens, temperature, top_p, stop, prompts: [[id]], seeds: [[one
+    per completion]]}
+                   -> {version, completions: [{ids, logps, ended}]}, prompt by prompt; 409 under
+                   another version
 
-It listens on 127.0.0.1 alone. Where ALIGNKIT_ROLLOUT_TOKEN is set, every request must bear it. Standard library only.
+It listens on 127.0.0.1 alone. Where ALIGNKIT_ROLLOUT_TOKEN is set, every request must bear it.
+Standard library only.
 """
 
 import json
@@ -49,7 +53,9 @@ class Engine(Protocol):
         ...
 
     def load(self, folder: Path) -> None:
-        """Take the weights of `folder`/model.safetensors, named as in a checkpoint, and forget all caches."""
+        """Take the weights of `folder`/model.safetensors, named as in a checkpoint, and forget all
+        caches.
+        """
         ...
 
     def sample(self, rows: Sequence[Row]) -> list[Mapping[str, Any]]:
@@ -76,10 +82,14 @@ class Job:
 
 
 class Worker:
-    """Runs the engine in one thread. Requests for samples that wait together (those of several ranks) run as one batch."""
+    """Runs the engine in one thread. Requests for samples that wait together (those of several
+    ranks) run as one batch.
+    """
 
     def __init__(self, engine: Engine):
-        self.engine, self.jobs, self.version = engine, SimpleQueue[Job](), "as started"
+        self.engine = engine
+        self.jobs = SimpleQueue[Job]()
+        self.version = "as started"
         self.about = engine.describe()
 
     def run(self) -> None:
@@ -115,10 +125,14 @@ class Worker:
         current = [job for job in jobs if job.version == self.version]
         for job in jobs:
             if job.version != self.version:
-                job.done.set_exception(Refused(409, f"asked for weights {job.version[:12]}, has {self.version[:12]}"))
+                job.done.set_exception(
+                    Refused(409, f"asked for weights {job.version[:12]}, has {self.version[:12]}")
+                )
         drawn = iter(self.engine.sample([row for job in current for row in job.rows]))
         for job in current:
-            job.done.set_result({"version": self.version, "completions": [next(drawn) for _ in job.rows]})
+            job.done.set_result(
+                {"version": self.version, "completions": [next(drawn) for _ in job.rows]}
+            )
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -130,7 +144,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """What this server holds."""
         worker = self.server.worker
-        self._answer("/hello", lambda _: {"protocol": PROTOCOL, "version": worker.version, **worker.about})
+        self._answer(
+            "/hello", lambda _: {"protocol": PROTOCOL, "version": worker.version, **worker.about}
+        )
 
     def do_PUT(self) -> None:
         """New weights."""
@@ -145,15 +161,23 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self.path != path:
                 raise Refused(404, f"there is no {self.command} {self.path}")
-            if self.server.token and not compare_digest(self.headers.get("Authorization", ""), f"Bearer {self.server.token}"):
-                raise Refused(401, f"the token is missing or wrong: set {TOKEN_ENV} to the server's")
-            status, body = 200, act(int(self.headers.get("Content-Length", 0)))
+            if self.server.token and not compare_digest(
+                self.headers.get("Authorization", ""), f"Bearer {self.server.token}"
+            ):
+                raise Refused(
+                    401, f"the token is missing or wrong: set {TOKEN_ENV} to the server's"
+                )
+            status = 200
+            body = act(int(self.headers.get("Content-Length", 0)))
         except Refused as error:
-            status, body = error.status, {"error": str(error)}
+            status = error.status
+            body = {"error": str(error)}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            status, body = 400, {"error": f"malformed request: {type(error).__name__}: {error}"}
+            status = 400
+            body = {"error": f"malformed request: {type(error).__name__}: {error}"}
         except Exception as error:
-            status, body = 500, {"error": f"{type(error).__name__}: {error}"}
+            status = 500
+            body = {"error": f"{type(error).__name__}: {error}"}
         data = json.dumps(body).encode()
         with suppress(ConnectionError):  # the client went away: there is nobody to tell
             self.send_response(status)
@@ -165,18 +189,24 @@ class Handler(BaseHTTPRequestHandler):
     def _weights(self, length: int) -> Mapping[str, Any]:
         with tempfile.TemporaryDirectory(prefix="alignkit-weights-") as folder:
             if length > shutil.disk_usage(folder).free:
-                raise Refused(507, f"{length} bytes of weights do not fit on the disk of {folder}; set TMPDIR")
+                raise Refused(
+                    507, f"{length} bytes of weights do not fit on the disk of {folder}; set TMPDIR"
+                )
             file = Path(folder) / "model.safetensors"
             with file.open("wb") as out:
                 while length and (block := self.rfile.read(min(CHUNK, length))):
                     length -= out.write(block)
             version = version_of(file)
             if version != self.headers.get(VERSION_HEADER):
-                raise Refused(400, "the weights arrived damaged: their SHA-256 is not the announced version")
+                raise Refused(
+                    400, "the weights arrived damaged: their SHA-256 is not the announced version"
+                )
             return self._done(Job(version, weights=Path(folder)))
 
     def _sample(self, length: int) -> Mapping[str, Any]:
-        if self.headers.get("Content-Type") != "application/json":  # which a web page cannot send here
+        if (
+            self.headers.get("Content-Type") != "application/json"
+        ):  # which a web page cannot send here
             raise Refused(415, "send application/json")
         if length > LARGEST_REQUEST:
             raise Refused(413, f"{length} bytes are too many for one request")
@@ -200,7 +230,8 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, worker: Worker, port: int, token: str | None = None):
-        self.worker, self.token = worker, os.environ.get(TOKEN_ENV, "") if token is None else token
+        self.worker = worker
+        self.token = os.environ.get(TOKEN_ENV, "") if token is None else token
         super().__init__(("127.0.0.1", port), Handler)
 
 

@@ -1,4 +1,6 @@
-"""Sampling with a vLLM server: the policy's weights are pushed before each rollout, and every answer names its version."""
+"""Sampling with a vLLM server: the policy's weights are pushed before each rollout, and every
+answer names its version.
+"""
 
 import math
 import tempfile
@@ -11,13 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from torch import Tensor
 
 from alignkit.batches import Draw
+from alignkit.config.rollout import RolloutConfig
 from alignkit.errors import ConfigError, ModelError, NumericsError, ResourceError
+from alignkit.files import vocabulary_hash
 from alignkit.policies.export import write_weights
 from alignkit.rollout.client import Client
-from alignkit.rollout.config import RolloutConfig
 from alignkit.rollout.noise import row_keys
-from alignkit.rollout.sampler import Models, Sample, check_request, stop_tokens
-from alignkit.rollout.wire import shape_of, version_of, vocabulary_hash
+from alignkit.rollout.protocol import Models, Sample, check_request, stop_tokens
+from alignkit.rollout.wire import shape_of, version_of
 
 SEEDS = (1 << 63) - 1  # vLLM takes 63 bits
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,15 +51,18 @@ class Answer(BaseModel):
 
 
 class VLLMSampler:
-    """Draws from the policy alone; see `Sampler` for the contract. Each completion has a seed of its own, a function of (seed,
-    step, prompt id, completion), so a run that is taken up again draws the same.
+    """Draws from the policy alone; see `Sampler` for the contract. Each completion has a seed of
+    its own, a function of (seed, step, prompt id, completion), so a run that is taken up again
+    draws the same.
 
     pushes  whether this process gives its server the weights: one process for each server
     """
 
     def __init__(self, models: Models, config: RolloutConfig, *, seed: int, pushes: bool = True):
         assert config.url is not None
-        self.models, self.config, self.seed = models, config, seed
+        self.models = models
+        self.config = config
+        self.seed = seed
         self.pushes = pushes
         self.client = Client(config.url, timeout=config.timeout)
         self.about = self.client.wait(config.start_timeout)
@@ -64,14 +70,20 @@ class VLLMSampler:
         self.version = ""  # nothing pushed yet
 
     def sync(self) -> None:
-        """Give the server the policy's present weights; a process that does not push takes what is there when it draws."""
+        """Give the server the policy's present weights; a process that does not push takes what is
+        there when it draws.
+        """
         self.version = ""
         if self.pushes:
             with self.models.model("policy") as model:
                 self._push(model)
 
-    def sample(self, prompts: Sequence[Tensor], draw: Draw, *, step: int, prompt_ids: Sequence[int]) -> list[list[Sample]]:
-        """`draw.n` samples for each prompt; see `Sampler.sample`. Raises ConfigError, DataError, NumericsError, ResourceError."""
+    def sample(
+        self, prompts: Sequence[Tensor], draw: Draw, *, step: int, prompt_ids: Sequence[int]
+    ) -> list[list[Sample]]:
+        """`draw.n` samples for each prompt; see `Sampler.sample`. Raises ConfigError, DataError,
+        NumericsError, ResourceError.
+        """
         n = check_request(prompts, draw, prompt_ids)
         check_draw(draw)
         if not prompts:
@@ -82,7 +94,9 @@ class VLLMSampler:
         samples = [self._sample(row) for row in answer.completions]
         return [samples[i : i + n] for i in range(0, len(samples), n)]
 
-    def _request(self, prompts: Sequence[Tensor], n: int, step: int, prompt_ids: Sequence[int]) -> dict[str, Any]:
+    def _request(
+        self, prompts: Sequence[Tensor], n: int, step: int, prompt_ids: Sequence[int]
+    ) -> dict[str, Any]:
         room = self.about["max_length"] - max(len(prompt) for prompt in prompts)
         if room < self.config.max_new_tokens:
             raise ConfigError(
@@ -110,13 +124,19 @@ class VLLMSampler:
         except ValidationError as error:
             fault = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, fault["loc"]))
-            raise ResourceError(f"rollout.url: {self.config.url} gave a malformed answer at {place}: {fault['msg']}") from None
+            raise ResourceError(
+                f"rollout.url: {self.config.url} gave a malformed answer at {place}: {fault['msg']}"
+            ) from None
         if answer.version != self.version:
             raise ResourceError(
                 f"rollout.url: {self.config.url} sampled with stale weights: {answer.version[:12]}, not {self.version[:12]}"
             )
-        rows, cap, vocabulary = answer.completions, asked["max_new_tokens"], self.about["shape"]["vocab_size"]
-        if len(rows) != total or any(len(row.ids) > cap or max(row.ids) >= vocabulary for row in rows):
+        rows = answer.completions
+        cap = asked["max_new_tokens"]
+        vocabulary = self.about["shape"]["vocab_size"]
+        if len(rows) != total or any(
+            len(row.ids) > cap or max(row.ids) >= vocabulary for row in rows
+        ):
             raise ResourceError(
                 f"rollout.url: {self.config.url} did not give the {total} completions that were asked for, of at most {cap} "
                 f"tokens below {vocabulary} each"
@@ -125,30 +145,46 @@ class VLLMSampler:
 
     def _sample(self, row: Completion) -> Sample:
         if not all(map(math.isfinite, row.logps)):
-            raise NumericsError("sampling: the server's log-probs are not finite; the policy's weights hold nan or inf")
-        return Sample(torch.tensor(row.ids), torch.tensor(row.logps, dtype=torch.float32), row.ended)
+            raise NumericsError(
+                "sampling: the server's log-probs are not finite; the policy's weights hold nan or inf"
+            )
+        return Sample(
+            torch.tensor(row.ids), torch.tensor(row.logps, dtype=torch.float32), row.ended
+        )
 
     def _push(self, model: Any) -> None:
         with tempfile.TemporaryDirectory(prefix="alignkit-weights-") as folder:
             try:
                 file = write_weights(model, Path(folder), dtype=DTYPES[self.about["dtype"]])
             except OSError as error:
-                raise ResourceError(f"cannot write weights to {folder}: {error.strerror}; set TMPDIR") from error
+                raise ResourceError(
+                    f"cannot write weights to {folder}: {error.strerror}; set TMPDIR"
+                ) from error
             self.version = version_of(file)
-            if self.client.hello()["version"] != self.version:  # it may have them, or have lost them
+            if (
+                self.client.hello()["version"] != self.version
+            ):  # it may have them, or have lost them
                 self.client.push(file, self.version)
 
     def _check_model(self) -> None:
         """ModelError unless the server's tokens and architecture are the policy's."""
         told = f"rollout.url: the server at {self.config.url} holds {self.about.get('model')}"
         if self.about.get("vocabulary") != vocabulary_hash(self.models.tokenizer.get_vocab()):
-            raise ModelError(f"{told}, whose tokenizer is not the policy's; start it with the model that is trained")
+            raise ModelError(
+                f"{told}, whose tokenizer is not the policy's; start it with the model that is trained"
+            )
         with self.models.model("policy") as model:
             own = shape_of(model.config.get_text_config())
         theirs = self.about.get("shape") or {}
-        wrong = [f"{name} {theirs.get(name)} for {value}" for name, value in own.items() if theirs.get(name) != value]
+        wrong = [
+            f"{name} {theirs.get(name)} for {value}"
+            for name, value in own.items()
+            if theirs.get(name) != value
+        ]
         if wrong:
-            raise ModelError(f"{told}, another architecture ({', '.join(wrong)}); start it with the model that is trained")
+            raise ModelError(
+                f"{told}, another architecture ({', '.join(wrong)}); start it with the model that is trained"
+            )
         if self.about.get("dtype") not in DTYPES or type(self.about.get("max_length")) is not int:
             raise ModelError(f"{told} in {self.about.get('dtype')}; allowed: {', '.join(DTYPES)}")
 

@@ -1,13 +1,15 @@
-"""What the trainer and a sampling server must agree on. Standard library only: the server runs in its engine's environment."""
+"""What the trainer and a sampling server must agree on. Standard library only: the server runs in
+its engine's environment.
+"""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 PROTOCOL = 1  # raise it when a message changes
-TOKEN_ENV = "ALIGNKIT_ROLLOUT_TOKEN"  # the environment variable that holds the password of both sides
+# the environment variable that holds the password of both sides
+TOKEN_ENV = "ALIGNKIT_ROLLOUT_TOKEN"
 VERSION_HEADER = "X-Alignkit-Version"
 CHUNK = 1 << 20  # bytes of weights that are in memory at a time
 SHAPE = (  # of a model's config: what tells two architectures apart
@@ -19,11 +21,6 @@ SHAPE = (  # of a model's config: what tells two architectures apart
     "num_attention_heads",
     "num_key_value_heads",
 )
-
-
-def vocabulary_hash(vocabulary: Mapping[str, int]) -> str:
-    """Hash of a tokenizer's vocabulary, ids included."""
-    return sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
 
 
 def shape_of(config: Any) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Small self-contained worlds: a base model, rows, a reward. `resolve` finds one by name; importing this imports no torch."""
+"""Small self-contained worlds: a base model, rows, a reward. `resolve` finds one by name; importing
+this imports no torch.
+"""
 
 import json
 from collections.abc import Callable
@@ -7,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from alignkit.config.validation import nearest
 from alignkit.errors import ConfigError
-from alignkit.validation import nearest
 
 # name -> the module whose `task(name)` makes it
 TASKS: dict[str, str] = {
@@ -37,8 +39,10 @@ class Task:
     name: str
     model_folder: Path  # loads with from_pretrained, tokenizer included
     rows_folder: Path
-    reward: Callable[..., list[float]]  # reward(prompts, completions, **columns) -> one number per completion
-    judge: Callable[..., Any] | None = None  # judge(prompts, first, second) -> Verdict, where the task is a game
+    # reward(prompts, completions, **columns) -> one number per completion
+    reward: Callable[..., list[float]]
+    # judge(prompts, first, second) -> Verdict, where the task is a game
+    judge: Callable[..., Any] | None = None
 
     def rows(self, family: str, split: str = "train") -> list[dict[str, Any]]:
         """The rows of `split` (train, eval) that an objective of `family` learns from."""
@@ -47,7 +51,11 @@ class Task:
         if family != "labelled":
             return rows
         labels = (("chosen", True), ("rejected", False))
-        return [{"prompt": row["prompt"], "completion": row[c], "label": label} for row in rows for c, label in labels]
+        return [
+            {"prompt": row["prompt"], "completion": row[c], "label": label}
+            for row in rows
+            for c, label in labels
+        ]
 
 
 def resolve(name: str) -> Task:
@@ -57,5 +65,7 @@ def resolve(name: str) -> Task:
     """
     name = name.removeprefix("task:")
     if name not in TASKS:
-        raise ConfigError(f"there is no task `{name}`.{nearest(name, TASKS)} Tasks: {', '.join(TASKS)}")
+        raise ConfigError(
+            f"there is no task `{name}`.{nearest(name, TASKS)} Tasks: {', '.join(TASKS)}"
+        )
     return import_module(TASKS[name]).task(name)

@@ -1,4 +1,6 @@
-"""A cache of folders that are made once: locked while they are made, renamed into place when they are whole."""
+"""A cache of folders that are made once: locked while they are made, renamed into place when they
+are whole.
+"""
 
 import fcntl
 import os
@@ -13,15 +15,20 @@ from alignkit.errors import ResourceError
 
 def cache_root() -> Path:
     """$ALIGNKIT_CACHE, else ~/.cache/alignkit."""
-    return Path(os.environ.get("ALIGNKIT_CACHE") or Path.home() / ".cache" / "alignkit").expanduser().resolve()
+    return (
+        Path(os.environ.get("ALIGNKIT_CACHE") or Path.home() / ".cache" / "alignkit")
+        .expanduser()
+        .resolve()
+    )
 
 
 def cached_folder(key: str, build: Callable[[Path], None]) -> Path:
     """The folder `key` of the cache; `build` fills it if it is not there yet.
 
-    `build` gets an empty folder beside the final one. A folder that bears its final name is whole: the rename is the last
-    act, a build that fails or is killed leaves nothing that is ever read. Of several processes one builds, the others wait.
-    Errors: ResourceError when the cache cannot be written; what `build` raises goes through.
+    `build` gets an empty folder beside the final one. A folder that bears its final name is whole:
+    the rename is the last act, a build that fails or is killed leaves nothing that is ever read. Of
+    several processes one builds, the others wait. Errors: ResourceError when the cache cannot be
+    written; what `build` raises goes through.
     """
     root = cache_root()
     folder = root / key
@@ -30,7 +37,9 @@ def cached_folder(key: str, build: Callable[[Path], None]) -> Path:
     with _locked(root, key):
         if folder.is_dir():
             return folder
-        for left in root.glob(f".{key}.*.part"):  # by a build that was killed: the lock is ours, so nobody writes there now
+        for left in root.glob(
+            f".{key}.*.part"
+        ):  # by a build that was killed: the lock is ours, so nobody writes there now
             shutil.rmtree(left, ignore_errors=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=".part", dir=root))
         try:

@@ -1,7 +1,7 @@
 """Exact figures of a neural policy on a world that can be listed: no samples, no renormalising.
 
-The outcomes of a prompt are the n completions of the grammar and, last, everything else: what the grammar cannot write
-and what does not end. Axes: P prompts, n + 1 outcomes. Everything is float64.
+The outcomes of a prompt are the n completions of the grammar and, last, everything else: what the
+grammar cannot write and what does not end. Axes: P prompts, n + 1 outcomes. Everything is float64.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from alignkit.batches import Bundle, Plan
+from alignkit.config.model import ModelConfig, ReferenceConfig
 from alignkit.objectives.base import Objective
 from alignkit.oracles.optima import tree_optimum
-from alignkit.policies.config import ModelConfig, ReferenceConfig
 from alignkit.policies.load import load_pair
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.tabular import Tree
 
 PLAN = Plan("rollout", anchors=())
 BUDGET = 8192  # tokens of one forward pass
-LEAST = 1e-12  # mass outside the grammar is never read as less: the sum of the rest is not more exact
+# mass outside the grammar is never read as less: the sum of the rest is not more exact
+LEAST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,32 @@ def folder_logps(folder: Path | str, prompts: Sequence[str], completions: Sequen
 
 
 def folder_optimum(
-    objective: Objective, folder: Path | str, prompts: Sequence[str], completions: Sequence[str], rewards: Tensor
+    objective: Objective,
+    folder: Path | str,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    rewards: Tensor,
 ) -> Tensor | None:
-    """The closed form that `objective` promises with `rewards` [n + 1] and the reference in `folder`: log-probs [P, n + 1].
+    """The closed form that `objective` promises with `rewards` [n + 1] and the reference in
+    `folder`: log-probs [P, n + 1].
 
-    None where it has none. An objective whose optimum is reached token by token (it has a `backup`) is solved on the tree of
-    the completions' tokens; there whatever leaves the grammar at a prefix is one leaf of that prefix.
+    None where it has none. An objective whose optimum is reached token by token (it has a `backup`)
+    is solved on the tree of the completions' tokens; there whatever leaves the grammar at a prefix
+    is one leaf of that prefix.
     """
     pair = _pair(folder)
     if objective.backup(torch.zeros(1), torch.zeros(1)) is None:
         return objective.optimum(rewards, outcome_logps(pair, prompts, completions))
-    tree, n = completion_tree([_tokens(pair.tokenizer, text) for text in completions]), len(completions)
+    tree = completion_tree([_tokens(pair.tokenizer, text) for text in completions])
+    n = len(completions)
     leaves = torch.cat([rewards[:n], rewards[n:].expand(len(tree.tokens) - n)])
     found = []
     for logps in _token_logps(pair, prompts, completions):
         reference = torch.full((tree.states, tree.vocab), -torch.inf, dtype=torch.float64)
         inside = tree.mask[:n, : logps.shape[1]]
-        reference[tree.prefixes[:n, : logps.shape[1]][inside], tree.tokens[:n, : logps.shape[1]][inside]] = logps[inside]
+        reference[
+            tree.prefixes[:n, : logps.shape[1]][inside], tree.tokens[:n, : logps.shape[1]][inside]
+        ] = logps[inside]
         reference[:, -1:] = _rest(reference)
         policy = tree_optimum(objective, tree, leaves, reference)
         if policy is None:
@@ -75,15 +85,21 @@ def folder_optimum(
 
 
 def completion_tree(completions: Sequence[Tensor]) -> Tree:
-    """The token tree of n different completions, none the start of another; S prefixes. Leaves: the completions in their
-    order, then for each prefix the one outcome of leaving them there, whose token is the last of the tree's vocabulary."""
+    """The token tree of n different completions, none the start of another; S prefixes. Leaves: the
+    completions in their order, then for each prefix the one outcome of leaving them there, whose
+    token is the last of the tree's vocabulary.
+    """
     states: dict[tuple[int, ...], int] = {}
     local: dict[tuple[int, ...], int] = {}  # each prefix numbers its continuations
     paths = []
     for ids in (tuple(tensor.tolist()) for tensor in completions):
         for t in range(len(ids)):
             states.setdefault(ids[:t], len(states))
-            siblings = sum(1 for known in local if known[:-1] == ids[:t]) if ids[: t + 1] not in local else 0
+            siblings = (
+                sum(1 for known in local if known[:-1] == ids[:t])
+                if ids[: t + 1] not in local
+                else 0
+            )
             local.setdefault(ids[: t + 1], siblings)
         paths.append([(states[ids[:t]], local[ids[: t + 1]]) for t in range(len(ids))])
     vocab = 2 + max(local.values())
@@ -93,7 +109,9 @@ def completion_tree(completions: Sequence[Tensor]) -> Tree:
     depth = max(map(len, paths))
     padded = torch.tensor([path + [(0, 0)] * (depth - len(path)) for path in paths])
     lengths = torch.tensor([len(path) for path in paths])
-    return Tree(padded[..., 1], torch.arange(depth) < lengths[:, None], padded[..., 0], len(states), vocab)
+    return Tree(
+        padded[..., 1], torch.arange(depth) < lengths[:, None], padded[..., 0], len(states), vocab
+    )
 
 
 def outcome_rewards(rewards: Sequence[float], outside: float) -> Tensor:
@@ -107,16 +125,24 @@ def kl(first: Tensor, second: Tensor) -> Tensor:
 
 
 def figures(
-    policy: Tensor, reference: Tensor, rewards: Tensor, *, optimum: Tensor | None = None, beta: float | None = None
+    policy: Tensor,
+    reference: Tensor,
+    rewards: Tensor,
+    *,
+    optimum: Tensor | None = None,
+    beta: float | None = None,
 ) -> Figures:
-    """Exact figures of `policy` [P, n + 1] against `reference` [P, n + 1] (log-probs) with `rewards` [n + 1].
+    """Exact figures of `policy` [P, n + 1] against `reference` [P, n + 1] (log-probs) with
+    `rewards` [n + 1].
 
-    With `optimum` (an objective's own, log-probs [P, n + 1]) also the KL to it; with `beta` too, where the objective is
-    J = E[r] - beta * KL(policy || reference), the share of the best J.
+    With `optimum` (an objective's own, log-probs [P, n + 1]) also the KL to it; with `beta` too,
+    where the objective is J = E[r] - beta * KL(policy || reference), the share of the best J.
     """
     share = None
     if optimum is not None and beta is not None:
-        start, reached, best = (_value(p, reference, rewards, beta) for p in (reference, policy, optimum))
+        start, reached, best = (
+            _value(p, reference, rewards, beta) for p in (reference, policy, optimum)
+        )
         share = (reached - start) / (best - start)
     return Figures(
         reward=float((policy.exp() * rewards).sum(-1).mean()),
@@ -133,13 +159,20 @@ def _value(policy: Tensor, reference: Tensor, rewards: Tensor, beta: float) -> f
 
 @torch.no_grad()
 def _token_logps(pair: PolicyPair, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
-    """Log-prob of each token of each completion under the pair's policy: [P, n, T], 0 after the end."""
+    """Log-prob of each token of each completion under the pair's policy: [P, n, T], 0 after the
+    end.
+    """
     bundles = [_bundle(pair.tokenizer, prompt, completions) for prompt in prompts]
     longest = max(len(ids) for ids in bundles[0].completions)
     found = torch.zeros(len(prompts), len(completions), longest, dtype=torch.float64)
     for group in pair.micro_batches(bundles, BUDGET):
         logps = pair.logps([bundles[i] for i in group], PLAN, anchors=False)
-        found[group] = torch.where(logps.mask, logps.policy, 0).double().view(len(group), len(completions), -1).cpu()
+        found[group] = (
+            torch.where(logps.mask, logps.policy, 0)
+            .double()
+            .view(len(group), len(completions), -1)
+            .cpu()
+        )
     return found
 
 
@@ -160,5 +193,8 @@ def _tokens(tokenizer: Any, text: str) -> Tensor:
 def _bundle(tokenizer: Any, prompt: str, completions: Sequence[str]) -> Bundle:
     ids = [_tokens(tokenizer, text) for text in completions]
     return Bundle(
-        torch.tensor(tokenizer(prompt)["input_ids"]), ids, [torch.ones(len(i), dtype=torch.bool) for i in ids], uid=prompt
+        torch.tensor(tokenizer(prompt)["input_ids"]),
+        ids,
+        [torch.ones(len(i), dtype=torch.bool) for i in ids],
+        uid=prompt,
     )

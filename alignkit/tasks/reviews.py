@@ -1,11 +1,12 @@
-"""Short film reviews whose every completion can be listed: a controlled-sentiment world with an exact reward.
+"""Short film reviews whose every completion can be listed: a controlled-sentiment world with an
+exact reward.
 
     the western about a small circus : | gripping story , wooden acting , weak ending
 
-A critics' corpus written by a small grammar trains the base model. The reward of a review is the sum of its words'
-sentiments; everything the grammar cannot write is one further outcome with the lowest reward. Pairs are samples of the
-base model, whatever they look like, labelled by Bradley-Terry on that reward, so that DPO's optimum on them is exactly
-ref * exp(reward / beta) / Z.
+A critics' corpus written by a small grammar trains the base model. The reward of a review is the
+sum of its words' sentiments; everything the grammar cannot write is one further outcome with the
+lowest reward. Pairs are samples of the base model, whatever they look like, labelled by
+Bradley-Terry on that reward, so that DPO's optimum on them is exactly ref * exp(reward / beta) / Z.
 """
 
 import json
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.tasks import Task
-from alignkit.tasks.base import BaseConfig
+from alignkit.tasks.base_model import BaseConfig
 
 if TYPE_CHECKING:
     from alignkit.judges import Verdict
@@ -59,47 +60,77 @@ class World:
     @cached_property
     def prompts(self) -> list[str]:
         """Every prompt, P of them."""
-        return [f"the {genre} about {subject} :" for genre in self.genres for subject in self.subjects]
+        return [
+            f"the {genre} about {subject} :" for genre in self.genres for subject in self.subjects
+        ]
 
     @cached_property
     def rewards(self) -> dict[str, float]:
         """Every review the grammar can write -> its reward, n of them; the same for all prompts."""
-        return {self._text(words): sum(s.words[w] for s, w in zip(self.slots, words)) for words in product(*self._choices())}
+        return {
+            self._text(words): sum(s.words[w] for s, w in zip(self.slots, words))
+            for words in product(*self._choices())
+        }
 
     @property
     def vocabulary(self) -> list[str]:
         """Every word, in the order of the token ids."""
-        texts = [*self.prompts, *(f"{word} {slot.after}" for slot in self.slots for word in slot.words)]
+        texts = [
+            *self.prompts,
+            *(f"{word} {slot.after}" for slot in self.slots for word in slot.words),
+        ]
         return list(dict.fromkeys(word for text in texts for word in text.split()))
 
     @property
     def key(self) -> str:
         """The cache's name for what this world makes."""
-        content = json.dumps({"format": FORMAT, "constants": [AFFINITY, GRUDGE, MOOD], **asdict(self)})
+        content = json.dumps(
+            {"format": FORMAT, "constants": [AFFINITY, GRUDGE, MOOD], **asdict(self)}
+        )
         return f"{self.name}-{sha256(content.encode()).hexdigest()[:12]}"
 
-    def reward(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    def reward(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    ) -> list[float]:
         """The exact reward of each completion, in TRL's signature. White space does not count.
 
-        A completion cut at a cap of more tokens than a review has is longer than any review, and so outside the grammar.
+        A completion cut at a cap of more tokens than a review has is longer than any review, and so
+        outside the grammar.
         """
-        return [self.rewards.get(" ".join(completion.split()), self.outside) for completion in completions]
+        return [
+            self.rewards.get(" ".join(completion.split()), self.outside)
+            for completion in completions
+        ]
 
-    def judge(self, prompts: Sequence[Any], first: Sequence[str], second: Sequence[str]) -> "Verdict":
-        """How often the first completion wins, by Bradley-Terry on the reward as in the pairs: B texts each -> Verdict of [B]."""
+    def judge(
+        self, prompts: Sequence[Any], first: Sequence[str], second: Sequence[str]
+    ) -> "Verdict":
+        """How often the first completion wins, by Bradley-Terry on the reward as in the pairs: B
+        texts each -> Verdict of [B].
+        """
         from alignkit.judges import BradleyTerry
 
         return BradleyTerry(self.reward)(prompts, first, second)
 
     def reviews(self, n: int) -> Iterator[dict[str, str]]:
-        """The critics' corpus: `n` rows (prompt, completion). A prompt has its favourite words, a review its mood."""
+        """The critics' corpus: `n` rows (prompt, completion). A prompt has its favourite words, a
+        review its mood.
+        """
         taste = random.Random(f"taste {self.seed}")
-        liking = {p: [[taste.gauss(0, AFFINITY) for _ in slot.words] for slot in self.slots] for p in self.prompts}
+        liking = {
+            p: [[taste.gauss(0, AFFINITY) for _ in slot.words] for slot in self.slots]
+            for p in self.prompts
+        }
         critic = random.Random(f"critic {self.seed}")
         for i in range(n):
-            prompt, words, before = self.prompts[i % len(self.prompts)], [], 0.0
+            prompt = self.prompts[i % len(self.prompts)]
+            words = []
+            before = 0.0
             for slot, likes in zip(self.slots, liking[prompt]):
-                weights = [math.exp(like + (MOOD * before - GRUDGE) * s) for like, s in zip(likes, slot.words.values())]
+                weights = [
+                    math.exp(like + (MOOD * before - GRUDGE) * s)
+                    for like, s in zip(likes, slot.words.values())
+                ]
                 word = critic.choices(list(slot.words), weights)[0]
                 before = slot.words[word]
                 words.append(word)
@@ -115,8 +146,8 @@ class World:
 
     def build(self, folder: Path) -> None:
         """Train the base model and write the rows: `folder`/model and `folder`/rows."""
-        from alignkit.tasks.base import train_base
-        from alignkit.tasks.rows import write_rows
+        from alignkit.tasks.base_model import train_base
+        from alignkit.tasks.dataset import write_rows
 
         model = train_base(self.base, self.vocabulary, list(self.reviews(self.corpus)), folder)
         write_rows(self, model, folder / "rows")
@@ -128,7 +159,14 @@ class World:
         return " ".join(f"{word} {slot.after}" for slot, word in zip(self.slots, words))
 
 
-STORY = {"gripping": 1.2, "charming": 0.6, "solid": 0.2, "familiar": -0.2, "thin": -0.6, "hopeless": -1.2}
+STORY = {
+    "gripping": 1.2,
+    "charming": 0.6,
+    "solid": 0.2,
+    "familiar": -0.2,
+    "thin": -0.6,
+    "hopeless": -1.2,
+}
 ACTING = {"superb": 1.2, "warm": 0.6, "steady": 0.2, "plain": -0.2, "wooden": -0.6, "awful": -1.2}
 ENDING = {"perfect": 1.2, "clever": 0.6, "fair": 0.2, "sudden": -0.2, "weak": -0.6, "absurd": -1.2}
 

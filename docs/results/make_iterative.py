@@ -1,7 +1,9 @@
-"""Writes iterative.md: three rounds of `alignkit pairs` and DPO on a real model, beside DPO on pairs that were made beforehand.
+"""Writes iterative.md: three rounds of `alignkit pairs` and DPO on a real model, beside DPO on
+pairs that were made beforehand.
 
 STORIES=folder python docs/results/make_iterative.py                  # about 25 minutes on one core
-STORIES=folder python docs/results/make_iterative.py --only iterative # trains these only; the other rows stay as they are
+STORIES=folder python docs/results/make_iterative.py --only iterative # trains these only; the other
+rows stay as they are
 
 The folder holds `stories260k/` and `stories_sentiment/`. Needs vaderSentiment.
 """
@@ -15,21 +17,24 @@ from pathlib import Path
 
 import numpy as np
 
-from alignkit.config import load_recipe
-from alignkit.data.config import DataConfig
+from alignkit.config.data import DataConfig
+from alignkit.config.plugins import load_object
+from alignkit.config.recipe import load_recipe
 from alignkit.data.load import load_prompts
-from alignkit.evaluation.comparisons import compare_frontiers
-from alignkit.evaluation.frontier import Curve, area, common_kl
 from alignkit.evaluation.measure import Yardstick, evaluation_pair
-from alignkit.evaluation.statistics import mean_interval
-from alignkit.launch import run_recipe
-from alignkit.pairs import PairRequest, make_pairs
-from alignkit.plugins import load_object
+from alignkit.metrics.comparisons import compare_frontiers
+from alignkit.metrics.frontier import Curve, area, common_kl
+from alignkit.metrics.intervals import mean_interval
+from alignkit.runs.launch import run_recipe
+from alignkit.runs.pairs import PairRequest, make_pairs
 
 HERE = Path(__file__).resolve().parent
 SCORE = f"{HERE.parents[1] / 'examples' / 'stories.py'}:happiness"
-ROUNDS, SEEDS = 3, (0,)
-SAMPLES, TOKENS = 8, 48  # completions per opening, when pairs are made and when a model is measured; and their length
+ROUNDS = 3
+SEEDS = (0,)
+# completions per opening, when pairs are made and when a model is measured; and their length
+SAMPLES = 8
+TOKENS = 48
 VALIDATION = 150  # the last training openings: no pair is made on them
 NEAR = 5.4  # nats: a second place at which frontiers are compared
 BETAS = {"offline": (0.03, 0.1, 0.3), "at once": (0.2, 0.5, 1.0), "iterative": (0.5, 1.0, 2.0)}
@@ -44,28 +49,71 @@ class Experiment:
     """Trains and measures; everything it writes is in `folder`."""
 
     def __init__(self, stories: Path, folder: Path, *, validation: bool):
-        self.base, self.data, self.folder = stories / "stories260k", stories / "stories_sentiment", folder
+        self.base = stories / "stories260k"
+        self.data = stories / "stories_sentiment"
+        self.folder = folder
         openings = (self.data / "prompts_train.jsonl").read_text().splitlines(keepends=True)
         self.openings = folder / "openings.jsonl"
         self.openings.write_text("".join(openings[:-VALIDATION]))
         file = folder / "held_out.jsonl"
-        file.write_text("".join(openings[-VALIDATION:]) if validation else (self.data / "prompts_test.jsonl").read_text())
-        prompts = load_prompts(DataConfig(), evaluation_pair(self.base, self.base).tokenizer, source=file)[0]
-        self.yardstick = Yardstick(prompts, SAMPLES, TOKENS, reward=load_object(SCORE, what="score"))
+        file.write_text(
+            "".join(openings[-VALIDATION:])
+            if validation
+            else (self.data / "prompts_test.jsonl").read_text()
+        )
+        prompts = load_prompts(
+            DataConfig(), evaluation_pair(self.base, self.base).tokenizer, source=file
+        )[0]
+        self.yardstick = Yardstick(
+            prompts, SAMPLES, TOKENS, reward=load_object(SCORE, what="score")
+        )
 
     def pairs(self, model: Path, to: Path, seed: int) -> Path:
-        """`alignkit pairs MODEL openings.jsonl --reward examples/stories.py:happiness --method best_worst --samples 8 ...`"""
+        """`alignkit pairs MODEL openings.jsonl --reward examples/stories.py:happiness --method
+        best_worst --samples 8 ...`
+        """
         make_pairs(
-            PairRequest(str(model), str(self.openings), SCORE, "best_worst", SAMPLES, max_new_tokens=TOKENS, seed=seed), to
+            PairRequest(
+                str(model),
+                str(self.openings),
+                SCORE,
+                "best_worst",
+                SAMPLES,
+                max_new_tokens=TOKENS,
+                seed=seed,
+            ),
+            to,
         )
         return to
 
     def dpo(self, model: Path, data: Path, to: Path, beta: float, seed: int) -> Path:
-        """One pass of DPO over the pairs, from `model`, with the base model as the reference. Returns the model's folder."""
-        paths = [f"model.name_or_path={model}", f"reference.kind={self.base}", f"data.train={data}", f"output_dir={to}"]
-        settings = [f"objective.beta={beta}", f"train.seed={seed}", f"train.steps={lines(data) // 16}", "train.batch_size=16"]
-        quiet = ["train.save_every=0", "train.eval_every=0", "train.log_samples_every=0", "model.layout=padded"]
-        run_recipe(load_recipe("dpo", [*paths, *settings, *quiet, "train.learning_rate=1.0e-4", "train.warmup_steps=10"]))
+        """One pass of DPO over the pairs, from `model`, with the base model as the reference.
+        Returns the model's folder.
+        """
+        paths = [
+            f"model.name_or_path={model}",
+            f"reference.kind={self.base}",
+            f"data.train={data}",
+            f"output_dir={to}",
+        ]
+        settings = [
+            f"objective.beta={beta}",
+            f"train.seed={seed}",
+            f"train.steps={lines(data) // 16}",
+            "train.batch_size=16",
+        ]
+        quiet = [
+            "train.save_every=0",
+            "train.eval_every=0",
+            "train.log_samples_every=0",
+            "model.layout=padded",
+        ]
+        run_recipe(
+            load_recipe(
+                "dpo",
+                [*paths, *settings, *quiet, "train.learning_rate=1.0e-4", "train.warmup_steps=10"],
+            )
+        )
         return to / "model"
 
     def train(self, label: str, beta: float, seed: int) -> tuple[Path, int]:
@@ -75,17 +123,20 @@ class Experiment:
             data = self.data / "preferences_train.jsonl"
             return self.dpo(self.base, data, at / "run", beta, seed), lines(data)
         if label == "at once":
-            made = [self.folder / f"pairs-{seed}-{number}.jsonl" for number in range(ROUNDS)]  # the same for every beta
+            # the same for every beta
+            made = [self.folder / f"pairs-{seed}-{number}.jsonl" for number in range(ROUNDS)]
             for number, file in enumerate(made):
                 if not file.exists():
                     self.pairs(self.base, file, seed=100 * seed + number)
             data = at / "pairs.jsonl"
             data.write_text("".join(file.read_text() for file in made))
             return self.dpo(self.base, data, at / "run", beta, seed), lines(data)
-        model, seen = self.base, 0
+        model = self.base
+        seen = 0
         for number in range(ROUNDS):
             data = self.pairs(model, at / f"pairs-{number}.jsonl", seed=100 * seed + number)
-            model, seen = self.dpo(model, data, at / f"round-{number}", beta, seed), seen + lines(data)
+            model = self.dpo(model, data, at / f"round-{number}", beta, seed)
+            seen = seen + lines(data)
         return model, seen
 
     def measure(self, model: Path) -> dict[str, list[float]]:
@@ -141,24 +192,45 @@ data set's pairs, three such rounds went to a KL of 45 nats there: labels withou
 def report(found: dict) -> str:
     """The page from what was measured."""
     base = np.array(found["base"]["score"])
-    curves, rows = [], []
+    curves = []
+    rows = []
     for label, betas in BETAS.items():
-        runs = {beta: [found["runs"][f"{label} beta={beta} seed={seed}"] for seed in SEEDS] for beta in betas}
-        kl, score = (np.array([[run[name] for run in runs[beta]] for beta in betas]) for name in ("kl", "score"))
+        runs = {
+            beta: [found["runs"][f"{label} beta={beta} seed={seed}"] for seed in SEEDS]
+            for beta in betas
+        }
+        kl, score = (
+            np.array([[run[name] for run in runs[beta]] for beta in betas])
+            for name in ("kl", "score")
+        )
         curves.append(Curve(label, tuple(f"beta={beta}" for beta in betas), kl, score))
         for beta, own_kl, own_score in zip(betas, kl, score):
-            figures = (f"{i.value:.3f} [{i.low:.3f}, {i.high:.3f}]" for i in map(mean_interval, (own_kl, own_score)))
-            rows.append(f"| {label} | {beta} | {' | '.join(figures)} | {np.mean([r['seconds'] for r in runs[beta]]):.0f} |")
+            figures = (
+                f"{i.value:.3f} [{i.low:.3f}, {i.high:.3f}]"
+                for i in map(mean_interval, (own_kl, own_score))
+            )
+            rows.append(
+                f"| {label} | {beta} | {' | '.join(figures)} | {np.mean([r['seconds'] for r in runs[beta]]):.0f} |"
+            )
     start = mean_interval(base)
-    rows.insert(0, f"| base model | | 0 | {start.value:.3f} [{start.low:.3f}, {start.high:.3f}] | |")
+    rows.insert(
+        0, f"| base model | | 0 | {start.value:.3f} [{start.low:.3f}, {start.high:.3f}] | |"
+    )
     reach = min(common_kl([first, second]) for first in curves for second in curves)
     gains = {curve.name: area(curve, base, reach) for curve in curves}
     return TEXT.format(
         rows="\n".join(rows),
-        verdicts="\n".join(f"- {comparison.verdict}" for comparison in compare_frontiers(curves, base)),
+        verdicts="\n".join(
+            f"- {comparison.verdict}" for comparison in compare_frontiers(curves, base)
+        ),
         near=NEAR,
-        near_verdicts="\n".join(f"- {comparison.verdict}" for comparison in compare_frontiers(curves, base, at=NEAR)),
-        areas="\n".join(f"- {name}: {gain.value:.3f} [{gain.low:.3f}, {gain.high:.3f}]" for name, gain in gains.items()),
+        near_verdicts="\n".join(
+            f"- {comparison.verdict}" for comparison in compare_frontiers(curves, base, at=NEAR)
+        ),
+        areas="\n".join(
+            f"- {name}: {gain.value:.3f} [{gain.low:.3f}, {gain.high:.3f}]"
+            for name, gain in gains.items()
+        ),
         reach=reach,
         offline=found["pairs"]["offline"],
         at_once=found["pairs"]["at once"],
@@ -173,24 +245,42 @@ def report(found: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", choices=BETAS, default=list(BETAS), help="what to train")
-    parser.add_argument("--validation", action="store_true", help="measure on the validation openings, print and write nothing")
+    parser.add_argument(
+        "--only", nargs="*", choices=BETAS, default=list(BETAS), help="what to train"
+    )
+    parser.add_argument(
+        "--validation",
+        action="store_true",
+        help="measure on the validation openings, print and write nothing",
+    )
     asked = parser.parse_args()
     if "STORIES" not in os.environ:
         parser.exit(0, "skipped: set STORIES to the folder of the stories model and its openings\n")
     saved = HERE / "iterative.json"
-    found = json.loads(saved.read_text()) if saved.exists() and not asked.validation else {"runs": {}, "pairs": {}}
+    found = (
+        json.loads(saved.read_text())
+        if saved.exists() and not asked.validation
+        else {"runs": {}, "pairs": {}}
+    )
     with tempfile.TemporaryDirectory() as folder:
-        experiment = Experiment(Path(os.environ["STORIES"]), Path(folder), validation=asked.validation)
+        experiment = Experiment(
+            Path(os.environ["STORIES"]), Path(folder), validation=asked.validation
+        )
         if asked.only:
             found["base"] = experiment.measure(experiment.base)
-        for label, beta, seed in [(name, beta, seed) for name in asked.only for seed in SEEDS for beta in BETAS[name]]:
+        for label, beta, seed in [
+            (name, beta, seed) for name in asked.only for seed in SEEDS for beta in BETAS[name]
+        ]:
             began = time.process_time()
             model, pairs = experiment.train(label, beta, seed)
             seconds = time.process_time() - began
             run = experiment.measure(model) | {"seconds": seconds}
             print(
-                label, beta, seed, {name: round(float(np.mean(run[name])), 4) for name in ("score", "kl", "seconds")}, flush=True
+                label,
+                beta,
+                seed,
+                {name: round(float(np.mean(run[name])), 4) for name in ("score", "kl", "seconds")},
+                flush=True,
             )
             found["runs"][f"{label} beta={beta} seed={seed}"] = run
             found["pairs"][label] = pairs
@@ -198,9 +288,12 @@ def main() -> None:
                 saved.write_text(json.dumps(found) + "\n")
     if asked.validation:
         return
-    missing = {f"{label} beta={beta} seed={seed}" for label in BETAS for seed in SEEDS for beta in BETAS[label]} - set(
-        found["runs"]
-    )
+    missing = {
+        f"{label} beta={beta} seed={seed}"
+        for label in BETAS
+        for seed in SEEDS
+        for beta in BETAS[label]
+    } - set(found["runs"])
     if missing:
         parser.exit(0, f"not yet trained: {', '.join(sorted(missing))}\n")
     (HERE / "iterative.md").write_text(report(found))

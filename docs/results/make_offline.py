@@ -1,4 +1,5 @@
-"""Writes offline.md: the offline objectives on the reviews, against the closed form that each of them promises.
+"""Writes offline.md: the offline objectives on the reviews, against the closed form that each of
+them promises.
 
 python docs/results/make_offline.py             # about two minutes for each row on one core
 python docs/results/make_offline.py --only hdpo # trains these only; the other rows stay as they are
@@ -13,8 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from alignkit.config import build_objective, load_recipe
-from alignkit.launch import run_recipe
+from alignkit.config.recipe import build_objective, load_recipe
+from alignkit.runs.launch import run_recipe
 from alignkit.tasks.exact import folder_logps, folder_optimum, kl, outcome_rewards
 from alignkit.tasks.reviews import WORLDS
 
@@ -66,25 +67,37 @@ from any network, in float64 to 1e-6: `alignkit verify`.
 
 
 def pairs(n: int, seed: int) -> Iterator[dict[str, str]]:
-    """`n` labelled pairs. Each side is one of: a sample of the base model (outside the grammar too), a review from the uniform
-    distribution, two of the base model tilted by the reward. The label is Bradley-Terry on the reward in all cases."""
-    world, draw = WORLDS["reviews"], random.Random(seed)
-    task, reviews = world.task(), list(world.rewards)
+    """`n` labelled pairs. Each side is one of: a sample of the base model (outside the grammar
+    too), a review from the uniform distribution, two of the base model tilted by the reward. The
+    label is Bradley-Terry on the reward in all cases.
+    """
+    world = WORLDS["reviews"]
+    draw = random.Random(seed)
+    task = world.task()
+    reviews = list(world.rewards)
     sampled: dict[str, list[str]] = {prompt: [] for prompt in world.prompts}
     for row in task.rows("pair"):
         sampled[row["prompt"]] += [row["chosen"], row["rejected"]]
     logps = folder_logps(task.model_folder, world.prompts, reviews)
-    tilted = (logps + outcome_rewards(list(world.rewards.values()), world.outside))[:, :-1].softmax(-1).tolist()
+    tilted = (
+        (logps + outcome_rewards(list(world.rewards.values()), world.outside))[:, :-1]
+        .softmax(-1)
+        .tolist()
+    )
     for i in range(n):
-        prompt, weights = world.prompts[i % len(world.prompts)], tilted[i % len(world.prompts)]
+        prompt = world.prompts[i % len(world.prompts)]
+        weights = tilted[i % len(world.prompts)]
 
         def side(prompt: str = prompt, weights: list[float] = weights) -> str:
             kind = draw.choice(("sampled", "uniform", "tilted", "tilted"))
             if kind == "sampled":
                 return draw.choice(sampled[prompt])
-            return " " + (draw.choice(reviews) if kind == "uniform" else draw.choices(reviews, weights)[0])
+            return " " + (
+                draw.choice(reviews) if kind == "uniform" else draw.choices(reviews, weights)[0]
+            )
 
-        first, second = side(), side()
+        first = side()
+        second = side()
         one, other = world.reward([prompt] * 2, [first, second])
         if draw.random() > 1 / (1 + math.exp(other - one)):
             first, second = second, first
@@ -95,18 +108,31 @@ def pairs(n: int, seed: int) -> Iterator[dict[str, str]]:
 def train(recipe: str, fields: list[str], data: Path, seed: int) -> dict:
     """Exact figures of one run."""
     world = WORLDS["reviews"]
-    task, reviews = world.task(), list(world.rewards)
+    task = world.task()
+    reviews = list(world.rewards)
     rewards = outcome_rewards(list(world.rewards.values()), world.outside)
     with tempfile.TemporaryDirectory() as folder:
-        run = [f"output_dir={folder}/run", f"train.seed={seed}", "train.save_every=0", "train.log_samples_every=0"]
+        run = [
+            f"output_dir={folder}/run",
+            f"train.seed={seed}",
+            "train.save_every=0",
+            "train.log_samples_every=0",
+        ]
         settings = [f"train.{name}={value}" for name, value in SETTINGS.items()]
-        loaded = load_recipe(recipe, [f"data.train={data}", *settings, *run, *(f"objective.{field}" for field in fields)])
-        began, used = time.monotonic(), time.process_time()
+        loaded = load_recipe(
+            recipe,
+            [f"data.train={data}", *settings, *run, *(f"objective.{field}" for field in fields)],
+        )
+        began = time.monotonic()
+        used = time.process_time()
         run_recipe(loaded)
-        seconds, cpu_seconds = time.monotonic() - began, time.process_time() - used
+        seconds = time.monotonic() - began
+        cpu_seconds = time.process_time() - used
         policy = folder_logps(f"{folder}/run/model", world.prompts, reviews)
     base = folder_logps(task.model_folder, world.prompts, reviews)
-    optimum = folder_optimum(build_objective(loaded.objective), task.model_folder, world.prompts, reviews, rewards)
+    optimum = folder_optimum(
+        build_objective(loaded.objective), task.model_folder, world.prompts, reviews, rewards
+    )
     return {
         "best": float(kl(optimum, base).mean()),
         "before": float(kl(base, optimum).mean()),
@@ -125,7 +151,9 @@ def table(found: dict) -> str:
         row = found[name]
         figures = f"{row['best']:.2f} | {row['before']:.3f} | {row['after']:.4f} | {row['before'] / row['after']:.3g}"
         time_taken = f"{row['cpu_seconds']:.0f} ({row['seconds']:.0f})"
-        lines.append(f"| {name} | {', '.join(fields)} | {figures} | {100 * row['outside']:.2f} % | {time_taken} |")
+        lines.append(
+            f"| {name} | {', '.join(fields)} | {figures} | {100 * row['outside']:.2f} % | {time_taken} |"
+        )
     return "\n".join(lines)
 
 

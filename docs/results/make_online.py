@@ -1,8 +1,10 @@
-"""Writes online.md: what the shipped online recipes reach, exactly measured on reviews, on held-out prompts elsewhere.
+"""Writes online.md: what the shipped online recipes reach, exactly measured on reviews, on held-out
+prompts elsewhere.
 
-python docs/results/make_online.py                            # about 80 minutes on one core, nearly an hour of it the stories
-python docs/results/make_online.py --only rpg kl_ppo --seeds 0  # these runs only; the other rows stay as they are
-python docs/results/make_online.py --only                     # none: seconds
+python docs/results/make_online.py                            # about 80 minutes on one core, nearly
+an hour of it the stories python docs/results/make_online.py --only rpg kl_ppo --seeds 0  # these
+runs only; the other rows stay as they are python docs/results/make_online.py --only
+# none: seconds
 """
 
 import argparse
@@ -16,15 +18,15 @@ from statistics import median
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignkit.config import build_objective, load_recipe
-from alignkit.evaluation.metrics import pass_at_k
-from alignkit.launch import run_recipe
-from alignkit.rollout.text import OneModel, generate
-from alignkit.run import read_lines
+from alignkit.config.recipe import build_objective, load_recipe
+from alignkit.metrics.completions import pass_at_k
+from alignkit.rollout.generate import OneModel, generate
+from alignkit.runs.launch import run_recipe
 from alignkit.tasks import resolve
 from alignkit.tasks.arithmetic import WORLDS as SUMS
 from alignkit.tasks.exact import figures, folder_logps, outcome_rewards
 from alignkit.tasks.reviews import WORLDS
+from alignkit.training.run_folder import read_lines
 
 HERE = Path(__file__).resolve().parent
 STORIES = HERE.parents[2] / "shared" / "data"
@@ -68,8 +70,11 @@ Marks on this scale: TRL's DPO 0.80 at 3.0 nats, 0.87 at 6.0, 0.97 at 30; best-o
 
 
 def trained(name: str, folder: Path, *overrides: str) -> dict[str, float]:
-    """Run a shipped recipe with its run folder in `folder`; seconds of this process, by the clock and on the CPU."""
-    wall, cpu = time.monotonic(), time.process_time()
+    """Run a shipped recipe with its run folder in `folder`; seconds of this process, by the clock
+    and on the CPU.
+    """
+    wall = time.monotonic()
+    cpu = time.process_time()
     run_recipe(load_recipe(name, [f"output_dir={folder}/run", *overrides]))
     steps = read_lines(folder / "run" / "metrics.jsonl")[-1]["step"]
     return {"steps": steps, "wall": time.monotonic() - wall, "cpu": time.process_time() - cpu}
@@ -78,30 +83,48 @@ def trained(name: str, folder: Path, *overrides: str) -> dict[str, float]:
 def reviews(name: str, seed: int, folder: Path) -> dict[str, float]:
     """Exact figures of a recipe on the reviews."""
     cost = trained(name, folder, f"train.seed={seed}")
-    objective, world = build_objective(load_recipe(name).objective), WORLDS["reviews"]
+    objective = build_objective(load_recipe(name).objective)
+    world = WORLDS["reviews"]
     rewards = outcome_rewards(list(world.rewards.values()), world.outside)
     models = (world.task().model_folder, folder / "run" / "model")
     base, policy = (folder_logps(model, world.prompts, list(world.rewards)) for model in models)
     optimum = objective.optimum(rewards, base)
-    start, end, best = (figures(p, base, rewards, optimum=optimum, beta=objective.beta) for p in (base, policy, optimum))
+    start, end, best = (
+        figures(p, base, rewards, optimum=optimum, beta=objective.beta)
+        for p in (base, policy, optimum)
+    )
     found = {"share": end.share, "kl": end.kl, "outside": end.outside, "kl_optimum": end.kl_optimum}
-    return {**cost, **found, "kl_optimum_start": start.kl_optimum, "kl_star": best.kl, "beta": objective.beta}
+    return {
+        **cost,
+        **found,
+        "kl_optimum_start": start.kl_optimum,
+        "kl_star": best.kl,
+        "beta": objective.beta,
+    }
 
 
 def arithmetic(name: str, seed: int, folder: Path) -> dict[str, float]:
     """Accuracy and pass@8 on the test split, before and after."""
-    task, cost = resolve("arithmetic"), trained(name, folder, f"train.seed={seed}")
-    base, policy = (_sums(model, task.reward) for model in (task.model_folder, folder / "run" / "model"))
+    task = resolve("arithmetic")
+    cost = trained(name, folder, f"train.seed={seed}")
+    base, policy = (
+        _sums(model, task.reward) for model in (task.model_folder, folder / "run" / "model")
+    )
     return {**cost, **{f"{key}_base": value for key, value in base.items()}, **policy}
 
 
 def _sums(model: Path, reward: Callable) -> dict[str, float]:
     world = SUMS["arithmetic"]
     prompts = world.splits["test"]
-    pair = OneModel(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
+    pair = OneModel(
+        AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    )
     texts = generate(pair, prompts, completions=ANSWERS, max_new_tokens=world.cap)
     right = [int(sum(reward([prompt] * ANSWERS, row))) for prompt, row in zip(prompts, texts)]
-    return {"accuracy": sum(right) / (ANSWERS * len(prompts)), "pass_8": pass_at_k(right, ANSWERS, 8)}
+    return {
+        "accuracy": sum(right) / (ANSWERS * len(prompts)),
+        "pass_8": pass_at_k(right, ANSWERS, 8),
+    }
 
 
 def stories(name: str, seed: int, folder: Path) -> dict[str, float]:
@@ -109,11 +132,14 @@ def stories(name: str, seed: int, folder: Path) -> dict[str, float]:
     sys.path.insert(0, str(HERE.parents[1] / "examples"))
     from stories import evaluate
 
-    base, prompts = STORIES / "stories260k", STORIES / "stories_sentiment"
+    base = STORIES / "stories260k"
+    prompts = STORIES / "stories_sentiment"
     paths = [f"model.name_or_path={base}", f"data.train={prompts / 'prompts_train.jsonl'}"]
     reward = f"rewards=[{{function: '{HERE.parents[1] / 'examples' / 'stories.py'}:happiness'}}]"
     cost = trained(name, folder, *paths, reward, f"train.seed={seed}")
-    (before, _), (score, kl) = (evaluate(base, m, prompts / "prompts_test.jsonl") for m in (base, folder / "run" / "model"))
+    (before, _), (score, kl) = (
+        evaluate(base, m, prompts / "prompts_test.jsonl") for m in (base, folder / "run" / "model")
+    )
     return {**cost, "score_base": before, "score": score, "kl": kl}
 
 
@@ -158,16 +184,22 @@ def table(kind: Callable, found: dict[str, dict[str, dict[str, float]]]) -> str:
     lines = [["recipe", "seed", *columns], ["---"] * (len(columns) + 2)]
     for name in (name for name, its in RUNS.items() if its is kind):
         runs = found.get(name, {})
-        lines += [[name, seed, *(cell(row) for cell in columns.values())] for seed, row in runs.items()]
+        lines += [
+            [name, seed, *(cell(row) for cell in columns.values())] for seed, row in runs.items()
+        ]
         if len(runs) > 2:
-            middle = {key: median(row[key] for row in runs.values()) for key in next(iter(runs.values()))}
+            middle = {
+                key: median(row[key] for row in runs.values()) for key in next(iter(runs.values()))
+            }
             lines.append([f"**{name}**", "median", *(cell(middle) for cell in columns.values())])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", choices=RUNS, default=list(RUNS), help="recipes to run")
+    parser.add_argument(
+        "--only", nargs="*", choices=RUNS, default=list(RUNS), help="recipes to run"
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
     asked = parser.parse_args()
     saved = HERE / "online.json"
@@ -180,7 +212,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 row = RUNS[name](name, seed, Path(folder))
             print(name, seed, row, flush=True)
-            found = json.loads(saved.read_text()) if saved.exists() else {}  # other processes may have added theirs
+            # other processes may have added theirs
+            found = json.loads(saved.read_text()) if saved.exists() else {}
             found.setdefault(name, {})[str(seed)] = row
             saved.write_text(json.dumps(found, indent=1) + "\n")
     exact = next((row for name in ("rpg", "kl_ppo") for row in found.get(name, {}).values()), None)
@@ -188,7 +221,9 @@ def main() -> None:
         parser.exit(0, "not yet run: rpg or kl_ppo, whose optimum the page names\n")
     tables = {kind.__name__: table(kind, found) for kind in COLUMNS}
     prompts = len(SUMS["arithmetic"].splits["test"])
-    text = TEXT.format(**tables, prompts=prompts, answers=ANSWERS, kl_star=exact["kl_star"], beta=exact["beta"])
+    text = TEXT.format(
+        **tables, prompts=prompts, answers=ANSWERS, kl_star=exact["kl_star"], beta=exact["beta"]
+    )
     (HERE / "online.md").write_text(text)
     print(f"written to {HERE / 'online.md'}")
 

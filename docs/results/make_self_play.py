@@ -1,7 +1,8 @@
-"""Writes self_play.md: the self-play algorithms on exact games, the objectives on the neural cyclic task.
+"""Writes self_play.md: the self-play algorithms on exact games, the objectives on the neural cyclic
+task.
 
-python docs/results/make_self_play.py                # about 20 minutes on one core
-python docs/results/make_self_play.py --neural egpo  # trains these only; the other rows stay as they are
+python docs/results/make_self_play.py                # about 20 minutes on one core python
+docs/results/make_self_play.py --neural egpo  # trains these only; the other rows stay as they are
 python docs/results/make_self_play.py --neural       # none: seconds
 """
 
@@ -13,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from alignkit.config import load_recipe
-from alignkit.launch import run_recipe
+from alignkit.config.recipe import load_recipe
 from alignkit.oracles import duality_gap
 from alignkit.oracles.games import Game, random_games
 from alignkit.oracles.self_play import ALGORITHMS, trajectory, tuned
+from alignkit.runs.launch import run_recipe
 from alignkit.tasks import resolve
 from alignkit.tasks.cyclic import preference_table
 from alignkit.tasks.exact import folder_logps, kl
@@ -27,7 +28,15 @@ HERE = Path(__file__).resolve().parent
 QUESTIONS = 1000
 NEURAL_QUESTIONS = 128_000
 # judge questions of one prompt in one step, both halves counted
-PER_PROMPT = {"egpo": 4, "nash_mp": 1, "online_ipo": 1, "ipo_md": 1, "nash_md": 1, "nash_ema": 1, "inpo": 1}
+PER_PROMPT = {
+    "egpo": 4,
+    "nash_mp": 1,
+    "online_ipo": 1,
+    "ipo_md": 1,
+    "nash_md": 1,
+    "nash_ema": 1,
+    "inpo": 1,
+}
 PER_PROMPT |= {"rspo": 10, "sppo": 10, "onpo": 3, "online_dpo": 1, "xpo": 1}
 
 TEXT = """# Self-play
@@ -79,7 +88,9 @@ def tabular() -> str:
     """Gaps on cyclic games at the best step, and on transitive games at one step."""
     games = random_games(10, 10, 0.01)
     scores = torch.randn(10, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    control = Game((scores.unsqueeze(-1) - scores.unsqueeze(-2)).sigmoid(), games.log_reference, 0.1)
+    control = Game(
+        (scores.unsqueeze(-1) - scores.unsqueeze(-2)).sigmoid(), games.log_reference, 0.1
+    )
     start = [f"{game.gap(game.log_reference).median():.1e}" for game in (games, control)]
     rows = [["the reference", "0", "", *start]]
     for name, algorithm in ALGORITHMS.items():
@@ -88,7 +99,15 @@ def tabular() -> str:
         if name in ("omd", "nash_md", "egpo"):
             iterates = trajectory(control, algorithm, 0.3, 50 * algorithm.queries)
             alike = f"{control.gap(iterates[-1]).median():.1e}"
-        rows.append([name, str(QUESTIONS // algorithm.queries), f"{step:.3g}", f"{float(gaps[-1]):.1e}", alike])
+        rows.append(
+            [
+                name,
+                str(QUESTIONS // algorithm.queries),
+                f"{step:.3g}",
+                f"{float(gaps[-1]):.1e}",
+                alike,
+            ]
+        )
     return table(["algorithm", "iterations", "step", "gap", "gap, transitive control"], rows)
 
 
@@ -103,14 +122,24 @@ def unregularised() -> str:
     rows = []
     for name in ("sppo", "onpo"):
         iterates = trajectory(game, ALGORITHMS[name], 0.5, 1000).exp()
-        rows.append([name, *(f"{gap(iterates[:t].mean(0)):.1e} ({gap(iterates[t]):.1e})" for t in (10, 100, 1000))])
+        rows.append(
+            [
+                name,
+                *(
+                    f"{gap(iterates[:t].mean(0)):.1e} ({gap(iterates[t]):.1e})"
+                    for t in (10, 100, 1000)
+                ),
+            ]
+        )
     return table(["algorithm", "10 iterations", "100", "1000"], rows)
 
 
 def neural(name: str, found: dict) -> dict:
     """Exact figures of a shipped recipe at equal judge questions, beside those `found` before."""
-    world, task = WORLDS["reviews"], resolve("reviews")
-    preference, reviews = preference_table("reviews"), list(world.rewards)
+    world = WORLDS["reviews"]
+    task = resolve("reviews")
+    preference = preference_table("reviews")
+    reviews = list(world.rewards)
     reference = folder_logps(task.model_folder, world.prompts, reviews)
 
     def gap(logps: torch.Tensor) -> float:
@@ -119,20 +148,44 @@ def neural(name: str, found: dict) -> dict:
     per_step = PER_PROMPT[name] * load_recipe(name).train.batch_size
     steps = NEURAL_QUESTIONS // per_step
     with tempfile.TemporaryDirectory() as folder:
-        run = [f"output_dir={folder}/run", f"train.steps={steps}", "train.save_every=0", "train.log_samples_every=0"]
-        began, spent = time.monotonic(), time.process_time()
+        run = [
+            f"output_dir={folder}/run",
+            f"train.steps={steps}",
+            "train.save_every=0",
+            "train.log_samples_every=0",
+        ]
+        began = time.monotonic()
+        spent = time.process_time()
         run_recipe(load_recipe(name, run))
-        seconds, cpu = time.monotonic() - began, time.process_time() - spent
+        seconds = time.monotonic() - began
+        cpu = time.process_time() - spent
         policy = folder_logps(f"{folder}/run/model", world.prompts, reviews)
-    figures = {"gap": gap(policy), "kl": float(kl(policy, reference).mean()), "seconds": seconds, "cpu_seconds": cpu}
+    figures = {
+        "gap": gap(policy),
+        "kl": float(kl(policy, reference).mean()),
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+    }
     print(name, steps, figures, flush=True)
     rows = found.get("rows", {}) | {name: {"steps": steps} | figures}
-    return {"start": gap(reference), "prompts": len(world.prompts), "outcomes": len(preference), "rows": rows}
+    return {
+        "start": gap(reference),
+        "prompts": len(world.prompts),
+        "outcomes": len(preference),
+        "rows": rows,
+    }
 
 
 def neural_table(found: dict) -> str:
     """The table of the figures that `neural` found."""
-    header = ["objective", "steps", "exact gap", "times smaller", "KL to the reference, nats", "processor seconds (wall clock)"]
+    header = [
+        "objective",
+        "steps",
+        "exact gap",
+        "times smaller",
+        "KL to the reference, nats",
+        "processor seconds (wall clock)",
+    ]
     rows = []
     for name, row in ((name, found["rows"][name]) for name in PER_PROMPT if name in found["rows"]):
         figures = [f"{row['gap']:.4f}", f"{found['start'] / row['gap']:.1f}", f"{row['kl']:.3f}"]
@@ -143,7 +196,13 @@ def neural_table(found: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--neural", nargs="*", choices=PER_PROMPT, default=list(PER_PROMPT), help="objectives to train")
+    parser.add_argument(
+        "--neural",
+        nargs="*",
+        choices=PER_PROMPT,
+        default=list(PER_PROMPT),
+        help="objectives to train",
+    )
     args = parser.parse_args()
     saved = HERE / "self_play.json"
     found = json.loads(saved.read_text()) if saved.exists() else {}

@@ -1,9 +1,12 @@
-"""Writes self_play_stories.md: how often a self-play policy's stories are happier than the base model's, and at what distance.
+"""Writes self_play_stories.md: how often a self-play policy's stories are happier than the base
+model's, and at what distance.
 
-STORIES=folder python docs/results/make_self_play_stories.py              # about 20 minutes on one core
-STORIES=folder python docs/results/make_self_play_stories.py --train egpo # trains this one only; the other row stays as it is
+STORIES=folder python docs/results/make_self_play_stories.py              # about 20 minutes on one
+core STORIES=folder python docs/results/make_self_play_stories.py --train egpo # trains this one
+only; the other row stays as it is
 
-The folder holds `stories260k/` and `stories_sentiment/prompts_test.jsonl` and `prompts_train.jsonl`. Needs vaderSentiment.
+The folder holds `stories260k/` and `stories_sentiment/prompts_test.jsonl` and
+`prompts_train.jsonl`. Needs vaderSentiment.
 """
 
 import argparse
@@ -17,21 +20,23 @@ import torch
 from torch import Tensor
 
 from alignkit.batches import Bundle, Draw, Plan
-from alignkit.config import load_recipe
-from alignkit.data.config import DataConfig
+from alignkit.config.data import DataConfig
+from alignkit.config.model import ModelConfig, ReferenceConfig
+from alignkit.config.plugins import load_object
+from alignkit.config.recipe import load_recipe
 from alignkit.data.load import load_prompts
-from alignkit.launch import run_recipe
-from alignkit.objectives.sampled import exact_kl
-from alignkit.plugins import load_object
-from alignkit.policies.config import ModelConfig, ReferenceConfig
+from alignkit.objectives.rollout_base import exact_kl
 from alignkit.policies.load import load_pair
 from alignkit.rollout.hf import HFSampler
-from alignkit.run import read_lines
+from alignkit.runs.launch import run_recipe
+from alignkit.training.run_folder import read_lines
 
 HERE = Path(__file__).resolve().parent
 SCORE = f"{HERE.parents[1] / 'examples' / 'stories.py'}:happiness"
 NAMES = ("nash_md", "egpo")
-SAMPLES, TOKENS = 4, 48  # completions of each model per opening, and their length
+# completions of each model per opening, and their length
+SAMPLES = 4
+TOKENS = 48
 
 TEXT = """# Self-play on a real model
 
@@ -57,38 +62,71 @@ def interval(values: Tensor) -> tuple[float, float]:
 
 
 def measure(base: Path, model: Path, openings: Path, last: int = 0) -> dict[str, float]:
-    """Win rate against the base, KL per completion and mean scores, on the file's openings (the `last` so many)."""
-    plan, score = Plan("sequence", statistics={"kl": exact_kl}), load_object(SCORE, what="score")
+    """Win rate against the base, KL per completion and mean scores, on the file's openings (the
+    `last` so many).
+    """
+    plan = Plan("sequence", statistics={"kl": exact_kl})
+    score = load_object(SCORE, what="score")
     pair = load_pair(
-        ModelConfig(name_or_path=str(model)), ReferenceConfig(kind=str(base)), None, plan, device="cpu", fixed_data=False
+        ModelConfig(name_or_path=str(model)),
+        ReferenceConfig(kind=str(base)),
+        None,
+        plan,
+        device="cpu",
+        fixed_data=False,
     )
     prompts = load_prompts(DataConfig(train=str(openings)), pair.tokenizer)[0][-last:]
     sampler = HFSampler(pair, max_new_tokens=TOKENS, seed=1)
 
     def draw(source: str, step: int) -> tuple[list[Bundle], Tensor]:
         """Samples of every opening, and their scores [openings, samples]."""
-        rows = sampler.sample([p.ids for p in prompts], Draw(SAMPLES, source), step=step, prompt_ids=range(len(prompts)))
-        texts = [[pair.tokenizer.decode(s.ids, skip_special_tokens=True) for s in row] for row in rows]
+        rows = sampler.sample(
+            [p.ids for p in prompts],
+            Draw(SAMPLES, source),
+            step=step,
+            prompt_ids=range(len(prompts)),
+        )
+        texts = [
+            [pair.tokenizer.decode(s.ids, skip_special_tokens=True) for s in row] for row in rows
+        ]
         bundles = [
-            Bundle(p.ids, [s.ids for s in row], [torch.ones_like(s.ids, dtype=torch.bool) for s in row])
+            Bundle(
+                p.ids, [s.ids for s in row], [torch.ones_like(s.ids, dtype=torch.bool) for s in row]
+            )
             for p, row in zip(prompts, rows)
         ]
-        return bundles, torch.tensor([score([p.text] * SAMPLES, row) for p, row in zip(prompts, texts)])
+        return bundles, torch.tensor(
+            [score([p.text] * SAMPLES, row) for p, row in zip(prompts, texts)]
+        )
 
     (bundles, ours), (_, theirs) = draw("policy", 0), draw("reference", 1)
     gap = ours.unsqueeze(2) - theirs.unsqueeze(1)  # [openings, samples, samples]
     win, win_margin = interval((0.5 + 0.5 * gap.sign()).mean((1, 2)))
     with torch.no_grad():
-        kl, kl_margin = interval(torch.stack([pair.logps([bundle], plan).sequence("kl").mean() for bundle in bundles]))
+        kl, kl_margin = interval(
+            torch.stack([pair.logps([bundle], plan).sequence("kl").mean() for bundle in bundles])
+        )
     scores = {"score": float(ours.mean()), "base_score": float(theirs.mean())}
-    return {"win": win, "win_margin": win_margin, "kl": kl, "kl_margin": kl_margin, "openings": len(prompts), **scores}
+    return {
+        "win": win,
+        "win_margin": win_margin,
+        "kl": kl,
+        "kl_margin": kl_margin,
+        "openings": len(prompts),
+        **scores,
+    }
 
 
 def figures(name: str, stories: Path, run: Path) -> dict[str, float]:
-    """Figures of a shipped recipe on the test openings. A run that is finished in the folder `run` is measured as it is."""
+    """Figures of a shipped recipe on the test openings. A run that is finished in the folder `run`
+    is measured as it is.
+    """
     data = stories / "stories_sentiment"
     if not (run / "model").exists():
-        paths = [f"model.name_or_path={stories / 'stories260k'}", f"data.train={data / 'prompts_train.jsonl'}"]
+        paths = [
+            f"model.name_or_path={stories / 'stories260k'}",
+            f"data.train={data / 'prompts_train.jsonl'}",
+        ]
         judge = f"judge={{rewards: [{{function: '{SCORE}'}}], temperature: 0}}"
         quiet = [f"output_dir={run}", "train.save_every=0", "train.log_samples_every=0"]
         run_recipe(load_recipe(f"{name}_stories", [*paths, judge, *quiet]))
@@ -99,8 +137,12 @@ def figures(name: str, stories: Path, run: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", nargs="*", choices=NAMES, default=list(NAMES), help="objectives to train")
-    parser.add_argument("--runs", type=Path, help="keep the run folders NAME_stories here, and reuse finished ones")
+    parser.add_argument(
+        "--train", nargs="*", choices=NAMES, default=list(NAMES), help="objectives to train"
+    )
+    parser.add_argument(
+        "--runs", type=Path, help="keep the run folders NAME_stories here, and reuse finished ones"
+    )
     args = parser.parse_args()
     if "STORIES" not in os.environ:
         parser.exit(0, "skipped: set STORIES to the folder of the stories model and its openings\n")
@@ -108,16 +150,25 @@ def main() -> None:
     found = json.loads(saved.read_text()) if saved.exists() else {}
     for name in args.train:
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = figures(name, Path(os.environ["STORIES"]), (args.runs or Path(folder)) / f"{name}_stories")
+            found[name] = figures(
+                name, Path(os.environ["STORIES"]), (args.runs or Path(folder)) / f"{name}_stories"
+            )
         print(name, found[name], flush=True)
         saved.write_text(json.dumps(found, indent=1) + "\n")
-    rows = ["| objective | win rate | KL, nats | VADER score (base) | steps | minutes |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| objective | win rate | KL, nats | VADER score (base) | steps | minutes |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in found.items():
         win, kl = (f"{row[key]:.3f} ± {row[key + '_margin']:.3f}" for key in ("win", "kl"))
         score = f"{row['score']:.3f} ({row['base_score']:.3f})"
-        rows.append(f"| {name} | {win} | {kl} | {score} | {row['steps']} | {row['seconds'] / 60:.0f} |")
+        rows.append(
+            f"| {name} | {win} | {kl} | {score} | {row['steps']} | {row['seconds'] / 60:.0f} |"
+        )
     openings = next(iter(found.values()))["openings"]
-    (HERE / "self_play_stories.md").write_text(TEXT.format(samples=SAMPLES, openings=openings, table="\n".join(rows)))
+    (HERE / "self_play_stories.md").write_text(
+        TEXT.format(samples=SAMPLES, openings=openings, table="\n".join(rows))
+    )
     print(f"written to {HERE / 'self_play_stories.md'}")
 
 

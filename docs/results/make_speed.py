@@ -1,8 +1,8 @@
 """Writes speed.md and speed_growth.png: what the benchmarks printed, with their commands.
 
-python docs/results/make_speed.py               # over an hour on two cores, which nothing else should use
-python docs/results/make_speed.py --only group  # runs this one; the other tables stay as they are
-python docs/results/make_speed.py --only        # none: seconds
+python docs/results/make_speed.py               # over an hour on two cores, which nothing else
+should use python docs/results/make_speed.py --only group  # runs this one; the other tables stay as
+they are python docs/results/make_speed.py --only        # none: seconds
 """
 
 import argparse
@@ -114,7 +114,9 @@ def run(command: str) -> str:
     script, *arguments = command.split()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     call = [sys.executable, str(ROOT / "tests" / "benchmarks" / script), *arguments]
-    return subprocess.run(call, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return subprocess.run(
+        call, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
 
 
 def table(printed: str) -> list[dict[str, float]]:
@@ -125,7 +127,9 @@ def table(printed: str) -> list[dict[str, float]]:
 
 
 def draw_growth(printed: str, to: Path) -> None:
-    """Seconds of a step against each quantity that grows, the others as in the first row; dashed: in proportion."""
+    """Seconds of a step against each quantity that grows, the others as in the first row; dashed:
+    in proportion.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -136,14 +140,20 @@ def draw_growth(printed: str, to: Path) -> None:
     figure, panels = pyplot.subplots(1, 4, figsize=(12, 3), sharey=True, layout="constrained")
     for panel, name in zip(panels, GROWING, strict=True):
         line = sorted(
-            (row[name], row["s"]) for row in rows if all(row[other] == base[other] for other in GROWING if other != name)
+            (row[name], row["s"])
+            for row in rows
+            if all(row[other] == base[other] for other in GROWING if other != name)
         )
         x, y = zip(*line, strict=True)
         panel.loglog(x, y, "o-")
         panel.loglog(x, [y[0] * value / x[0] for value in x], "--", color="grey", linewidth=1)
         panel.set_xticks(x, [f"{value:g}" for value in x])
         panel.minorticks_off()
-        panel.set_xlabel({"prompt": "tokens of the prompt", "completions": "completions of a prompt"}.get(name, name))
+        panel.set_xlabel(
+            {"prompt": "tokens of the prompt", "completions": "completions of a prompt"}.get(
+                name, name
+            )
+        )
     seconds = [0.5, 1, 2, 5, 10]
     panels[0].set_yticks(seconds, map(str, seconds))
     panels[0].set_ylabel("seconds of a step")
@@ -152,7 +162,9 @@ def draw_growth(printed: str, to: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", choices=BENCHMARKS, default=list(BENCHMARKS), help="benchmarks to run")
+    parser.add_argument(
+        "--only", nargs="*", choices=BENCHMARKS, default=list(BENCHMARKS), help="benchmarks to run"
+    )
     args = parser.parse_args()
     saved = HERE / "speed.json"
     found = json.loads(saved.read_text()) if saved.exists() else {}
@@ -162,7 +174,10 @@ def main() -> None:
         saved.write_text(json.dumps(found, indent=1) + "\n")
     if missing := [name for name in BENCHMARKS if name not in found]:
         parser.exit(0, f"not yet run, so no page: {', '.join(missing)}\n")
-    parts = {name: f"`python tests/benchmarks/{part['command']}`\n\n{part['printed']}" for name, part in found.items()}
+    parts = {
+        name: f"`python tests/benchmarks/{part['command']}`\n\n{part['printed']}"
+        for name, part in found.items()
+    }
     (HERE / "speed.md").write_text(TEXT.format(**parts))
     draw_growth(found["growth"]["printed"], HERE / "speed_growth.png")
     print(f"written to {HERE / 'speed.md'}")

@@ -1,11 +1,13 @@
 """DPO: alignkit beside TRL, step by step in turn, in one process; peak memory in a process of each.
 
-    python tests/benchmarks/bench_dpo.py [--data gsm8k] [--steps 12] [--size 15M] [--vocab 8192] [--dtype float32] ...
+    python tests/benchmarks/bench_dpo.py [--data gsm8k] [--steps 12] [--size 15M] [--vocab 8192]
+    [--dtype float32] ...
 
-Both sides train the same weights on the same batches with a live reference. TRL runs with gradient checkpointing on and off, in
-whole batches and in quarters that are accumulated. The floor of a step are the matrix products on the tokens that differ, of
-policy and reference, forward and backward, timed on the machine in between. The tables go to stdout as Markdown. On a GPU the
-defaults are a Qwen3 of 0.6B in bfloat16 and flex attention.
+Both sides train the same weights on the same batches with a live reference. TRL runs with gradient
+checkpointing on and off, in whole batches and in quarters that are accumulated. The floor of a step
+are the matrix products on the tokens that differ, of policy and reference, forward and backward,
+timed on the machine in between. The tables go to stdout as Markdown. On a GPU the defaults are a
+Qwen3 of 0.6B in bfloat16 and flex attention.
 """
 
 import argparse
@@ -31,26 +33,43 @@ DATA_SETS = {"gsm8k": pairs, "dialogues": dialogues}
 class Ours:
     """alignkit's step: the loop's own reducer, optimiser and update."""
 
-    def __init__(self, folder: Path, rows: list[dict], batch: int, dtype: str, objective=None, attention: str = "auto"):
+    def __init__(
+        self,
+        folder: Path,
+        rows: list[dict],
+        batch: int,
+        dtype: str,
+        objective=None,
+        attention: str = "auto",
+    ):
+        from alignkit.config.data import DataConfig
+        from alignkit.config.model import ModelConfig, ReferenceConfig
+        from alignkit.config.train import TrainConfig
         from alignkit.data import load_bundles
-        from alignkit.data.config import DataConfig
-        from alignkit.loop import make_optimizer
-        from alignkit.objectives.dpo import DPO
-        from alignkit.policies.config import ModelConfig, ReferenceConfig
+        from alignkit.objectives.preference.dpo import DPO
         from alignkit.policies.load import load_pair
         from alignkit.policies.packing import default_budget
-        from alignkit.reduction import Reducer
-        from alignkit.train_config import TrainConfig
+        from alignkit.training.loop import make_optimizer
+        from alignkit.training.reduction import Reducer
 
         objective = objective or DPO(beta=BETA)
-        accelerator = Accelerator(cpu=not GPU, mixed_precision="bf16" if dtype == "bfloat16" else "no")
+        accelerator = Accelerator(
+            cpu=not GPU, mixed_precision="bf16" if dtype == "bfloat16" else "no"
+        )
         model = ModelConfig(name_or_path=str(folder), attention=attention)
         self.pair = load_pair(
-            model, ReferenceConfig(kind="frozen"), None, objective.plan, device=accelerator.device, fixed_data=True
+            model,
+            ReferenceConfig(kind="frozen"),
+            None,
+            objective.plan,
+            device=accelerator.device,
+            fixed_data=True,
         )
         file = folder / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        bundles, _ = load_bundles(DataConfig(train=str(file), max_length=LONGEST), "pair", self.pair.tokenizer)
+        bundles, _ = load_bundles(
+            DataConfig(train=str(file), max_length=LONGEST), "pair", self.pair.tokenizer
+        )
         self.batches = [bundles[i : i + batch] for i in range(0, len(bundles), batch)]
         config = TrainConfig(learning_rate=RATE)
         self.optimizer = self.pair.prepare(accelerator, partial(make_optimizer, config))
@@ -68,7 +87,8 @@ class Ours:
         """Seconds of the matrix products of a step on its distinct tokens, each shape timed now."""
         rows = build_rows(self.batches[index], "shared_prefix")
         own = torch.arange(rows.input_ids.shape[1])
-        tokens = int(((rows.ends > own + 1) | (rows.input_ids > 0)).sum())  # pads have the id 0 and see themselves alone
+        # pads have the id 0 and see themselves alone
+        tokens = int(((rows.ends > own + 1) | (rows.input_ids > 0)).sum())
         head = self.pair.base.head.module
         shapes: dict[tuple[int, int, int], int] = {}
         for module in self.pair.base.modules():
@@ -81,7 +101,13 @@ class Ours:
     def _products(self, rows: int, outputs: int, inputs: int) -> float:
         shapes, device = ((rows, inputs), (outputs, inputs), (rows, outputs)), self.pair.device
         x, w, g = (torch.ones(shape, dtype=self.dtype, device=device) for shape in shapes)
-        acts = (lambda: x @ w.T, lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x)  # policy, reference, two of backward
+        # policy, reference, two of backward
+        acts = (
+            lambda: x @ w.T,
+            lambda: x @ w.T,
+            lambda: g @ w,
+            lambda: g.T @ x,
+        )
         for act in acts:
             act()
         began = clock()
@@ -104,7 +130,9 @@ class Setting:
 
 
 KERNELS = (False, True) if GPU and find_spec("liger_kernel") else (False,)
-SETTINGS = [Setting(on, parts, liger) for liger in KERNELS for on in (False, True) for parts in (1, 4)]
+SETTINGS = [
+    Setting(on, parts, liger) for liger in KERNELS for on in (False, True) for parts in (1, 4)
+]
 
 
 def trl_trainer(folder: Path, rows: list[dict], setting: Setting, dtype: str, steps: int, callback):
@@ -135,16 +163,27 @@ def trl_trainer(folder: Path, rows: list[dict], setting: Setting, dtype: str, st
         logging_steps=1,
         disable_tqdm=True,
     )
-    model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    model, reference = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2)
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = Dataset.from_list(rows)
-    trainer = DPOTrainer(model, reference, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
+    trainer = DPOTrainer(
+        model,
+        reference,
+        arguments,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
     trainer.remove_callback(PrinterCallback)  # the table alone goes to stdout
     return trainer
 
 
 def callback_between_steps(act):
-    """A trainer callback that calls `act(seconds of the step just done, its loss)`; the act's own time is not TRL's."""
+    """A trainer callback that calls `act(seconds of the step just done, its loss)`; the act's own
+    time is not TRL's.
+    """
     from transformers import TrainerCallback
 
     class Between(TrainerCallback):
@@ -160,8 +199,12 @@ def callback_between_steps(act):
     return Between()
 
 
-def alternate(folder: Path, rows: list[dict], given: argparse.Namespace, setting: Setting) -> dict[str, float]:
-    """Medians of a step of alignkit, of TRL and of the floor, in turn, and the largest difference of the losses."""
+def alternate(
+    folder: Path, rows: list[dict], given: argparse.Namespace, setting: Setting
+) -> dict[str, float]:
+    """Medians of a step of alignkit, of TRL and of the floor, in turn, and the largest difference
+    of the losses.
+    """
     ours, theirs, floors, losses = [], [], [], []
     side = Ours(folder, rows, 8, given.dtype, attention=given.attention)
 
@@ -172,10 +215,15 @@ def alternate(folder: Path, rows: list[dict], given: argparse.Namespace, setting
         ours.append(clock() - began)
         floors.append(side.floor(len(floors)))
 
-    trainer = trl_trainer(folder, rows, setting, given.dtype, given.steps, callback_between_steps(act))
+    trainer = trl_trainer(
+        folder, rows, setting, given.dtype, given.steps, callback_between_steps(act)
+    )
     trainer.train()
     logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    medians = {name: statistics.median(times[1:]) for name, times in (("ours", ours), ("theirs", theirs), ("floor", floors))}
+    medians = {
+        name: statistics.median(times[1:])
+        for name, times in (("ours", ours), ("theirs", theirs), ("floor", floors))
+    }
     return medians | {"difference": max(abs(a - b) for a, b in zip(losses, logged, strict=True))}
 
 
@@ -187,7 +235,9 @@ def alone(folder: Path, rows: list[dict], given: argparse.Namespace) -> None:
             side.step(i)
     else:
         setting = next(setting for setting in SETTINGS if str(setting) == given.alone)
-        trl_trainer(folder, rows, setting, given.dtype, given.steps, callback_between_steps(lambda _: None)).train()
+        trl_trainer(
+            folder, rows, setting, given.dtype, given.steps, callback_between_steps(lambda _: None)
+        ).train()
     print(json.dumps({"memory": peak_memory()}))
 
 
@@ -197,8 +247,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--size", default="0.6B" if GPU else "15M", choices=SHAPES)
     parser.add_argument("--vocab", type=int, default=151_936 if GPU else 8192)
-    parser.add_argument("--dtype", default="bfloat16" if GPU else "float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--attention", default="flex_attention" if GPU else "auto", help="alignkit's kernel")
+    parser.add_argument(
+        "--dtype", default="bfloat16" if GPU else "float32", choices=["float32", "bfloat16"]
+    )
+    parser.add_argument(
+        "--attention", default="flex_attention" if GPU else "auto", help="alignkit's kernel"
+    )
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -213,7 +267,16 @@ def main() -> None:
 
 def report(folder: Path, rows: list[dict], given: argparse.Namespace) -> None:
     """Run everything and print the table."""
-    common = ("--folder", str(folder), "--steps", str(min(given.steps, 4)), "--dtype", given.dtype, "--data", given.data)
+    common = (
+        "--folder",
+        str(folder),
+        "--steps",
+        str(min(given.steps, 4)),
+        "--dtype",
+        given.dtype,
+        "--data",
+        given.data,
+    )
     common += ("--attention", given.attention)
     machine = torch.cuda.get_device_name() if GPU else f"{torch.get_num_threads()} threads"
     mine = measured_alone(__file__, "--alone", "alignkit", *common)["memory"]
@@ -221,7 +284,9 @@ def report(folder: Path, rows: list[dict], given: argparse.Namespace) -> None:
         f"\nDPO, {given.data}, batch 8, {given.size}, vocabulary {given.vocab}, {given.dtype}, live reference, "
         f"{machine}, medians of {given.steps - 1} steps; alignkit's peak memory {mine:.0f} MiB\n"
     )
-    print("| TRL with | alignkit pairs/s | TRL pairs/s | ratio | TRL MiB | alignkit's share | floor / step | loss difference |")
+    print(
+        "| TRL with | alignkit pairs/s | TRL pairs/s | ratio | TRL MiB | alignkit's share | floor / step | loss difference |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for setting in SETTINGS:
         found = alternate(folder, rows, given, setting)

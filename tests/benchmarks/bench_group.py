@@ -1,9 +1,12 @@
-"""A group update: one prompt with K completions, computed once or K times, and by TRL, step by step in turn in one process.
+"""A group update: one prompt with K completions, computed once or K times, and by TRL, step by step
+in turn in one process.
 
-    python tests/benchmarks/bench_group.py [--prompt 256] [--completion 64] [--completions 8] [--size 15M] [--steps 12]
+    python tests/benchmarks/bench_group.py [--prompt 256] [--completion 64] [--completions 8]
+    [--size 15M] [--steps 12]
 
-Forward, backward and optimiser step of GRPO without a KL (one model). A stand-in gives TRL's trainer the same completions in
-no time; it runs with gradient checkpointing on and off. The table goes to stdout as Markdown.
+Forward, backward and optimiser step of GRPO without a KL (one model). A stand-in gives TRL's
+trainer the same completions in no time; it runs with gradient checkpointing on and off. The table
+goes to stdout as Markdown.
 """
 
 import argparse
@@ -20,12 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import SHAPES, dialogues, write_world
 
 from alignkit.batches import Bundle
-from alignkit.loop import make_optimizer
-from alignkit.objectives.grpo import GRPO
+from alignkit.config.train import TrainConfig
+from alignkit.objectives.online.grpo import GRPO
 from alignkit.policies.module import PolicyModule
 from alignkit.policies.pair import PolicyPair
-from alignkit.reduction import Reducer
-from alignkit.train_config import TrainConfig
+from alignkit.training.loop import make_optimizer
+from alignkit.training.reduction import Reducer
 
 
 def group(prompt: torch.Tensor, completion: int, completions: int, vocab: int) -> Bundle:
@@ -74,7 +77,14 @@ def report(folder: Path, asked: argparse.Namespace) -> None:
         seconds.setdefault(trl, []).append(theirs)
 
     for name, on in (("TRL, no checkpointing", False), ("TRL, checkpointing", True)):
-        run_trl(folder, prompt, bundle.completions, asked.steps, on, callback_between_steps(partial(ours, name)))
+        run_trl(
+            folder,
+            prompt,
+            bundle.completions,
+            asked.steps,
+            on,
+            callback_between_steps(partial(ours, name)),
+        )
     shared = statistics.median(seconds["shared_prefix"][1:])
     print(
         f"\nGroup update, prompt of {len(ids)} tokens, {asked.completions} completions of {asked.completion}, {asked.size} "
@@ -94,7 +104,14 @@ def text_of(folder: Path, tokens: int) -> str:
     return tokenizer.decode(tokenizer(dialogues(1, 8)[0]["prompt"])["input_ids"][:tokens])
 
 
-def run_trl(folder: Path, prompt: str, completions: list[torch.Tensor], steps: int, checkpointing: bool, callback) -> None:
+def run_trl(
+    folder: Path,
+    prompt: str,
+    completions: list[torch.Tensor],
+    steps: int,
+    checkpointing: bool,
+    callback,
+) -> None:
     """TRL's trainer on the same group in every step."""
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -128,7 +145,9 @@ def run_trl(folder: Path, prompt: str, completions: list[torch.Tensor], steps: i
     )
     trainer.remove_callback(PrinterCallback)
     answers = torch.stack(completions)
-    trainer.model.generate = lambda input_ids=None, **_: torch.cat([input_ids, answers.to(input_ids.device)], 1)
+    trainer.model.generate = lambda input_ids=None, **_: torch.cat(
+        [input_ids, answers.to(input_ids.device)], 1
+    )
     trainer.train()
 
 

@@ -1,8 +1,10 @@
-"""How the cost of a DPO step grows: with the prompt's length, the number of completions, the vocabulary and the batch.
+"""How the cost of a DPO step grows: with the prompt's length, the number of completions, the
+vocabulary and the batch.
 
     python tests/benchmarks/bench_growth.py [--size 15M] [--repeats 3]
 
-Forward and backward with a live reference on random tokens, one thing changed at a time. The table goes to stdout as Markdown.
+Forward and backward with a live reference on random tokens, one thing changed at a time. The table
+goes to stdout as Markdown.
 """
 
 import argparse
@@ -18,14 +20,14 @@ from transformers.utils.logging import disable_progress_bar
 from world import SHAPES, write_model
 
 from alignkit.batches import Bundle
-from alignkit.loop import make_optimizer
-from alignkit.objectives.dpo import DPO
-from alignkit.policies.config import TargetConfig
+from alignkit.config.model import TargetConfig
+from alignkit.config.train import TrainConfig
+from alignkit.objectives.preference.dpo import DPO
 from alignkit.policies.module import PolicyModule
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.reference import Anchor
-from alignkit.reduction import Reducer
-from alignkit.train_config import TrainConfig
+from alignkit.training.loop import make_optimizer
+from alignkit.training.reduction import Reducer
 
 BASE = {"prompt": 256, "completions": 2, "vocabulary": 8192, "prompts": 4}
 COMPLETION = 64
@@ -44,9 +46,14 @@ def main() -> None:
     asked = parser.parse_args()
     disable_progress_bar()
     threads = torch.get_num_threads()
-    print(f"\nA DPO step, completions of {COMPLETION} tokens, {asked.size} Llama, float32, {threads} threads\n")
+    print(
+        f"\nA DPO step, completions of {COMPLETION} tokens, {asked.size} Llama, float32, {threads} threads\n"
+    )
     print(f"| {' | '.join(BASE)} | s | tokens of the rows | ms per token |\n|{'---|' * 7}")
-    for settings in (BASE, *({**BASE, name: value} for name, values in GROWTH.items() for value in values)):
+    for settings in (
+        BASE,
+        *({**BASE, name: value} for name, values in GROWTH.items() for value in values),
+    ):
         seconds, tokens = measure(asked, **settings)
         print(
             f"| {' | '.join(map(str, settings.values()))} | {seconds:.2f} | {tokens} | {1000 * seconds / tokens:.2f} |",
@@ -54,8 +61,12 @@ def main() -> None:
         )
 
 
-def measure(asked: argparse.Namespace, prompt: int, completions: int, vocabulary: int, prompts: int) -> tuple[float, int]:
-    """Median seconds of a step and the tokens of its rows. Completions beyond the pair are computed; no loss is on them."""
+def measure(
+    asked: argparse.Namespace, prompt: int, completions: int, vocabulary: int, prompts: int
+) -> tuple[float, int]:
+    """Median seconds of a step and the tokens of its rows. Completions beyond the pair are
+    computed; no loss is on them.
+    """
     made = torch.Generator().manual_seed(0)
 
     def draw(n: int) -> torch.Tensor:
@@ -64,9 +75,15 @@ def measure(asked: argparse.Namespace, prompt: int, completions: int, vocabulary
     bundles = []
     for i in range(prompts):
         ids = [draw(COMPLETION) for _ in range(completions)]
-        bundles.append(Bundle(draw(prompt), ids, [torch.ones(COMPLETION, dtype=torch.bool)] * completions, str(i)))
+        bundles.append(
+            Bundle(
+                draw(prompt), ids, [torch.ones(COMPLETION, dtype=torch.bool)] * completions, str(i)
+            )
+        )
     with tempfile.TemporaryDirectory() as folder:
-        module = PolicyModule(AutoModelForCausalLM.from_pretrained(write_model(Path(folder), asked.size, vocabulary)))
+        module = PolicyModule(
+            AutoModelForCausalLM.from_pretrained(write_model(Path(folder), asked.size, vocabulary))
+        )
     objective = DPO(beta=0.1)
     pair = PolicyPair(module, None, {"reference": Anchor.of("frozen", module, TargetConfig())})
     accelerator = Accelerator(cpu=not torch.cuda.is_available())

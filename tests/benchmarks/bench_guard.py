@@ -1,8 +1,10 @@
-"""What reliability costs: the finite guard in every step, and SHA-256 in every checkpoint, as shares of a DPO step.
+"""What reliability costs: the finite guard in every step, and SHA-256 in every checkpoint, as
+shares of a DPO step.
 
     python tests/benchmarks/bench_guard.py [--steps 6] [--size 15M] [--batch 8]
 
-Processor time of this process, on GSM8K pairs with a live reference. The table goes to stdout as Markdown.
+Processor time of this process, on GSM8K pairs with a live reference. The table goes to stdout as
+Markdown.
 """
 
 import argparse
@@ -14,10 +16,10 @@ from pathlib import Path
 from bench_dpo import Ours
 from world import pairs, write_world
 
-from alignkit import checkpoint
-from alignkit.guard import Guard
-from alignkit.snapshot import optimizer_state
-from alignkit.train_config import TrainConfig
+from alignkit.config.train import TrainConfig
+from alignkit.training import checkpoint
+from alignkit.training.guard import Guard
+from alignkit.training.snapshot import optimizer_state
 
 LIMIT = 0.02  # of a step
 
@@ -53,7 +55,12 @@ def main() -> None:
         guard.around(Guard, name)
     hashing.around(checkpoint, "sha256")
     with tempfile.TemporaryDirectory() as place:
-        ours = Ours(write_world(Path(place), options.size), pairs(options.steps * options.batch), options.batch, "float32")
+        ours = Ours(
+            write_world(Path(place), options.size),
+            pairs(options.steps * options.batch),
+            options.batch,
+            "float32",
+        )
         steps, shares = [], []
         for index in range(options.steps):
             began, before = time.process_time(), guard.seconds
@@ -62,16 +69,28 @@ def main() -> None:
             shares.append((guard.seconds - before) / steps[-1])
         moments, groups = optimizer_state(ours.optimizer)
         began, wall = time.process_time(), time.monotonic()
-        path = checkpoint.save(Path(place) / "saved", 1, {"policy": ours.pair.state(), "optimizer": moments}, groups, {})
+        path = checkpoint.save(
+            Path(place) / "saved",
+            1,
+            {"policy": ours.pair.state(), "optimizer": moments},
+            groups,
+            {},
+        )
         saving, waiting = time.process_time() - began, time.monotonic() - wall
         size = sum(file.stat().st_size for file in path.iterdir()) / 2**20
     step, every = statistics.median(steps), TrainConfig().save_every
     rows = [
         ("finite guard, every step", statistics.median(shares) * step, statistics.median(shares)),
-        (f"SHA-256 of a checkpoint of {size:.0f} MiB, every {every} steps", hashing.seconds, hashing.seconds / every / step),
+        (
+            f"SHA-256 of a checkpoint of {size:.0f} MiB, every {every} steps",
+            hashing.seconds,
+            hashing.seconds / every / step,
+        ),
         ("the whole save", saving, saving / every / step),
     ]
-    print(f"{options.size} parameters, {options.batch} pairs and {step:.2f} s per step; a save took {waiting:.2f} s of wall time")
+    print(
+        f"{options.size} parameters, {options.batch} pairs and {step:.2f} s per step; a save took {waiting:.2f} s of wall time"
+    )
     print("\n| what | seconds | share of a step |\n|---|---|---|")
     for name, seconds, share in rows:
         print(f"| {name} | {seconds:.4f} | {share:.3%} |")

@@ -1,4 +1,5 @@
-"""Memory of the chunked head at a large vocabulary, above weights and gradients; each size in a process of its own.
+"""Memory of the chunked head at a large vocabulary, above weights and gradients; each size in a
+process of its own.
 
 python tests/benchmarks/bench_head.py [--vocab 131072] [--width 512]
 """
@@ -15,7 +16,9 @@ from alignkit.policies.head import Head, head_figures
 
 
 def alone(vocab: int, width: int, tokens: int) -> None:
-    """One forward and backward of the head; MiB above what was held before, the weight's gradient not counted."""
+    """One forward and backward of the head; MiB above what was held before, the weight's gradient
+    not counted.
+    """
     torch.manual_seed(0)
     module = nn.Linear(width, vocab, bias=False)
     module.weight.grad = torch.ones_like(module.weight)
@@ -37,12 +40,24 @@ def main() -> None:
         alone(given.vocab, given.width, given.tokens)
         return
     print(f"\nThe head, vocabulary {given.vocab}, width {given.width}, float32\n")
-    print("| completion tokens | MiB above weights and gradients | all logits would take, MiB | s |")
+    print(
+        "| completion tokens | MiB above weights and gradients | all logits would take, MiB | s |"
+    )
     print("|---|---|---|---|")
     for tokens in (1024, 2048, 4096, 8192):
-        arguments = ("--vocab", str(given.vocab), "--width", str(given.width), "--tokens", str(tokens))
+        arguments = (
+            "--vocab",
+            str(given.vocab),
+            "--width",
+            str(given.width),
+            "--tokens",
+            str(tokens),
+        )
         found = measured_alone(__file__, *arguments)
-        print(f"| {tokens} | {found['memory']:.0f} | {tokens * given.vocab / 2**18:.0f} | {found['seconds']:.1f} |", flush=True)
+        print(
+            f"| {tokens} | {found['memory']:.0f} | {tokens * given.vocab / 2**18:.0f} | {found['seconds']:.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Where the time of a DPO step and of sampling goes, by torch's profiler: matrix products, attention, everything else.
+"""Where the time of a DPO step and of sampling goes, by torch's profiler: matrix products,
+attention, everything else.
 
     python tests/benchmarks/bench_profile.py [--size 15M] [--vocab 8192]
 
@@ -19,8 +20,8 @@ from transformers.utils.logging import disable_progress_bar
 from world import SHAPES, write_world
 
 from alignkit.batches import Draw
+from alignkit.rollout.generate import OneModel
 from alignkit.rollout.hf import HFSampler
-from alignkit.rollout.text import OneModel
 
 KINDS = {  # the first kind of which a word is in an operator's name
     "matrix products": ("aten::mm", "aten::addmm", "_linear_pointwise"),
@@ -41,14 +42,20 @@ def shares(act: Callable[[int], object]) -> dict[str, float]:
     total = sum(event.self_cpu_time_total for event in events)
     result = dict.fromkeys([*KINDS, REST], 0.0)
     for event in events:
-        kind = next((kind for kind, words in KINDS.items() if any(word in event.key for word in words)), REST)
+        kind = next(
+            (kind for kind, words in KINDS.items() if any(word in event.key for word in words)),
+            REST,
+        )
         result[kind] += event.self_cpu_time_total / total
     return result
 
 
 def sampling(folder: Path, vocab: int) -> Callable[[int], object]:
     """Draws 64 completions of 128 tokens, 4 for each prompt of 64."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     tokenizer.eos_token = model.generation_config.eos_token_id = None
     prompts = torch.randint(3, vocab, (16, 64), generator=torch.Generator().manual_seed(0))
     sampler = HFSampler(OneModel(model, tokenizer), max_new_tokens=128)
@@ -78,7 +85,10 @@ def main() -> None:
 
 def show(what: str, dtype: str, found: dict[str, float]) -> None:
     """Print a row of the table."""
-    print(f"| {what} | {dtype} | {' | '.join(f'{share:.2f}' for share in found.values())} |", flush=True)
+    print(
+        f"| {what} | {dtype} | {' | '.join(f'{share:.2f}' for share in found.values())} |",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

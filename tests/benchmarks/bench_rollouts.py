@@ -1,9 +1,10 @@
 """Sampling: alignkit's decode loop beside `generate` with its defaults, in turn, in one process.
 
-    python tests/benchmarks/bench_rollouts.py [--prompts 16] [--completions 4] [--prompt 64] [--new 128] [--size 15M]
+    python tests/benchmarks/bench_rollouts.py [--prompts 16] [--completions 4] [--prompt 64] [--new
+    128] [--size 15M]
 
-Twice: no token ends a completion, so that both draw the same number; and one token in a hundred does, as completions end at
-different times in practice. The table goes to stdout as Markdown.
+Twice: no token ends a completion, so that both draw the same number; and one token in a hundred
+does, as completions end at different times in practice. The table goes to stdout as Markdown.
 """
 
 import argparse
@@ -18,15 +19,20 @@ from transformers.utils.logging import disable_progress_bar
 from world import SHAPES, write_world
 
 from alignkit.batches import Draw
+from alignkit.rollout.generate import OneModel
 from alignkit.rollout.hf import HFSampler
-from alignkit.rollout.text import OneModel
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--completions", type=int, default=4)
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of the longest prompt; the shortest has half of them")
+    parser.add_argument(
+        "--prompt",
+        type=int,
+        default=64,
+        help="tokens of the longest prompt; the shortest has half of them",
+    )
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--size", default="15M", choices=SHAPES)
     parser.add_argument("--vocab", type=int, default=8192)
@@ -39,7 +45,10 @@ def main() -> None:
 
 def report(folder: Path, asked: argparse.Namespace) -> None:
     """Time both in turn and print the table."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     tokenizer.eos_token = None
     made = torch.Generator().manual_seed(0)
     lengths = torch.linspace(asked.prompt // 2, asked.prompt, asked.prompts).int().tolist()
@@ -50,7 +59,9 @@ def report(folder: Path, asked: argparse.Namespace) -> None:
         f"{lengths[-1]}, {asked.size} Llama, vocabulary {asked.vocab}, {torch.get_num_threads()} threads, medians of "
         f"{asked.repeats}\n"
     )
-    print("| completions end | alignkit sequences/s | generate sequences/s | ratio |\n|---|---|---|---|")
+    print(
+        "| completions end | alignkit sequences/s | generate sequences/s | ratio |\n|---|---|---|---|"
+    )
     ends = torch.randperm(asked.vocab, generator=made)[: asked.vocab // 100].tolist()
     for name, stop in (("at the cap", None), ("at 1 % of the tokens", ends)):
         model.generation_config.eos_token_id = stop
@@ -59,9 +70,13 @@ def report(folder: Path, asked: argparse.Namespace) -> None:
         print(f"| {name} | {mine:.1f} | {other:.1f} | {mine / other:.2f} |", flush=True)
 
 
-def timed(model, tokenizer, prompts: list[torch.Tensor], asked: argparse.Namespace) -> tuple[list[float], list[float]]:
+def timed(
+    model, tokenizer, prompts: list[torch.Tensor], asked: argparse.Namespace
+) -> tuple[list[float], list[float]]:
     """Seconds of each repeat of alignkit and of `generate`, in turn."""
-    rows = torch.stack([torch.nn.functional.pad(prompt, (asked.prompt - len(prompt), 0)) for prompt in prompts])
+    rows = torch.stack(
+        [torch.nn.functional.pad(prompt, (asked.prompt - len(prompt), 0)) for prompt in prompts]
+    )
     rows = rows.repeat_interleave(asked.completions, 0)
     sampler = HFSampler(OneModel(model, tokenizer), max_new_tokens=asked.new)
 
@@ -70,7 +85,14 @@ def timed(model, tokenizer, prompts: list[torch.Tensor], asked: argparse.Namespa
 
     def theirs(step: int) -> None:
         torch.manual_seed(step)
-        model.generate(rows, attention_mask=(rows > 0).long(), do_sample=True, top_k=0, max_new_tokens=asked.new, pad_token_id=0)
+        model.generate(
+            rows,
+            attention_mask=(rows > 0).long(),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=asked.new,
+            pad_token_id=0,
+        )
 
     seconds: tuple[list[float], list[float]] = [], []
     for step in range(asked.repeats + 1):

@@ -1,8 +1,10 @@
-"""A sweep of 8 DPO-family runs on one dataset: the reference scored once for all, against once for each run.
+"""A sweep of 8 DPO-family runs on one dataset: the reference scored once for all, against once for
+each run.
 
     python tests/benchmarks/bench_sweep.py [--rows 64] [--size 15M]
 
-Whole runs through `run_recipe`, one pass over the rows each, the two kinds in turn. The table goes to stdout as Markdown.
+Whole runs through `run_recipe`, one pass over the rows each, the two kinds in turn. The table goes
+to stdout as Markdown.
 """
 
 import argparse
@@ -15,10 +17,14 @@ from pathlib import Path
 
 from world import SHAPES, pairs, write_world
 
-from alignkit.config import load_recipe
-from alignkit.launch import run_recipe
+from alignkit.config.recipe import load_recipe
+from alignkit.runs.launch import run_recipe
 
-SWEEP = [f"objective={{name: {name}, beta: {beta}}}" for name in ("dpo", "hdpo", "fdpo", "robust_dpo") for beta in (0.1, 0.3)]
+SWEEP = [
+    f"objective={{name: {name}, beta: {beta}}}"
+    for name in ("dpo", "hdpo", "fdpo", "robust_dpo")
+    for beta in (0.1, 0.3)
+]
 
 
 def main() -> None:
@@ -49,7 +55,9 @@ def report(folder: Path, given: argparse.Namespace) -> None:
                 run_recipe(load_recipe("dpo", settings))
             seconds[kind] += time.perf_counter() - began
     separate, shared = seconds.values()
-    print(f"\n{len(SWEEP)} runs over {given.rows} GSM8K pairs, batch 8, {given.size} Llama, vocabulary {given.vocab}, float32\n")
+    print(
+        f"\n{len(SWEEP)} runs over {given.rows} GSM8K pairs, batch 8, {given.size} Llama, vocabulary {given.vocab}, float32\n"
+    )
     print("| reference | s |\n|---|---|")
     for kind, total in seconds.items():
         print(f"| {kind} | {total:.1f} |")

@@ -1,4 +1,6 @@
-"""What the benchmarks measure on: a random Llama, a BPE tokenizer made from the data, and memory of a process of its own."""
+"""What the benchmarks measure on: a random Llama, a BPE tokenizer made from the data, and memory of
+a process of its own.
+"""
 
 import copy
 import json
@@ -13,14 +15,27 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
-SHAPES = {  # parameters without the embedding and head (Llama), or of the model of that name (Qwen3)
-    "15M": LlamaConfig(hidden_size=384, intermediate_size=1024, num_hidden_layers=7, num_attention_heads=6),
-    "45M": LlamaConfig(hidden_size=640, intermediate_size=1728, num_hidden_layers=8, num_attention_heads=10),
+# parameters without the embedding and head (Llama), or of the model of that name (Qwen3)
+SHAPES = {
+    "15M": LlamaConfig(
+        hidden_size=384, intermediate_size=1024, num_hidden_layers=7, num_attention_heads=6
+    ),
+    "45M": LlamaConfig(
+        hidden_size=640, intermediate_size=1728, num_hidden_layers=8, num_attention_heads=10
+    ),
     "0.6B": Qwen3Config(
-        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
     ),
     "1.7B": Qwen3Config(
-        hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
     ),
 }
 GPU = torch.cuda.is_available()
@@ -38,7 +53,12 @@ def dialogues(limit: int, turns: int = 5) -> list[dict[str, str]]:
     rows = pairs(limit * (turns + 1))
     groups = [rows[i : i + turns + 1] for i in range(0, len(rows), turns + 1)]
     return [
-        {**last, "prompt": "\n\n".join([*(f"{row['prompt']}\n{row['chosen']}" for row in earlier), last["prompt"]])}
+        {
+            **last,
+            "prompt": "\n\n".join(
+                [*(f"{row['prompt']}\n{row['chosen']}" for row in earlier), last["prompt"]]
+            ),
+        }
         for *earlier, last in groups
     ]
 
@@ -50,17 +70,24 @@ def write_world(folder: Path, size: str = "15M", vocab: int = 8192) -> Path:
     inner.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     inner.train_from_iterator((text for row in pairs() for text in row.values()), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
     return write_model(folder, size, vocab)
 
 
 def write_model(folder: Path, size: str = "15M", vocab: int = 8192) -> Path:
     """A model of random weights."""
     config = copy.deepcopy(SHAPES[size])
-    config.update({"vocab_size": vocab, "max_position_embeddings": 4096, "tie_word_embeddings": True})
+    config.update(
+        {"vocab_size": vocab, "max_position_embeddings": 4096, "tie_word_embeddings": True}
+    )
     config.update({"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -68,13 +95,17 @@ def write_model(folder: Path, size: str = "15M", vocab: int = 8192) -> Path:
 
 
 def _status(field: str) -> float:
-    """A memory field of this process in MiB. Unlike getrusage's figure, it does not start at the parent's size."""
+    """A memory field of this process in MiB. Unlike getrusage's figure, it does not start at the
+    parent's size.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def peak_memory() -> float:
-    """Largest memory of this process so far, MiB: resident, or allocated on the GPU where there is one."""
+    """Largest memory of this process so far, MiB: resident, or allocated on the GPU where there is
+    one.
+    """
     return torch.cuda.max_memory_allocated() / 2**20 if GPU else _status("VmHWM:")
 
 
@@ -93,7 +124,15 @@ def present_memory() -> float:
 def measured_alone(script: str, *arguments: str) -> dict:
     """Run `script` in a process of its own and return the JSON of its last line."""
     command = [sys.executable, script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        raise SystemExit(
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}"
+        )
     return json.loads(done.stdout.strip().splitlines()[-1])

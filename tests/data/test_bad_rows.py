@@ -1,4 +1,6 @@
-"""Bad input: what each row is told, and with which exit code it stops. Numbers are those of the table of bad inputs."""
+"""Bad input: what each row is told, and with which exit code it stops. Numbers are those of the
+table of bad inputs.
+"""
 
 import json
 import subprocess
@@ -40,7 +42,9 @@ def test_1_an_empty_dataset_names_source_and_split(refused, write):
 
 def test_2_a_missing_column_lists_columns_and_the_nearest_mapping(refused):
     message = refused([{"prompt": "a", "chosen": "b", "response_rejected": "c"}])
-    assert "the columns are prompt, chosen, response_rejected; needed are preference pairs" in message
+    assert (
+        "the columns are prompt, chosen, response_rejected; needed are preference pairs" in message
+    )
     assert "try data.columns.rejected=response_rejected" in message
     mapped = {"prompt": "question", "chosen": "good", "rejected": "bad"}
     renamed = [{mapped[key]: value for key, value in GOOD[0].items()}]
@@ -57,14 +61,38 @@ def test_2_a_missing_column_lists_columns_and_the_nearest_mapping(refused):
     [
         (row(chosen=None), "null: 1 row (4): a needed value is null; rows:4: chosen is null"),  # 3
         (row(prompt=None), "rows:4: prompt is null"),  # 4
-        (row(chosen="", rejected=" "), "both_empty: 1 row (4): chosen and rejected are both empty"),  # 6
-        (row(chosen=7), "type: 1 row (4): a value has the wrong type; rows:4: chosen is int (7), expected a text"),  # 14
-        (row(chosen=["a"]), 'chosen is a list with str; messages look like [{"role": "user", "content": "..."}'),  # 15
-        (row(chosen=[{"from": "gpt", "value": "a"}]), "chosen is a list with the keys from, value; messages look like"),  # 15
-        (row(chosen=[{"role": "bot", "content": "a"}]), "role 'bot'; roles are system, developer, user, assistant"),  # 16
-        (row(chosen=[{"role": "user", "content": "a"}]), "chosen ends with a user turn; it has to end with an assistant"),  # 16
-        (row(prompt=[{"role": "assistant", "content": "a"}]), "the prompt ends with an assistant turn"),  # 16
-        (row(chosen=[{"role": "assistant", "content": 1}]), "a message whose content is int, expected a text"),
+        (
+            row(chosen="", rejected=" "),
+            "both_empty: 1 row (4): chosen and rejected are both empty",
+        ),  # 6
+        (
+            row(chosen=7),
+            "type: 1 row (4): a value has the wrong type; rows:4: chosen is int (7), expected a text",
+        ),  # 14
+        (
+            row(chosen=["a"]),
+            'chosen is a list with str; messages look like [{"role": "user", "content": "..."}',
+        ),  # 15
+        (
+            row(chosen=[{"from": "gpt", "value": "a"}]),
+            "chosen is a list with the keys from, value; messages look like",
+        ),  # 15
+        (
+            row(chosen=[{"role": "bot", "content": "a"}]),
+            "role 'bot'; roles are system, developer, user, assistant",
+        ),  # 16
+        (
+            row(chosen=[{"role": "user", "content": "a"}]),
+            "chosen ends with a user turn; it has to end with an assistant",
+        ),  # 16
+        (
+            row(prompt=[{"role": "assistant", "content": "a"}]),
+            "the prompt ends with an assistant turn",
+        ),  # 16
+        (
+            row(chosen=[{"role": "assistant", "content": 1}]),
+            "a message whose content is int, expected a text",
+        ),
         (row(chosen=[{"role": "assistant", "content": None}]), "a message whose content is null"),
         (
             row(rejected="ab\ud800"),
@@ -75,9 +103,13 @@ def test_2_a_missing_column_lists_columns_and_the_nearest_mapping(refused):
 )
 def test_malformed_rows_stop_the_run_or_are_dropped_and_counted(refused, kinds, bad, expected):
     message = refused([*GOOD, bad])
-    assert message.startswith("the given rows: 1 of 4 rows are malformed; correct them, or drop and count them")
+    assert message.startswith(
+        "the given rows: 1 of 4 rows are malformed; correct them, or drop and count them"
+    )
     assert expected in message
-    bundles, report = load_bundles(DataConfig(on_bad_row="drop"), "pair", kinds["chat"], source=[*GOOD, bad])
+    bundles, report = load_bundles(
+        DataConfig(on_bad_row="drop"), "pair", kinds["chat"], source=[*GOOD, bad]
+    )
     assert (len(bundles), report.kept, report.total) == (3, 3, 4)
     assert sum(found.count for found in report.errors().values()) == 1
 
@@ -91,7 +123,9 @@ def test_dropping_every_row_is_refused_with_the_reasons(refused):
 
 @pytest.mark.parametrize("column", ["chosen", "rejected"])
 def test_5_an_empty_completion_is_dropped_and_counted(kinds, column):
-    bundles, report = load_bundles(DataConfig(), "pair", kinds["metaspace"], source=[*GOOD, row(**{column: " "})])
+    bundles, report = load_bundles(
+        DataConfig(), "pair", kinds["metaspace"], source=[*GOOD, row(**{column: " "})]
+    )
     assert len(bundles) == 3
     assert report.findings["empty"].rows == [4]
     assert f"empty: 1 row (4): an empty completion; rows:4: {column}" in "\n".join(report.lines())
@@ -99,19 +133,24 @@ def test_5_an_empty_completion_is_dropped_and_counted(kinds, column):
 
 def test_8_equal_completions_are_dropped_and_stop_the_run_above_half(refused, kinds):
     same = row(rejected=" world")
-    bundles, report = load_bundles(DataConfig(), "pair", kinds["metaspace"], source=[*GOOD, same, same, same])
+    bundles, report = load_bundles(
+        DataConfig(), "pair", kinds["metaspace"], source=[*GOOD, same, same, same]
+    )
     assert (len(bundles), report.share("identical")) == (3, 0.5)
     assert "chosen equals rejected in 57% of 7 rows" in refused([*GOOD, same, same, same, same])
 
 
 def test_9_duplicates_and_contradictions_are_reported_and_kept(kinds):
     swapped = GOOD[0] | {"chosen": " there", "rejected": " world"}
-    bundles, report = load_bundles(DataConfig(), "pair", kinds["metaspace"], source=[*GOOD, GOOD[1], swapped])
+    bundles, report = load_bundles(
+        DataConfig(), "pair", kinds["metaspace"], source=[*GOOD, GOOD[1], swapped]
+    )
     assert len(bundles) == 5
     assert report.findings["duplicate"].rows == [4]
     assert report.findings["contradictory"].rows == [5]
     assert (
-        "contradictory: 1 row (5): the same pair occurs with chosen and rejected swapped (20.0% of rows)" in report.warnings()[0]
+        "contradictory: 1 row (5): the same pair occurs with chosen and rejected swapped (20.0% of rows)"
+        in report.warnings()[0]
     )
 
 
@@ -121,7 +160,9 @@ def test_11_all_rows_too_long_give_a_histogram_and_a_value_that_works(refused, k
     assert "every usable row is longer than data.max_length=4" in message
     assert "9 - 16           10 ###############\n" in message
     suggested = int(message.rsplit("data.max_length=", 1)[1].split(",")[0])
-    bundles, report = load_bundles(DataConfig(max_length=suggested), "pair", kinds["metaspace"], source=rows)
+    bundles, report = load_bundles(
+        DataConfig(max_length=suggested), "pair", kinds["metaspace"], source=rows
+    )
     assert len(bundles) == 30
     assert report.count("truncated") <= 0.05 * 30
 
@@ -139,7 +180,9 @@ def test_19_damaged_lines_are_named_by_file_and_line(refused, write, kinds):
     message = refused(path)
     assert "unreadable: 1 row (4)" in message
     assert "rows.jsonl:4: Unterminated string starting at at column 17" in message
-    bundles, report = load_bundles(DataConfig(train=path, on_bad_row="drop"), "pair", kinds["metaspace"])
+    bundles, report = load_bundles(
+        DataConfig(train=path, on_bad_row="drop"), "pair", kinds["metaspace"]
+    )
     assert [b.uid for b in bundles] == [f"rows.jsonl:{n}" for n in (1, 2, 3, 5)]
     assert report.count("unreadable") == 1
     only_bad = write("a", 1, name="bad.jsonl")
@@ -147,12 +190,18 @@ def test_19_damaged_lines_are_named_by_file_and_line(refused, write, kinds):
 
 
 def test_20_implicit_prompts_without_a_common_beginning(refused, kinds):
-    apart, together = {"chosen": "hello world", "rejected": "the cat"}, {"chosen": "hello world", "rejected": "hello there"}
+    apart, together = (
+        {"chosen": "hello world", "rejected": "the cat"},
+        {"chosen": "hello world", "rejected": "hello there"},
+    )
     _, report = load_bundles(DataConfig(), "pair", kinds["metaspace"], source=[apart, together])
     assert "no_common_prefix: 1 row (1)" in report.warnings()[0]
     assert "(50.0% of rows)" in report.warnings()[0]
     message = refused([apart, apart])
-    assert "share no beginning in any row; if there is no prompt, give the rows an empty `prompt`" in message
+    assert (
+        "share no beginning in any row; if there is no prompt, give the rows an empty `prompt`"
+        in message
+    )
     chats = [{key: [{"role": "assistant", "content": value}] for key, value in apart.items()}]
     assert "share no beginning in any row" in refused(chats, tokenizer="chat")
 
@@ -175,24 +224,35 @@ def test_a_family_fed_with_the_wrong_data_names_columns_needs_and_what_they_suit
     message = refused([FAMILIES["sequence"]], "pair")
     assert "the columns are prompt, completion; needed are preference pairs" in message
     assert "these rows suit sft" in message
-    assert "needed are labelled completions: columns prompt, completion and label" in refused([FAMILIES["pair"]], "labelled")
+    assert "needed are labelled completions: columns prompt, completion and label" in refused(
+        [FAMILIES["pair"]], "labelled"
+    )
     assert "sft would learn the undesirable ones too" in refused([FAMILIES["labelled"]], "sequence")
     assert "data.format=text needs text" in refused([FAMILIES["pair"]], "sequence", format="text")
-    assert "data.format=completion cannot serve this objective" in refused([FAMILIES["sequence"]], "pair", format="completion")
+    assert "data.format=completion cannot serve this objective" in refused(
+        [FAMILIES["sequence"]], "pair", format="completion"
+    )
     with pytest.raises(ConfigError, match="no family `paris`; it is one of pair, sequence"):
         check(DataConfig(), family="paris", source=GOOD)
     everything = DataConfig(format="completion")
-    bundles, _ = load_bundles(everything, "sequence", kinds["metaspace"], source=[FAMILIES["labelled"]])
+    bundles, _ = load_bundles(
+        everything, "sequence", kinds["metaspace"], source=[FAMILIES["labelled"]]
+    )
     assert len(bundles) == 1
-    bundles, report = load_bundles(DataConfig(), "sequence", kinds["metaspace"], source=GOOD)  # sft takes the chosen of pairs
+    # sft takes the chosen of pairs
+    bundles, report = load_bundles(DataConfig(), "sequence", kinds["metaspace"], source=GOOD)
     assert report.format == "pair"
     assert [kinds["metaspace"].decode(b.completions[0]) for b in bundles] == ["world</s>"] * 3
-    with pytest.raises(DataError, match=r"needed are prompts: a column prompt; .*try data.columns.prompt=question"):
+    with pytest.raises(
+        DataError, match=r"needed are prompts: a column prompt; .*try data.columns.prompt=question"
+    ):
         load_prompts(DataConfig(), kinds["metaspace"], source=[{"question": "a"}])
 
 
 def test_the_format_comes_from_all_rows(kinds, refused):
-    """The first row alone would be read as an implicit pair, and its null prompt column as no column."""
+    """The first row alone would be read as an implicit pair, and its null prompt column as no
+    column.
+    """
     rows = [{"prompt": None, "chosen": "a b", "rejected": "a c"}, GOOD[0]]
     assert "rows:1: prompt is null" in refused(rows)
     _, report = load_bundles(DataConfig(), "pair", kinds["metaspace"], source=rows[:1])
@@ -203,7 +263,9 @@ def test_pairs_that_repeat_the_prompt_are_noticed(kinds):
     rows = [row(chosen="hello world", rejected="hello there")]
     _, report = load_bundles(DataConfig(), "pair", kinds["metaspace"], source=rows)
     assert "data.format=implicit_pair reads it once" in report.warnings()[0]
-    bundles, report = load_bundles(DataConfig(format="implicit_pair"), "pair", kinds["metaspace"], source=rows)
+    bundles, report = load_bundles(
+        DataConfig(format="implicit_pair"), "pair", kinds["metaspace"], source=rows
+    )
     assert kinds["metaspace"].decode(bundles[0].completions[0]) == "world</s>"
     assert not report.findings
 
@@ -239,13 +301,25 @@ def test_checking_text_needs_neither_torch_nor_datasets(write):
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["user", "assistant"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "type", "text"]), inner),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["user", "assistant"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text"]), inner)
+    ),
     max_leaves=6,
 )
-WORDS = st.sampled_from(["", " ", "hello", " world", "hello world", "<|im_end|>", "a</think>b", "\udfff"]) | st.text(max_size=5)
+WORDS = st.sampled_from(
+    ["", " ", "hello", " world", "hello world", "<|im_end|>", "a</think>b", "\udfff"]
+) | st.text(max_size=5)
 ROLES = st.sampled_from(["user", "assistant", "assistant", "system", "tool", "bot"])
-MESSAGES = st.lists(st.fixed_dictionaries({"role": ROLES, "content": WORDS}), min_size=1, max_size=4)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": ROLES, "content": WORDS}), min_size=1, max_size=4
+)
 SHAPES = [
     ("pair", ("prompt", "chosen", "rejected")),
     ("pair", ("chosen", "rejected")),
@@ -260,7 +334,9 @@ SHAPES = [
 def sources(draw):
     """Rows of one shape, mostly plausible, some broken."""
     family, names = draw(st.sampled_from(SHAPES))
-    cell = dict.fromkeys(names, WORDS | MESSAGES | MESSAGES | VALUES) | ({"label": st.booleans()} if "label" in names else {})
+    cell = dict.fromkeys(names, WORDS | MESSAGES | MESSAGES | VALUES) | (
+        {"label": st.booleans()} if "label" in names else {}
+    )
     rows = st.fixed_dictionaries(cell, optional={"tools": VALUES, "chat_template_kwargs": VALUES})
     return family, draw(st.lists(rows | rows | rows | VALUES, min_size=1, max_size=4))
 
@@ -275,9 +351,16 @@ def test_any_rows_are_bundles_or_an_error_of_ours(kinds, source, max_length):
         bundles, report = load_bundles(config, family, kinds["chat"], source=rows)
     except AlignkitError:
         return
-    left = sum(report.count(name) for name, (severity, _) in VERDICTS.items() if severity in ("error", "dropped"))
+    left = sum(
+        report.count(name)
+        for name, (severity, _) in VERDICTS.items()
+        if severity in ("error", "dropped")
+    )
     assert len(bundles) == report.kept == report.total - left
     for bundle in bundles:
         assert len(bundle.prompt)
-        assert all(mask.any() and len(mask) == len(ids) for ids, mask in zip(bundle.completions, bundle.masks))
+        assert all(
+            mask.any() and len(mask) == len(ids)
+            for ids, mask in zip(bundle.completions, bundle.masks)
+        )
         assert max(len(bundle.prompt) + len(ids) for ids in bundle.completions) <= max_length

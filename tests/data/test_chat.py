@@ -1,4 +1,6 @@
-"""Conversations: the template's own BOS and end marks, thinking prompts, and masks over several assistant turns."""
+"""Conversations: the template's own BOS and end marks, thinking prompts, and masks over several
+assistant turns.
+"""
 
 import pytest
 
@@ -36,10 +38,17 @@ def trained(tokenizer, bundle):
 
 def test_pairs_of_messages(kinds):
     tokenizer = kinds["chat"]
-    row = {"prompt": [user("hello")], "chosen": [assistant("world")], "rejected": [assistant("there")]}
+    row = {
+        "prompt": [user("hello")],
+        "chosen": [assistant("world")],
+        "rejected": [assistant("there")],
+    }
     bundle, report = load(tokenizer, row)
     # the generation prompt opens a thought, which both answers go on with
-    assert tokenizer.decode(bundle.prompt) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert (
+        tokenizer.decode(bundle.prompt)
+        == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    )
     assert [tokenizer.decode(ids) for ids in bundle.completions] == [
         f"\n</think>\n\n{word}<|im_end|>\n" for word in ("world", "there")
     ]
@@ -47,7 +56,11 @@ def test_pairs_of_messages(kinds):
 
 
 def test_answers_that_do_not_continue_the_generation_prompt(kinds):
-    row = {"prompt": [user("hello")], "chosen": [assistant("<th</think>world")], "rejected": [assistant("the</think>cat")]}
+    row = {
+        "prompt": [user("hello")],
+        "chosen": [assistant("<th</think>world")],
+        "rejected": [assistant("the</think>cat")],
+    }
     bundle, report = load(kinds["chat"], row)
     assert kinds["chat"].decode(bundle.prompt).endswith("<|im_start|>assistant\n")
     assert [kinds["chat"].decode(ids) for ids in bundle.completions] == [
@@ -64,8 +77,16 @@ def test_the_same_pair_in_every_spelling(kinds):
         {"prompt": [u], "chosen": [a], "rejected": [b]},
         {"prompt": [u], "chosen": "world", "rejected": "there"},
         {"prompt": "hello", "chosen": [a], "rejected": [b]},
-        {"prompt": "hello", "chosen": [u, a], "rejected": [u, b]},  # the prompt stands in the completions once more
-        {"prompt": "hello", "chosen": [u | {"tool_calls": None}, a], "rejected": [u, b]},  # Arrow's null for an absent key
+        {
+            "prompt": "hello",
+            "chosen": [u, a],
+            "rejected": [u, b],
+        },  # the prompt stands in the completions once more
+        {
+            "prompt": "hello",
+            "chosen": [u | {"tool_calls": None}, a],
+            "rejected": [u, b],
+        },  # Arrow's null for an absent key
         {"chosen": [u, a], "rejected": [u, b]},
         {
             "prompt": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}],
@@ -97,7 +118,13 @@ def test_no_second_bos_and_no_second_end(kinds):
 
 def test_every_assistant_turn_is_trained_and_nothing_else(kinds):
     tokenizer = kinds["metaspace"]
-    turns = [user("hello"), assistant("world"), user("what is"), assistant("the cat"), user("ignored")]
+    turns = [
+        user("hello"),
+        assistant("world"),
+        user("what is"),
+        assistant("the cat"),
+        user("ignored"),
+    ]
     bundle, report = load(tokenizer, {"messages": turns}, "sequence", chat_template=PLAIN)
     assert trained(tokenizer, bundle) == ["world</s>", "the cat</s>"]
     assert not report.count("untrained_turn")
@@ -113,9 +140,16 @@ def test_turns_are_found_behind_a_doubled_bos(kinds):
 
 
 def test_turns_that_the_template_rewrites_are_found(kinds):
-    """The thinking template drops thoughts from earlier turns; their answers are trained all the same."""
+    """The thinking template drops thoughts from earlier turns; their answers are trained all the
+    same.
+    """
     tokenizer = kinds["chat"]
-    turns = [user("hello"), assistant("<think>hm</think>world"), user("what is"), assistant("the cat")]
+    turns = [
+        user("hello"),
+        assistant("<think>hm</think>world"),
+        user("what is"),
+        assistant("the cat"),
+    ]
     bundle, report = load(tokenizer, {"messages": turns}, "sequence")
     assert trained(tokenizer, bundle)[0] == "world<|im_end|>\n"
     assert trained(tokenizer, bundle)[1].endswith("</think>\n\nthe cat<|im_end|>\n")
@@ -125,7 +159,9 @@ def test_turns_that_the_template_rewrites_are_found(kinds):
 
 def test_a_conversation_that_the_assistant_opens_has_one_bos(kinds):
     tokenizer = kinds["metaspace"]
-    bundle, report = load(tokenizer, {"messages": [assistant("hello")]}, "sequence", chat_template=PLAIN)
+    bundle, report = load(
+        tokenizer, {"messages": [assistant("hello")]}, "sequence", chat_template=PLAIN
+    )
     assert tokenizer.convert_ids_to_tokens(bundle.prompt.tolist()) == ["<s>"]
     assert tokenizer.bos_token_id not in bundle.completions[0]
     assert not report.count("empty_prompt")
@@ -133,7 +169,10 @@ def test_a_conversation_that_the_assistant_opens_has_one_bos(kinds):
 
 def test_a_turn_of_tool_calls_alone_is_trained(kinds):
     tokenizer = kinds["metaspace"]
-    template = PLAIN.replace("{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].name }}{% endif %}")
+    template = PLAIN.replace(
+        "{{ m.content }}",
+        "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].name }}{% endif %}",
+    )
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "the cat"}]}
     turns = [user("hello"), call, {"role": "tool", "content": "sat"}, assistant("world")]
     bundle, report = load(tokenizer, {"messages": turns}, "sequence", chat_template=template)
@@ -142,9 +181,13 @@ def test_a_turn_of_tool_calls_alone_is_trained(kinds):
 
 
 def test_a_turn_that_cannot_be_found_is_left_out_and_counted(kinds):
-    template = PLAIN.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else m.content|upper }}")
+    template = PLAIN.replace(
+        "{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else m.content|upper }}"
+    )
     turns = [user("a"), assistant("hello"), user("b"), assistant("the cat")]
-    bundle, report = load(kinds["metaspace"], {"messages": turns}, "sequence", chat_template=template)
+    bundle, report = load(
+        kinds["metaspace"], {"messages": turns}, "sequence", chat_template=template
+    )
     assert trained(kinds["metaspace"], bundle) == ["the cat</s>"]
     assert report.count("untrained_turn") == 1
 
@@ -152,7 +195,9 @@ def test_a_turn_that_cannot_be_found_is_left_out_and_counted(kinds):
 def test_a_template_that_rewrites_what_stands_before_a_turn_is_refused(kinds):
     template = PLAIN.replace("{{ m.content }}", "{{ m.content if loop.last else m.content|upper }}")
     turns = [user("a"), assistant("hello"), user("b"), assistant("the cat")]
-    with pytest.raises(DataError, match="the template changes every assistant turn; none can be found"):
+    with pytest.raises(
+        DataError, match="the template changes every assistant turn; none can be found"
+    ):
         load(kinds["metaspace"], {"messages": turns}, "sequence", chat_template=template)
 
 
@@ -170,8 +215,13 @@ def test_dialogues_that_diverge_train_their_assistant_turns(kinds):
 
 def test_prompts_end_where_the_assistant_writes(kinds):
     config = DataConfig(chat_template=PLAIN)
-    prompts, _ = load_prompts(config, kinds["metaspace"], source=[{"prompt": [user("hello")]}, {"prompt": "plain"}])
-    assert kinds["metaspace"].decode(prompts[0].ids).replace(" ", "") == "<s>[user]hello</s>[assistant]"
+    prompts, _ = load_prompts(
+        config, kinds["metaspace"], source=[{"prompt": [user("hello")]}, {"prompt": "plain"}]
+    )
+    assert (
+        kinds["metaspace"].decode(prompts[0].ids).replace(" ", "")
+        == "<s>[user]hello</s>[assistant]"
+    )
     assert prompts[0].text == [user("hello")]
     assert kinds["metaspace"].decode(prompts[1].ids).replace(" ", "") == "<s>plain"
 
@@ -184,7 +234,9 @@ def test_template_options_and_files(kinds, tmp_path):
         "chat_template_kwargs": {"mood": "sunny"},
     }
     bundle, _ = load(kinds["metaspace"], row, "sequence", chat_template=str(tmp_path / "own.jinja"))
-    assert kinds["metaspace"].decode(bundle.prompt).replace(" ", "").startswith("calcsunny<s>[user]")
+    assert (
+        kinds["metaspace"].decode(bundle.prompt).replace(" ", "").startswith("calcsunny<s>[user]")
+    )
     with pytest.raises(ConfigError, match="neither a Jinja template nor a file"):
         load(kinds["metaspace"], row, "sequence", chat_template="missing.jinja")
 

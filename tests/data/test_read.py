@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignkit.data.config import DataConfig
+from alignkit.config.data import DataConfig
 from alignkit.data.read import Row, read_jsonl, read_rows
 from alignkit.errors import ConfigError, DataError
 
@@ -24,7 +24,12 @@ def values(source, **options):
 
 def save_table(path, rows):
     table = datasets.Dataset.from_list(rows)
-    getattr(table, {"csv": "to_csv", "parquet": "to_parquet", "jsonl": "to_json", "": "save_to_disk"}[path.suffix[1:]])(str(path))
+    getattr(
+        table,
+        {"csv": "to_csv", "parquet": "to_parquet", "jsonl": "to_json", "": "save_to_disk"}[
+            path.suffix[1:]
+        ],
+    )(str(path))
     return path
 
 
@@ -36,16 +41,25 @@ def test_every_format_gives_back_the_rows_with_their_types(tmp_path, name):
 
 
 def test_tsv_and_json_in_all_its_shapes(tmp_path):
-    (tmp_path / "a.tsv").write_text("prompt\tchosen\trejected\n" + "\t".join(ROWS[1].values()) + "\n")
+    (tmp_path / "a.tsv").write_text(
+        "prompt\tchosen\trejected\n" + "\t".join(ROWS[1].values()) + "\n"
+    )
     assert values(tmp_path / "a.tsv") == ROWS[1:]
     lines = "\n".join(map(json.dumps, ROWS))
-    for text in (json.dumps(ROWS, indent=1), json.dumps({"train": ROWS}), json.dumps({"data": ROWS}), lines):
+    for text in (
+        json.dumps(ROWS, indent=1),
+        json.dumps({"train": ROWS}),
+        json.dumps({"data": ROWS}),
+        lines,
+    ):
         (tmp_path / "a.json").write_text(text)
         assert values(tmp_path / "a.json") == ROWS
 
 
 def test_a_dataset_dict_has_splits(tmp_path):
-    split = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])})
+    split = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
+    )
     split.save_to_disk(str(tmp_path / "both"))
     assert values(tmp_path / "both", split="test") == ROWS[:1]
     with pytest.raises(DataError, match=r"no split `valid`; data.split can be train, test"):
@@ -63,13 +77,18 @@ def test_rows_in_memory_and_renamed_columns(tmp_path):
     assert values(ROWS) == ROWS
     rows = [{"question": "q", "prompt": "old", "score": 1}]
     assert values(rows, columns={"prompt": "question"}) == [{"prompt": "q", "score": 1}]
-    with pytest.raises(DataError, match=r"data.columns.prompt=questoin, but the columns are question, .*did you mean question\?"):
+    with pytest.raises(
+        DataError,
+        match=r"data.columns.prompt=questoin, but the columns are question, .*did you mean question\?",
+    ):
         values(rows, columns={"prompt": "questoin"})
 
 
 def test_sources_that_do_not_exist(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("")
-    with pytest.raises(DataError, match=r"there is no file or folder .*pair\.jsonl; pairs\.jsonl is there"):
+    with pytest.raises(
+        DataError, match=r"there is no file or folder .*pair\.jsonl; pairs\.jsonl is there"
+    ):
         values(tmp_path / "pair.jsonl")
     with pytest.raises(DataError, match="cannot load `nobody/nothing` split `train`"):
         values("nobody/nothing")
@@ -121,7 +140,12 @@ def test_a_bad_line_is_a_problem_of_that_line_alone(tmp_path, line, problem):
     assert problem in bad.problem
 
 
-@given(st.lists(st.binary(max_size=40) | st.dictionaries(st.text(), st.text(), max_size=2), max_size=8), st.integers(8, 60))
+@given(
+    st.lists(
+        st.binary(max_size=40) | st.dictionaries(st.text(), st.text(), max_size=2), max_size=8
+    ),
+    st.integers(8, 60),
+)
 def test_any_bytes_are_rows_or_problems(tmp_path_factory, lines, limit):
     """Fuzz: no input raises (UTF-16 apart), line numbers are right, and every good line is read."""
     raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
@@ -144,7 +168,9 @@ def test_damaged_files_of_other_formats(tmp_path):
     with pytest.raises(DataError, match=r"a\.csv:3: not valid CSV"):
         values(path)
     path.write_text("prompt,chosen\na,b,c,d\n")
-    assert read_rows(DataConfig(), path).rows == [Row(1, None, "2 more cells than the header has columns")]
+    assert read_rows(DataConfig(), path).rows == [
+        Row(1, None, "2 more cells than the header has columns")
+    ]
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match=r"a\.parquet: not a valid Parquet file"):

@@ -1,4 +1,6 @@
-"""Where the prompt ends, BOS once, EOS at most once, the cut: against the tokenizer's own joint encoding."""
+"""Where the prompt ends, BOS once, EOS at most once, the cut: against the tokenizer's own joint
+encoding.
+"""
 
 import pytest
 import torch
@@ -37,21 +39,31 @@ def encode(tokenizer, text):
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=60, deadline=None)
 @given(prompt=st.just("") | TEXT, chosen=TEXT, rejected=TEXT)
-def test_prompt_and_completion_are_the_joint_tokenisation(tokenizers, name, prompt, chosen, rejected):
+def test_prompt_and_completion_are_the_joint_tokenisation(
+    tokenizers, name, prompt, chosen, rejected
+):
     tokenizer = tokenizers[name]
     try:
         [bundle], report = bundles(tokenizer, [pair(prompt, chosen, rejected)])
     except DataError:  # equal or blank completions, or no token of their own
         joint = [encode(tokenizer, prompt + text) for text in (chosen, rejected)]
-        blank = not chosen.strip() or not rejected.strip() or len(encode(tokenizer, prompt)) >= min(map(len, joint))
+        blank = (
+            not chosen.strip()
+            or not rejected.strip()
+            or len(encode(tokenizer, prompt)) >= min(map(len, joint))
+        )
         assert blank or joint[0] == joint[1]
         return
     alone = encode(tokenizer, prompt)
-    joint = [[*encode(tokenizer, prompt + text), tokenizer.eos_token_id] for text in (chosen, rejected)]
+    joint = [
+        [*encode(tokenizer, prompt + text), tokenizer.eos_token_id] for text in (chosen, rejected)
+    ]
     start = bundle.prompt.tolist()
     if report.count("empty_prompt"):
         start = []
-        assert bundle.prompt.tolist() == [tokenizer.eos_token_id if tokenizer.bos_token is None else tokenizer.bos_token_id]
+        assert bundle.prompt.tolist() == [
+            tokenizer.eos_token_id if tokenizer.bos_token is None else tokenizer.bos_token_id
+        ]
     for ids, expected, mask in zip(bundle.completions, joint, bundle.masks):
         assert start + ids.tolist() == expected
         assert mask.all()
@@ -66,7 +78,10 @@ def test_a_merge_across_the_end_of_the_prompt_belongs_to_the_completions(kinds):
     assert tokenizer.tokenize("hello") == ["hello"]
     [bundle], report = bundles(tokenizer, [pair("the hel", "lo world", "ping")])
     assert tokenizer.decode(bundle.prompt) == "the"
-    assert [tokenizer.decode(ids) for ids in bundle.completions] == [" hello world<|endoftext|>", " helping<|endoftext|>"]
+    assert [tokenizer.decode(ids) for ids in bundle.completions] == [
+        " hello world<|endoftext|>",
+        " helping<|endoftext|>",
+    ]
     assert report.count("boundary") == 1
 
 
@@ -82,9 +97,15 @@ def test_the_implicit_prompt_is_what_both_texts_share(kinds):
     rows = [{"chosen": "hello world the cat sat", "rejected": "hello world the mat"}]
     [bundle], _ = bundles(tokenizer, rows)
     assert tokenizer.decode(bundle.prompt) == "hello world the"
-    assert [tokenizer.convert_ids_to_tokens(i.tolist()) for i in bundle.completions] == [["cat", "sat", "</s>"], ["mat", "</s>"]]
+    assert [tokenizer.convert_ids_to_tokens(i.tolist()) for i in bundle.completions] == [
+        ["cat", "sat", "</s>"],
+        ["mat", "</s>"],
+    ]
     [bundle], _ = bundles(tokenizer, [{"chosen": "hello world", "rejected": "hello world the"}])
-    assert [tokenizer.convert_ids_to_tokens(i.tolist()) for i in bundle.completions] == [["</s>"], ["the", "</s>"]]
+    assert [tokenizer.convert_ids_to_tokens(i.tolist()) for i in bundle.completions] == [
+        ["</s>"],
+        ["the", "</s>"],
+    ]
     [bundle], _ = bundles(tokenizer, rows, family="sequence")
     assert tokenizer.convert_ids_to_tokens(bundle.completions[0].tolist()) == ["cat", "sat", "</s>"]
     assert len(bundle.completions) == 1
@@ -94,9 +115,13 @@ def test_the_implicit_prompt_is_what_both_texts_share(kinds):
 def test_bos_and_eos_come_once(kinds, name):
     tokenizer = kinds[name]
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    [bundle], report = bundles(tokenizer, [{"prompt": f"{bos}hello", "completion": f" world{eos}"}], family="sequence")
+    [bundle], report = bundles(
+        tokenizer, [{"prompt": f"{bos}hello", "completion": f" world{eos}"}], family="sequence"
+    )
     ids = [*bundle.prompt.tolist(), *bundle.completions[0].tolist()]
-    assert (ids.count(tokenizer.bos_token_id), ids.count(tokenizer.eos_token_id)) == ((2, 2) if bos == eos else (1, 1))
+    assert (ids.count(tokenizer.bos_token_id), ids.count(tokenizer.eos_token_id)) == (
+        (2, 2) if bos == eos else (1, 1)
+    )
     assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     assert report.count("special_tokens") == 1
     assert report.count("bos_once") == (name != "byte_level")
@@ -129,17 +154,26 @@ def test_special_tokens_in_the_text_can_be_read_as_characters(kinds):
 def test_the_cut_keeps_the_start_and_counts(kinds):
     tokenizer = kinds["word_level"]
     long, short = "the cat sat on the mat", "the mat"
-    rows = [pair("hello world ", long, short)] + [pair("hello ", short, "cat")] * 3 + [pair(long, " cat", " mat")]
+    rows = (
+        [pair("hello world ", long, short)]
+        + [pair("hello ", short, "cat")] * 3
+        + [pair(long, " cat", " mat")]
+    )
     made, report = bundles(tokenizer, rows, max_length=6)
-    assert [[len(b.prompt), *map(len, b.completions)] for b in made] == [[2, 4, 3]] + [[1, 3, 2]] * 3
+    assert [[len(b.prompt), *map(len, b.completions)] for b in made] == [[2, 4, 3]] + [
+        [1, 3, 2]
+    ] * 3
     assert tokenizer.eos_token_id not in made[0].completions[0]  # a cut completion has not ended
     assert report.findings["truncated"].rows == [1]
     assert report.findings["overlong"].rows == [5]
     assert (report.total, report.kept) == (5, 4)
-    assert "truncated: 1 row (1)" in "\n".join(report.warnings())  # 20 % of the rows: above the 5 % that are passed over
+    # 20 % of the rows: above the 5 % that are passed over
+    assert "truncated: 1 row (1)" in "\n".join(report.warnings())
     _, report = bundles(tokenizer, rows + [pair("hello ", short, "cat")] * 40, max_length=6)
     assert not any("truncated" in line for line in report.warnings())
-    with pytest.raises(DataError, match="chosen equals rejected in 100%"):  # equal as far as the cut goes
+    with pytest.raises(
+        DataError, match="chosen equals rejected in 100%"
+    ):  # equal as far as the cut goes
         bundles(tokenizer, [pair("hello ", "the cat sat", "the cat on")], max_length=3)
 
 
@@ -153,10 +187,15 @@ def test_rows_beyond_the_models_context_are_counted(kinds, monkeypatch):
 
 
 def test_an_empty_prompt_becomes_bos_or_eos_or_is_refused(kinds):
-    for name, stands in (("byte_level", "<|endoftext|>"), ("metaspace", "<s>"), ("word_level", "</s>")):
+    for name, stands in (
+        ("byte_level", "<|endoftext|>"),
+        ("metaspace", "<s>"),
+        ("word_level", "</s>"),
+    ):
         [bundle], report = bundles(kinds[name], [pair("", "cat", "mat")])
         assert kinds[name].convert_ids_to_tokens(bundle.prompt.tolist()) == [stands]
-        assert ("stands in for it" in "\n".join(report.lines())) == (name != "metaspace")  # which adds BOS by itself
+        # which adds BOS by itself
+        assert ("stands in for it" in "\n".join(report.lines())) == (name != "metaspace")
     bare = type(kinds["word_level"])(tokenizer_object=kinds["word_level"]._tokenizer)
     with pytest.raises(DataError, match="neither BOS nor EOS to stand in"):
         bundles(bare, [pair("", "cat", "mat")])
@@ -165,14 +204,20 @@ def test_an_empty_prompt_becomes_bos_or_eos_or_is_refused(kinds):
 def test_text_and_labels(kinds):
     [bundle], _ = bundles(kinds["metaspace"], [{"text": "hello world"}], family="sequence")
     assert kinds["metaspace"].convert_ids_to_tokens(bundle.prompt.tolist()) == ["<s>"]
-    rows = [{"prompt": "hello", "completion": " world", "label": label} for label in (True, 0, "false")]
+    rows = [
+        {"prompt": "hello", "completion": " world", "label": label} for label in (True, 0, "false")
+    ]
     made, report = bundles(kinds["metaspace"], rows, family="labelled")
     assert [b.rows["label"].tolist() for b in made] == [[True], [False], [False]]
     assert report.format == "labelled"
 
 
 def test_prompts_for_online_objectives_keep_the_other_columns(kinds):
-    rows = [{"prompt": "hello world", "answer": "42"}, {"prompt": ""}, {"prompt": "the cat sat on the mat"}]
+    rows = [
+        {"prompt": "hello world", "answer": "42"},
+        {"prompt": ""},
+        {"prompt": "the cat sat on the mat"},
+    ]
     prompts, report = load_prompts(DataConfig(max_length=5), kinds["word_level"], source=rows)
     assert [(p.uid, p.text, dict(p.columns)) for p in prompts] == [
         ("rows:1", "hello world", {"answer": "42"}),
@@ -189,7 +234,10 @@ def test_fingerprint_depends_on_tokens_order_and_masks(kinds):
     made, again = (bundles(kinds["byte_level"], rows)[0] for _ in range(2))
     assert fingerprint(made) == fingerprint(again)
     other = bundles(kinds["byte_level"], rows, append_eos=False)[0]
-    assert len({fingerprint(made), fingerprint(made[::-1]), fingerprint(made[:1]), fingerprint(other)}) == 4
+    assert (
+        len({fingerprint(made), fingerprint(made[::-1]), fingerprint(made[:1]), fingerprint(other)})
+        == 4
+    )
 
 
 def test_real_pairs(tokenizers, shared):
@@ -201,5 +249,7 @@ def test_real_pairs(tokenizers, shared):
     config = DataConfig(train=str(shared / "gsm8k" / "preferences_train.jsonl"), max_length=512)
     made, report = load_bundles(config, "pair", tokenizers["stories"])
     assert len(made) == report.kept == 1704
-    assert all(b.prompt[0] == 1 and max(len(b.prompt) + len(c) for c in b.completions) <= 512 for b in made)
+    assert all(
+        b.prompt[0] == 1 and max(len(b.prompt) + len(c) for c in b.completions) <= 512 for b in made
+    )
     assert report.count("truncated") == 247

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from world import pair_rows, run, save_model, write_rows
 
-from alignkit.config import load_recipe
+from alignkit.config.recipe import load_recipe
 from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.evaluation.evaluate import Request, evaluate
-from alignkit.launch import run_recipe
+from alignkit.runs.launch import run_recipe
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,18 @@ def world(tmp_path_factory):
     (folder / "worth.py").write_text(
         "def worth(prompts, completions, **_):\n    return [float('w5' in text) for text in completions]\n"
     )
-    shared = [f"model.name_or_path={folder / 'base'}", f"data.train={folder / 'pairs.jsonl'}", "train.batch_size=4"]
-    shared += ["train.steps=4", "train.warmup_steps=0", "train.eval_every=0", "train.save_every=0", "train.log_samples_every=0"]
+    shared = [
+        f"model.name_or_path={folder / 'base'}",
+        f"data.train={folder / 'pairs.jsonl'}",
+        "train.batch_size=4",
+    ]
+    shared += [
+        "train.steps=4",
+        "train.warmup_steps=0",
+        "train.eval_every=0",
+        "train.save_every=0",
+        "train.log_samples_every=0",
+    ]
     shared += ["train.learning_rate=1e-2", "rollout.max_new_tokens=5"]
     for name in ("dpo", "ipo"):
         run_recipe(load_recipe(name, [*shared, f"output_dir={folder / name}"]))
@@ -65,7 +75,16 @@ def test_settings_come_from_the_run(world, found):
 def test_every_model_has_every_figure(found):
     for model in found["models"]:
         figures = model["figures"]
-        assert {"score", "kl", "kl_k1", "kl_per_token", "forward_kl", "entropy", "length", "distinct_1"} <= set(figures)
+        assert {
+            "score",
+            "kl",
+            "kl_k1",
+            "kl_per_token",
+            "forward_kl",
+            "entropy",
+            "length",
+            "distinct_1",
+        } <= set(figures)
         assert figures["kl"]["low"] <= figures["kl"]["value"] <= figures["kl"]["high"]
         assert figures["kl"]["value"] > 1e-3
         assert figures["kl_per_token"]["value"] < figures["kl"]["value"]
@@ -91,14 +110,33 @@ def test_baselines_and_verdicts(found):
         assert rows[n]["score"] == pytest.approx(found["base"]["pass_at_k"][n], abs=1e-12)
     assert rows[2]["kl"] <= rows[2]["kl_bound"] + 1e-12
     assert len(found["verdicts"]) == 3
-    assert all(" over " in verdict or "no difference shown" in verdict for verdict in found["verdicts"])
+    assert all(
+        " over " in verdict or "no difference shown" in verdict for verdict in found["verdicts"]
+    )
 
 
 def test_the_command_prints_a_table_and_writes_json(world, asked, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run("eval", world / "dpo", "--prompts", asked["prompts"], "--reward", asked["reward"], "--samples", 2) == 0
+    assert (
+        run(
+            "eval",
+            world / "dpo",
+            "--prompts",
+            asked["prompts"],
+            "--reward",
+            asked["reward"],
+            "--samples",
+            2,
+        )
+        == 0
+    )
     printed = " ".join(capsys.readouterr().out.split())
-    for words in ("dpo", "6 prompts, 2 completions each, up to 5 tokens", "KL to the reference, nats", "win rate over the base"):
+    for words in (
+        "dpo",
+        "6 prompts, 2 completions each, up to 5 tokens",
+        "KL to the reference, nats",
+        "win rate over the base",
+    ):
         assert words in printed
     assert "perplexity" not in printed  # rows that nobody asked for are left out
     kept = json.loads(Path("eval.json").read_text())
@@ -159,7 +197,9 @@ def test_what_is_refused(world, asked, change, error, words):
     for name, start in (("elsewhere", "other"), ("unfinished", "base")):
         (world / name).mkdir(exist_ok=True)
         text = (world / "dpo" / "recipe.yaml").read_text()
-        (world / name / "recipe.yaml").write_text(text.replace(str(world / "base"), str(world / start)))
+        (world / name / "recipe.yaml").write_text(
+            text.replace(str(world / "base"), str(world / start))
+        )
     (world / "elsewhere" / "model").mkdir(exist_ok=True)
     if not (world / "other").exists():
         save_model(world / "other")
@@ -171,16 +211,33 @@ def test_what_is_refused(world, asked, change, error, words):
             return [placed(v) for v in value]
         return value.format(world=world) if isinstance(value, str) else value
 
-    given = {"models": [str(world / "dpo")], "samples": 2, **asked, **{k: placed(v) for k, v in change.items()}}
+    given = {
+        "models": [str(world / "dpo")],
+        "samples": 2,
+        **asked,
+        **{k: placed(v) for k, v in change.items()},
+    }
     with pytest.raises(error) as refused:
         evaluate(Request(**given))
     assert words in str(refused.value)
 
 
 def test_refusals_come_before_torch(tmp_path):
-    command = [sys.executable, "-X", "importtime", "-m", "alignkit", "eval", str(tmp_path / "nowhere")]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "alignkit",
+        "eval",
+        str(tmp_path / "nowhere"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 4
     *imports, message = done.stderr.splitlines()
     assert message.startswith("alignkit: there is no folder")
-    assert not [line for line in imports if line.split("|")[-1].strip() in ("torch", "transformers", "datasets")]
+    assert not [
+        line
+        for line in imports
+        if line.split("|")[-1].strip() in ("torch", "transformers", "datasets")
+    ]

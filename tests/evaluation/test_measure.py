@@ -1,4 +1,6 @@
-"""Measured figures against listing: a random model whose completions of up to three tokens are all listed, and the reviews."""
+"""Measured figures against listing: a random model whose completions of up to three tokens are all
+listed, and the reviews.
+"""
 
 import json
 from importlib import import_module
@@ -10,18 +12,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import VOCAB, save_model
 
 from alignkit.batches import Bundle
-from alignkit.data.config import DataConfig
+from alignkit.config.data import DataConfig
+from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig
 from alignkit.data.load import load_prompts
 from alignkit.errors import DataError, ModelError
-from alignkit.evaluation.listed import Listed, listed_world
-from alignkit.evaluation.measure import LIVE, Yardstick, evaluation_pair, perplexity, preference_margins, scored
-from alignkit.evaluation.measured import Measured
-from alignkit.evaluation.statistics import sampling_interval
-from alignkit.finished import load_finished
+from alignkit.evaluation.exact import Listed, listed_world
+from alignkit.evaluation.measure import (
+    LIVE,
+    Yardstick,
+    evaluation_pair,
+    perplexity,
+    preference_margins,
+    scored,
+)
+from alignkit.evaluation.measurements import Measured
+from alignkit.metrics.intervals import sampling_interval
 from alignkit.objectives import OBJECTIVES, locate
-from alignkit.objectives.dpo import DPO
-from alignkit.policies.config import AdapterConfig, ModelConfig, ReferenceConfig
+from alignkit.objectives.preference.dpo import DPO
 from alignkit.policies.load import load_pair
+from alignkit.runs.trained_model import load_finished
 from alignkit.tasks import resolve
 
 CAP, EOS = 3, 2
@@ -53,20 +62,31 @@ def prompts(pair):
 
 @torch.no_grad()
 def listed(folders, prompt):
-    """Exact expectations over every completion: each prefix adds its probability times what its next token brings."""
+    """Exact expectations over every completion: each prefix adds its probability times what its
+    next token brings.
+    """
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders)
-    prefixes, mass, back = torch.zeros(1, 0, dtype=torch.int64), torch.ones(1).double(), torch.ones(1).double()
+    prefixes, mass, back = (
+        torch.zeros(1, 0, dtype=torch.int64),
+        torch.ones(1).double(),
+        torch.ones(1).double(),
+    )
     found = dict.fromkeys(("score", "kl", "forward_kl", "entropy", "length"), 0.0)
     for _ in range(CAP):
         ids = torch.cat([prompt.expand(len(prefixes), -1), prefixes], dim=1)
-        p, q = (model(input_ids=ids).logits[:, -1].double().log_softmax(-1) for model in (policy, reference))
+        p, q = (
+            model(input_ids=ids).logits[:, -1].double().log_softmax(-1)
+            for model in (policy, reference)
+        )
         found["kl"] += float(mass @ (p.exp() * (p - q)).sum(-1))
         found["forward_kl"] += float(back @ (q.exp() * (q - p)).sum(-1))
         found["entropy"] -= float(mass @ (p.exp() * p).sum(-1))
         found["score"] += float(mass @ (p.exp() @ (torch.arange(VOCAB) % 5).double()))
         found["length"] += float(mass.sum())
         kept = torch.tensor([token for token in range(VOCAB) if token != EOS])
-        prefixes = torch.cat([prefixes.repeat_interleave(len(kept), 0), kept.repeat(len(prefixes))[:, None]], dim=1)
+        prefixes = torch.cat(
+            [prefixes.repeat_interleave(len(kept), 0), kept.repeat(len(prefixes))[:, None]], dim=1
+        )
         mass, back = ((m[:, None] * x[:, kept].exp()).flatten() for m, x in ((mass, p), (back, q)))
     return found
 
@@ -99,22 +119,28 @@ def test_every_figure_is_the_listed_one(measured, exact):
     for name, values in {**figures, "k1": found.log_ratio}.items():
         close = sampling_interval(values)
         error = (close.high - close.low) / (2 * 1.96)
-        assert close.value == pytest.approx(exact["kl" if name == "k1" else name], abs=4.5 * error), name
+        assert close.value == pytest.approx(
+            exact["kl" if name == "k1" else name], abs=4.5 * error
+        ), name
         assert error < 0.02 * exact["length"]
     errors = found.standard_errors()
     assert errors["kl"] < 0.7 * errors["kl_k1"]
 
 
 def covered(values, exact):
-    """In how many of 200 repeats of 16 completions per prompt the 95 % interval holds the exact mean."""
+    """In how many of 200 repeats of 16 completions per prompt the 95 % interval holds the exact
+    mean.
+    """
     parts = values.reshape(len(values), REPEATS, EACH)
     close = [sampling_interval(parts[:, r]) for r in range(REPEATS)]
     return sum(c.low <= np.mean(exact) <= c.high for c in close)
 
 
 def test_sampled_figures_cover_the_listed_ones(measured, exact):
-    """At the nominal rate: 200 repeats of 95 %, within three binomial standard errors (4.6 %). Not so the entropy of so few
-    completions (169 of 200): a rare early end takes a whole token's entropy away, and 16 completions hold one or none."""
+    """At the nominal rate: 200 repeats of 95 %, within three binomial standard errors (4.6 %). Not
+    so the entropy of so few completions (169 of 200): a rare early end takes a whole token's
+    entropy away, and 16 completions hold one or none.
+    """
     _, found = measured
     figures = {"score": found.score, "kl": found.kl, "forward_kl": found.forward_kl}
     hits = {name: covered(values, exact[name]) for name, values in figures.items()}
@@ -128,7 +154,8 @@ def test_the_reference_is_measured_like_a_model(measured, folders, prompts):
     again = Yardstick(prompts, samples=20, max_new_tokens=CAP, reward=worth).measure(
         evaluation_pair(folders[1], folders[1]), "same"
     )
-    assert again.tokens == [row[:20] for row in base.tokens]  # the same noise, however many samples are drawn
+    # the same noise, however many samples are drawn
+    assert again.tokens == [row[:20] for row in base.tokens]
     assert np.abs(again.kl).max() < 1e-6
     assert np.abs(again.logp - base.logp[:, :20]).max() < 1e-5
     assert (again.score == base.score[:, :20]).all()
@@ -141,27 +168,38 @@ def test_sums_are_those_of_plain_forward_passes(measured, folders, prompts):
         row = torch.tensor([*prompts[p].ids.tolist(), *found.tokens[p][k]])
         start, ids = len(prompts[p].ids), torch.tensor(found.tokens[p][k])
         with torch.no_grad():
-            ours, theirs = (m(input_ids=row[None]).logits[0, start - 1 : -1].double().log_softmax(-1) for m in models)
+            ours, theirs = (
+                m(input_ids=row[None]).logits[0, start - 1 : -1].double().log_softmax(-1)
+                for m in models
+            )
         sums = [float(logps.gather(-1, ids[:, None]).sum()) for logps in (ours, theirs)]
         assert [found.logp[p, k], found.reference_logp[p, k]] == pytest.approx(sums, abs=1e-4)
-        assert found.kl[p, k] == pytest.approx(float((ours.exp() * (ours - theirs)).sum()), abs=1e-4)
+        assert found.kl[p, k] == pytest.approx(
+            float((ours.exp() * (ours - theirs)).sum()), abs=1e-4
+        )
         assert found.lengths[p, k] == len(ids) <= CAP
         assert found.ended[p, k] == (ids[-1] == EOS)
 
 
 def test_intervals_over_prompts_cover_the_figure_of_all_prompts(measured):
-    """Forty prompts drawn from these three, eight completions of each, 200 times. A percentile interval of 40 prompts covers
-    about 94 %; 200 repeats of 95 % spread by 1.5 %."""
+    """Forty prompts drawn from these three, eight completions of each, 200 times. A percentile
+    interval of 40 prompts covers about 94 %; 200 repeats of 95 % spread by 1.5 %.
+    """
     _, found = measured
     rng, hits = np.random.default_rng(0), {"score": 0, "kl": 0, "kl_k1": 0}
     for _ in range(200):
         rows, columns = rng.integers(3, size=(40, 1)), rng.integers(1000, size=(40, 8))
         part = {
-            name: getattr(found, name)[rows, columns] for name in ("ended", "score", "kl", "logp", "reference_logp", "entropy")
+            name: getattr(found, name)[rows, columns]
+            for name in ("ended", "score", "kl", "logp", "reference_logp", "entropy")
         }
         drawn = Measured("drawn", [""] * 40, [[""]] * 40, [[[1]]] * 40, **part)
         means = drawn.per_prompt()
-        truth = {"score": found.score.mean(), "kl": found.kl.mean(), "kl_k1": found.log_ratio.mean()}
+        truth = {
+            "score": found.score.mean(),
+            "kl": found.kl.mean(),
+            "kl_k1": found.log_ratio.mean(),
+        }
         summary = drawn.summary(draws=300)
         for name in hits:
             assert summary[name].value == pytest.approx(means[name].mean())
@@ -187,20 +225,35 @@ def test_perplexity_of_held_out_text(pair, folders):
         ids = torch.tensor([tokenizer.bos_token_id, *tokenizer(text)["input_ids"], EOS])
         for i, folder in enumerate(folders):
             with torch.no_grad():
-                logps = AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+                logps = (
+                    AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids[None])
+                    .logits[0, :-1]
+                    .log_softmax(-1)
+                )
             nll[i] -= float(logps.gather(-1, ids[1:, None]).sum())
         count += len(ids) - 1
     assert found.tokens == count
-    assert (found.policy, found.reference) == pytest.approx((np.exp(nll[0] / count), np.exp(nll[1] / count)), rel=1e-4)
+    assert (found.policy, found.reference) == pytest.approx(
+        (np.exp(nll[0] / count), np.exp(nll[1] / count)), rel=1e-4
+    )
 
 
 def test_preferences_are_the_objectives_own(pair):
     rows = [{"prompt": "w3", "chosen": f"w{5 + i} w4", "rejected": f"w{12 - i}"} for i in range(5)]
     plain = preference_margins(pair, rows)
-    assert preference_margins(pair, rows, objective=DPO(beta=0.3)) == pytest.approx(0.3 * plain, abs=1e-4)
+    assert preference_margins(pair, rows, objective=DPO(beta=0.3)) == pytest.approx(
+        0.3 * plain, abs=1e-4
+    )
     assert np.abs(plain).min() > 1e-3
     same = evaluation_pair("task:reviews_small", "task:reviews_small")
-    assert np.abs(preference_margins(same, [{"prompt": "the western", "chosen": " gripping", "rejected": " thin"}])).max() < 1e-6
+    assert (
+        np.abs(
+            preference_margins(
+                same, [{"prompt": "the western", "chosen": " gripping", "rejected": " thin"}]
+            )
+        ).max()
+        < 1e-6
+    )
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -251,7 +304,9 @@ def test_an_empty_prompt_file_is_refused(pair, tmp_path):
 
 @pytest.fixture(scope="module")
 def sharper(tmp_path_factory):
-    """The base model of the small reviews with a sharper head: another policy, and hardly any of it outside the grammar."""
+    """The base model of the small reviews with a sharper head: another policy, and hardly any of it
+    outside the grammar.
+    """
     task, folder = resolve("task:reviews_small"), tmp_path_factory.mktemp("sharp") / "model"
     model = AutoModelForCausalLM.from_pretrained(task.model_folder)
     with torch.no_grad():
@@ -262,15 +317,22 @@ def sharper(tmp_path_factory):
 
 
 def test_sampled_figures_cover_the_exact_ones_of_a_task(sharper):
-    """The same on the small reviews, 16 completions for each of 4 prompts. Listing counts what the grammar cannot write as one
-    outcome, so its KL is below the sampled one by what happens there: nothing to speak of for this policy. Plain log-ratios have
-    rare large values, so the interval of few of them covers less often."""
+    """The same on the small reviews, 16 completions for each of 4 prompts. Listing counts what the
+    grammar cannot write as one outcome, so its KL is below the sampled one by what happens there:
+    nothing to speak of for this policy. Plain log-ratios have rare large values, so the interval of
+    few of them covers less often.
+    """
     task = resolve("task:reviews_small")
     pair = evaluation_pair(sharper, task.model_folder)
     prompts, _ = load_prompts(DataConfig(), pair.tokenizer, source=task.rows("rollout", "eval"))
-    found = Yardstick(prompts, samples=REPEATS * EACH, max_new_tokens=8, reward=task.reward).measure(pair, "sharper")
+    found = Yardstick(
+        prompts, samples=REPEATS * EACH, max_new_tokens=8, reward=task.reward
+    ).measure(pair, "sharper")
     true = Listed(listed_world("task:reviews_small"), task.model_folder).figures(sharper)
-    hits = [covered(*of) for of in ((found.score, true.score), (found.kl, true.kl), (found.log_ratio, true.kl))]
+    hits = [
+        covered(*of)
+        for of in ((found.score, true.score), (found.kl, true.kl), (found.log_ratio, true.kl))
+    ]
     assert all(181 <= hit <= 199 for hit in hits[:2]), hits
     assert hits[2] >= 175, hits
 

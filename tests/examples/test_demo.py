@@ -19,7 +19,11 @@ def test_demo_prints_samples_and_exact_figures(tmp_path, capsys):
     found = runpy.run_path(str(EXAMPLE))["main"]("dpo", *overrides)
     printed = capsys.readouterr().out
     assert len(re.findall(r"the (comedy|western) about", printed)) == 4
-    for title, value in (("expected reward", found.reward), ("KL to the base", found.kl), ("outside the gr", found.outside)):
+    for title, value in (
+        ("expected reward", found.reward),
+        ("KL to the base", found.kl),
+        ("outside the gr", found.outside),
+    ):
         line = next(line for line in printed.splitlines() if title in line)
         assert f"{value:.4f}" in line
     assert found.kl > 0.01

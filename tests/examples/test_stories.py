@@ -1,12 +1,14 @@
-"""The README's real example in a shorter form: DPO on story sentiment makes the stories happier, close to the base model."""
+"""The README's real example in a shorter form: DPO on story sentiment makes the stories happier,
+close to the base model.
+"""
 
 import importlib.util
 from pathlib import Path
 
 import pytest
 
-from alignkit.config import load_recipe
-from alignkit.launch import run_recipe
+from alignkit.config.recipe import load_recipe
+from alignkit.runs.launch import run_recipe
 
 pytest.importorskip("vaderSentiment", reason="the example scores with vaderSentiment")
 

@@ -1,7 +1,8 @@
-"""kill -9 at random moments while every step is saved: every restart goes on, and the end is bit for bit the same.
+"""kill -9 at random moments while every step is saved: every restart goes on, and the end is bit
+for bit the same.
 
-`make test-faults` sets ALIGNKIT_KILLS=50: repeats over the three recipes together. A repeat is a run that is killed up to
-three times and then finishes.
+`make test-faults` sets ALIGNKIT_KILLS=50: repeats over the three recipes together. A repeat is a
+run that is killed up to three times and then finishes.
 """
 
 import contextlib
@@ -17,13 +18,18 @@ from pathlib import Path
 import pytest
 from world import pair_rows, save_model, write_rows
 
-from alignkit import checkpoint
-from alignkit.run import read_lines
+from alignkit.training import checkpoint
+from alignkit.training.run_folder import read_lines
 
 REPEATS = int(os.environ.get("ALIGNKIT_KILLS", "5"))
 KILLS = 3  # at most, in one repeat
 RECIPES = {
-    "dpo": ["data.train={world}/pairs.jsonl", "objective.beta=0.5", "data.eval={world}/pairs.jsonl", "train.eval_every=3"],
+    "dpo": [
+        "data.train={world}/pairs.jsonl",
+        "objective.beta=0.5",
+        "data.eval={world}/pairs.jsonl",
+        "train.eval_every=3",
+    ],
     "rpg": ["data.train={world}/prompts.jsonl", "rewards=[{{function: '{world}/mine.py:noisy'}}]"],
     "egpo": ["data.train={world}/prompts.jsonl", "judge.function={world}/mine.py:longer"],
 }
@@ -51,7 +57,9 @@ class Zygote:
         self.log = log
         command = [sys.executable, Path(__file__).with_name("zygote.py"), log, model]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
 
     def run(self, arguments, kill_after=None):
         """How the run ended (-9: killed) and the seconds it took."""
@@ -88,7 +96,13 @@ def zygote(world):
 
 def command(world, recipe, out):
     paths = [f"model.name_or_path={world / 'model'}", f"output_dir={out}"]
-    return ["train", recipe, *paths, *(text.format(world=world) for text in RECIPES[recipe]), *SETTINGS.split()]
+    return [
+        "train",
+        recipe,
+        *paths,
+        *(text.format(world=world) for text in RECIPES[recipe]),
+        *SETTINGS.split(),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +123,9 @@ def whole(world, zygote):
 
 def outcome(out):
     """What has to be equal to the bit: weights, and every logged figure but the time."""
-    rows = [{k: v for k, v in row.items() if k != "time"} for row in read_lines(out / "metrics.jsonl")]
+    rows = [
+        {k: v for k, v in row.items() if k != "time"} for row in read_lines(out / "metrics.jsonl")
+    ]
     return (out / "model" / "model.safetensors").read_bytes(), rows
 
 
@@ -119,7 +135,10 @@ def test_a_killed_run_goes_on_and_ends_the_same(world, zygote, whole, repeat):
     expected, seconds = whole(recipe)
     out = world / f"{recipe}-{repeat}"
     for _ in range(KILLS):
-        code, _ = zygote.run([*command(world, recipe, out), "--resume", "auto"], kill_after=chance.uniform(0, seconds))
+        code, _ = zygote.run(
+            [*command(world, recipe, out), "--resume", "auto"],
+            kill_after=chance.uniform(0, seconds),
+        )
         assert code in (-9, 0), zygote.log.read_text()[-2000:]
         if code == 0:
             break

@@ -1,4 +1,6 @@
-"""`--processes 2`: a rank that dies ends the run with its name, a signal leaves a checkpoint, and both times the run goes on."""
+"""`--processes 2`: a rank that dies ends the run with its name, a signal leaves a checkpoint, and
+both times the run goes on.
+"""
 
 import sys
 
@@ -6,8 +8,8 @@ import pytest
 from two_processes import run_to_its_end
 from world import pair_rows, run, save_model, write_rows
 
-from alignkit import checkpoint
-from alignkit.run import read_lines
+from alignkit.training import checkpoint
+from alignkit.training.run_folder import read_lines
 
 MINE = """
 import os, signal
@@ -42,8 +44,19 @@ def train(tmp_path, monkeypatch):
         (tmp_path / f"calls-{name}").mkdir(exist_ok=True)
         objective = f"objective={{import: '{tmp_path / 'mine.py'}:Mine', folder: {tmp_path / f'calls-{name}'}}}"
         settings = "train.steps=7 train.batch_size=4 train.save_every=1 train.eval_every=0 train.log_samples_every=0"
-        paths = [f"model.name_or_path={tmp_path / 'model'}", f"data.train={tmp_path / 'pairs.jsonl'}"]
-        command = ["train", "dpo", *paths, f"output_dir={tmp_path / name}", objective, *settings.split(), *extra]
+        paths = [
+            f"model.name_or_path={tmp_path / 'model'}",
+            f"data.train={tmp_path / 'pairs.jsonl'}",
+        ]
+        command = [
+            "train",
+            "dpo",
+            *paths,
+            f"output_dir={tmp_path / name}",
+            objective,
+            *settings.split(),
+            *extra,
+        ]
         if "--processes" not in extra:
             return run(*command)
         return run_to_its_end([sys.executable, "-m", "alignkit", *command])

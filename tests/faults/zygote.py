@@ -1,6 +1,8 @@
-"""Runs the command line in forked children, one after the other, so that a run to be killed starts in milliseconds.
+"""Runs the command line in forked children, one after the other, so that a run to be killed starts
+in milliseconds.
 
-Reads one JSON list of arguments per line; answers with the child's process id, and with how it ended (negative: the signal).
+Reads one JSON list of arguments per line; answers with the child's process id, and with how it
+ended (negative: the signal).
 """
 
 import json
@@ -9,15 +11,15 @@ import sys
 
 import torch
 
-import alignkit.feed
-import alignkit.launch
-import alignkit.online  # noqa: F401
-from alignkit.cli import main
-from alignkit.loop import make_optimizer
-from alignkit.objectives.dpo import DPO
-from alignkit.policies.config import ModelConfig, ReferenceConfig
+import alignkit.runs.job_data
+import alignkit.runs.launch
+import alignkit.sources.rollouts  # noqa: F401
+from alignkit.cli.main import main
+from alignkit.config.model import ModelConfig, ReferenceConfig
+from alignkit.config.train import TrainConfig
+from alignkit.objectives.preference.dpo import DPO
 from alignkit.policies.load import load_pair
-from alignkit.train_config import TrainConfig
+from alignkit.training.loop import make_optimizer
 
 
 def child(arguments: list[str], log: int) -> None:
@@ -36,8 +38,16 @@ def child(arguments: list[str], log: int) -> None:
 
 
 def warm_up(model: str) -> None:
-    """Everything that a run imports on its way. No backward: autograd's threads do not survive a fork."""
-    load_pair(ModelConfig(name_or_path=model), ReferenceConfig(kind="frozen"), None, DPO().plan, fixed_data=True)
+    """Everything that a run imports on its way. No backward: autograd's threads do not survive a
+    fork.
+    """
+    load_pair(
+        ModelConfig(name_or_path=model),
+        ReferenceConfig(kind="frozen"),
+        None,
+        DPO().plan,
+        fixed_data=True,
+    )
     make_optimizer(TrainConfig(), [torch.nn.Parameter(torch.zeros(2, 2))])
 
 

@@ -11,22 +11,22 @@ from trl import DPOTrainer, GRPOTrainer
 from trl_world import dpo_trainer, grpo_trainer, letters
 
 from alignkit.batches import Bundle, RolloutBatch
+from alignkit.config.model import ModelConfig, ReferenceConfig
 from alignkit.errors import ConfigError
 from alignkit.integrations.trl import as_trl_trainer
 from alignkit.objectives import OBJECTIVES, locate
-from alignkit.objectives.dapo import DAPO
-from alignkit.objectives.dpo import DPO
-from alignkit.objectives.fdpo import FDPO
-from alignkit.objectives.grpo import GRPO
-from alignkit.objectives.hdpo import HDPO
-from alignkit.objectives.ipo import IPO
-from alignkit.objectives.radpo import RaDPO
-from alignkit.objectives.rpg import RPG
-from alignkit.objectives.simpo import SimPO
-from alignkit.objectives.tdpo import TDPO
-from alignkit.policies.config import ModelConfig, ReferenceConfig
+from alignkit.objectives.online.dapo import DAPO
+from alignkit.objectives.online.grpo import GRPO
+from alignkit.objectives.online.rpg import RPG
+from alignkit.objectives.preference.dpo import DPO
+from alignkit.objectives.preference.fdpo import FDPO
+from alignkit.objectives.preference.hdpo import HDPO
+from alignkit.objectives.preference.ipo import IPO
+from alignkit.objectives.preference.radpo import RaDPO
+from alignkit.objectives.preference.simpo import SimPO
+from alignkit.objectives.preference.tdpo import TDPO
 from alignkit.policies.load import load_pair
-from alignkit.reduction import Reducer
+from alignkit.training.reduction import Reducer
 
 LIMIT = 1e-5
 
@@ -34,7 +34,9 @@ LIMIT = 1e-5
 def native(model, objective):
     """alignkit's policy pair with a frozen reference, and its reducer."""
     config, accelerator = ModelConfig(name_or_path=str(model)), Accelerator(cpu=True)
-    pair = load_pair(config, ReferenceConfig(kind="frozen"), None, objective.plan, device="cpu", fixed_data=True)
+    pair = load_pair(
+        config, ReferenceConfig(kind="frozen"), None, objective.plan, device="cpu", fixed_data=True
+    )
     pair.prepare(accelerator, lambda parameters: torch.optim.SGD(parameters, lr=0.0))
     return pair, Reducer(objective, pair, accelerator, 4096)
 
@@ -107,7 +109,11 @@ def test_pair_objectives(model, tmp_path, objective):
     pair, reducer = native(model, objective)
     move(pair.base.model, trainer.model)
     inputs = next(iter(trainer.get_train_dataloader()))
-    ids, mask, real = inputs["input_ids"], inputs["completion_mask"].bool(), inputs["attention_mask"].bool()
+    ids, mask, real = (
+        inputs["input_ids"],
+        inputs["completion_mask"].bool(),
+        inputs["attention_mask"].bool(),
+    )
     half, bundles = len(ids) // 2, []
     for c in range(half):
         start = int(mask[c].float().argmax())
@@ -135,28 +141,47 @@ def rollout(trainer):
 
 def grouped(trainer, inputs):
     """TRL's rows as bundles with their scores, and the rows' order in them."""
-    prompts = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"])]
+    prompts = [
+        tuple(ids[mask.bool()].tolist())
+        for ids, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"])
+    ]
     bundles, order = [], []
     for prompt in sorted(set(prompts)):
         rows = [i for i, p in enumerate(prompts) if p == prompt]
         order += rows
-        completions = [inputs["completion_ids"][i][inputs["completion_mask"][i].bool()] for i in rows]
+        completions = [
+            inputs["completion_ids"][i][inputs["completion_mask"][i].bool()] for i in rows
+        ]
         texts = trainer.processing_class.batch_decode(completions, skip_special_tokens=True)
         masks = [torch.ones(len(c), dtype=torch.bool) for c in completions]
-        bundles.append(Bundle(torch.tensor(prompt), completions, masks, rows={"score": torch.tensor(letters(texts))}))
+        bundles.append(
+            Bundle(
+                torch.tensor(prompt),
+                completions,
+                masks,
+                rows={"score": torch.tensor(letters(texts))},
+            )
+        )
     return bundles, torch.tensor(order)
 
 
 def credited(objective, bundles, tokens, behavior):
-    """The bundles with behaviour log-probs and the objective's own advantages, as alignkit's loop fills them in."""
+    """The bundles with behaviour log-probs and the objective's own advantages, as alignkit's loop
+    fills them in.
+    """
     scores = torch.cat([b.rows["score"] for b in bundles])
     groups = torch.tensor([i for i, b in enumerate(bundles) for _ in b.completions])
-    filled, _ = objective.credit(RolloutBatch(replace(tokens, behavior=behavior), scores, groups), {})
+    filled, _ = objective.credit(
+        RolloutBatch(replace(tokens, behavior=behavior), scores, groups), {}
+    )
     result, at = [], 0
     for bundle in bundles:
         lengths = [len(c) for c in bundle.completions]
         channels = {"behavior": behavior, "advantages": filled.advantages, **tokens.anchors}
-        rows = {name: [values[at + k, :n] for k, n in enumerate(lengths)] for name, values in channels.items()}
+        rows = {
+            name: [values[at + k, :n] for k, n in enumerate(lengths)]
+            for name, values in channels.items()
+        }
         result.append(replace(bundle, tokens=rows))
         at += len(lengths)
     return result
@@ -171,11 +196,15 @@ def test_rollout_objectives(model, tmp_path, objective):
     inputs = rollout(trainer)
     bundles, order = grouped(trainer, inputs)
     assert [len(b.completions) for b in bundles] == [4, 4]
-    inputs = {name: value[order] if torch.is_tensor(value) and value.dim() else value for name, value in inputs.items()}
+    inputs = {
+        name: value[order] if torch.is_tensor(value) and value.dim() else value
+        for name, value in inputs.items()
+    }
     with torch.no_grad():
         tokens = pair.logps(bundles, objective.plan)
     drift = 0.2 * torch.randn(tokens.policy.shape, generator=torch.Generator().manual_seed(1))
-    inputs["old_per_token_logps"] = behavior = (tokens.policy + drift).where(tokens.mask, 0.0)  # ratios that are not 1
+    # ratios that are not 1
+    inputs["old_per_token_logps"] = behavior = (tokens.policy + drift).where(tokens.mask, 0.0)
     filled = credited(objective, bundles, tokens, behavior)
     terms = objective.loss(RolloutBatch.build(filled, pair.logps(filled, objective.plan))).terms
     size = max(float(term.values.abs().max()) for term in terms)  # they cancel

@@ -1,4 +1,6 @@
-"""Contract with TRL's trainers: the adapter around DPO and GRPO equals TRL's own loss, step by step."""
+"""Contract with TRL's trainers: the adapter around DPO and GRPO equals TRL's own loss, step by
+step.
+"""
 
 import itertools
 
@@ -11,15 +13,17 @@ from trl_world import STEPS, curve, difference, dpo_trainer, grpo_trainer
 from two_processes import on_two_processes
 
 from alignkit.integrations.trl import as_trl_trainer
-from alignkit.objectives.dpo import DPO
-from alignkit.objectives.grpo import GRPO
+from alignkit.objectives.online.grpo import GRPO
+from alignkit.objectives.preference.dpo import DPO
 
 LIMIT = 1e-6
-TERMS = 1.0  # GRPO's loss is a sum of advantages of this size that cancel: what is left is rounded as they are
+# GRPO's loss is a sum of advantages of this size that cancel: what is left is rounded as they are
+TERMS = 1.0
 
 
 @pytest.mark.parametrize(
-    ("accumulation", "tune", "precompute"), list(itertools.product([1, 2], ["full", "new", "pretrained"], [False, True]))
+    ("accumulation", "tune", "precompute"),
+    list(itertools.product([1, 2], ["full", "new", "pretrained"], [False, True])),
 )
 def test_dpo_equals_trls_own(model, tmp_path, record_property, accumulation, tune, precompute):
     case = (model, tmp_path, accumulation, tune, precompute)
@@ -35,7 +39,10 @@ def grpo(beta, corrected):
     return as_trl_trainer(GRPO(beta=beta, kl="k3_weighted" if corrected else "k3"), GRPOTrainer)
 
 
-@pytest.mark.parametrize(("accumulation", "beta", "corrected"), list(itertools.product([1, 2], [0.0, 0.1], [False, True])))
+@pytest.mark.parametrize(
+    ("accumulation", "beta", "corrected"),
+    list(itertools.product([1, 2], [0.0, 0.1], [False, True])),
+)
 def test_grpo_equals_trls_own(model, tmp_path, record_property, accumulation, beta, corrected):
     case = (model, tmp_path, accumulation, beta)
     # two steps on each rollout: in the second, the importance ratio is not 1
@@ -49,9 +56,18 @@ def test_grpo_equals_trls_own(model, tmp_path, record_property, accumulation, be
 
 
 @pytest.mark.parametrize("tune", ["new", "pretrained"])
-def test_grpo_with_lora_and_masked_completions_equals_trls_own(model, tmp_path, record_property, tune):
-    settings = {"tune": tune, "beta": 0.1, "mask_truncated_completions": True, "max_completion_length": 20}
-    native = curve(grpo_trainer(GRPOTrainer, model, tmp_path, **settings, use_bias_correction_kl=False))
+def test_grpo_with_lora_and_masked_completions_equals_trls_own(
+    model, tmp_path, record_property, tune
+):
+    settings = {
+        "tune": tune,
+        "beta": 0.1,
+        "mask_truncated_completions": True,
+        "max_completion_length": 20,
+    }
+    native = curve(
+        grpo_trainer(GRPOTrainer, model, tmp_path, **settings, use_bias_correction_kl=False)
+    )
     ours = curve(grpo_trainer(grpo(0.1, False), model, tmp_path, **settings))
     assert ours[:, 1].max() > 0.01
     record_property("difference", found := difference(ours, native, TERMS))
@@ -74,12 +90,20 @@ def test_evaluation_equals_trls_own(model, tmp_path):
             torch.manual_seed(5)
             found.append(trainer.evaluate())
         assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], rel=LIMIT, abs=1e-7)
-        assert ("eval_rewards/margins" if make is dpo_trainer else "eval_kl/policy_reference_k3_weighted") in found[1]
+        assert (
+            "eval_rewards/margins"
+            if make is dpo_trainer
+            else "eval_kl/policy_reference_k3_weighted"
+        ) in found[1]
 
 
 @pytest.mark.parametrize("base", [DPOTrainer, GRPOTrainer])
 def test_a_mixture_of_experts_keeps_its_load_balancing_loss(model, tmp_path, base):
-    make, ours = (dpo_trainer, as_trl_trainer(DPO(beta=0.1))) if base is DPOTrainer else (grpo_trainer, grpo(0.0, False))
+    make, ours = (
+        (dpo_trainer, as_trl_trainer(DPO(beta=0.1)))
+        if base is DPOTrainer
+        else (grpo_trainer, grpo(0.0, False))
+    )
     if "router_aux_loss_coef" not in ours.config.__dataclass_fields__:
         pytest.skip("this release of TRL adds no load-balancing loss")
     config = Qwen3MoeConfig(
@@ -94,7 +118,8 @@ def test_a_mixture_of_experts_keeps_its_load_balancing_loss(model, tmp_path, bas
         (folder / file.name).write_bytes(file.read_bytes())
     settings = {"max_steps": 2, "accumulation": 2, "router_aux_loss_coef": 0.5}
     theirs = curve(make(base, folder, tmp_path, **settings))
-    assert theirs[0, 0] > 0.9 + (0.6 if base is DPOTrainer else 0)  # 0.5 times the 2 experts that each token is sent to
+    # 0.5 times the 2 experts that each token is sent to
+    assert theirs[0, 0] > 0.9 + (0.6 if base is DPOTrainer else 0)
     assert difference(curve(make(ours, folder, tmp_path, **settings)), theirs, TERMS) < LIMIT
 
 

@@ -18,18 +18,18 @@ from alignkit.errors import ConfigError, DataError
 from alignkit.integrations import trl_checks as checks
 from alignkit.integrations.trl import as_trl_trainer
 from alignkit.objectives.base import PairObjective, Weighted
-from alignkit.objectives.dapo import DAPO
-from alignkit.objectives.dpo import DPO
-from alignkit.objectives.grpo import GRPO
-from alignkit.objectives.ipo import IPO
-from alignkit.objectives.kl_ppo import KLPPO
-from alignkit.objectives.kto import KTO
-from alignkit.objectives.nash_md import NashMD
-from alignkit.objectives.radpo import RaDPO
-from alignkit.objectives.rloo import RLOO
-from alignkit.objectives.rpg import RPG
-from alignkit.objectives.sft import SFT
-from alignkit.objectives.simpo import SimPO
+from alignkit.objectives.online.dapo import DAPO
+from alignkit.objectives.online.grpo import GRPO
+from alignkit.objectives.online.kl_ppo import KLPPO
+from alignkit.objectives.online.rloo import RLOO
+from alignkit.objectives.online.rpg import RPG
+from alignkit.objectives.preference.dpo import DPO
+from alignkit.objectives.preference.ipo import IPO
+from alignkit.objectives.preference.kto import KTO
+from alignkit.objectives.preference.radpo import RaDPO
+from alignkit.objectives.preference.sft import SFT
+from alignkit.objectives.preference.simpo import SimPO
+from alignkit.objectives.self_play.nash_md import NashMD
 
 
 class UnslothDPOTrainer(DPOTrainer):
@@ -54,25 +54,47 @@ class ByToken(PairObjective):
     beta: PositiveFloat = 0.1
 
     def loss(self, batch: PairBatch) -> LossTerms:
-        return batch.rows("by_token", (batch.rejected.log_ratio - batch.chosen.log_ratio).exp().sum(-1))
+        return batch.rows(
+            "by_token", (batch.rejected.log_ratio - batch.chosen.log_ratio).exp().sum(-1)
+        )
 
 
 @pytest.mark.parametrize(
     ("objective", "base", "message"),
     [
-        (KTO(), DPOTrainer, "KTO learns from labelled data, which DPOTrainer does not have; .*alignkit's own loop"),
+        (
+            KTO(),
+            DPOTrainer,
+            "KTO learns from labelled data, which DPOTrainer does not have; .*alignkit's own loop",
+        ),
         (NashMD(), GRPOTrainer, "NashMD learns from game data.*alignkit's own loop"),
-        (GRPO(), DPOTrainer, "GRPO learns from rollout data, which DPOTrainer does not have; use base=GRPOTrainer"),
+        (
+            GRPO(),
+            DPOTrainer,
+            "GRPO learns from rollout data, which DPOTrainer does not have; use base=GRPOTrainer",
+        ),
         (DPO(), GRPOTrainer, "DPO learns from pair data, .*use base=DPOTrainer"),
         (SFT(), GRPOTrainer, "use base=DPOTrainer"),
-        (KLPPO(), GRPOTrainer, "KLPPO needs a value head.*, which GRPOTrainer cannot give; use `alignkit train`"),
-        (GRPO(epochs=2), GRPOTrainer, "needs epochs or minibatches of its own .in TRL: args.num_iterations"),
+        (
+            KLPPO(),
+            GRPOTrainer,
+            "KLPPO needs a value head.*, which GRPOTrainer cannot give; use `alignkit train`",
+        ),
+        (
+            GRPO(epochs=2),
+            GRPOTrainer,
+            "needs epochs or minibatches of its own .in TRL: args.num_iterations",
+        ),
         (
             RPG(),
             GRPOTrainer,
             "RPG's advantages depend on more.*the KL to the reference.*; set kl_credit='token', or use `alignkit",
         ),
-        (RLOO(), GRPOTrainer, "RLOO's advantages depend on more than the rewards.*TRL's do not; use `alignkit train`"),
+        (
+            RLOO(),
+            GRPOTrainer,
+            "RLOO's advantages depend on more than the rewards.*TRL's do not; use `alignkit train`",
+        ),
         (DAPO(), GRPOTrainer, "set drop_constant=False, or use `alignkit train`"),
         (
             RPG(anchor="behavior", baseline="none"),
@@ -83,7 +105,11 @@ class ByToken(PairObjective):
         ("dpo", DPOTrainer, "objective is str, not an objective's instance"),
         (DPO(), dict, "base is dict; allowed are DPOTrainer, GRPOTrainer and their subclasses"),
         (DPO(), "DPOTrainer", "base is 'DPOTrainer', not a class"),
-        (DPO(), UnslothDPOTrainer, "UnslothDPOTrainer is patched by unsloth.*run without `import unsloth`"),
+        (
+            DPO(),
+            UnslothDPOTrainer,
+            "UnslothDPOTrainer is patched by unsloth.*run without `import unsloth`",
+        ),
         (DPO(), Mine, "Mine is patched by unsloth"),
     ],
 )
@@ -102,10 +128,22 @@ def test_what_does_not_fit(objective, base, message):
             r"args\.beta is 0\.3, DPO's is 0\.2; leave it out of the arguments, the objective decides",
         ),
         (IPO(tau=0.2), {"beta": 0.3}, r"args\.beta is 0\.3, IPO has none"),
-        (DPO(), {"loss_type": "ipo"}, r"loss_type=\['ipo'\] would change nothing, the loss is DPO's"),
-        (DPO(), {"label_smoothing": 0.1, "f_divergence_type": "js_divergence"}, "label_smoothing=0.1, f_divergence_type='js_div"),
+        (
+            DPO(),
+            {"loss_type": "ipo"},
+            r"loss_type=\['ipo'\] would change nothing, the loss is DPO's",
+        ),
+        (
+            DPO(),
+            {"label_smoothing": 0.1, "f_divergence_type": "js_divergence"},
+            "label_smoothing=0.1, f_divergence_type='js_div",
+        ),
         (DPO(), {"ld_alpha": 0.5}, "ld_alpha=0.5 would change nothing"),
-        (RaDPO(), {"precompute": True}, "precompute_ref_log_probs=True keeps one sum per completion.*set it to False"),
+        (
+            RaDPO(),
+            {"precompute": True},
+            "precompute_ref_log_probs=True keeps one sum per completion.*set it to False",
+        ),
         (ByToken(), {"precompute": True}, "reads the reference token by token; set it to False"),
     ],
 )
@@ -119,9 +157,17 @@ def test_arguments_of_preference_training(model, tmp_path, objective, settings, 
     ("objective", "settings", "message"),
     [
         (GRPO(beta=0.1), {"beta": 0.2}, r"args\.beta is 0\.2, GRPO's is 0\.1"),
-        (GRPO(beta=0), {"epsilon": 0.1, "loss_type": "dr_grpo"}, "epsilon=0.1, loss_type='dr_grpo' would change nothing"),
+        (
+            GRPO(beta=0),
+            {"epsilon": 0.1, "loss_type": "dr_grpo"},
+            "epsilon=0.1, loss_type='dr_grpo' would change nothing",
+        ),
         (GRPO(beta=0), {"delta": 3.0}, "delta=3.0 would change nothing"),
-        (GRPO(beta=0), {"use_vllm": True}, "vllm_importance_sampling_correction=True weighs TRL's own loss; set it to False"),
+        (
+            GRPO(beta=0),
+            {"use_vllm": True},
+            "vllm_importance_sampling_correction=True weighs TRL's own loss; set it to False",
+        ),
         (
             GRPO(beta=0),
             {"scale_rewards": "none"},
@@ -142,12 +188,15 @@ def test_arguments_of_online_training(model, tmp_path, objective, settings, mess
 
 def test_one_beta_one_scaling_and_other_wrong_arguments(model, tmp_path):
     trainer = dpo_trainer(as_trl_trainer(DPO(beta=0.2)), model, tmp_path)
-    assert trainer.args.beta == trainer.beta == 0.2  # the objective's, though TRL's default was in the arguments
-    assert dpo_trainer(as_trl_trainer(SimPO(beta=2.0)), model, tmp_path, beta=2.0).args.beta == 0  # it reads no reference
+    # the objective's, though TRL's default was in the arguments
+    assert trainer.args.beta == trainer.beta == 0.2
+    # it reads no reference
+    assert dpo_trainer(as_trl_trainer(SimPO(beta=2.0)), model, tmp_path, beta=2.0).args.beta == 0
     raw = RPG(anchor="behavior", beta=0.01)
     online = grpo_trainer(as_trl_trainer(raw, GRPOTrainer), model, tmp_path, num_generations_eval=2)
     assert (online.args.scale_rewards, online.beta, online.ref_model) == ("none", 0, None)
-    assert online._factor == pytest.approx({"train": 4 / 3, "eval": 2})  # the others' mean as baseline
+    # the others' mean as baseline
+    assert online._factor == pytest.approx({"train": 4 / 3, "eval": 2})
     cls = as_trl_trainer(DPO())
     with pytest.raises(ConfigError, match="args is a TrainingArguments; give a DPOConfig"):
         cls(str(model), args=TrainingArguments(str(tmp_path)))
@@ -161,10 +210,17 @@ def test_one_beta_one_scaling_and_other_wrong_arguments(model, tmp_path):
 def test_batches_that_lack_or_hold_too_much(model, tmp_path):
     trainer = dpo_trainer(as_trl_trainer(DPO()), model, tmp_path)
     inputs = next(iter(trainer.get_train_dataloader()))
-    with pytest.raises(DataError, match="holds pixel_values, which this adapter does not read; it trains on text alone"):
+    with pytest.raises(
+        DataError,
+        match="holds pixel_values, which this adapter does not read; it trains on text alone",
+    ):
         trainer.compute_loss(trainer.model, {**inputs, "pixel_values": torch.ones(1)})
-    trainer.ref_model = None  # as with precompute_ref_log_probs and a collator that forgets its columns
-    with pytest.raises(ConfigError, match="DPO needs a reference, but TRL holds no reference model and this batch brings no"):
+    # as with precompute_ref_log_probs and a collator that forgets its columns
+    trainer.ref_model = None
+    with pytest.raises(
+        ConfigError,
+        match="DPO needs a reference, but TRL holds no reference model and this batch brings no",
+    ):
         trainer.compute_loss(trainer.model, inputs)
     online = grpo_trainer(as_trl_trainer(GRPO(beta=0.1), GRPOTrainer), model, tmp_path, beta=0.1)
     ones = torch.ones(2, 3, dtype=torch.long)
@@ -206,7 +262,14 @@ def test_a_weighted_list_its_metrics_and_the_model_card(model, tmp_path):
 
 @pytest.mark.parametrize(
     ("found", "fits"),
-    [("0.28.9", False), ("0.29.1", True), ("1.15.0", False), ("1.16.0", True), ("1.17.0.dev0", True), ("2.0.0", False)],
+    [
+        ("0.28.9", False),
+        ("0.29.1", True),
+        ("1.15.0", False),
+        ("1.16.0", True),
+        ("1.17.0.dev0", True),
+        ("2.0.0", False),
+    ],
 )
 def test_releases(monkeypatch, found, fits):
     monkeypatch.setattr(checks, "version", lambda name: found)
@@ -215,7 +278,10 @@ def test_releases(monkeypatch, found, fits):
     if fits:
         checks.check_version()
         return
-    with pytest.raises(ConfigError, match=f"trl {found} is installed; supported is trl>=0.29.1,<2, not 1.15.0 on a machine"):
+    with pytest.raises(
+        ConfigError,
+        match=f"trl {found} is installed; supported is trl>=0.29.1,<2, not 1.15.0 on a machine",
+    ):
         checks.check_version()
     monkeypatch.setenv(checks.ANY_VERSION, "1")
     checks.check_version()

@@ -22,7 +22,11 @@ def words(seed: int, n: int) -> str:
 
 
 PAIRS = [
-    {"prompt": words(i, 2 + i % 4), "chosen": " " + words(50 + i, 1 + i % 5), "rejected": " " + words(99 + i, 1 + i % 3)}
+    {
+        "prompt": words(i, 2 + i % 4),
+        "chosen": " " + words(50 + i, 1 + i % 5),
+        "rejected": " " + words(99 + i, 1 + i % 3),
+    }
     for i in range(8)
 ]
 
@@ -32,17 +36,25 @@ def save_models(folder: Path) -> Path:
     save_model(folder)
     torch.manual_seed(1)
     base = AutoModelForCausalLM.from_pretrained(folder)
-    adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    adapted = get_peft_model(
+        base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
     adapted.save_pretrained(folder / "adapter")
     return folder
 
 
 def policy(folder: Path, tune: str):
     base = AutoModelForCausalLM.from_pretrained(folder)
-    return PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True) if tune == "pretrained" else base
+    return (
+        PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+        if tune == "pretrained"
+        else base
+    )
 
 
-def dpo_trainer(cls, folder, out, accumulation=1, tune="full", precompute=False, rows=PAIRS, **settings):
+def dpo_trainer(
+    cls, folder, out, accumulation=1, tune="full", precompute=False, rows=PAIRS, **settings
+):
     args = DPOConfig(
         **{
             **COMMON,
@@ -53,8 +65,13 @@ def dpo_trainer(cls, folder, out, accumulation=1, tune="full", precompute=False,
             **settings,
         }
     )
-    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM") if tune == "new" else None
-    torch.manual_seed(args.seed)  # a new adapter begins at random, in older releases before the trainer sets its seed
+    lora = (
+        LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        if tune == "new"
+        else None
+    )
+    # a new adapter begins at random, in older releases before the trainer sets its seed
+    torch.manual_seed(args.seed)
     data = Dataset.from_list(rows)
     return cls(
         policy(folder, tune), args=args, train_dataset=data, eval_dataset=data, peft_config=lora,
@@ -67,7 +84,9 @@ def letters(completions, **_):
     return [float(text.count("1")) + 0.01 * len(text) for text in completions]
 
 
-def grpo_trainer(cls, folder, out, accumulation=1, beta=0.0, tune="full", rewards=letters, **settings):
+def grpo_trainer(
+    cls, folder, out, accumulation=1, beta=0.0, tune="full", rewards=letters, **settings
+):
     args = GRPOConfig(
         **{
             **COMMON,
@@ -79,7 +98,8 @@ def grpo_trainer(cls, folder, out, accumulation=1, beta=0.0, tune="full", reward
             "beta": beta,
             "temperature": 0.9,
             "loss_type": "grpo",
-            "optim": "sgd",  # Adam makes steps of full size from the rounding errors of gradients that cancel
+            # Adam makes steps of full size from the rounding errors of gradients that cancel
+            "optim": "sgd",
             "learning_rate": 0.05,
             **settings,
         }
@@ -94,7 +114,10 @@ def grpo_trainer(cls, folder, out, accumulation=1, beta=0.0, tune="full", reward
 def curve(trainer) -> torch.Tensor:
     """Loss and gradient norm of each step [steps, 2]."""
     trainer.train()
-    return torch.tensor([(r["loss"], r["grad_norm"]) for r in trainer.state.log_history if "grad_norm" in r], dtype=torch.float64)
+    return torch.tensor(
+        [(r["loss"], r["grad_norm"]) for r in trainer.state.log_history if "grad_norm" in r],
+        dtype=torch.float64,
+    )
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor, size: float = 0.0) -> float:

@@ -1,4 +1,6 @@
-"""Exact games: the equilibrium against closed forms, known figures and a second solver; the algorithms against their theory."""
+"""Exact games: the equilibrium against closed forms, known figures and a second solver; the
+algorithms against their theory.
+"""
 
 import math
 
@@ -8,7 +10,13 @@ from scipy.optimize import minimize
 
 from alignkit.errors import ConfigError, ShapeError
 from alignkit.oracles import duality_gap, regularized_nash
-from alignkit.oracles.games import Game, best_response, best_response_value, game_value, random_games
+from alignkit.oracles.games import (
+    Game,
+    best_response,
+    best_response_value,
+    game_value,
+    random_games,
+)
 from alignkit.oracles.self_play import (
     ALGORITHMS,
     Algorithm,
@@ -56,20 +64,25 @@ def test_two_actions_closed_form(beta, share):
 
 def test_rock_paper_scissors():
     for beta in (1.0, 0.1, 0.001):
-        torch.testing.assert_close(regularized_nash(RPS, UNIFORM, beta), UNIFORM, rtol=0, atol=1e-13)
+        torch.testing.assert_close(
+            regularized_nash(RPS, UNIFORM, beta), UNIFORM, rtol=0, atol=1e-13
+        )
     expected = torch.tensor([0.4320653244, 0.2303293113, 0.3376053641], dtype=F64)
     torch.testing.assert_close(regularized_nash(RPS, SKEWED, 0.1), expected, rtol=0, atol=1e-10)
 
 
 def test_cold_limit_of_a_cycle():
-    """With advantages a, b, c along a cycle of three the game without the KL has the equilibrium (b, c, a) / (a + b + c); the
-    regularised one nears it in proportion to beta."""
+    """With advantages a, b, c along a cycle of three the game without the KL has the equilibrium
+    (b, c, a) / (a + b + c); the regularised one nears it in proportion to beta.
+    """
     a, b, c = 0.35 / 3, 0.575 / 3, 0.5 / 3
     advantage = torch.tensor([[0, a, -c], [-a, 0, b], [c, -b, 0]], dtype=F64)
     limit = torch.tensor([b, c, a], dtype=F64) / (a + b + c)
     error = [regularized_nash(0.5 + advantage, SKEWED, beta) - limit for beta in (2e-4, 1e-4)]
     assert error[0].abs().max() < 2e-3
-    torch.testing.assert_close(error[0] / error[1], torch.full((3,), 2.0, dtype=F64), rtol=0, atol=0.01)
+    torch.testing.assert_close(
+        error[0] / error[1], torch.full((3,), 2.0, dtype=F64), rtol=0, atol=0.01
+    )
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.1, 0.01, 0.002])
@@ -99,7 +112,9 @@ def test_convex_minimisation_finds_the_same_equilibrium(beta):
             value.backward()
             return value.item(), logits.grad.numpy()
 
-        found = minimize(objective, log_reference.numpy(), jac=True, method="BFGS", options={"gtol": 1e-10})
+        found = minimize(
+            objective, log_reference.numpy(), jac=True, method="BFGS", options={"gtol": 1e-10}
+        )
         exact = regularized_nash(preference, log_reference.exp(), beta)
         assert math.isclose(found.fun, 0.5, abs_tol=1e-9)
         torch.testing.assert_close(torch.tensor(found.x).softmax(-1), exact, rtol=0, atol=1e-5)
@@ -109,10 +124,13 @@ def test_convex_minimisation_finds_the_same_equilibrium(beta):
 def test_gap_equals_the_difference_of_two_best_responses(antisymmetric):
     games = random_games(20, 8, 0.1, seed=3)
     reference, policy = games.log_reference.exp(), games.log_reference.flip(0).exp()
-    preference = games.preference if antisymmetric else games.preference**1.3  # a judge that prefers the second position
+    # a judge that prefers the second position
+    preference = games.preference if antisymmetric else games.preference**1.3
     row = best_response(preference, reference, policy, 0.1)
     column = best_response(1 - preference.mT, reference, policy, 0.1)
-    direct = game_value(preference, reference, row, policy, 0.1) - game_value(preference, reference, policy, column, 0.1)
+    direct = game_value(preference, reference, row, policy, 0.1) - game_value(
+        preference, reference, policy, column, 0.1
+    )
     gap = duality_gap(preference, reference, policy, 0.1)
     assert (gap - direct).abs().max() < 1e-12
     if antisymmetric:
@@ -124,7 +142,9 @@ def test_gap_equals_the_difference_of_two_best_responses(antisymmetric):
 def test_policies_without_full_support():
     sure = torch.tensor([1.0, 0.0, 0.0], dtype=F64)
     row = best_response(RPS, UNIFORM, sure, 0.5)
-    assert math.isclose(float(duality_gap(RPS, UNIFORM, sure, 0.5)), -float(row[0].log()), rel_tol=1e-12)
+    assert math.isclose(
+        float(duality_gap(RPS, UNIFORM, sure, 0.5)), -float(row[0].log()), rel_tol=1e-12
+    )
     assert duality_gap(RPS, torch.tensor([0.0, 0.5, 0.5]), sure, 0.5) == math.inf
 
 
@@ -160,7 +180,9 @@ def test_nash_mp_is_egpo_in_another_parametrisation(prox_step):
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.1, 0.01])
-@pytest.mark.parametrize("step", [lambda b: 1 / (b + 3), lambda b: 2 / (1 + 2 * b)], ids=["theorem", "nash_mp"])
+@pytest.mark.parametrize(
+    "step", [lambda b: 1 / (b + 3), lambda b: 2 / (1 + 2 * b)], ids=["theorem", "nash_mp"]
+)
 def test_egpo_contracts_in_every_iteration(beta, step):
     games = random_games(20, 10, beta, seed=5)
     distance = kl(nash(games), trajectory(games, ALGORITHMS["egpo"], step(beta), 400))
@@ -173,7 +195,10 @@ def test_egpo_can_diverge_at_twice_the_largest_step():
     beta = 0.01
     start = (UNIFORM.log() + 1e-4 * torch.tensor([1.0, -2.0, 1.0], dtype=F64)).log_softmax(-1)
     for step, shrinks in ((2 / (1 + 2 * beta), True), (4 / (1 + 4 * beta), False)):
-        distance = kl(UNIFORM.log(), trajectory(Game(RPS, UNIFORM.log(), beta), ALGORITHMS["egpo"], step, 40, start))
+        distance = kl(
+            UNIFORM.log(),
+            trajectory(Game(RPS, UNIFORM.log(), beta), ALGORITHMS["egpo"], step, 40, start),
+        )
         assert bool((distance[1:] < distance[:-1]).all()) == shrinks
 
 
@@ -190,8 +215,11 @@ def test_nash_md_schedule_keeps_its_bounds(beta):
     games = random_games(20, 10, beta, seed=7)
     log_nash = nash(games)
     iterates = trajectory(games, ALGORITHMS["nash_md"], lambda t: 2 / (beta * (t + 2)), 300)
-    first = best_response(games.preference, games.log_reference.exp(), games.log_reference.exp(), beta)
-    torch.testing.assert_close(iterates[1].exp(), first, rtol=0, atol=1e-13)  # the first mixture is the reference
+    first = best_response(
+        games.preference, games.log_reference.exp(), games.log_reference.exp(), beta
+    )
+    # the first mixture is the reference
+    torch.testing.assert_close(iterates[1].exp(), first, rtol=0, atol=1e-13)
     distance = kl(log_nash, iterates)
     t = torch.arange(len(distance), dtype=F64).unsqueeze(-1)
     assert (distance <= 8 / (beta**2 * (t + 1))).all()
@@ -203,7 +231,11 @@ def test_nash_md_schedule_keeps_its_bounds(beta):
 def test_a_constant_mixture_has_the_limit_of_a_warmer_game(method):
     beta, weight = 0.5, 0.2
     games = random_games(5, 6, beta, seed=8)
-    algorithm, step = (ALGORITHMS["nash_md"], weight / beta) if method == "nash_md" else (Algorithm(ipo_md(weight)), 0.5)
+    algorithm, step = (
+        (ALGORITHMS["nash_md"], weight / beta)
+        if method == "nash_md"
+        else (Algorithm(ipo_md(weight)), 0.5)
+    )
     limit = trajectory(games, algorithm, step, 3000)[-1]
     mixture = sequence_mixture(games, limit, weight)
     assert constant_residual(limit - games.log_reference - games.win_rate(mixture) / beta) < 1e-12
@@ -218,7 +250,11 @@ def test_rock_paper_scissors_linearised_modulus(beta):
     game = Game(RPS, UNIFORM.log(), beta)
     start = (UNIFORM.log() + 1e-7 * torch.tensor([1.0, -2.0, 1.0], dtype=F64)).log_softmax(-1)
     shrink, turn = 1 - step * beta, 1j * step * omega
-    predicted = {"omd": shrink + turn, "nash_md": shrink * (1 + turn), "egpo": shrink + turn * (shrink + turn)}
+    predicted = {
+        "omd": shrink + turn,
+        "nash_md": shrink * (1 + turn),
+        "egpo": shrink + turn * (shrink + turn),
+    }
     for name, factor in predicted.items():
         iterates = trajectory(game, ALGORITHMS[name], step, 20 * ALGORITHMS[name].queries, start)
         size = constant_free_norm(iterates)
@@ -236,11 +272,15 @@ def test_mirror_descent_is_stable_below_its_largest_step_only(beta, largest):
     game = Game(RPS, UNIFORM.log(), beta)
     start = (UNIFORM.log() + torch.tensor([1e-3, -2e-3, 1e-3], dtype=F64)).log_softmax(-1)
     for factor, stable in ((0.95, True), (1.05, False)):
-        size = constant_free_norm(trajectory(game, ALGORITHMS["omd"], factor * largest, 2000, start))
+        size = constant_free_norm(
+            trajectory(game, ALGORITHMS["omd"], factor * largest, 2000, start)
+        )
         assert bool(size[-1] < size[0]) == stable
 
 
-@pytest.mark.parametrize("name", ["omd", "online_ipo", "egpo", "nash_mp", "inpo", "nash_ema", "rspo"])
+@pytest.mark.parametrize(
+    "name", ["omd", "online_ipo", "egpo", "nash_mp", "inpo", "nash_ema", "rspo"]
+)
 def test_unbiased_algorithms_end_at_the_equilibrium(name):
     beta = 0.5
     games = random_games(5, 5, beta, seed=9)
@@ -252,29 +292,44 @@ def test_unbiased_algorithms_end_at_the_equilibrium(name):
 def test_egpo_beats_the_others_by_a_thousand_at_equal_questions():
     beta, questions = 0.01, 1000
     games = random_games(10, 10, beta, seed=0)
-    best = games.gap(trajectory(games, ALGORITHMS["egpo"], 2 / (1 + 2 * beta), questions)[-1])  # 500 iterations
+    # 500 iterations
+    best = games.gap(trajectory(games, ALGORITHMS["egpo"], 2 / (1 + 2 * beta), questions)[-1])
     grid = torch.logspace(-2, 2, 25, dtype=F64)
     grid = grid[grid * beta <= 1].reshape(-1, 1, 1)  # at step beta = 1 the mixture is the reference
     for name in ("omd", "nash_md"):
         gaps = games.gap(trajectory(games, ALGORITHMS[name], grid, questions)[-1])  # [steps, games]
         tuned = gaps.nan_to_num(nan=math.inf).amin(0)  # each game may choose its own step
         assert (tuned / best).median() > 1000, name
-    decaying = games.gap(trajectory(games, ALGORITHMS["nash_md"], lambda t: 2 / (beta * (t + 2)), questions)[-1])
+    decaying = games.gap(
+        trajectory(games, ALGORITHMS["nash_md"], lambda t: 2 / (beta * (t + 2)), questions)[-1]
+    )
     assert (decaying / best).median() > 1000
 
 
 def test_no_winner_on_transitive_games():
-    """The control: on Bradley-Terry games the three algorithms are alike, so the advantage above is about cycles."""
+    """The control: on Bradley-Terry games the three algorithms are alike, so the advantage above is
+    about cycles.
+    """
     beta, n = 0.1, 10
     scores = torch.randn(10, n, generator=torch.Generator().manual_seed(0), dtype=F64)
-    games = Game((scores.unsqueeze(-1) - scores.unsqueeze(-2)).sigmoid(), random_games(10, n, beta).log_reference, beta)
-    gaps = [games.gap(trajectory(games, Algorithm(update), 0.3, 100))[10:] for update in (omd, nash_md, egpo)]  # equal iterations
+    games = Game(
+        (scores.unsqueeze(-1) - scores.unsqueeze(-2)).sigmoid(),
+        random_games(10, n, beta).log_reference,
+        beta,
+    )
+    # equal iterations
+    gaps = [
+        games.gap(trajectory(games, Algorithm(update), 0.3, 100))[10:]
+        for update in (omd, nash_md, egpo)
+    ]
     for other in gaps[:2]:
         assert ((other / gaps[2] - 1).abs() < 0.25).all()  # against factors of a million above
 
 
 def test_averages_of_optimistic_and_plain_multiplicative_weights():
-    """Rock-paper-scissors from a skewed start, step 0.5, gap 2 max P pi - 1 of the game without the KL."""
+    """Rock-paper-scissors from a skewed start, step 0.5, gap 2 max P pi - 1 of the game without the
+    KL.
+    """
     game = Game(RPS, SKEWED.log(), 1.0)
 
     def gap(policies):
@@ -285,7 +340,8 @@ def test_averages_of_optimistic_and_plain_multiplicative_weights():
     for iterates, expected in ((mwu, (5.8e-2, 1.8e-2)), (onpo, (3.5e-2, 3.9e-3))):
         averages = [gap(iterates[:t].mean(0)) for t in (100, 1000)]
         assert averages == pytest.approx(expected, rel=0.02)
-    assert gap(onpo[:500].mean(0)) / gap(onpo[:1000].mean(0)) == pytest.approx(2, rel=0.05)  # as 1 / T
+    # as 1 / T
+    assert gap(onpo[:500].mean(0)) / gap(onpo[:1000].mean(0)) == pytest.approx(2, rel=0.05)
     assert gap(mwu[:500].mean(0)) / gap(mwu[:1000].mean(0)) < 1.6  # as 1 / sqrt(T), and up and down
     assert gap(onpo[1000]) == pytest.approx(1.4e-5, rel=0.04)  # its last iterate arrives
     assert gap(mwu[1000]) == pytest.approx(0.82, abs=0.005)  # that of plain weights cycles outwards

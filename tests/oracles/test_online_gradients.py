@@ -1,4 +1,6 @@
-"""What RPG and the online objectives optimise, credit and reduction included: enumeration against autograd of the exact J."""
+"""What RPG and the online objectives optimise, credit and reduction included: enumeration against
+autograd of the exact J.
+"""
 
 import math
 from dataclasses import replace
@@ -11,7 +13,7 @@ from torch import Tensor
 from alignkit import GRPO, KLPPO, RLOO, RPG, kl
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.losses import ppo_loss, rpg_loss
-from alignkit.objectives.sampled import RolloutObjective
+from alignkit.objectives.rollout_base import RolloutObjective
 from alignkit.oracles.gradients import (
     Population,
     Tree,
@@ -30,7 +32,10 @@ TREES = {"bandit": Tree.build(5, 1), "tree": Tree.build(3, 3)}
 
 def tables(tree: Tree, n: int, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(tree.states, tree.vocab, dtype=torch.float64, generator=generator) for _ in range(n)]
+    return [
+        torch.randn(tree.states, tree.vocab, dtype=torch.float64, generator=generator)
+        for _ in range(n)
+    ]
 
 
 def differs(found: Tensor, *others: Tensor) -> bool:
@@ -61,7 +66,9 @@ def test_rpg_losses_have_gradient_minus_grad_j(shape, divergence, estimator):
         if mass != 1 and not divergence.endswith("ukl"):
             continue
         theta, old = tables(tree, 2, seed)
-        reward = torch.randn(len(tree.tokens), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        reward = torch.randn(
+            len(tree.tokens), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
         log_old = tree.sequence_logps(old) + math.log(mass)
         form = {"beta": beta, "divergence": divergence, "estimator": estimator, "mass": mass}
         found = expected_gradient(
@@ -77,7 +84,9 @@ def test_rpg_losses_have_gradient_minus_grad_j(shape, divergence, estimator):
 def test_rpg_token_ratios_are_not_the_theorem_off_policy(divergence):
     tree = TREES["tree"]
     theta, old = tables(tree, 2, seed=3)
-    reward = torch.randn(len(tree.tokens), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    reward = torch.randn(
+        len(tree.tokens), dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    )
     spread = reward[:, None].expand_as(tree.mask)
 
     def losses(t):
@@ -97,24 +106,37 @@ def test_rpg_clip_is_the_dual_clip_on_the_stopped_regularised_advantage(divergen
     policy = (old + torch.randn(4000, dtype=torch.float64, generator=generator)).requires_grad_()
     advantages = torch.randn(4000, dtype=torch.float64, generator=generator)
     w = (policy - old).exp().detach()
-    inside = {"forward_kl": beta / w, "reverse_kl": -beta * (w.log() + 1), "forward_ukl": beta * (1 - w) / w}
+    inside = {
+        "forward_kl": beta / w,
+        "reverse_kl": -beta * (w.log() + 1),
+        "forward_ukl": beta * (1 - w) / w,
+    }
     regularised = advantages + inside.get(divergence, -beta * w.log())
     (wanted,) = torch.autograd.grad(ppo_loss(policy, old, regularised, **clip).sum(), policy)
-    loss = rpg_loss(policy, old, advantages, beta=beta, divergence=divergence, estimator=estimator, **clip)
+    loss = rpg_loss(
+        policy, old, advantages, beta=beta, divergence=divergence, estimator=estimator, **clip
+    )
     (found,) = torch.autograd.grad(loss.sum(), policy)
     if estimator == "reinforce":
         torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
     else:  # the differentiable form keeps its own gradient and is cut in the same places
         (whole,) = torch.autograd.grad(
-            rpg_loss(policy, old, advantages, beta=beta, divergence=divergence, estimator=estimator).sum(), policy
+            rpg_loss(
+                policy, old, advantages, beta=beta, divergence=divergence, estimator=estimator
+            ).sum(),
+            policy,
         )
         torch.testing.assert_close(found, torch.where(wanted == 0, 0.0, whole), atol=1e-12, rtol=0)
     assert 200 < int((wanted == 0).sum()) < 3800
 
 
-# ---------------------------------------------------------------- objectives, credit and reduction included
+# ---------------------------------------------------------------- objectives, credit and reduction
+# included
 
-REWARD = torch.tensor([1.0, -0.5, 0.3, 2.0, 0.0, -1.0, 0.7, 1.5, -0.2, 0.9, 1.1, -0.4, 0.6, 0.2, -0.8], dtype=torch.float64)
+REWARD = torch.tensor(
+    [1.0, -0.5, 0.3, 2.0, 0.0, -1.0, 0.7, 1.5, -0.2, 0.9, 1.1, -0.4, 0.6, 0.2, -0.8],
+    dtype=torch.float64,
+)
 UNCLIPPED = {"clip_low": None, "clip_high": None}
 EXACT_OBJECTIVES = {
     "kl_ppo": KLPPO(beta=0.3, whiten_advantages=False, aggregation="sequence_sum"),
@@ -137,13 +159,20 @@ def population(request):
 
 
 def wanted_gradient(population, reward):
-    return gradient(lambda t: -regularised_value(population.tree, t, reward, population.reference, 0.3), population.theta)
+    return gradient(
+        lambda t: -regularised_value(population.tree, t, reward, population.reference, 0.3),
+        population.theta,
+    )
 
 
 @pytest.mark.parametrize("name", EXACT_OBJECTIVES)
 def test_first_step_is_minus_grad_j(population, name):
     reward = REWARD[: len(population.tree.tokens)]
-    torch.testing.assert_close(population.delivered(EXACT_OBJECTIVES[name], reward), wanted_gradient(population, reward), **EXACT)
+    torch.testing.assert_close(
+        population.delivered(EXACT_OBJECTIVES[name], reward),
+        wanted_gradient(population, reward),
+        **EXACT,
+    )
 
 
 @pytest.mark.parametrize("name", PROPORTIONAL)
@@ -156,7 +185,9 @@ def test_whitening_and_token_mean_only_rescale(population, name):
 
 
 def test_what_bends_the_direction():
-    """Lambda below 1 with inexact values, whitened rewards, partial credit; a wrong beta too, or this test sees nothing."""
+    """Lambda below 1 with inexact values, whitened rewards, partial credit; a wrong beta too, or
+    this test sees nothing.
+    """
     population = Population.build(TREES["tree"])
     reward = REWARD[: len(population.tree.tokens)]
     wanted = wanted_gradient(population, reward)
@@ -175,7 +206,11 @@ def test_what_bends_the_direction():
 def test_partial_credit_delivers_the_partial_gradient(population):
     tree, reward = population.tree, REWARD[: len(population.tree.tokens)]
     wanted = gradient(
-        lambda t: 0.3 * token_kl(tree, t, population.reference) - (tree.sequence_logps(t).exp() * reward).sum(), population.theta
+        lambda t: (
+            0.3 * token_kl(tree, t, population.reference)
+            - (tree.sequence_logps(t).exp() * reward).sum()
+        ),
+        population.theta,
     )
     for objective in (
         KLPPO(beta=0.3, kl_credit="token", whiten_advantages=False, aggregation="sequence_sum"),
@@ -187,23 +222,34 @@ def test_partial_credit_delivers_the_partial_gradient(population):
 @pytest.mark.parametrize("estimator", ["differentiable", "reinforce"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_rpg_with_the_sampler_as_anchor(population, divergence, estimator):
-    """On-policy the KL has no gradient; after some updates the gradient is that of J with this divergence."""
+    """On-policy the KL has no gradient; after some updates the gradient is that of J with this
+    divergence.
+    """
     form = {"divergence": divergence, "estimator": estimator, "dual_clip": None, **UNCLIPPED}
     objective = RPG(beta=0.3, anchor="behavior", **form)
     reward = REWARD[: len(population.tree.tokens)]
     assert population.delivered(objective, 0 * reward).abs().max() < 1e-12
     moved = population.theta + 0.5 * population.reference
-    wanted = gradient(lambda t: -rpg_value(population.tree, t, reward, population.theta, 0.3, divergence, 1.0), moved)
+    wanted = gradient(
+        lambda t: -rpg_value(population.tree, t, reward, population.theta, 0.3, divergence, 1.0),
+        moved,
+    )
     torch.testing.assert_close(population.delivered(objective, reward, at=moved), wanted, **EXACT)
 
 
 def test_rloo_is_unbiased_after_updates(population):
-    """The sequence ratio corrects the reward; the KL in the score stays that of the sampler (log old - log ref)."""
+    """The sequence ratio corrects the reward; the KL in the score stays that of the sampler (log
+    old - log ref).
+    """
     tree, reward = population.tree, REWARD[: len(population.tree.tokens)]
     moved = population.theta + 0.5 * population.reference
-    score = reward - 0.3 * (tree.sequence_logps(population.theta) - tree.sequence_logps(population.reference))
+    score = reward - 0.3 * (
+        tree.sequence_logps(population.theta) - tree.sequence_logps(population.reference)
+    )
     wanted = gradient(lambda t: -(tree.sequence_logps(t).exp() * score).sum(), moved)
-    torch.testing.assert_close(population.delivered(RLOO(beta=0.3, **UNCLIPPED), reward, at=moved), wanted, **EXACT)
+    torch.testing.assert_close(
+        population.delivered(RLOO(beta=0.3, **UNCLIPPED), reward, at=moved), wanted, **EXACT
+    )
 
 
 def test_equal_scores_contribute_nothing_to_grpo(population):
@@ -215,8 +261,16 @@ def test_equal_scores_contribute_nothing_to_grpo(population):
 # ---------------------------------------------------------------- documented against delivered
 
 CLAIMS = [
-    *(KLPPO(kl_credit=credit, whiten_advantages=white) for credit in ("sequence", "token") for white in (True, False)),
-    *(RPG(kl_credit=credit, estimator=e) for credit in ("sequence", "token") for e in ("differentiable", "reinforce")),
+    *(
+        KLPPO(kl_credit=credit, whiten_advantages=white)
+        for credit in ("sequence", "token")
+        for white in (True, False)
+    ),
+    *(
+        RPG(kl_credit=credit, estimator=e)
+        for credit in ("sequence", "token")
+        for e in ("differentiable", "reinforce")
+    ),
     *(GRPO(kl=name, scale_by_std=std) for name in kl.LOSS_ESTIMATORS for std in (True, False)),
     RLOO(),
 ]
@@ -226,7 +280,11 @@ CLAIMS = [
 def test_documented_kl_gradients_are_delivered(objective):
     assert objective.kl_gradient is not None
     check_kl_gradient(objective)
-    others = {name: off for name, off in kl_misalignment(objective).items() if name != " ".join(objective.kl_gradient)}
+    others = {
+        name: off
+        for name, off in kl_misalignment(objective).items()
+        if name != " ".join(objective.kl_gradient)
+    }
     assert min(others.values()) > 1e-2
 
 
@@ -257,7 +315,10 @@ class Noise(RolloutObjective):
 
 
 def test_an_objective_that_delivers_another_gradient_than_it_documents_fails():
-    with pytest.raises(AssertionError, match=r"Mislabelled documents .* token reverse .* nearest is the token forward KL"):
+    with pytest.raises(
+        AssertionError,
+        match=r"Mislabelled documents .* token reverse .* nearest is the token forward KL",
+    ):
         check_kl_gradient(Mislabelled(kl="k3"))
     check_kl_gradient(Mislabelled(kl="k2"))
     with pytest.raises(AssertionError, match="Noise documents"):

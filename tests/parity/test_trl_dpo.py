@@ -1,4 +1,6 @@
-"""Side by side with TRL's DPOTrainer: same weights, same rows in the same order, the same losses and gradient norms."""
+"""Side by side with TRL's DPOTrainer: same weights, same rows in the same order, the same losses
+and gradient norms.
+"""
 
 import itertools
 import json
@@ -12,15 +14,15 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from alignkit.collect import DatasetSource
-from alignkit.data.config import DataConfig
+from alignkit.config.data import DataConfig
+from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig
+from alignkit.config.train import TrainConfig
 from alignkit.data.load import load_bundles
-from alignkit.loop import Job, train
-from alignkit.objectives.dpo import DPO
-from alignkit.policies.config import AdapterConfig, ModelConfig, ReferenceConfig
+from alignkit.objectives.preference.dpo import DPO
 from alignkit.policies.load import load_pair
-from alignkit.run import RunFolder, read_lines
-from alignkit.train_config import TrainConfig
+from alignkit.sources.dataset import DatasetSource
+from alignkit.training.loop import Job, train
+from alignkit.training.run_folder import RunFolder, read_lines
 
 STEPS, BATCH, RATE = 20, 2, 2e-5
 
@@ -41,12 +43,24 @@ def trl_run(model, rows, out, accumulation, lora):
         max_grad_norm=1.0, disable_tqdm=True, seed=0, optim="adamw_torch",
     )  # fmt: skip
     policy = AutoModelForCausalLM.from_pretrained(model)
-    adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+    adapter = (
+        LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        if lora
+        else None
+    )
     tokenizer = AutoTokenizer.from_pretrained(model)
-    trainer = InOrder(policy, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapter)
+    trainer = InOrder(
+        policy,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
     start = {k: v.detach().clone() for k, v in trainer.model.named_parameters() if v.requires_grad}
     trainer.train()
-    return [(r["loss"], r["grad_norm"]) for r in trainer.state.log_history if "grad_norm" in r], start
+    return [
+        (r["loss"], r["grad_norm"]) for r in trainer.state.log_history if "grad_norm" in r
+    ], start
 
 
 @pytest.mark.parametrize(("accumulation", "lora"), [(1, False), (2, False), (1, True)])
@@ -55,14 +69,31 @@ def test_losses_and_gradient_norms_equal_trl(shared, tmp_path, accumulation, lor
     with (shared / "gsm8k" / "preferences_train.jsonl").open() as file:
         rows = [{k: v for k, v in json.loads(line).items() if k != "problem"} for line in file]
     # short ones: sums of float32 log-probs beyond -1000 differ by more than 1e-5 whoever adds them
-    rows = list(itertools.islice((r for r in rows if len(r["chosen"] + r["rejected"]) < 250), STEPS * BATCH))
+    rows = list(
+        itertools.islice((r for r in rows if len(r["chosen"] + r["rejected"]) < 250), STEPS * BATCH)
+    )
     expected, start = trl_run(model, rows, tmp_path / "trl", accumulation, lora)
 
     objective = DPO(beta=0.1)
     adapter = AdapterConfig(r=8, alpha=16) if lora else None
-    config = TrainConfig(steps=STEPS, batch_size=BATCH, learning_rate=RATE, warmup_steps=0, schedule="constant", save_every=0)
+    config = TrainConfig(
+        steps=STEPS,
+        batch_size=BATCH,
+        learning_rate=RATE,
+        warmup_steps=0,
+        schedule="constant",
+        save_every=0,
+    )
     settings = ModelConfig(name_or_path=str(model), adapter=adapter)
-    pair = load_pair(settings, ReferenceConfig(kind="auto"), None, objective.plan, device="cpu", fixed_data=False, seed=0)
+    pair = load_pair(
+        settings,
+        ReferenceConfig(kind="auto"),
+        None,
+        objective.plan,
+        device="cpu",
+        fixed_data=False,
+        seed=0,
+    )
     ours = {name: p for name, p in pair.base.model.named_parameters() if p.requires_grad}
     assert len(ours) == len(start)
     with torch.no_grad():  # adapters begin at random
@@ -74,7 +105,18 @@ def test_losses_and_gradient_norms_equal_trl(shared, tmp_path, accumulation, lor
     source = DatasetSource(bundles, objective.plan, BATCH, seed=0, shuffle=False)
     with RunFolder(tmp_path / "run") as run:
         budget = 4096 // accumulation
-        train(Job(objective, pair, source, config, run, Accelerator(cpu=True), STEPS, micro_batch_tokens=budget))
+        train(
+            Job(
+                objective,
+                pair,
+                source,
+                config,
+                run,
+                Accelerator(cpu=True),
+                STEPS,
+                micro_batch_tokens=budget,
+            )
+        )
     found = [(r["loss"], r["grad_norm"]) for r in read_lines(tmp_path / "run" / "metrics.jsonl")]
     assert len(bundles) == len(rows)
     assert torch.tensor(found) == pytest.approx(torch.tensor(expected), abs=1e-5, rel=1e-5)

@@ -1,4 +1,6 @@
-"""Flex attention: which blocks are computed, that trees stand end to end, that log-probs are those of separate rows."""
+"""Flex attention: which blocks are computed, that trees stand end to end, that log-probs are those
+of separate rows.
+"""
 
 import math
 
@@ -9,21 +11,25 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers.integrations.flex_attention import WrappedFlexAttention
 
 from alignkit.batches import Plan
+from alignkit.config.model import ModelConfig, ReferenceConfig
 from alignkit.errors import ConfigError
-from alignkit.policies.config import ModelConfig, ReferenceConfig
 from alignkit.policies.layout import block_mask, build_rows, micro_batches, visible
 from alignkit.policies.load import load_pair
 from alignkit.policies.module import PolicyModule
 from alignkit.policies.pair import PolicyPair
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: flex attention has no backward on a CPU")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU: flex attention has no backward on a CPU"
+)
 
 
 @pytest.fixture
 def not_compiled(monkeypatch):
     """The same arithmetic without the quarter of a minute that compiling takes."""
     monkeypatch.setattr(WrappedFlexAttention, "__init__", lambda self, training: None)
-    monkeypatch.setattr(WrappedFlexAttention, "_compiled_flex_attention", staticmethod(flex_attention))
+    monkeypatch.setattr(
+        WrappedFlexAttention, "_compiled_flex_attention", staticmethod(flex_attention)
+    )
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -37,10 +43,17 @@ def test_blocks_hold_what_is_visible(window, packing):
 
 
 def test_blocks_in_which_nothing_is_seen_are_left_out():
-    """Trees of 256 and 200 tokens end to end: 128 x 128 blocks, three of four in each triangle, none across the trees."""
+    """Trees of 256 and 200 tokens end to end: 128 x 128 blocks, three of four in each triangle,
+    none across the trees.
+    """
     bundles = [bundle([5] * n, [[6]]) for n in (256, 200)]
     kinds = block_mask(build_rows(bundles, "shared_prefix", packing=math.inf))
-    assert kinds.to_dense()[0, 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert kinds.to_dense()[0, 0].tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 0, 1, 0],
+        [0, 0, 1, 1],
+    ]
 
 
 def test_groups_count_no_pads():
@@ -60,7 +73,9 @@ def test_log_probs_are_those_of_separate_rows(not_compiled, family, layout):
     model.set_attn_implementation("flex_attention")
     pair = PolicyPair(PolicyModule(model), None, {}, layout=layout)
     shapes = []
-    pair.base.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].input_ids.shape[0]))
+    pair.base.register_forward_pre_hook(
+        lambda _, inputs: shapes.append(inputs[0].input_ids.shape[0])
+    )
     found = pair.logps(bundles, Plan("pair", anchors=()))
     assert shapes == [1], "one row of all trees"
     torch.testing.assert_close(found.policy, expected, rtol=0, atol=1e-5)

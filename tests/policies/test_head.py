@@ -53,13 +53,19 @@ def test_figures_and_gradients_do_not_depend_on_the_chunks(monkeypatch, rows_per
     logps = logits.log_softmax(-1)
     anchored = anchor.head.module(anchor.hidden).log_softmax(-1)
     picked = logps.gather(-1, labels[:, None])[:, 0]
-    expected_kl = torch.nn.functional.kl_div(anchored, logps, log_target=True, reduction="none").sum(-1)
+    expected_kl = torch.nn.functional.kl_div(
+        anchored, logps, log_target=True, reduction="none"
+    ).sum(-1)
     expected = torch.autograd.grad((picked * weights + expected_kl * weights.flip(0)).sum(), inputs)
     close = {"rtol": 0, "atol": 1e-12}
     torch.testing.assert_close(figures["policy"], picked, **close)
     torch.testing.assert_close(figures["kl"], expected_kl, **close)
-    torch.testing.assert_close(figures["entropy"], torch.distributions.Categorical(logits=logits).entropy(), **close)
-    torch.testing.assert_close(figures["anchor"], anchored.gather(-1, labels[:, None])[:, 0], **close)
+    torch.testing.assert_close(
+        figures["entropy"], torch.distributions.Categorical(logits=logits).entropy(), **close
+    )
+    torch.testing.assert_close(
+        figures["anchor"], anchored.gather(-1, labels[:, None])[:, 0], **close
+    )
     assert not figures["entropy"].requires_grad
     assert not figures["anchor"].requires_grad
     for one, other in zip(found, expected):
@@ -72,15 +78,26 @@ def test_few_chunks_are_kept_for_backward_and_many_computed_again(monkeypatch, r
     head, hidden, labels, _ = problem()
     passes = []
     head.module.register_forward_hook(lambda *_: passes.append(1))
-    inputs, weights = [hidden, head.module.weight, head.module.bias], torch.linspace(-1, 1, len(labels), dtype=torch.float64)
+    inputs, weights = (
+        [hidden, head.module.weight, head.module.bias],
+        torch.linspace(-1, 1, len(labels), dtype=torch.float64),
+    )
     loss = (head_figures(head, hidden, labels, {})["policy"] * weights).sum()
     found = torch.autograd.grad(loss, inputs, retain_graph=True)
     chunks = -(-len(labels) // rows_per_chunk)
     assert len(passes) == (chunks if chunks <= 4 else 2 * chunks)
-    for one, other in zip(found, torch.autograd.grad(loss, inputs), strict=True):  # nothing is kept for a second time
+    for one, other in zip(
+        found, torch.autograd.grad(loss, inputs), strict=True
+    ):  # nothing is kept for a second time
         assert torch.equal(one, other)
-    picked = (2.0 * torch.tanh(1.7 * head.module(hidden) / 2.0)).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-    for one, other in zip(found, torch.autograd.grad((picked * weights).sum(), inputs), strict=True):
+    picked = (
+        (2.0 * torch.tanh(1.7 * head.module(hidden) / 2.0))
+        .log_softmax(-1)
+        .gather(-1, labels[:, None])[:, 0]
+    )
+    for one, other in zip(
+        found, torch.autograd.grad((picked * weights).sum(), inputs), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
     passes.clear()
     with torch.no_grad():
@@ -115,7 +132,9 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_matrix_of_all_tokens_and_no_wide_copy_of_the_weights(monkeypatch):
-    """bfloat16 weights [V, H]: the float32 tensors of a step are chunks [C, V], however many tokens there are."""
+    """bfloat16 weights [V, H]: the float32 tensors of a step are chunks [C, V], however many tokens
+    there are.
+    """
     vocab, width, chunk = 512, 256, 16
     monkeypatch.setattr(head_file, "chunk_rows", lambda *_: chunk)
     module = nn.Linear(width, vocab, bias=False, dtype=torch.bfloat16)
@@ -128,7 +147,9 @@ def test_no_matrix_of_all_tokens_and_no_wide_copy_of_the_weights(monkeypatch):
 
 
 def test_one_chunk_of_each_model_is_alive_at_a_time(monkeypatch):
-    """Storages of the log-probs that a statistic over both models was given: all gone when it is given the next chunk's."""
+    """Storages of the log-probs that a statistic over both models was given: all gone when it is
+    given the next chunk's.
+    """
     monkeypatch.setattr(head_file, "chunk_rows", lambda *_: 3)
     torch.manual_seed(0)
     policy, reference = (nn.Linear(5, 33, bias=False) for _ in range(2))
@@ -136,7 +157,9 @@ def test_one_chunk_of_each_model_is_alive_at_a_time(monkeypatch):
 
     def cvar(logps, anchor, labels):
         assert all(old.expired() for chunk in calls for old in chunk), f"call {len(calls)}"
-        calls.append((StorageWeakRef(logps.untyped_storage()), StorageWeakRef(anchor.untyped_storage())))
+        calls.append(
+            (StorageWeakRef(logps.untyped_storage()), StorageWeakRef(anchor.untyped_storage()))
+        )
         return risk_ratio(logps, anchor, risk="cvar", level=0.9)
 
     hidden, labels = torch.randn(11, 5, requires_grad=True), torch.randint(33, (11,))

@@ -5,12 +5,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import bundle, random_bundles
 
-from alignkit.policies.layout import attention_mask, build_rows, computed_tokens, micro_batches, visible
+from alignkit.policies.layout import (
+    attention_mask,
+    build_rows,
+    computed_tokens,
+    micro_batches,
+    visible,
+)
 
 
 def test_shared_prefix_row_by_hand():
-    """Two completions that begin alike (7), a hole in the first's mask, and nothing after its last trained token."""
-    rows = build_rows([bundle([5, 6], [[7, 8, 9, 10], [7, 11]], [[True, False, True, False], [True, True]])], "shared_prefix")
+    """Two completions that begin alike (7), a hole in the first's mask, and nothing after its last
+    trained token.
+    """
+    rows = build_rows(
+        [bundle([5, 6], [[7, 8, 9, 10], [7, 11]], [[True, False, True, False], [True, True]])],
+        "shared_prefix",
+    )
     # the first completion needs inputs 7 8 (9 is a label only), the second 7: the tree is 5 6 7 8
     assert rows.input_ids.tolist() == [[5, 6, 7, 8]]
     assert rows.position_ids.tolist() == [[0, 1, 2, 3]]
@@ -23,7 +34,9 @@ def test_shared_prefix_row_by_hand():
 
 
 def test_branches_do_not_see_each_other():
-    rows = build_rows([bundle([5, 6], [[9, 8, 3], [7, 4, 3]]), bundle([5], [[3], [4]])], "shared_prefix")
+    rows = build_rows(
+        [bundle([5, 6], [[9, 8, 3], [7, 4, 3]]), bundle([5], [[3], [4]])], "shared_prefix"
+    )
     assert rows.branched
     assert rows.input_ids.tolist() == [[5, 6, 7, 4, 9, 8], [5, 0, 0, 0, 0, 0]]
     assert rows.position_ids.tolist() == [[0, 1, 2, 3, 2, 3], [0, 1, 2, 3, 4, 5]]
@@ -36,7 +49,9 @@ def test_branches_do_not_see_each_other():
         [1, 1, 0, 0, 1, 0],
         [1, 1, 0, 0, 1, 1],
     ]
-    assert torch.equal(visible(rows)[1, 0], torch.eye(6, dtype=torch.bool)), "pads see themselves alone, nobody sees them"
+    assert torch.equal(visible(rows)[1, 0], torch.eye(6, dtype=torch.bool)), (
+        "pads see themselves alone, nobody sees them"
+    )
     # a window of two positions: the token itself and the one before it in its own branch
     assert visible(rows, 2)[0, 0].int().tolist()[4] == [0, 1, 0, 0, 1, 0]
 
@@ -50,13 +65,19 @@ def test_padded_rows_are_chains_and_need_no_mask():
 
 def test_masks_per_layer_type():
     rows = build_rows(random_bundles(0), "shared_prefix")
-    masks = attention_mask(rows, {"full_attention": None, "sliding_attention": 3}, additive=torch.float32)
+    masks = attention_mask(
+        rows, {"full_attention": None, "sliding_attention": 3}, additive=torch.float32
+    )
     assert set(masks) == {"full_attention", "sliding_attention"}
     assert torch.equal(masks["sliding_attention"] == 0, visible(rows, 3))
     assert torch.equal(attention_mask(rows, {"": 3}, additive=None), visible(rows, 3))
 
 
-shapes = st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(1, 20), min_size=1, max_size=4)), min_size=1, max_size=12)
+shapes = st.lists(
+    st.tuples(st.integers(1, 30), st.lists(st.integers(1, 20), min_size=1, max_size=4)),
+    min_size=1,
+    max_size=12,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -68,7 +89,9 @@ def test_micro_batches_keep_every_bundle_within_the_budget(shape, budget, layout
     for group in groups:
         rows = build_rows([bundles[i] for i in group], layout)
         assert rows.input_ids.numel() <= budget or len(group) == 1
-        assert rows.input_ids.shape[1] <= max(max(computed_tokens(bundles[i], layout)) for i in group)
+        assert rows.input_ids.shape[1] <= max(
+            max(computed_tokens(bundles[i], layout)) for i in group
+        )
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,13 +100,25 @@ def test_every_trained_token_is_predicted_by_the_token_before_it(shape, seed, la
     """Following `ends` upwards from a source spells the prompt and the completion up to the label."""
     rng = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randint(3, 6, (n,), generator=rng).tolist()  # noqa: E731 - few tokens: many shared beginnings
-    bundles = [bundle(draw(p), [draw(t) for t in ts], [[x != 3 for x in draw(t)] for t in ts]) for p, ts in shape]
+    bundles = [
+        bundle(draw(p), [draw(t) for t in ts], [[x != 3 for x in draw(t)] for t in ts])
+        for p, ts in shape
+    ]
     rows = build_rows(bundles, layout)
     seen = visible(rows)[:, 0]
-    texts = [(b.prompt.tolist(), ids.tolist(), m) for b in bundles for ids, m in zip(b.completions, b.masks)]
+    texts = [
+        (b.prompt.tolist(), ids.tolist(), m)
+        for b in bundles
+        for ids, m in zip(b.completions, b.masks)
+    ]
     found = 0
-    for source, target, label in zip(rows.sources.tolist(), rows.targets.tolist(), rows.labels.tolist()):
-        (row, column), (n, t) = divmod(source, rows.input_ids.shape[1]), divmod(target, rows.shape[1])
+    for source, target, label in zip(
+        rows.sources.tolist(), rows.targets.tolist(), rows.labels.tolist()
+    ):
+        (row, column), (n, t) = (
+            divmod(source, rows.input_ids.shape[1]),
+            divmod(target, rows.shape[1]),
+        )
         prompt, ids, mask = texts[n]
         assert mask[t]
         assert label == ids[t]

@@ -1,4 +1,6 @@
-"""What is refused before training begins, with the message a user sees, and what the start probe decides."""
+"""What is refused before training begins, with the message a user sees, and what the start probe
+decides.
+"""
 
 import json
 
@@ -9,9 +11,15 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from alignkit.batches import Plan
+from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig
 from alignkit.errors import ModelError
-from alignkit.policies.config import AdapterConfig, ModelConfig, ReferenceConfig
-from alignkit.policies.load import check_head, choose_layout, load_pair, load_tokenizer, probe_bundle
+from alignkit.policies.load import (
+    check_head,
+    choose_layout,
+    load_pair,
+    load_tokenizer,
+    probe_bundle,
+)
 from alignkit.policies.module import PolicyModule
 
 PAIRS = Plan("pair")
@@ -24,7 +32,11 @@ def folder(tmp_path_factory):
 
 def load(name, reference="frozen", **settings):
     return load_pair(
-        ModelConfig(name_or_path=str(name), **settings), ReferenceConfig(kind=str(reference)), None, PAIRS, fixed_data=True
+        ModelConfig(name_or_path=str(name), **settings),
+        ReferenceConfig(kind=str(reference)),
+        None,
+        PAIRS,
+        fixed_data=True,
     )
 
 
@@ -39,7 +51,9 @@ def test_missing_and_wrong_folders(tmp_path, folder):
             load(name)
         assert caught.value.exit_code == 4
         assert "\n" not in str(caught.value)
-    with pytest.raises(ModelError, match="no tokenizer could be loaded from nobody/no-such-model") as caught:
+    with pytest.raises(
+        ModelError, match="no tokenizer could be loaded from nobody/no-such-model"
+    ) as caught:
         load("nobody/no-such-model")
     assert "\n" not in str(caught.value)
 
@@ -72,7 +86,9 @@ def test_damaged_weights_are_one_sentence(tmp_path):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     write_model(tmp_path, vocab=61, tokens=70)
-    with pytest.raises(ModelError, match=r"ids up to 69, its model has 61 embeddings; use the tokenizer"):
+    with pytest.raises(
+        ModelError, match=r"ids up to 69, its model has 61 embeddings; use the tokenizer"
+    ):
         load(tmp_path)
 
 
@@ -91,7 +107,10 @@ def test_padding_tokens(tmp_path):
 
 def test_references_that_do_not_match(tmp_path, folder):
     other = write_model(tmp_path / "other", vocab=50)
-    with pytest.raises(ModelError, match=r"reference.kind: the tokenizer of .* \(50 tokens\) is not the policy's \(61 tokens\)"):
+    with pytest.raises(
+        ModelError,
+        match=r"reference.kind: the tokenizer of .* \(50 tokens\) is not the policy's \(61 tokens\)",
+    ):
         load(folder, other)
     wider = write_model(tmp_path / "wider", vocab=64, tokens=61)
     with pytest.raises(ModelError, match="has a vocabulary of 64, the policy one of 61"):
@@ -134,7 +153,12 @@ def test_models_that_cannot_branch_take_padded_rows(tmp_path):
     assert pair.layout == "padded"
     assert any("padded rows: this model cannot branch" in note for note in pair.notes)
     bundles = random_bundles(2)
-    torch.testing.assert_close(pair.logps(bundles, PAIRS).policy, separate_logps(tiny_model("bloom"), bundles), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        pair.logps(bundles, PAIRS).policy,
+        separate_logps(tiny_model("bloom"), bundles),
+        rtol=0,
+        atol=1e-5,
+    )
 
 
 def test_a_head_that_does_more_than_we_know_is_refused():

@@ -1,4 +1,6 @@
-"""Both layouts against each completion by itself through `model(ids).logits`: log-probs and gradients, on six architectures."""
+"""Both layouts against each completion by itself through `model(ids).logits`: log-probs and
+gradients, on six architectures.
+"""
 
 import itertools
 
@@ -54,7 +56,9 @@ def check(model, bundles, *, atol: float, oracle=None) -> None:
         assert found.keys() == reference.keys()
         largest = max(float(g.abs().max()) for g in reference.values())
         for name, gradient in reference.items():
-            torch.testing.assert_close(found[name], gradient, rtol=0, atol=atol * max(1.0, largest), msg=f"{layout} {name}")
+            torch.testing.assert_close(
+                found[name], gradient, rtol=0, atol=atol * max(1.0, largest), msg=f"{layout} {name}"
+            )
 
 
 shapes = st.tuples(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 4), st.integers(1, 24))
@@ -64,7 +68,9 @@ shapes = st.tuples(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 4), 
 @settings(max_examples=8, deadline=None)
 @given(shape=shapes)
 def test_layouts_agree_with_separate_rows(name, shape):
-    """Float64 leaves rounding alone: 1e-6, because rotary angles and norms are computed in float32 in some models."""
+    """Float64 leaves rounding alone: 1e-6, because rotary angles and norms are computed in float32
+    in some models.
+    """
     seed, count, completions, longest = shape
     bundles = random_bundles(seed, count, completions, longest)
     if not any(b.n_trained for b in bundles):
@@ -87,7 +93,8 @@ def test_one_token_completions(name):
 
 def test_lora():
     model = get_peft_model(
-        tiny_model("llama", dtype=torch.float64), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        tiny_model("llama", dtype=torch.float64),
+        LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
     )
     check(model.double(), random_bundles(4), atol=1e-6)
 
@@ -95,7 +102,8 @@ def test_lora():
 def test_lora_on_the_head():
     targets = ["q_proj", "lm_head"]
     model = get_peft_model(
-        tiny_model("llama", dtype=torch.float64), LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+        tiny_model("llama", dtype=torch.float64),
+        LoraConfig(r=4, target_modules=targets, init_lora_weights=False),
     )
     check(model.double(), random_bundles(4), atol=1e-6)
 
@@ -128,11 +136,16 @@ def test_windows_are_needed(name):
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"bloom"}))
 def test_bfloat16_weights_give_float32_figures(name):
-    model, bundles = tiny_model(name, initializer_range=0.1, dtype=torch.bfloat16), random_bundles(2, 2)
+    model, bundles = (
+        tiny_model(name, initializer_range=0.1, dtype=torch.bfloat16),
+        random_bundles(2, 2),
+    )
     rows = build_rows(bundles, "shared_prefix")
     logps = PolicyModule(model)(rows)["policy"]
     assert logps.dtype == torch.float32
-    torch.testing.assert_close(rows.scatter(logps), separate_logps(model, bundles), rtol=0, atol=0.1)
+    torch.testing.assert_close(
+        rows.scatter(logps), separate_logps(model, bundles), rtol=0, atol=0.1
+    )
     exact = PolicyModule(model.float())(rows)["policy"]  # the same weights
     torch.testing.assert_close(logps, exact, rtol=0, atol=5e-2)
 
@@ -146,7 +159,9 @@ def test_values_come_from_the_states_before_the_tokens():
     rows = build_rows(bundles, "shared_prefix")
     values = rows.scatter(module(rows)["values"])
     b = bundles[0]
-    states = model.model(torch.cat([b.prompt, b.completions[0]])[None]).last_hidden_state[0, len(b.prompt) - 1 : -1]
+    states = model.model(torch.cat([b.prompt, b.completions[0]])[None]).last_hidden_state[
+        0, len(b.prompt) - 1 : -1
+    ]
     expected = torch.where(b.masks[0], module.value_head(states)[:, 0], 0.0)
     torch.testing.assert_close(values[0, : len(expected)], expected, rtol=0, atol=1e-6)
 

@@ -1,4 +1,6 @@
-"""Rows of runs: how a tree is cut, what each run sees, when it pays, and that a step in them is the step beside each other."""
+"""Rows of runs: how a tree is cut, what each run sees, when it pays, and that a step in them is the
+step beside each other.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,16 @@ from transformers import AutoModelForCausalLM
 from alignkit.batches import Plan
 from alignkit.policies.layout import build_rows, micro_batches, visible
 from alignkit.policies.module import PolicyModule
-from alignkit.policies.packing import KERNEL, Run, attend, default_budget, find_runs, kernel_of, pays, run_mask
+from alignkit.policies.packing import (
+    KERNEL,
+    Run,
+    attend,
+    default_budget,
+    find_runs,
+    kernel_of,
+    pays,
+    run_mask,
+)
 from alignkit.policies.pair import PolicyPair
 
 WIDE = 10**6
@@ -18,24 +29,41 @@ WIDE = 10**6
 
 def test_runs_by_hand():
     """5 6 with branches 7 (then 4 or 8 9) and 3; and a second tree."""
-    rows = build_rows([bundle([5, 6], [[7, 4, 2], [7, 8, 9, 2], [3, 2]]), bundle([5], [[6, 2]])], "shared_prefix", packing=WIDE)
+    rows = build_rows(
+        [bundle([5, 6], [[7, 4, 2], [7, 8, 9, 2], [3, 2]]), bundle([5], [[6, 2]])],
+        "shared_prefix",
+        packing=WIDE,
+    )
     assert rows.input_ids.tolist() == [[5, 6, 3, 7, 4, 8, 9, 5, 6]]
     assert rows.position_ids.tolist() == [[0, 1, 2, 2, 3, 3, 4, 0, 1]]
-    assert rows.runs == (Run(2, ()), Run(1, (0,)), Run(1, (0,)), Run(1, (0, 2)), Run(2, (0, 2)), Run(2, ()))
+    assert rows.runs == (
+        Run(2, ()),
+        Run(1, (0,)),
+        Run(1, (0,)),
+        Run(1, (0, 2)),
+        Run(2, (0, 2)),
+        Run(2, ()),
+    )
     assert [run.pairs(rows.runs) for run in rows.runs] == [4, 3, 3, 4, 10, 4]
 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
 def test_runs_see_what_the_whole_mask_says(layout, window):
-    """Put together, the masks of the runs are `visible` of the packed row, which knows nothing of runs."""
+    """Put together, the masks of the runs are `visible` of the packed row, which knows nothing of
+    runs.
+    """
     rows = build_rows(random_bundles(3, 4, 3, 9), layout, packing=WIDE)
     mask = run_mask(rows.runs, rows.position_ids[0], window)
     index = torch.arange(rows.input_ids.shape[1]).split(mask.sizes)
     seen = torch.zeros(rows.input_ids.shape[1], rows.input_ids.shape[1], dtype=torch.bool)
     for i, (ancestors, pairs) in enumerate(mask.seen):
         keys = torch.cat([index[j] for j in (*ancestors, i)])
-        block = pairs[0, 0] if pairs is not None else torch.ones(len(index[i]), len(keys), dtype=torch.bool).tril()
+        block = (
+            pairs[0, 0]
+            if pairs is not None
+            else torch.ones(len(index[i]), len(keys), dtype=torch.bool).tril()
+        )
         seen[index[i][:, None], keys] = block
     assert torch.equal(seen, visible(rows, window)[0, 0])
 
@@ -44,7 +72,9 @@ def test_when_it_pays():
     short, long = [Run(4, ())], [Run(400, ())]
     assert pays([short, long], 512), "396 pads at 512 wide"
     assert not pays([long, long], 512), "nothing is saved, and there is one more call"
-    assert not pays([[Run(8, ())], [Run(4, ())]], 16), "a narrow model does the pads faster than another call"
+    assert not pays([[Run(8, ())], [Run(4, ())]], 16), (
+        "a narrow model does the pads faster than another call"
+    )
     tree = [Run(256, ()), *[Run(64, (0,))] * 8]
     assert pays([tree], 512), "eight branches: most pairs of the whole row are masked"
     assert find_runs([0, 1, 2], [3, 3, 3]) == [Run(3, ())]
@@ -58,13 +88,16 @@ def test_groups_count_no_pads_where_rows_are_packed():
 
 
 def test_a_pair_packs_if_all_its_models_can():
-    models = {name: tiny_model(name, hidden_size=512) for name in ("llama", "gemma2")}  # gemma2 attends by the eager kernel
+    # gemma2 attends by the eager kernel
+    models = {name: tiny_model(name, hidden_size=512) for name in ("llama", "gemma2")}
     bundles = [bundle([3] * 4, [[5] * 90, [6] * 2]), bundle([3], [[7, 8], [9, 9]])]
 
     def packed(policy, **reference):
         pair = PolicyPair(PolicyModule(policy), None, reference)
         found = []
-        pair.base.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].runs is not None))
+        pair.base.register_forward_pre_hook(
+            lambda _, inputs: found.append(inputs[0].runs is not None)
+        )
         pair.logps(bundles, Plan("pair", anchors=()))
         return found
 
@@ -74,14 +107,21 @@ def test_a_pair_packs_if_all_its_models_can():
 
 
 def test_mixed_precision_packs():
-    pair = PolicyPair(PolicyModule(tiny_model("llama", hidden_size=512, initializer_range=0.05)), None, {})
+    pair = PolicyPair(
+        PolicyModule(tiny_model("llama", hidden_size=512, initializer_range=0.05)), None, {}
+    )
     bundles = [bundle([3] * 4, [[5] * 90, [6] * 2]), bundle([3], [[7, 8], [9, 9]])]
     exact = pair.logps(bundles, Plan("pair", anchors=())).policy
     AcceleratorState._reset_state()  # other tests have had another precision
-    pair.prepare(Accelerator(cpu=True, mixed_precision="bf16"), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    pair.prepare(
+        Accelerator(cpu=True, mixed_precision="bf16"),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    )
     assert len(pair.micro_batches(bundles, 100)) == 1
     assert default_budget(pair.device, pair.packing) == 1024
-    torch.testing.assert_close(pair.logps(bundles, Plan("pair", anchors=())).policy, exact, rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        pair.logps(bundles, Plan("pair", anchors=())).policy, exact, rtol=0, atol=0.02
+    )
     AcceleratorState._reset_state()
 
 
@@ -93,11 +133,15 @@ def test_models_that_do_not_pack_count_pads():
 
 
 def test_runs_attend_in_float32_inside_autocast():
-    """Half-precision keys and queries give what float32 gives for the same numbers, rounded once at the end."""
+    """Half-precision keys and queries give what float32 gives for the same numbers, rounded once at
+    the end.
+    """
     rows = build_rows([bundle([5, 6, 7], [[4] * 9, [8] * 7])], "shared_prefix", packing=WIDE)
     mask, module = run_mask(rows.runs, rows.position_ids[0]), torch.nn.Module()
     made = torch.Generator().manual_seed(0)
-    half = [torch.randn(1, 2, rows.input_ids.shape[1], 8, generator=made).bfloat16() for _ in range(3)]
+    half = [
+        torch.randn(1, 2, rows.input_ids.shape[1], 8, generator=made).bfloat16() for _ in range(3)
+    ]
     expected, _ = attend(module, *(tensor.float() for tensor in half), mask)
     with torch.autocast("cpu", torch.bfloat16):
         found, _ = attend(module, *half, mask)
@@ -113,8 +157,12 @@ def test_generation_saving_and_recomputing_know_nothing_of_it(tmp_path):
     assert (taught.config._attn_implementation, kernel_of(taught.config)) == (KERNEL, "sdpa")
     assert torch.equal(taught(ids).logits, expected)
     padded = torch.tensor([[0, 0, 5, 6], [5, 6, 7, 8]])
-    made = taught.generate(padded, attention_mask=(padded > 0).long(), max_new_tokens=3, do_sample=False)
-    alone = taught.generate(padded[:1, 2:], attention_mask=torch.ones(1, 2), max_new_tokens=3, do_sample=False)
+    made = taught.generate(
+        padded, attention_mask=(padded > 0).long(), max_new_tokens=3, do_sample=False
+    )
+    alone = taught.generate(
+        padded[:1, 2:], attention_mask=torch.ones(1, 2), max_new_tokens=3, do_sample=False
+    )
     assert made[0, 4:].tolist() == alone[0, 2:].tolist()
     taught.save_pretrained(tmp_path)
     assert KERNEL not in (tmp_path / "config.json").read_text()
@@ -122,7 +170,9 @@ def test_generation_saving_and_recomputing_know_nothing_of_it(tmp_path):
     bundles, gradients = random_bundles(1, 3, 3, 9), []
     for recompute in (False, True):
         if recompute:
-            taught.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            taught.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         module = PolicyModule(taught).train()
         module.zero_grad()
         module(build_rows(bundles, "shared_prefix", packing=WIDE))["policy"].sum().backward()

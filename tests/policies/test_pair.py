@@ -1,4 +1,6 @@
-"""The pair: log-probs with every kind of reference, rewinding, generation under the right weights, state, saving."""
+"""The pair: log-probs with every kind of reference, rewinding, generation under the right weights,
+state, saving.
+"""
 
 import pytest
 import torch
@@ -6,8 +8,8 @@ from tiny_models import bundle, random_bundles, separate_logps, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.batches import Draw, Plan
+from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig, TargetConfig
 from alignkit.errors import CheckpointError, ConfigError, ModelError
-from alignkit.policies.config import AdapterConfig, ModelConfig, ReferenceConfig, TargetConfig
 from alignkit.policies.load import load_pair, merge
 from alignkit.rollout import HFSampler
 from alignkit.tensors import gather_logps
@@ -24,7 +26,9 @@ def folder(tmp_path_factory):
 
 def make(folder, kind="auto", plan=PAIRS, adapter=None, target=None, fixed_data=True, **settings):
     model = ModelConfig(name_or_path=str(folder), adapter=adapter, **settings)
-    return load_pair(model, ReferenceConfig(kind=kind, decay=0.75, every=2), target, plan, fixed_data=fixed_data)
+    return load_pair(
+        model, ReferenceConfig(kind=kind, decay=0.75, every=2), target, plan, fixed_data=fixed_data
+    )
 
 
 def step(pair, bundles, plan=PAIRS, optimizer=None, lr=0.05):
@@ -47,7 +51,12 @@ def weights_of(pair):
         (PAIRS, LORA, True, "cached"),
         (PAIRS, None, False, "frozen"),
         (PAIRS, LORA, False, "adapter_off"),
-        (Plan("pair", statistics={"kl": lambda p, a, y: (p.exp() * (p - a)).sum(-1)}), LORA, True, "adapter_off"),
+        (
+            Plan("pair", statistics={"kl": lambda p, a, y: (p.exp() * (p - a)).sum(-1)}),
+            LORA,
+            True,
+            "adapter_off",
+        ),
         (Plan("labelled", mismatched=True), None, True, "frozen"),
         (Plan("sequence", anchors=()), None, True, "none"),
         (Plan("game", samples=(Draw(1, mix=0.5),), anchors=()), None, False, "frozen"),
@@ -58,7 +67,8 @@ def test_auto_reference(folder, plan, adapter, fixed, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "adapter"), [("frozen", None), ("frozen", LORA), ("adapter_off", LORA), ("cached", None), ("cached", LORA)]
+    ("kind", "adapter"),
+    [("frozen", None), ("frozen", LORA), ("adapter_off", LORA), ("cached", None), ("cached", LORA)],
 )
 @pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
 def test_the_reference_stays_where_training_began(folder, kind, adapter, layout):
@@ -99,7 +109,9 @@ def test_prompts_longer_than_the_budget_are_trained_on(folder):
     whole = pair.logps(bundles, PAIRS).sequence()
     for part in parts:
         alone = pair.logps([bundles[i] for i in part], PAIRS).sequence()
-        torch.testing.assert_close(alone, whole[[2 * i + k for i in part for k in range(2)]], **CLOSE)
+        torch.testing.assert_close(
+            alone, whole[[2 * i + k for i in part for k in range(2)]], **CLOSE
+        )
 
 
 def test_ema_and_synced_anchors_follow(folder):
@@ -114,12 +126,16 @@ def test_ema_and_synced_anchors_follow(folder):
     average = history[0]
     for new in history[1:]:
         average = 0.75 * average + 0.25 * new
-    torch.testing.assert_close(pair.anchors["reference"].module.state_dict()[name], average, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        pair.anchors["reference"].module.state_dict()[name], average, rtol=0, atol=1e-6
+    )
     assert torch.equal(pair.anchors["target"].module.state_dict()[name], history[2])
     tokens = pair.logps(bundles, plan)
     assert set(tokens.anchors) == {"reference", "target"}
     with pair.model("target") as model:
-        torch.testing.assert_close(tokens.anchors["target"], separate_logps(model, bundles), **CLOSE)
+        torch.testing.assert_close(
+            tokens.anchors["target"], separate_logps(model, bundles), **CLOSE
+        )
 
 
 def test_a_lagged_anchor_is_one_copy_behind(folder):
@@ -131,13 +147,18 @@ def test_a_lagged_anchor_is_one_copy_behind(folder):
         step(pair, bundles, plan)
         pair.after_step(i)
         history.append(weights_of(pair)[name])
-        copies = [pair.anchors[anchor].module.state_dict()[name] for anchor in ("target", "previous")]
+        copies = [
+            pair.anchors[anchor].module.state_dict()[name] for anchor in ("target", "previous")
+        ]
         assert torch.equal(copies[0], history[i - i % 2])
         assert torch.equal(copies[1], history[max(0, i - i % 2 - 2)])
     state = pair.state()
     again = make(folder, "frozen", plan, target=TargetConfig(kind="synced", every=2))
     again.load_state(state)
-    assert torch.equal(again.logps(bundles, plan).anchors["previous"], pair.logps(bundles, plan).anchors["previous"])
+    assert torch.equal(
+        again.logps(bundles, plan).anchors["previous"],
+        pair.logps(bundles, plan).anchors["previous"],
+    )
     with pytest.raises(ConfigError, match=r"target\.kind: .* got ema"):
         make(folder, "frozen", plan, target=TargetConfig(kind="ema"))
 
@@ -148,7 +169,11 @@ def exact_kl(policy, anchor, labels):
 
 @pytest.mark.parametrize(
     ("kind", "adapter"),
-    [("frozen", None), ("adapter_off", LORA), ("adapter_off", AdapterConfig(r=4, target_modules=["q_proj", "lm_head"]))],
+    [
+        ("frozen", None),
+        ("adapter_off", LORA),
+        ("adapter_off", AdapterConfig(r=4, target_modules=["q_proj", "lm_head"])),
+    ],
 )
 def test_statistics_see_the_whole_vocabulary_of_both(folder, kind, adapter):
     plan = Plan("pair", statistics={"kl": exact_kl})
@@ -163,11 +188,18 @@ def test_statistics_see_the_whole_vocabulary_of_both(folder, kind, adapter):
         for b in bundles:
             for ids, mask in zip(b.completions, b.masks):
                 text = torch.cat([b.prompt, ids])[None]
-                p, r = (m(text).logits[0, len(b.prompt) - 1 : -1].log_softmax(-1) for m in (policy, base.eval()))
+                p, r = (
+                    m(text).logits[0, len(b.prompt) - 1 : -1].log_softmax(-1)
+                    for m in (policy, base.eval())
+                )
                 if kind == "adapter_off":
                     with pair.base.adapter_disabled():
                         torch.testing.assert_close(policy(text).logits, base(text).logits)
-                rows.append(torch.nn.functional.pad(torch.where(mask, exact_kl(p, r, ids), 0.0), (0, longest - len(ids))))
+                rows.append(
+                    torch.nn.functional.pad(
+                        torch.where(mask, exact_kl(p, r, ids), 0.0), (0, longest - len(ids))
+                    )
+                )
     torch.testing.assert_close(tokens.extras["kl"], torch.stack(rows), **CLOSE)
     torch.testing.assert_close(tokens.reference, separate_logps(base, bundles), **CLOSE)
     assert tokens.extras["kl"].sum() > 1e-3
@@ -196,13 +228,17 @@ def test_rewound_is_bit_exact(folder, adapter, steps_before):
         assert any(not torch.equal(weights[k], v) for k, v in weights_of(pair).items())
     assert all(torch.equal(weights[k], v) for k, v in weights_of(pair).items())
     assert set(optimizer.state) == set(state)
-    assert all(torch.equal(optimizer.state[p][k], v) for p, s in state.items() for k, v in s.items())
+    assert all(
+        torch.equal(optimizer.state[p][k], v) for p, s in state.items() for k, v in s.items()
+    )
     assert optimizer.param_groups[0]["lr"] == 0.01
     assert not torch.equal(random_state, torch.random.get_rng_state())
 
 
 def test_generation_uses_the_weights_it_names(folder):
-    """With LoRA the reference is the base model: no trace of the adapter, and the adapter is back afterwards."""
+    """With LoRA the reference is the base model: no trace of the adapter, and the adapter is back
+    afterwards.
+    """
     bundles = random_bundles(4)
     pair = make(folder, "adapter_off", adapter=LORA)
     step(pair, bundles, lr=1.0)
@@ -212,7 +248,10 @@ def test_generation_uses_the_weights_it_names(folder):
     with pair.model("reference") as reference, torch.no_grad():
         assert not reference.training
         torch.testing.assert_close(
-            reference(text).logits, AutoModelForCausalLM.from_pretrained(folder)(text).logits, rtol=0, atol=1e-6
+            reference(text).logits,
+            AutoModelForCausalLM.from_pretrained(folder)(text).logits,
+            rtol=0,
+            atol=1e-6,
         )
         assert reference.generate(text, max_new_tokens=3, do_sample=False).shape == (1, 6)
     with pair.model("policy") as policy, torch.no_grad():
@@ -226,11 +265,18 @@ def test_the_reference_half_of_a_mixture_is_the_base_model(folder):
     pair, prompt = make(folder, "adapter_off", adapter=LORA), torch.tensor([5, 6, 7])
     step(pair, random_bundles(4), lr=1.0)
     base = AutoModelForCausalLM.from_pretrained(folder)
-    (samples,) = HFSampler(pair, max_new_tokens=4).sample([prompt], Draw(8, mix=0.5), step=0, prompt_ids=[0])
+    (samples,) = HFSampler(pair, max_new_tokens=4).sample(
+        [prompt], Draw(8, mix=0.5), step=0, prompt_ids=[0]
+    )
     with pair.model("policy") as policy, torch.no_grad():
         for sample in samples:
-            own, disk = (model(torch.cat([prompt, sample.ids])[None]).logits[0, 2:-1] for model in (policy, base))
-            torch.testing.assert_close(gather_logps(0.5 * own + 0.5 * disk, sample.ids), sample.logps, **CLOSE)
+            own, disk = (
+                model(torch.cat([prompt, sample.ids])[None]).logits[0, 2:-1]
+                for model in (policy, base)
+            )
+            torch.testing.assert_close(
+                gather_logps(0.5 * own + 0.5 * disk, sample.ids), sample.logps, **CLOSE
+            )
             assert (gather_logps(own, sample.ids) - sample.logps).abs().max() > 1e-2
 
 
@@ -275,7 +321,9 @@ def test_save_and_merge(folder, tmp_path):
     assert (tmp_path / "run" / "model" / "adapter_model.safetensors").exists()
     merge(tmp_path / "run", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(separate_logps(merged, bundles), pair.logps(bundles, PAIRS).policy.detach(), **CLOSE)
+    torch.testing.assert_close(
+        separate_logps(merged, bundles), pair.logps(bundles, PAIRS).policy.detach(), **CLOSE
+    )
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").pad_token == "<pad>"
     with pytest.raises(ModelError, match="holds no adapter"):
         merge(folder, tmp_path / "nothing")
@@ -293,7 +341,9 @@ def test_saving_keeps_ties_and_dropout(tmp_path):
     assert config.resid_pdrop == 0.0
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     torch.testing.assert_close(
-        separate_logps(loaded.eval(), random_bundles(8)), pair.logps(random_bundles(8), PAIRS).policy.detach(), **CLOSE
+        separate_logps(loaded.eval(), random_bundles(8)),
+        pair.logps(random_bundles(8), PAIRS).policy.detach(),
+        **CLOSE,
     )
 
 

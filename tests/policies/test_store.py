@@ -1,11 +1,13 @@
-"""The store of reference log-probs: each row is scored once, whatever the run, and found again bit for bit."""
+"""The store of reference log-probs: each row is scored once, whatever the run, and found again bit
+for bit.
+"""
 
 import pytest
 import torch
 from world import pairs, save_model
 
+from alignkit.config.model import ModelConfig, ReferenceConfig
 from alignkit.errors import ResourceError
-from alignkit.policies.config import ModelConfig, ReferenceConfig
 from alignkit.policies.load import load_pair
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.store import cached_in
@@ -22,7 +24,9 @@ def scored(monkeypatch):
     """How many bundles each pass scored."""
     calls = []
     whole = PolicyPair.cached
-    monkeypatch.setattr(PolicyPair, "cached", lambda self, b, p: calls.append(len(b)) or whole(self, b, p))
+    monkeypatch.setattr(
+        PolicyPair, "cached", lambda self, b, p: calls.append(len(b)) or whole(self, b, p)
+    )
     return calls
 
 
@@ -30,7 +34,14 @@ def load(folder):
     from alignkit import DPO
 
     plan = DPO().plan
-    return load_pair(ModelConfig(name_or_path=str(folder)), ReferenceConfig(), None, plan, device="cpu", fixed_data=True), plan
+    return load_pair(
+        ModelConfig(name_or_path=str(folder)),
+        ReferenceConfig(),
+        None,
+        plan,
+        device="cpu",
+        fixed_data=True,
+    ), plan
 
 
 def test_a_second_run_reads_what_the_first_scored(folders, tmp_path, scored):
@@ -64,7 +75,9 @@ def test_another_model_has_its_own_file(folders, tmp_path, scored):
     found = [cached_in(tmp_path, *_args(folder, bundles)) for folder in folders]
     assert scored == [4, 4]
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
-    assert not torch.allclose(found[0][0].tokens["reference"][0], found[1][0].tokens["reference"][0])
+    assert not torch.allclose(
+        found[0][0].tokens["reference"][0], found[1][0].tokens["reference"][0]
+    )
 
 
 def test_a_damaged_store_is_refused(folders, tmp_path):
@@ -76,7 +89,9 @@ def test_a_damaged_store_is_refused(folders, tmp_path):
     file = next(tmp_path.glob("*.safetensors"))
     content = load_file(file)
     save_file({**content, "logps": content["logps"] + 1}, file)
-    with pytest.raises(ResourceError, match=r"differs from live log-probs by 1\.0e\+00; it is damaged, delete it"):
+    with pytest.raises(
+        ResourceError, match=r"differs from live log-probs by 1\.0e\+00; it is damaged, delete it"
+    ):
         cached_in(tmp_path, pair, bundles, plan)
 
 

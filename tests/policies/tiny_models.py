@@ -35,13 +35,29 @@ MODELS = {
         "final_logit_softcapping": 3.0,
         "attn_implementation": "eager",
     },
-    "cohere": {"model_type": "cohere", **{k: v for k, v in SHAPE.items() if k != "head_dim"}, "logit_scale": 4.0},
-    "bloom": {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4, "attn_implementation": "eager"},
-    "granite": {"model_type": "granite", **{k: v for k, v in SHAPE.items() if k != "head_dim"}, "logits_scaling": 0.25},
+    "cohere": {
+        "model_type": "cohere",
+        **{k: v for k, v in SHAPE.items() if k != "head_dim"},
+        "logit_scale": 4.0,
+    },
+    "bloom": {
+        "model_type": "bloom",
+        "hidden_size": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "attn_implementation": "eager",
+    },
+    "granite": {
+        "model_type": "granite",
+        **{k: v for k, v in SHAPE.items() if k != "head_dim"},
+        "logits_scaling": 0.25,
+    },
 }
 
 
-def tiny_model(name: str, seed: int = 0, vocab: int = VOCAB, dtype: torch.dtype = torch.float32, **changes):
+def tiny_model(
+    name: str, seed: int = 0, vocab: int = VOCAB, dtype: torch.dtype = torch.float32, **changes
+):
     """A random two-layer model of a family, weights large enough that attention matters."""
     settings = {**MODELS[name], "vocab_size": vocab, "initializer_range": 0.3, **changes}
     attention = settings.pop("attn_implementation", "sdpa")
@@ -49,10 +65,14 @@ def tiny_model(name: str, seed: int = 0, vocab: int = VOCAB, dtype: torch.dtype 
     config = AutoConfig.for_model(settings.pop("model_type"), **settings, **tokens)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype).eval()
+        return (
+            AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype).eval()
+        )
 
 
-def bundle(prompt: list[int], completions: list[list[int]], masks: list[list[bool]] | None = None, **fields) -> Bundle:
+def bundle(
+    prompt: list[int], completions: list[list[int]], masks: list[list[bool]] | None = None, **fields
+) -> Bundle:
     """A bundle from lists; everything is trained unless masks say otherwise."""
     masks = masks or [[True] * len(ids) for ids in completions]
     return Bundle(
@@ -63,12 +83,16 @@ def bundle(prompt: list[int], completions: list[list[int]], masks: list[list[boo
     )
 
 
-def random_bundles(seed: int, count: int = 4, completions: int = 2, longest: int = 12, vocab: int = VOCAB) -> list[Bundle]:
+def random_bundles(
+    seed: int, count: int = 4, completions: int = 2, longest: int = 12, vocab: int = VOCAB
+) -> list[Bundle]:
     """Bundles with random tokens, lengths, holes in the masks, and completions that begin alike."""
     rng = torch.Generator().manual_seed(seed)
 
     def ids(low: int, high: int) -> list[int]:
-        return torch.randint(3, vocab, (int(torch.randint(low, high + 1, (1,), generator=rng)),), generator=rng).tolist()
+        return torch.randint(
+            3, vocab, (int(torch.randint(low, high + 1, (1,), generator=rng)),), generator=rng
+        ).tolist()
 
     out = []
     for _ in range(count):
@@ -80,7 +104,9 @@ def random_bundles(seed: int, count: int = 4, completions: int = 2, longest: int
 
 
 def separate_logps(model, bundles: list[Bundle], statistic=None) -> torch.Tensor:
-    """The oracle: each completion by itself through `model(ids).logits`, [N, T] and 0 outside the masks."""
+    """The oracle: each completion by itself through `model(ids).logits`, [N, T] and 0 outside the
+    masks.
+    """
     longest = max(len(ids) for b in bundles for ids in b.completions)
     rows = []
     for b in bundles:
@@ -88,13 +114,26 @@ def separate_logps(model, bundles: list[Bundle], statistic=None) -> torch.Tensor
             logits = model(torch.cat([b.prompt, ids])[None]).logits[0]
             logits = logits[len(b.prompt) - 1 : -1]
             logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-            values = logps.gather(-1, ids[:, None])[:, 0] if statistic is None else statistic(logps, ids)
-            rows.append(torch.nn.functional.pad(torch.where(mask, values, 0.0), (0, longest - len(ids))))
+            values = (
+                logps.gather(-1, ids[:, None])[:, 0] if statistic is None else statistic(logps, ids)
+            )
+            rows.append(
+                torch.nn.functional.pad(torch.where(mask, values, 0.0), (0, longest - len(ids)))
+            )
     return torch.stack(rows)
 
 
-def write_model(folder, name: str = "llama", seed: int = 0, vocab: int = VOCAB, tokens: int | None = None, **changes):
-    """A tiny model with a word tokenizer (`w3 w4 ...`) on disk; `tokens` is the tokenizer's size where it differs."""
+def write_model(
+    folder,
+    name: str = "llama",
+    seed: int = 0,
+    vocab: int = VOCAB,
+    tokens: int | None = None,
+    **changes,
+):
+    """A tiny model with a word tokenizer (`w3 w4 ...`) on disk; `tokens` is the tokenizer's size
+    where it differs.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -41,8 +41,16 @@ FAMILIES = {
 
 def small_model(family: str = "llama", vocab: int = 4, seed: int = 0, **changes):
     """A random model whose next-token distribution depends visibly on every token before."""
-    settings = {"max_position_embeddings": 64, **FAMILIES[family], "vocab_size": vocab, "initializer_range": 0.5, "init_std": 0.5}
-    config = AutoConfig.for_model(**{**settings, **changes}, bos_token_id=1, eos_token_id=EOS, pad_token_id=1)
+    settings = {
+        "max_position_embeddings": 64,
+        **FAMILIES[family],
+        "vocab_size": vocab,
+        "initializer_range": 0.5,
+        "init_std": 0.5,
+    }
+    config = AutoConfig.for_model(
+        **{**settings, **changes}, bos_token_id=1, eos_token_id=EOS, pad_token_id=1
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config).eval()
@@ -51,7 +59,9 @@ def small_model(family: str = "llama", vocab: int = 4, seed: int = 0, **changes)
 def models_of(policy, reference=None):
     """The `Models` that a sampler wants."""
     named = {"policy": policy, "reference": reference}
-    return SimpleNamespace(model=lambda name: nullcontext(named[name]), tokenizer=SimpleNamespace(eos_token_id=EOS))
+    return SimpleNamespace(
+        model=lambda name: nullcontext(named[name]), tokenizer=SimpleNamespace(eos_token_id=EOS)
+    )
 
 
 @torch.no_grad()
@@ -61,7 +71,9 @@ def next_logits(model, ids: list[int]) -> torch.Tensor:
 
 
 def enumerate_completions(logprobs, prompt: list[int], cap: int) -> dict[tuple[int, ...], float]:
-    """Every completion of at most `cap` tokens with its probability; `logprobs(ids)` gives the next token's [V]."""
+    """Every completion of at most `cap` tokens with its probability; `logprobs(ids)` gives the next
+    token's [V].
+    """
     vocab, found, open_ = None, {}, [((), 0.0)]
     for _ in range(cap):
         longer = []
@@ -76,4 +88,6 @@ def enumerate_completions(logprobs, prompt: list[int], cap: int) -> dict[tuple[i
                     longer.append(((*ids, token), logp + row[token]))
         open_ = longer
     found |= dict(open_)
-    return {ids: float(torch.tensor(logp, dtype=torch.float64).exp()) for ids, logp in found.items()}
+    return {
+        ids: float(torch.tensor(logp, dtype=torch.float64).exp()) for ids, logp in found.items()
+    }

@@ -1,4 +1,5 @@
-"""A transformers model where the sampling server expects its engine: the real HTTP server, without vLLM.
+"""A transformers model where the sampling server expects its engine: the real HTTP server, without
+vLLM.
 
 Each row draws from a generator of its own seed, as vLLM's per-request seeds do.
 """
@@ -10,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alignkit.files import vocabulary_hash
 from alignkit.rollout.server import Server, Worker
-from alignkit.rollout.wire import shape_of, vocabulary_hash
+from alignkit.rollout.wire import shape_of
 
 
 class TransformersEngine:
@@ -43,7 +45,11 @@ class TransformersEngine:
         groups = {}  # rows of one prompt share their forward passes
         for i, row in enumerate(rows):
             groups.setdefault(tuple(row.prompt), []).append(i)
-        done = {i: found for group in groups.values() for i, found in zip(group, self.continuations([rows[i] for i in group]))}
+        done = {
+            i: found
+            for group in groups.values()
+            for i, found in zip(group, self.continuations([rows[i] for i in group]))
+        }
         return [done[i] for i in range(len(rows))]
 
     def continuations(self, rows):
@@ -52,11 +58,16 @@ class TransformersEngine:
         text, logps = torch.tensor([row.prompt for row in rows]), []
         for _ in range(rows[0].max_new_tokens):
             logprobs = (self.model(text).logits[:, -1] / rows[0].temperature).log_softmax(-1)
-            chosen = torch.cat([p.exp().multinomial(1, generator=g) for p, g in zip(logprobs, generators)])
+            chosen = torch.cat(
+                [p.exp().multinomial(1, generator=g) for p, g in zip(logprobs, generators)]
+            )
             logps.append(logprobs.gather(-1, chosen[:, None]))
             text = torch.cat([text, chosen[:, None]], 1)
         new = text[:, len(rows[0].prompt) :].tolist()
-        return [self._cut(ids, scores, row.stop) for ids, scores, row in zip(new, torch.cat(logps, 1).tolist(), rows)]
+        return [
+            self._cut(ids, scores, row.stop)
+            for ids, scores, row in zip(new, torch.cat(logps, 1).tolist(), rows)
+        ]
 
     def _cut(self, ids, logps, stop):
         length = next((t + 1 for t, token in enumerate(ids) if token in stop), len(ids))
@@ -68,7 +79,9 @@ def serving(engine, port=0, token=""):
     """The real server around `engine`; gives its address and stops it at the end."""
     worker = Worker(engine)
     server = Server(worker, port, token)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    ).start()
     threading.Thread(target=worker.run, daemon=True).start()
 
     def stop():

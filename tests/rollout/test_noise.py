@@ -10,7 +10,12 @@ N = 20_000
 
 
 def keys(seed=0, step=0, prompts=0, completions=0, positions=0):
-    parts = torch.broadcast_tensors(*(torch.as_tensor(part) for part in (prompts, completions, positions, torch.zeros(1).long())))
+    parts = torch.broadcast_tensors(
+        *(
+            torch.as_tensor(part)
+            for part in (prompts, completions, positions, torch.zeros(1).long())
+        )
+    )
     return row_keys(seed, step, *(part.contiguous() for part in parts[:3]))
 
 
@@ -28,7 +33,10 @@ def test_neighbours_along_every_coordinate_are_uniform_and_independent(coordinat
     u = uniform(COORDINATES[coordinate](), 8)
     assert 0 < u.min() <= u.max() < 1
     assert stats.kstest(u.flatten().double().numpy(), "uniform").pvalue > 1e-4
-    for first, second in ((u[:-1], u[1:]), (u[:, :-1], u[:, 1:])):  # neighbouring rows, neighbouring vocabulary indices
+    for first, second in (
+        (u[:-1], u[1:]),
+        (u[:, :-1], u[:, 1:]),
+    ):  # neighbouring rows, neighbouring vocabulary indices
         cells = (first * 16).long() * 16 + (second * 16).long()
         assert stats.chisquare(torch.bincount(cells.flatten(), minlength=256).numpy()).pvalue > 1e-4
 
@@ -58,7 +66,11 @@ def test_gumbel_moments():
 
 
 def test_pure_function_of_its_coordinates():
-    prompts, completions, positions = torch.tensor([5, 9, 5, -1]), torch.tensor([0, 1, 1, 3]), torch.tensor([7, 7, 2, 2])
+    prompts, completions, positions = (
+        torch.tensor([5, 9, 5, -1]),
+        torch.tensor([0, 1, 1, 3]),
+        torch.tensor([7, 7, 2, 2]),
+    )
     together = gumbel(row_keys(3, 4, prompts, completions, positions), 50)
     order = torch.tensor([2, 0, 3, 1])
     shuffled = gumbel(row_keys(3, 4, prompts[order], completions[order], positions[order]), 50)
@@ -70,7 +82,9 @@ def test_pure_function_of_its_coordinates():
 
 
 def test_values_are_those_of_big_integer_arithmetic():
-    """The stream is part of what makes a run repeatable; written out once more with Python's integers."""
+    """The stream is part of what makes a run repeatable; written out once more with Python's
+    integers.
+    """
     word, long = (1 << 32) - 1, (1 << 64) - 1
 
     def splitmix(x):
@@ -87,13 +101,24 @@ def test_values_are_those_of_big_integer_arithmetic():
     key = splitmix(7)
     for part in (1, 2, 3, 4):
         key = splitmix(key ^ part)
-    expected = [(finalise(finalise(v) ^ (key & word), key >> 32) % 2**31 + 0.5) / 2**31 for v in range(300)]
+    expected = [
+        (finalise(finalise(v) ^ (key & word), key >> 32) % 2**31 + 0.5) / 2**31 for v in range(300)
+    ]
     found = uniform(keys(seed=7, step=1, prompts=2, completions=3, positions=4), 300)
-    torch.testing.assert_close(found[0].double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        found[0].double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=0
+    )
 
 
 def test_negative_and_huge_numbers_are_taken():
-    assert len(torch.cat([keys(seed=2**63 + 5), keys(seed=-1), keys(step=2**40), keys(prompts=-(2**62))]).unique()) == 4
+    assert (
+        len(
+            torch.cat(
+                [keys(seed=2**63 + 5), keys(seed=-1), keys(step=2**40), keys(prompts=-(2**62))]
+            ).unique()
+        )
+        == 4
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

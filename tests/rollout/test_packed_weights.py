@@ -13,7 +13,13 @@ from alignkit.rollout.packed_weights import ONEDNN, PackedWeights
 if not ONEDNN:
     pytest.skip("no oneDNN in this torch, or not its processor", allow_module_level=True)
 
-WIDE = {"hidden_size": 256, "intermediate_size": 320, "head_dim": 64, "initializer_range": 0.05, "init_std": 0.05}
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 320,
+    "head_dim": 64,
+    "initializer_range": 0.05,
+    "init_std": 0.05,
+}
 IDS = torch.arange(12).view(3, 4) % 7
 
 
@@ -29,10 +35,15 @@ def test_products_are_the_same_and_the_layers_are_put_back():
     with packed.used():
         changed = {name for name, module in model.named_modules() if "forward" in vars(module)}
         torch.testing.assert_close(model(IDS).logits, expected, rtol=0, atol=2e-6)
+    # keys, values and the head are small
     assert changed == {
-        *(f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.q_proj", "self_attn.o_proj")),
+        *(
+            f"model.layers.{i}.{part}"
+            for i in range(2)
+            for part in ("self_attn.q_proj", "self_attn.o_proj")
+        ),
         *(f"model.layers.{i}.mlp.{part}_proj" for i in range(2) for part in ("gate", "up", "down")),
-    }  # keys, values and the head are small
+    }
     with pytest.raises(RuntimeError, match="stop"), packed.used():
         raise RuntimeError("stop")
     assert not any("forward" in vars(module) for module in model.modules())
@@ -67,8 +78,13 @@ def test_a_wrapped_forward_is_left_alone():
 
 
 def test_samples_follow_weights_and_adapters_that_move_between_two_calls():
-    """What was packed for one call is of no use to the next: the log-probs are always those of the weights as they are."""
-    model = get_peft_model(wide_model(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    """What was packed for one call is of no use to the next: the log-probs are always those of the
+    weights as they are.
+    """
+    model = get_peft_model(
+        wide_model(),
+        LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
     sampler = HFSampler(models_of(model.eval()), max_new_tokens=6)
     for _ in range(2):
         sample = sampler.sample([torch.tensor([3, 4])], Draw(1), step=0, prompt_ids=[0])[0][0]
@@ -77,4 +93,9 @@ def test_samples_follow_weights_and_adapters_that_move_between_two_calls():
             logps = model(ids).logits[0, 1:-1].log_softmax(-1).gather(-1, sample.ids[:, None])[:, 0]
             torch.testing.assert_close(sample.logps, logps, rtol=0, atol=1e-5)
             for name, parameter in model.named_parameters():
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+                parameter.add_(
+                    0.02
+                    * torch.randn(
+                        parameter.shape, generator=torch.Generator().manual_seed(len(name))
+                    )
+                )

@@ -1,4 +1,6 @@
-"""Whole runs on a sampling server (the real HTTP server, a transformers model in vLLM's place; see small_server.py)."""
+"""Whole runs on a sampling server (the real HTTP server, a transformers model in vLLM's place; see
+small_server.py).
+"""
 
 import json
 from dataclasses import replace
@@ -6,10 +8,9 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file
 from small_server import TransformersEngine, serving
-from test_cli import run
-from world import save_model
+from world import run, save_model
 
-from alignkit.run import read_lines
+from alignkit.training.run_folder import read_lines
 
 WORDS = "def wanted(prompts, completions, **columns): return [c.split().count('w5') / 6 for c in completions]\n"
 
@@ -19,7 +20,9 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     save_model(folder / "model")
     (folder / "mine.py").write_text(WORDS)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"w{3 + n}"}) + "\n" for n in range(8)))
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"w{3 + n}"}) + "\n" for n in range(8))
+    )
     return folder
 
 
@@ -66,13 +69,23 @@ def test_a_run_learns_and_tells_the_mismatch(world, train, tmp_path):
         assert row["sampling/importance_mean"] == pytest.approx(1, abs=1e-4)
         assert row["sampling/importance_capped"] == 0
         assert row["importance"] == pytest.approx(1, abs=1e-5)
-    final, served = load_file(tmp_path / "run" / "model" / "model.safetensors"), engine.model.state_dict()
-    assert 0 < max(float((served[name] - value).abs().max()) for name, value in final.items()) < 0.1  # one update behind
+    final, served = (
+        load_file(tmp_path / "run" / "model" / "model.safetensors"),
+        engine.model.state_dict(),
+    )
+    # one update behind
+    assert 0 < max(float((served[name] - value).abs().max()) for name, value in final.items()) < 0.1
 
 
 def test_a_killed_server_stops_the_run_which_goes_on_with_another(world, train, tmp_path):
-    """2 epochs over each rollout, saved in the middle of one: the resumed run is the uninterrupted run, bit for bit."""
-    settings = ("train.steps=8", "objective={name: grpo, beta: 0.1, epochs: 2}", "train.save_every=3")
+    """2 epochs over each rollout, saved in the middle of one: the resumed run is the uninterrupted
+    run, bit for bit.
+    """
+    settings = (
+        "train.steps=8",
+        "objective={name: grpo, beta: 0.1, epochs: 2}",
+        "train.save_every=3",
+    )
     with serving(TransformersEngine(world / "model")) as url:
         assert train(tmp_path / "whole", url, *settings)[0] == 0
     engine = TransformersEngine(world / "model")
@@ -92,14 +105,21 @@ def test_a_killed_server_stops_the_run_which_goes_on_with_another(world, train, 
     assert err.endswith("The last good checkpoint is step-3; --resume auto goes on from it")
     with serving(TransformersEngine(world / "model")) as url:
         assert train(tmp_path / "broken", url, *settings, "--resume", "auto")[0] == 0
-    whole, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "broken"))
+    whole, resumed = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "broken")
+    )
     assert all((resumed[name] == value).all() for name, value in whole.items())
-    rewards = [[row["reward"] for row in read_lines(tmp_path / name / "metrics.jsonl")[4:]] for name in ("whole", "broken")]
+    rewards = [
+        [row["reward"] for row in read_lines(tmp_path / name / "metrics.jsonl")[4:]]
+        for name in ("whole", "broken")
+    ]
     assert rewards[0] == rewards[1]
 
 
 def test_a_server_that_is_a_little_off_is_corrected_for(world, train, tmp_path):
-    """It samples at temperature 0.9, and says so in its log-probs: the objective sees the trainer's, and weights beside them."""
+    """It samples at temperature 0.9, and says so in its log-probs: the objective sees the
+    trainer's, and weights beside them.
+    """
     engine = TransformersEngine(world / "model")
     true = engine.continuations
     engine.continuations = lambda rows: true([replace(row, temperature=0.9) for row in rows])
@@ -107,7 +127,8 @@ def test_a_server_that_is_a_little_off_is_corrected_for(world, train, tmp_path):
         assert train(tmp_path / "run", url, "train.steps=2", "rollout.max_importance=1.5")[0] == 0
     for row in read_lines(tmp_path / "run" / "metrics.jsonl"):
         assert row["sampling/mismatch_kl"] > 1e-3
-        assert row["importance"] == pytest.approx(1, abs=1e-5)  # of the policy over the trainer's log-probs: no update yet
+        # of the policy over the trainer's log-probs: no update yet
+        assert row["importance"] == pytest.approx(1, abs=1e-5)
         assert 0.8 < row["sampling/importance_mean"] < 1.1
         assert row["sampling/importance_mean"] != pytest.approx(1, abs=1e-3)
 
@@ -131,7 +152,9 @@ def test_a_server_that_computes_another_model_is_found_out(world, train, tmp_pat
         ("hypo", "vllm does not sample beside fixed data"),
     ],
 )
-def test_what_the_server_cannot_draw_is_refused_before_models_load(train, tmp_path, objective, words):
+def test_what_the_server_cannot_draw_is_refused_before_models_load(
+    train, tmp_path, objective, words
+):
     code, err = train(tmp_path / "run", "http://127.0.0.1:9", objective=objective, model="/nowhere")
     assert (code, words in err) == (2, True), err
     assert "override `rollout=" in err

@@ -1,4 +1,5 @@
-"""The vLLM sampler against the real HTTP server on 127.0.0.1, with a transformers model in vLLM's place (small_server.py).
+"""The vLLM sampler against the real HTTP server on 127.0.0.1, with a transformers model in vLLM's
+place (small_server.py).
 
 vLLM itself: test_real_vllm.py, under `make test-vllm`.
 """
@@ -14,13 +15,13 @@ from small_server import TransformersEngine, serving
 from world import save_model
 
 from alignkit.batches import Draw
+from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig
+from alignkit.config.rollout import RolloutConfig
 from alignkit.errors import ConfigError, ModelError, NumericsError, ResourceError
 from alignkit.plan import Plan
-from alignkit.policies.config import AdapterConfig, ModelConfig, ReferenceConfig
 from alignkit.policies.load import load_pair
 from alignkit.rollout import VLLMSampler
 from alignkit.rollout.client import Client
-from alignkit.rollout.config import RolloutConfig
 from alignkit.rollout.wire import TOKEN_ENV, version_of
 
 PROMPTS = [torch.tensor(ids) for ids in ([5, 7, 9], [4], [8, 3, 3, 11])]
@@ -48,7 +49,11 @@ def pair_of(folder, **fields):
 
 
 def sampler_of(pair, url, seed=0, **fields):
-    return VLLMSampler(pair, RolloutConfig(url=url, max_new_tokens=6, start_timeout=5, timeout=5, **fields), seed=seed)
+    return VLLMSampler(
+        pair,
+        RolloutConfig(url=url, max_new_tokens=6, start_timeout=5, timeout=5, **fields),
+        seed=seed,
+    )
 
 
 def draw(sampler, step=0, n=4, prompts=PROMPTS, ids=range(3)):
@@ -62,8 +67,17 @@ def worst_difference(pair, drawn):
     for prompt, samples in zip(PROMPTS, drawn, strict=True):
         for sample in samples:
             with pair.model() as model:
-                logits = model(torch.cat([prompt, sample.ids])[None]).logits[0, len(prompt) - 1 : -1]
-            worst = max(worst, float((logits.log_softmax(-1).gather(-1, sample.ids[:, None])[:, 0] - sample.logps).abs().max()))
+                logits = model(torch.cat([prompt, sample.ids])[None]).logits[
+                    0, len(prompt) - 1 : -1
+                ]
+            worst = max(
+                worst,
+                float(
+                    (logits.log_softmax(-1).gather(-1, sample.ids[:, None])[:, 0] - sample.logps)
+                    .abs()
+                    .max()
+                ),
+            )
     return worst
 
 
@@ -81,7 +95,9 @@ def test_the_server_draws_from_the_weights_that_were_pushed_last(folder, engine,
     sampler.sync()
     first, version = draw(sampler), sampler.version
     assert worst_difference(pair, first) < 1e-5
-    assert all(sample.ended == (int(sample.ids[-1]) == 2) for samples in first for sample in samples)
+    assert all(
+        sample.ended == (int(sample.ids[-1]) == 2) for samples in first for sample in samples
+    )
     moved(pair)
     assert worst_difference(pair, draw(sampler)) > 0.1  # not yet
     sampler.sync()
@@ -90,7 +106,8 @@ def test_the_server_draws_from_the_weights_that_were_pushed_last(folder, engine,
     moved(other)
     same = sampler_of(other, url)
     same.sync()
-    assert sampler.version != version == same.version  # the weights give it its name, not their history
+    # the weights give it its name, not their history
+    assert sampler.version != version == same.version
 
 
 def test_an_adapter_is_folded_in_and_the_policy_stays_as_it_is(folder, url):
@@ -109,7 +126,13 @@ def test_tied_weights_are_sent_once_and_in_the_servers_dtype(folder, tmp_path):
 
     from alignkit.policies.export import write_weights
 
-    shape = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = {
+        "vocab_size": 11,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
     found = load_file(write_weights(model, tmp_path, dtype=torch.bfloat16))
     assert "lm_head.weight" not in found
@@ -118,7 +141,9 @@ def test_tied_weights_are_sent_once_and_in_the_servers_dtype(folder, tmp_path):
 
 
 def test_a_completion_has_a_seed_of_its_own(folder, url):
-    """It depends on (seed, step, prompt id, completion), not on what else is asked for: a resumed run draws the same."""
+    """It depends on (seed, step, prompt id, completion), not on what else is asked for: a resumed
+    run draws the same.
+    """
     pair = pair_of(folder)
     sampler = sampler_of(pair, url)
     sampler.sync()
@@ -128,7 +153,9 @@ def test_a_completion_has_a_seed_of_its_own(folder, url):
 
     once = texts(draw(sampler))
     assert texts(draw(sampler)) == once
-    assert texts(draw(sampler, n=2, prompts=PROMPTS[1:], ids=[1, 2])) == [row[:2] for row in once[1:]]
+    assert texts(draw(sampler, n=2, prompts=PROMPTS[1:], ids=[1, 2])) == [
+        row[:2] for row in once[1:]
+    ]
     assert texts(draw(sampler, step=1)) != once
     again = sampler_of(pair, url, seed=1)
     again.sync()
@@ -142,7 +169,10 @@ def test_weights_of_someone_else_are_noticed(folder, engine, url):
     sampler.sync()
     moved(other)
     thief.sync()
-    with pytest.raises(ResourceError, match=r"stale weights: the server at http://127\.0.* has others than this run gave it"):
+    with pytest.raises(
+        ResourceError,
+        match=r"stale weights: the server at http://127\.0.* has others than this run gave it",
+    ):
         draw(sampler)
     sampler.sync()  # the version has not moved, but the server's has
 
@@ -195,15 +225,30 @@ def test_a_process_that_does_not_push_takes_the_version_of_its_server(folder, en
             lambda row: {**row, "ids": row["ids"][:-1]},
             "completions.0: Value error, as many log-probs as tokens",
         ),
-        (lambda row: {**row, "ids": ["5"] * len(row["ids"])}, "malformed answer at completions.0.ids.0"),
-        (lambda row: {**row, "ids": [-1] * len(row["ids"])}, "malformed answer at completions.0.ids.0"),
-        (lambda row: {"ids": [], "logps": [], "ended": True}, "malformed answer at completions.0.ids"),
+        (
+            lambda row: {**row, "ids": ["5"] * len(row["ids"])},
+            "malformed answer at completions.0.ids.0",
+        ),
+        (
+            lambda row: {**row, "ids": [-1] * len(row["ids"])},
+            "malformed answer at completions.0.ids.0",
+        ),
+        (
+            lambda row: {"ids": [], "logps": [], "ended": True},
+            "malformed answer at completions.0.ids",
+        ),
         (
             lambda row: {"ids": [23], "logps": [-1.0], "ended": True},
             "the 12 completions .* of at most 6 tokens below 23",
         ),
-        (lambda row: {"ids": [5] * 7, "logps": [-1.0] * 7, "ended": True}, "did not give the 12 completions"),
-        (lambda row: {"ids": [5], "logps": [None], "ended": True}, "malformed answer at completions.0.logps.0"),
+        (
+            lambda row: {"ids": [5] * 7, "logps": [-1.0] * 7, "ended": True},
+            "did not give the 12 completions",
+        ),
+        (
+            lambda row: {"ids": [5], "logps": [None], "ended": True},
+            "malformed answer at completions.0.logps.0",
+        ),
     ],
 )
 def test_an_answer_that_is_not_what_was_asked_for_is_no_data(folder, engine, url, change, words):
@@ -216,7 +261,9 @@ def test_an_answer_that_is_not_what_was_asked_for_is_no_data(folder, engine, url
 
 def test_log_probs_that_are_not_finite_are_a_numerical_stop(folder, engine, url):
     sampler = sampler_of(pair_of(folder), url)
-    engine.continuations = lambda rows: [{"ids": [5], "logps": [float("nan")], "ended": False}] * len(rows)
+    engine.continuations = lambda rows: (
+        [{"ids": [5], "logps": [float("nan")], "ended": False}] * len(rows)
+    )
     sampler.sync()
     with pytest.raises(NumericsError, match="not finite"):
         draw(sampler)
@@ -228,13 +275,20 @@ def test_a_server_that_hangs_breaks_or_is_gone(folder, engine):
         sampler.sync()
         sampler.client.timeout = 0.2
         engine.continuations = lambda rows: time.sleep(0.3) or []
-        with pytest.raises(ResourceError, match=r"did not answer in 0\.2 s; start it again, then go on with --resume auto"):
+        with pytest.raises(
+            ResourceError,
+            match=r"did not answer in 0\.2 s; start it again, then go on with --resume auto",
+        ):
             draw(sampler)
         sampler.client.timeout = 5
         engine.sample = lambda rows: 1 / 0
-        with pytest.raises(ResourceError, match="answered POST /sample with 500: ZeroDivisionError"):
+        with pytest.raises(
+            ResourceError, match="answered POST /sample with 500: ZeroDivisionError"
+        ):
             draw(sampler)
-    with pytest.raises(ResourceError, match=r"no sampling server answers at http://127\.0.*Connection"):
+    with pytest.raises(
+        ResourceError, match=r"no sampling server answers at http://127\.0.*Connection"
+    ):
         draw(sampler)
 
 
@@ -242,7 +296,9 @@ def test_a_server_that_is_still_starting_is_waited_for(folder, engine, caplog, m
     monkeypatch.setattr("alignkit.rollout.client.SAY_EVERY", 0.1)
     with serving(engine) as url:
         port = int(url.rpartition(":")[2])
-    with pytest.raises(ResourceError, match=r"within rollout.start_timeout \(0.3 s\); start one with `python -m"):
+    with pytest.raises(
+        ResourceError, match=r"within rollout.start_timeout \(0.3 s\); start one with `python -m"
+    ):
         Client(url, timeout=1).wait(0.3)
     assert "of 0.3 s" in caplog.text
     found = []
@@ -259,7 +315,10 @@ def test_another_model_is_refused(folder, engine, url):
     told = engine.describe()
     for change, words in [
         ({"vocabulary": "0"}, "whose tokenizer is not the policy's"),
-        ({"shape": {**told["shape"], "hidden_size": 32}}, r"another architecture \(hidden_size 32 for 16\)"),
+        (
+            {"shape": {**told["shape"], "hidden_size": 32}},
+            r"another architecture \(hidden_size 32 for 16\)",
+        ),
         ({"dtype": "int8"}, "in int8; allowed: float32"),
     ]:
         engine.describe = lambda change=change: {**told, **change}
@@ -267,7 +326,10 @@ def test_another_model_is_refused(folder, engine, url):
             sampler_of(pair, other)
     engine.load = lambda folder: (_ for _ in ()).throw(KeyError("no such layer"))
     sampler = sampler_of(pair, url)
-    with pytest.raises(ModelError, match="refused the policy's weights: the weights do not fit this model: 'no such layer'"):
+    with pytest.raises(
+        ModelError,
+        match="refused the policy's weights: the weights do not fit this model: 'no such layer'",
+    ):
         sampler.sync()
     with pytest.raises(ResourceError, match="stale weights"):
         draw(sampler)
@@ -276,7 +338,9 @@ def test_another_model_is_refused(folder, engine, url):
 def test_the_context_of_the_server_is_a_limit(folder, engine, url):
     sampler = sampler_of(pair_of(folder), url)
     sampler.about["max_length"] = 9
-    with pytest.raises(ConfigError, match="a prompt leaves room for 5 of 6 tokens in the server's 9"):
+    with pytest.raises(
+        ConfigError, match="a prompt leaves room for 5 of 6 tokens in the server's 9"
+    ):
         draw(sampler)
 
 
@@ -301,8 +365,12 @@ def test_what_the_server_refuses(url, tmp_path):
         return response.status, response.read().decode()
 
     json = {"Content-Type": "application/json"}
-    assert ask("POST", "/sample", b"{}", **{"Content-Type": "text/plain"})[0] == 415  # all that another site's page can send
-    assert ask("POST", "/sample", b"{}", **json) == (400, '{"error": "malformed request: KeyError: \'max_new_tokens\'"}')
+    # all that another site's page can send
+    assert ask("POST", "/sample", b"{}", **{"Content-Type": "text/plain"})[0] == 415
+    assert ask("POST", "/sample", b"{}", **json) == (
+        400,
+        '{"error": "malformed request: KeyError: \'max_new_tokens\'"}',
+    )
     assert ask("POST", "/sample", b"[", **json)[0] == 400
     assert ask("GET", "/weights")[0] == 404
     assert ask("PUT", "/weights", b"abc", **{"X-Alignkit-Version": "0"}) == (
@@ -336,5 +404,10 @@ def test_the_section_refuses(fields, words):
 
 def test_the_engine_follows_from_the_url():
     assert RolloutConfig().engine == "hf"
-    for url in ("http://127.0.0.1:8001", "http://localhost:1", "http://[::1]:8001", "https://gpu.example"):
+    for url in (
+        "http://127.0.0.1:8001",
+        "http://localhost:1",
+        "http://[::1]:8001",
+        "https://gpu.example",
+    ):
         assert RolloutConfig(url=url).engine == "vllm"

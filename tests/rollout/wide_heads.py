@@ -1,14 +1,18 @@
-"""The same Llama with wider attention heads: vLLM's CPU kernels start at 32, the embedded task's heads have 16."""
+"""The same Llama with wider attention heads: vLLM's CPU kernels start at 32, the embedded task's
+heads have 16.
+"""
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 
 def widened(folder, out, width=32):
-    """Write the model of `folder` with heads of `width` into `out`; its log-probs are the same up to rounding.
+    """Write the model of `folder` with heads of `width` into `out`; its log-probs are the same up
+    to rounding.
 
-    New dimensions are zero. A pair (i, i + d/2) that RoPE turns by theta^(-2i/d) moves to where the wider head has the same
-    angle, and queries grow by sqrt(width / d), which the softmax divides by.
+    New dimensions are zero. A pair (i, i + d/2) that RoPE turns by theta^(-2i/d) moves to where the
+    wider head has the same angle, and queries grow by sqrt(width / d), which the softmax divides
+    by.
     """
     old = LlamaForCausalLM.from_pretrained(folder)
     config, state = AutoConfig.from_pretrained(folder), old.state_dict()

@@ -2,20 +2,24 @@
 
 import pytest
 
-from alignkit.rollout.text import OneModel, generate
+from alignkit.rollout.generate import OneModel, generate
 from alignkit.tasks import resolve
 from alignkit.tasks.arithmetic import CHARACTERS, WORLDS, answer, reward
-from alignkit.tasks.base import character_tokenizer
+from alignkit.tasks.base_model import character_tokenizer
 
 SMALL, LARGE = WORLDS["arithmetic_small"], WORLDS["arithmetic"]
 
 
-@pytest.mark.parametrize(("prompt", "right"), [("47+85=", "231"), ("10+10=", "02"), ("99+99=", "891"), (" 3+4= ", "7")])
+@pytest.mark.parametrize(
+    ("prompt", "right"), [("47+85=", "231"), ("10+10=", "02"), ("99+99=", "891"), (" 3+4= ", "7")]
+)
 def test_answers_are_sums_in_reverse(prompt, right):
     assert answer(prompt) == right
 
 
-@pytest.mark.parametrize("prompt", ["", "47+85", "47-85=", "4a+5=", "1+2=3", "+=", "-1+2=", "__import__('os')+1="])
+@pytest.mark.parametrize(
+    "prompt", ["", "47+85", "47-85=", "4a+5=", "1+2=3", "+=", "-1+2=", "__import__('os')+1="]
+)
 def test_what_is_no_sum_has_no_answer_and_no_reward(prompt):
     assert answer(prompt) is None
     assert reward([prompt], ["None"]) == [0.0]
@@ -23,7 +27,15 @@ def test_what_is_no_sum_has_no_answer_and_no_reward(prompt):
 
 def test_only_the_whole_answer_counts():
     completions = ["231", " 231 ", "2310", "132", "", "231=", "23"]
-    assert reward(["47+85="] * 7, completions, uid=list(range(7))) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert reward(["47+85="] * 7, completions, uid=list(range(7))) == [
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    ]
 
 
 def test_splits_are_disjoint_and_whole():
@@ -49,9 +61,16 @@ def test_the_small_base_model_is_right_sometimes_and_its_rows_are_the_splits():
     task = resolve("task:arithmetic_small")
     for split, prompts in SMALL.splits.items():
         assert [row["prompt"] for row in task.rows("rollout", split)] == prompts
-        assert all(row["completion"] == answer(row["prompt"]) for row in task.rows("sequence", split))
-    models = OneModel(AutoModelForCausalLM.from_pretrained(task.model_folder), AutoTokenizer.from_pretrained(task.model_folder))
+        assert all(
+            row["completion"] == answer(row["prompt"]) for row in task.rows("sequence", split)
+        )
+    models = OneModel(
+        AutoModelForCausalLM.from_pretrained(task.model_folder),
+        AutoTokenizer.from_pretrained(task.model_folder),
+    )
     prompts = SMALL.splits["train"]
     answers = generate(models, prompts, completions=8, max_new_tokens=SMALL.cap)
-    right = sum(sum(reward([prompt] * 8, texts)) for prompt, texts in zip(prompts, answers)) / (8 * len(prompts))
+    right = sum(sum(reward([prompt] * 8, texts)) for prompt, texts in zip(prompts, answers)) / (
+        8 * len(prompts)
+    )
     assert 0.2 < right < 0.6

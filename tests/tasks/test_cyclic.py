@@ -22,12 +22,15 @@ def test_preferences_go_round():
     assert table.shape == (17, 17)
     assert (table + table.T - 1).abs().max() < 1e-15
     glowing, even, harsh = (
-        names.index(f"{a} story , {b} acting") for a, b in (("gripping", "superb"), ("thin", "wooden"), ("hopeless", "awful"))
+        names.index(f"{a} story , {b} acting")
+        for a, b in (("gripping", "superb"), ("thin", "wooden"), ("hopeless", "awful"))
     )
     odds = torch.tensor(2 * STRENGTH, dtype=torch.float64)
     for winner, loser in ((glowing, even), (even, harsh), (harsh, glowing)):
         torch.testing.assert_close(table[winner, loser], odds.sigmoid())
-    torch.testing.assert_close(table[:-1, -1], torch.full((16,), OUTSIDE, dtype=torch.float64).sigmoid())
+    torch.testing.assert_close(
+        table[:-1, -1], torch.full((16,), OUTSIDE, dtype=torch.float64).sigmoid()
+    )
 
 
 def test_the_equilibrium_is_a_mixture():
@@ -43,10 +46,20 @@ def test_the_equilibrium_is_a_mixture():
 
 def test_the_judge_reads_the_table():
     judge = CyclicJudge("reviews_small")
-    first = ["gripping story , superb acting", " gripping  story , superb acting ", "no review at all"]
-    second = ["thin story , wooden acting", "gripping story , superb acting", "thin story , wooden acting"]
+    first = [
+        "gripping story , superb acting",
+        " gripping  story , superb acting ",
+        "no review at all",
+    ]
+    second = [
+        "thin story , wooden acting",
+        "gripping story , superb acting",
+        "thin story , wooden acting",
+    ]
     verdict, swapped = judge(["p"] * 3, first, second), judge(["p"] * 3, second, first)
     assert verdict.valid.all()
     expected = torch.tensor([2 * STRENGTH, 0.0, -OUTSIDE], dtype=torch.float64).sigmoid()
     torch.testing.assert_close(verdict.probability, expected)
-    torch.testing.assert_close(verdict.probability + swapped.probability, torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(
+        verdict.probability + swapped.probability, torch.ones(3, dtype=torch.float64)
+    )

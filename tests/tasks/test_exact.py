@@ -6,13 +6,20 @@ import pytest
 import torch
 from torch import tensor
 
-from alignkit.config import load_recipe
-from alignkit.launch import run_recipe
-from alignkit.objectives.dpo import DPO
-from alignkit.objectives.tdpo import TDPO
-from alignkit.policies.config import ModelConfig
+from alignkit.config.model import ModelConfig
+from alignkit.config.recipe import load_recipe
+from alignkit.objectives.preference.dpo import DPO
+from alignkit.objectives.preference.tdpo import TDPO
 from alignkit.policies.load import load_model, load_tokenizer
-from alignkit.tasks.exact import completion_tree, figures, folder_logps, folder_optimum, kl, outcome_rewards
+from alignkit.runs.launch import run_recipe
+from alignkit.tasks.exact import (
+    completion_tree,
+    figures,
+    folder_logps,
+    folder_optimum,
+    kl,
+    outcome_rewards,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +54,19 @@ def test_the_base_knows_the_grammar_but_leaves_mass_outside(base):
 
 
 def test_figures_by_hand():
-    reference, policy = (tensor(p, dtype=torch.float64).log() for p in ([[0.5, 0.25, 0.25]], [[0.25, 0.5, 0.25]]))
+    reference, policy = (
+        tensor(p, dtype=torch.float64).log() for p in ([[0.5, 0.25, 0.25]], [[0.25, 0.5, 0.25]])
+    )
     rewards = outcome_rewards([0.0, 2 * math.log(2)], -2 * math.log(2))
-    optimum = tensor([[4, 4, 1]], dtype=torch.float64).log().log_softmax(-1)  # beta 2: weights 1/2 * 1, 1/4 * 2, 1/4 * 1/2
+    # beta 2: weights 1/2 * 1, 1/4 * 2, 1/4 * 1/2
+    optimum = tensor([[4, 4, 1]], dtype=torch.float64).log().log_softmax(-1)
     found = figures(policy, reference, rewards, optimum=optimum, beta=2.0)
     assert found.reward == pytest.approx(0.5 * math.log(2), abs=1e-12)
     assert found.kl == pytest.approx(0.25 * math.log(2), abs=1e-12)
     assert found.outside == pytest.approx(0.25, abs=1e-12)
-    assert found.kl_optimum == pytest.approx(0.25 * math.log(9 / 16) + 0.5 * math.log(9 / 8) + 0.25 * math.log(9 / 4), abs=1e-12)
+    assert found.kl_optimum == pytest.approx(
+        0.25 * math.log(9 / 16) + 0.5 * math.log(9 / 8) + 0.25 * math.log(9 / 4), abs=1e-12
+    )
     # J_ref = 0, J = 0.5 ln 2 - 2 * 0.25 ln 2 = 0: what the reward gained, the KL took
     assert found.share == pytest.approx(0, abs=1e-12)
     assert figures(policy, reference, rewards).share is None
@@ -82,11 +94,15 @@ def test_kl_counts_the_outside():
 
 def test_dpo_on_the_small_world_nears_its_closed_form_optimum(tmp_path, small, base, rewards):
     objective = DPO(beta=0.75)
-    recipe = load_recipe("dpo", [*RUN, f"output_dir={tmp_path / 'run'}", f"objective.beta={objective.beta}"])
+    recipe = load_recipe(
+        "dpo", [*RUN, f"output_dir={tmp_path / 'run'}", f"objective.beta={objective.beta}"]
+    )
     run_recipe(recipe)
     trained = folder_logps(tmp_path / "run" / "model", small.prompts, list(small.rewards))
     optimum = objective.optimum(rewards, base)
-    before, after = (figures(p, base, rewards, optimum=optimum, beta=objective.beta) for p in (base, trained))
+    before, after = (
+        figures(p, base, rewards, optimum=optimum, beta=objective.beta) for p in (base, trained)
+    )
     assert figures(optimum, base, rewards).kl > 1
     assert after.kl_optimum < before.kl_optimum / 6
     assert after.reward > before.reward + 1.2
@@ -109,7 +125,10 @@ RUN = [
 def test_the_tree_of_completions_lists_every_way_to_leave_it():
     """Prefixes (), (5), (7); at each, one more outcome for what is not listed."""
     tree = completion_tree([tensor([5, 1]), tensor([5, 2, 3]), tensor([7, 1])])
-    states = torch.log_softmax(torch.randn(tree.states, tree.vocab, generator=torch.Generator().manual_seed(0)).double(), -1)
+    states = torch.log_softmax(
+        torch.randn(tree.states, tree.vocab, generator=torch.Generator().manual_seed(0)).double(),
+        -1,
+    )
     rows = {(): 0, (5,): 1, (5, 2): 2, (7,): 3}
     assert (tree.states, tree.vocab) == (4, 3)
     want = [
@@ -122,18 +141,24 @@ def test_the_tree_of_completions_lists_every_way_to_leave_it():
         states[0, 1] + states[3, 2],
     ]
     assert len(rows) == tree.states
-    assert tree.sequence_logps(states).tolist() == pytest.approx([float(w) for w in want], abs=1e-12)
+    assert tree.sequence_logps(states).tolist() == pytest.approx(
+        [float(w) for w in want], abs=1e-12
+    )
 
 
 class SoftDPO(DPO):
-    """DPO solved token by token: the backup of its soft value (Rafailov et al. 2024, arXiv:2404.12358)."""
+    """DPO solved token by token: the backup of its soft value (Rafailov et al. 2024,
+    arXiv:2404.12358).
+    """
 
     def backup(self, values, reference):
         return self.beta * (reference + values / self.beta).logsumexp(-1)
 
 
 def test_optima_on_the_tree_of_a_real_model(small, small_task, base, rewards):
-    """With the soft value the tree gives DPO's flat closed form; with the mean (TDPO) the law of total expectation holds."""
+    """With the soft value the tree gives DPO's flat closed form; with the mean (TDPO) the law of
+    total expectation holds.
+    """
     where = (small_task.model_folder, small.prompts, list(small.rewards), rewards)
     flat, tree = folder_optimum(DPO(beta=0.7), *where), folder_optimum(SoftDPO(beta=0.7), *where)
     assert (flat - DPO(beta=0.7).optimum(rewards, base)).abs().max() < 1e-5
@@ -141,5 +166,7 @@ def test_optima_on_the_tree_of_a_real_model(small, small_task, base, rewards):
     one_step = folder_optimum(TDPO(beta=0.7), *where)
     assert one_step.exp().sum(-1).tolist() == pytest.approx([1.0] * len(base), abs=1e-9)
     assert (one_step - flat).abs().max() > 0.1  # another optimum, and well above rounding
-    assert (kl(folder_optimum(TDPO(beta=100.0), *where), DPO(beta=100.0).optimum(rewards, base)) < 1e-6).all()
+    assert (
+        kl(folder_optimum(TDPO(beta=100.0), *where), DPO(beta=100.0).optimum(rewards, base)) < 1e-6
+    ).all()
     assert folder_optimum(TDPO(version=2), *where) is None

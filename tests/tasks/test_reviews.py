@@ -11,7 +11,7 @@ import pytest
 
 from alignkit.errors import ConfigError, ResourceError
 from alignkit.tasks import TASKS, resolve, worker
-from alignkit.tasks.base import word_tokenizer
+from alignkit.tasks.base_model import word_tokenizer
 from alignkit.tasks.reviews import WORLDS
 
 
@@ -24,7 +24,8 @@ def test_every_choice_of_words_is_one_review(world):
     assert len(world.rewards) == math.prod(len(slot.words) for slot in world.slots)
     assert len(set(world.prompts)) == len(world.genres) * len(world.subjects)
     longest = max(len(review.split()) for review in world.rewards)
-    assert world.cap > longest + 1  # cut at the cap, a text is longer than any review: the reward need not know whether it ended
+    # cut at the cap, a text is longer than any review: the reward need not know whether it ended
+    assert world.cap > longest + 1
 
 
 def test_the_reward_is_the_sum_of_the_words_by_hand():
@@ -38,7 +39,9 @@ def test_the_reward_is_the_sum_of_the_words_by_hand():
         "superb story , wooden acting , weak ending",  # a word in the wrong place
         "",
     ]
-    assert world.reward(["p"] * 7, texts, other=[0] * 7) == pytest.approx([0.0, 0.2, -3.6, -4.0, -4.0, -4.0, -4.0], abs=1e-12)
+    assert world.reward(["p"] * 7, texts, other=[0] * 7) == pytest.approx(
+        [0.0, 0.2, -3.6, -4.0, -4.0, -4.0, -4.0], abs=1e-12
+    )
 
 
 def test_outside_the_grammar_is_below_every_review(world):
@@ -49,12 +52,15 @@ def test_the_corpus_is_repeatable_stays_in_the_grammar_and_uses_all_of_it(world)
     rows = list(world.reviews(world.corpus))
     assert rows[:50] == list(world.reviews(50))
     assert {row["completion"].strip() for row in rows} == set(world.rewards)
-    assert Counter(row["prompt"] for row in rows) == dict.fromkeys(world.prompts, world.corpus // len(world.prompts))
+    assert Counter(row["prompt"] for row in rows) == dict.fromkeys(
+        world.prompts, world.corpus // len(world.prompts)
+    )
 
 
 def test_texts_survive_the_tokenizer(world):
     tokenizer = word_tokenizer(world.vocabulary)
-    assert tokenizer.all_special_tokens == ["<eos>"]  # decoding without special tokens hides nothing but the end
+    # decoding without special tokens hides nothing but the end
+    assert tokenizer.all_special_tokens == ["<eos>"]
     for text in [*world.prompts, *world.rewards]:
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.unk_token_id not in ids
@@ -92,13 +98,20 @@ def test_rows_for_every_family(small, small_task):
 def test_pairs_carry_the_exact_reward_and_keep_what_is_outside_the_grammar(small, small_task):
     pairs = small_task.rows("pair")
     for side in ("chosen", "rejected"):
-        assert [row[f"{side}_score"] for row in pairs] == small.reward([], [row[side] for row in pairs])
+        assert [row[f"{side}_score"] for row in pairs] == small.reward(
+            [], [row[side] for row in pairs]
+        )
     assert any(row["rejected_score"] == small.outside for row in pairs)
-    assert all(row["chosen"] != row["rejected"] and row["chosen"].strip() and row["rejected"].strip() for row in pairs)
+    assert all(
+        row["chosen"] != row["rejected"] and row["chosen"].strip() and row["rejected"].strip()
+        for row in pairs
+    )
 
 
 def test_labels_are_bradley_terry(small_task):
-    """The chosen one has the higher reward with probability sigmoid(gap), within 4 standard errors in every gap range."""
+    """The chosen one has the higher reward with probability sigmoid(gap), within 4 standard errors
+    in every gap range.
+    """
     pairs = small_task.rows("pair")
     gaps = [row["chosen_score"] - row["rejected_score"] for row in pairs]
     for low, high in ((0.1, 0.8), (0.8, 1.3), (1.3, 2.0), (2.0, 6.0)):
@@ -110,7 +123,9 @@ def test_labels_are_bradley_terry(small_task):
 
 
 def test_unknown_task_is_refused_with_the_nearest_name():
-    with pytest.raises(ConfigError, match=r"there is no task `review`. Did you mean `reviews`\? Tasks: reviews, "):
+    with pytest.raises(
+        ConfigError, match=r"there is no task `review`. Did you mean `reviews`\? Tasks: reviews, "
+    ):
         resolve("task:review")
 
 
@@ -131,7 +146,10 @@ def test_a_task_is_made_outside_the_ranks_of_its_run(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("ALIGNKIT_KEPT", "yes")
-    with pytest.raises(ResourceError, match=r"the task `reviews` could not be made \(its process ended with exit code 3\)"):
+    with pytest.raises(
+        ResourceError,
+        match=r"the task `reviews` could not be made \(its process ended with exit code 3\)",
+    ):
         worker.run_apart("reviews", tmp_path)
     assert seen["ALIGNKIT_KEPT"] == "yes"
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} & set(seen)

@@ -1,9 +1,11 @@
-"""Online objectives on the small reviews: after a few seconds the policy is close to the optimum, exactly measured."""
+"""Online objectives on the small reviews: after a few seconds the policy is close to the optimum,
+exactly measured.
+"""
 
 import pytest
 
-from alignkit.config import build_objective, load_recipe
-from alignkit.launch import run_recipe
+from alignkit.config.recipe import build_objective, load_recipe
+from alignkit.runs.launch import run_recipe
 from alignkit.tasks.exact import figures, folder_logps, outcome_rewards
 
 BUDGET = [
@@ -21,16 +23,22 @@ BUDGET = [
 
 @pytest.mark.parametrize("name", ["kl_ppo", "rpg", "rloo"])
 def test_share_of_the_best_objective(name, small, small_task, tmp_path):
-    """J = E[reward] - beta KL(policy || base) from 0 to nearly all of its range; the optimum is more than 1 nat away."""
+    """J = E[reward] - beta KL(policy || base) from 0 to nearly all of its range; the optimum is
+    more than 1 nat away.
+    """
     recipe = load_recipe(name, [*BUDGET, f"output_dir={tmp_path / name}"])
     objective = build_objective(recipe.objective)
     run_recipe(recipe)
     completions = list(small.rewards)
-    before, after = (folder_logps(f, small.prompts, completions) for f in (small_task.model_folder, tmp_path / name / "model"))
+    before, after = (
+        folder_logps(f, small.prompts, completions)
+        for f in (small_task.model_folder, tmp_path / name / "model")
+    )
     rewards = outcome_rewards(list(small.rewards.values()), small.outside)
     optimum = objective.optimum(rewards, before)
     start, end, best = (
-        figures(policy, before, rewards, optimum=optimum, beta=objective.beta) for policy in (before, after, optimum)
+        figures(policy, before, rewards, optimum=optimum, beta=objective.beta)
+        for policy in (before, after, optimum)
     )
     assert best.kl > 1
     assert end.share > 0.98

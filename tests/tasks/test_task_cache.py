@@ -64,7 +64,10 @@ def test_of_several_at_once_one_builds_and_the_others_wait(root):
         (folder / "file").write_text("whole")
 
     threads = [
-        threading.Thread(target=lambda: found.append((cached_folder("world", build) / "file").read_text())) for _ in range(4)
+        threading.Thread(
+            target=lambda: found.append((cached_folder("world", build) / "file").read_text())
+        )
+        for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -77,7 +80,10 @@ def test_of_several_at_once_one_builds_and_the_others_wait(root):
 def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ResourceError, match=r"cannot write to the cache .*file: .*; set ALIGNKIT_CACHE to another folder"):
+    with pytest.raises(
+        ResourceError,
+        match=r"cannot write to the cache .*file: .*; set ALIGNKIT_CACHE to another folder",
+    ):
         cached_folder("world", lambda folder: None)
 
 
@@ -87,7 +93,12 @@ def test_without_the_variable_the_cache_is_the_users(monkeypatch):
 
 
 def test_a_world_is_made_where_stderr_has_no_descriptor(tmp_path, capsys):
-    """As under pytest's capture and in notebooks; a world that does not exist ends at once, with its name."""
-    with pytest.raises(ResourceError, match=r"the task `no_such_world` could not be made \(its process ended with exit code 1\)"):
+    """As under pytest's capture and in notebooks; a world that does not exist ends at once, with
+    its name.
+    """
+    with pytest.raises(
+        ResourceError,
+        match=r"the task `no_such_world` could not be made \(its process ended with exit code 1\)",
+    ):
         run_apart("no_such_world", tmp_path / "folder")
     assert "making the task `no_such_world`" in capsys.readouterr().err

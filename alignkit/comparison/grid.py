@@ -1,0 +1,143 @@
+"""From the recipe's `compare` section to the runs of its grid, checked before anything is loaded.
+Imports no torch.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from alignkit.config.compare import CompareConfig
+from alignkit.config.recipe import Recipe, check_part
+from alignkit.config.text import Keys
+from alignkit.config.validation import nearest, validated
+from alignkit.errors import ConfigError
+
+OVERRIDABLE = ("model", "reference", "target", "data", "train", "rollout", "rewards", "judge")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of the grid."""
+
+    name: str  # of its folder: label, swept fields, seed
+    label: str  # its curve
+    swept: Mapping[str, Any]  # the fields in which the points of a curve differ
+    seed: int
+    recipe: Recipe
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides what is trained."""
+        where = {"compare": True, "trackers": True, "output_dir": True, "reference": {"store"}}
+        return self.recipe.model_dump(mode="json", exclude=where)
+
+    @property
+    def hash(self) -> str:
+        """Of the settings: the same run, the same hash."""
+        return sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def section_of(recipe: Recipe) -> CompareConfig:
+    """The recipe's `compare` section. ConfigError where it has none."""
+    if recipe.compare is None:
+        raise ConfigError(
+            f"{recipe.origin.name}: the recipe has no `compare` section; see `alignkit recipes show compare` for one that has"
+        )
+    return recipe.compare
+
+
+def expand(recipe: Recipe) -> list[Point]:
+    """Every run of the grid: curve by curve, then seed by seed, in the order written.
+
+    ConfigError for an objective that does not exist, sections that cannot differ between runs, and
+    two runs of one name. The fields of objectives are checked by `build_objective`.
+    """
+    section = section_of(recipe)
+    _check_overrides(recipe, section)
+    points: dict[str, Point] = {}
+    for label, fields in section.grid.items():
+        keys = ("compare", "grid", label)
+        part = fields if {"name", "import"} & set(fields) else {"name": label, **fields}
+        check_part(part, recipe.origin, keys)
+        shared = _overridden(recipe, label, section.overrides.get(label, {}))
+        swept = {field: values for field, values in part.items() if isinstance(values, list)}
+        empty = next((field for field, values in swept.items() if not values), None)
+        if empty:
+            raise ConfigError(
+                f"{recipe.origin.at((*keys, empty))}: `{'.'.join((*keys, empty))}` is an empty list"
+            )
+        for values, seed in product(product(*swept.values()), section.seeds):
+            point = _point(recipe, shared, label, part, dict(zip(swept, values)), seed)
+            if point.name in points:
+                raise ConfigError(
+                    f"{recipe.origin.at(keys)}: two runs of the grid are `{point.name}`; name the values once"
+                )
+            points[point.name] = point
+    return list(points.values())
+
+
+def _point(
+    recipe: Recipe,
+    shared: Recipe,
+    label: str,
+    part: Mapping[str, Any],
+    swept: Mapping[str, Any],
+    seed: int,
+) -> Point:
+    said = [label, *(f"{field}={value}" for field, value in swept.items()), f"seed={seed}"]
+    name = re.sub(r"[^\w.=+-]", "_", "-".join(said)).lstrip(".")
+    made = shared.model_copy(
+        update={
+            "objective": {**part, **swept},
+            "train": shared.train.model_copy(update={"seed": seed}),
+            "compare": None,
+            "reference": shared.reference.model_copy(
+                update={"store": str(Path(recipe.output_dir) / "reference")}
+            ),
+            "output_dir": str(Path(recipe.output_dir) / "runs" / name),
+        }
+    )
+    return Point(name, label, swept, seed, made)
+
+
+def _check_overrides(recipe: Recipe, section: CompareConfig) -> None:
+    for label, sections in section.overrides.items():
+        keys: Keys = ("compare", "overrides", label)
+        if label not in section.grid:
+            hint = f"{nearest(label, section.grid)} It has: {', '.join(section.grid)}"
+            raise ConfigError(
+                f"{recipe.origin.at(keys)}: `{'.'.join(keys)}`: the grid has no `{label}`.{hint}"
+            )
+        for name in sections:
+            if name not in OVERRIDABLE:
+                at = recipe.origin.at((*keys, name))
+                hint = f"{nearest(name, OVERRIDABLE)} Allowed: {', '.join(OVERRIDABLE)}"
+                raise ConfigError(
+                    f"{at}: `{'.'.join((*keys, name))}` cannot differ between the runs of a comparison.{hint}"
+                )
+        if "seed" in (sections.get("train") or {}):
+            raise ConfigError(
+                f"{recipe.origin.at((*keys, 'train', 'seed'))}: seeds are given by `compare.seeds`, for all alike"
+            )
+
+
+def _overridden(recipe: Recipe, label: str, sections: Mapping[str, Any]) -> Recipe:
+    """The recipe with a label's sections laid over it; faults are told with the place of the
+    override.
+    """
+    if not sections:
+        return recipe
+    whole = _merged(recipe.model_dump(mode="json"), sections)
+    changed = validated(Recipe, whole, recipe.origin, ("compare", "overrides", label))
+    return recipe.model_copy(update={name: getattr(changed, name) for name in sections})
+
+
+def _merged(under: Any, over: Any) -> Any:
+    if isinstance(under, Mapping) and isinstance(over, Mapping):
+        return {**under, **{key: _merged(under.get(key), value) for key, value in over.items()}}
+    return over

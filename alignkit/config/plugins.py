@@ -1,0 +1,73 @@
+"""Loading of a user's own objective, reward or judge: `module:Name` or `path/to/file.py:Name`."""
+
+import importlib
+import importlib.util
+import sys
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+
+from alignkit.errors import ConfigError
+
+
+def load_object(spec: str, *, what: str, safe: bool = False) -> object:
+    """The object that `spec` names, for the recipe field `what` (named in errors and announced on
+    stderr before its code runs).
+
+    `module:Name` is looked up on Python's path, then as `module.py` in the working directory; a
+    name ending in `.py` is a file. ConfigError when `safe`, or when there is no such thing. Errors
+    raised by the user's own code keep their traceback.
+    """
+    source, colon, name = spec.rpartition(":")
+    if not (colon and source and name.isidentifier()):
+        raise ConfigError(f"{what}: got `{spec}`; write `module:Name` or `path/to/file.py:Name`")
+    if safe:
+        raise ConfigError(
+            f"{what}: `{spec}` would run code that the recipe names; --safe does not allow that"
+        )
+    print(f"alignkit: {what} runs code from {spec}", file=sys.stderr)
+    module = _load_module(source, what)
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        public = ", ".join(n for n in vars(module) if not n.startswith("_"))
+        raise ConfigError(f"{what}: {source} has no `{name}`; it has: {public}") from None
+
+
+def _load_module(source: str, what: str) -> ModuleType:
+    if source.endswith(".py"):
+        return _load_file(Path(source), what)
+    try:
+        return importlib.import_module(source)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{source}.".startswith(f"{error.name}."):
+            raise  # the module is there; something that it imports is not
+    except (TypeError, ValueError):  # a leading dot, an empty part
+        raise ConfigError(
+            f"{what}: `{source}` is not a module name; write `module:Name` or `path/to/file.py:Name`"
+        ) from None
+    local = Path(f"{source}.py")
+    if local.is_file():
+        return _load_file(local, what)
+    raise ConfigError(
+        f"{what}: found neither a module `{source}` on Python's path nor a file {local} in {Path.cwd()}"
+    )
+
+
+def _load_file(path: Path, what: str) -> ModuleType:
+    """Each file is loaded once per process, so that its classes stay the same objects."""
+    if not path.is_file():
+        raise ConfigError(f"{what}: there is no file {path.resolve()}")
+    key = f"_alignkit_{path.stem}_{sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[key] = module  # before it runs: pydantic looks annotations up here
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[key]
+            raise
+    return sys.modules[key]

@@ -1,0 +1,70 @@
+"""`--processes N`: the same command line once per process, supervised by torch's elastic agent; and
+how a process leaves.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LAST_WORK = 0.2  # seconds; a thread that waits for the GIL gets it within 5 ms
+
+
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Run `alignkit ARGUMENTS` in `processes` processes of this machine; the exit code, the first
+    failing process's own.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if not torch.cuda.is_available():
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    # seconds to finish the step and save it after a signal
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "alignkit", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(
+            f"alignkit: process {rank} ended with exit code {failure.exitcode}; the others were stopped",
+            file=sys.stderr,
+        )
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def end(accelerator: "Accelerator") -> None:
+    """Leave the process group, in every script that trains in several processes.
+
+    A gloo thread drops its last piece of work after the caller has its result, and needs the GIL
+    for it. If the interpreter is already on its way out, or joins that thread with the GIL held,
+    the process aborts ("terminate called without an active exception") or hangs; so the thread gets
+    its turn first.
+    """
+    if accelerator.num_processes > 1:
+        time.sleep(LAST_WORK)
+    accelerator.end_training()

@@ -1,0 +1,120 @@
+"""What needs no training: best-of-n, and the tilted optimum estimated from the reference's own
+samples.
+
+Axes: P prompts, K samples of the reference for each, n outcomes of a world that can be listed.
+"""
+
+from dataclasses import dataclass
+from math import comb, log
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from alignkit.errors import ConfigError
+from alignkit.metrics.intervals import Array
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Figures of a policy that nobody trained, per prompt."""
+
+    score: Array  # [P]
+    kl: Array  # [P] KL(policy || reference), nats per completion
+    # [P] effective number of samples behind an importance-sampled figure
+    effective: Array | None = None
+
+
+def folklore_kl(n: int) -> float:
+    """log n - (n - 1) / n: an upper bound of best-of-n's KL, close to it where no completion is
+    likely (Beirami et al. 2024, arXiv:2401.01879).
+    """
+    return log(n) - (n - 1) / n
+
+
+def exact_best_of_n(reference: ArrayLike, rewards: ArrayLike, n: int) -> Baseline:
+    """Best of `n` samples on a world that can be listed, of equal ones the first: `reference` [P,
+    m] log-probs, `rewards` [m].
+
+    With F the reference's mass of lower or equal reward, F- of lower, p of equal: an outcome's
+    log-ratio to the reference is log[(F^n - F-^n) / p] (Beirami et al. 2024; outcomes of equal
+    reward keep their proportions).
+    """
+    _check(n)
+    probs = np.exp(np.asarray(reference, dtype=float))
+    found = np.asarray(rewards, dtype=float)
+    order = np.argsort(found, kind="stable")
+    levels, starts = np.unique(found[order], return_index=True)
+    mass = np.add.reduceat(probs[:, order], starts, axis=1)  # [P, levels]
+    mass = mass / mass.sum(-1, keepdims=True)
+    up_to = np.cumsum(mass, -1)
+    below = np.concatenate([np.zeros_like(up_to[:, :1]), up_to[:, :-1]], -1)
+    # F^n - F-^n = p * sum of F^i F-^(n-1-i): no cancellation
+    ratio = sum(up_to**i * below ** (n - 1 - i) for i in range(n))
+    chosen = mass * ratio
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kl = np.where(chosen > 0, chosen * np.log(ratio), 0.0).sum(-1)
+    return Baseline((chosen * levels).sum(-1), kl)
+
+
+def best_of_n(scores: ArrayLike, logps: ArrayLike, n: int) -> Baseline:
+    """Best of `n` out of K >= n samples per prompt: `scores` and the reference's sequence log-probs
+    `logps`, [P, K] each.
+
+    The mean over all subsets of n, so unbiased in the score. The KL is the estimator of Beirami et
+    al. 2024, which lies between 0 and `folklore_kl(n)`.
+    """
+    _check(n)
+    found = np.asarray(scores, dtype=float)
+    chance = np.asarray(logps, dtype=float)
+    k = found.shape[1]
+    if n > k:
+        raise ConfigError(f"best of {n} needs at least {n} samples per prompt, there are {k}")
+    order = np.argsort(found, axis=1, kind="stable")
+    # the i-th lowest is the best of a subset that takes the other n - 1 from the i lower ones
+    weights = np.array([comb(i, n - 1) for i in range(k)], dtype=float) / comb(k, n)
+    kl = np.take_along_axis(best_of_n_kl(chance, n), order, 1)
+    return Baseline(np.take_along_axis(found, order, 1) @ weights, kl @ weights)
+
+
+def best_of_n_kl(logps: ArrayLike, n: int) -> Array:
+    """KL of best-of-n as estimated from the reference log-prob of the sample chosen: [...] ->
+    [...].
+
+    Exact for one outcome of probability e on top of a continuum: (1-e)^n [log n + (n-1) log(1-e) -
+    (n-1)/n] + (1-(1-e)^n) log[(1-(1-e)^n) / e].
+    """
+    _check(n)
+    log_e = np.minimum(np.asarray(logps, dtype=float), 0.0)
+    e = np.exp(log_e)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        stay = n * np.log1p(-e)  # log (1-e)^n
+        first = np.where(e < 1, np.exp(stay) * (folklore_kl(n) + (n - 1) * np.log1p(-e)), 0.0)
+        hit = -np.expm1(stay)
+        second = np.where(hit > 0, hit * (np.log(hit) - log_e), 0.0)
+    return first + second
+
+
+def tilted_optimum(scores: ArrayLike, beta: float) -> Baseline:
+    """The optimum reference * exp(score / beta) / Z, from `scores` [P, K] of the reference's
+    samples, self-normalised.
+
+    Score: sum of w s; KL: E_w[s] / beta - log Z with Z the mean of exp(s / beta). `effective` is
+    (sum w)^2 / sum w^2 of K: where it is small both figures are too low, at most those of the best
+    sample and log K.
+    """
+    found = np.asarray(scores, dtype=float)
+    if not beta > 0:
+        raise ConfigError(f"tilted optimum: beta is {beta}; it must be above 0")
+    tilt = found / beta
+    top = tilt.max(-1, keepdims=True)
+    weights = np.exp(tilt - top)
+    total = weights.sum(-1, keepdims=True)
+    log_z = top[:, 0] + np.log(weights.mean(-1))
+    weights = weights / total
+    score = (weights * found).sum(-1)
+    return Baseline(score, score / beta - log_z, 1 / (weights**2).sum(-1))
+
+
+def _check(n: int) -> None:
+    if n < 1:
+        raise ConfigError(f"best of n: n is {n}; at least 1")

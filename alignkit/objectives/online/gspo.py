@@ -1,0 +1,92 @@
+"""GSPO: group-relative advantages with one importance ratio per completion, the geometric mean of
+its tokens' ratios.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from alignkit.batches import LossTerms, Plan, RolloutBatch
+from alignkit.kl import importance
+from alignkit.objectives.base import Objective, State
+from alignkit.objectives.rollout_base import (
+    ClippedObjective,
+    ClipWidth,
+    filled,
+    grouped,
+    ratio_metrics,
+    unspread,
+)
+from alignkit.objectives.surrogates import ppo_loss
+from alignkit.tensors import masked_mean
+
+
+def gspo_loss(
+    policy_logps: Tensor,
+    behavior_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+) -> Tensor:
+    """max(-s A, -clip(s) A) per completion with s = exp(mean_t log w_t): [N, T] x 2, [N], [N, T] ->
+    [N].
+
+    The gradient flows through s. Zheng et al. 2025, arXiv:2507.18071, eq. 5 and 7.
+    """
+    logps = masked_mean(policy_logps, mask)
+    old = masked_mean(behavior_logps, mask)
+    return ppo_loss(logps, old, advantages, clip_low=clip_low, clip_high=clip_high)
+
+
+class GSPO(ClippedObjective):
+    """Group sequence policy optimisation (Zheng et al. 2025, arXiv:2507.18071). The mean ratio
+    varies little, so the clip is a thousand times narrower than GRPO's. `aggregation` has nothing
+    to do: a completion is one term.
+    """
+
+    paper: ClassVar[str] = "Zheng et al. 2025, arXiv:2507.18071, eq. 5 and 7"
+    equation: ClassVar[str] = (
+        "L = max(-s A, -clip(s) A), s = (pi/pi_old)(y)^(1/|y|); A = (score - group mean) / group std"
+    )
+
+    scale_by_std: bool = Field(True, description="divide by the group's standard deviation")
+    clip_low: ClipWidth | None = Field(
+        3e-4, description="no gain from a ratio below 1 - this; null = off"
+    )
+    clip_high: ClipWidth | None = Field(
+        4e-4, description="no gain from a ratio above 1 + this; null = off"
+    )
+
+    @property
+    def plan(self) -> Plan:
+        return self.rollout_plan(anchors=())
+
+    @classmethod
+    def examples(cls) -> Sequence[Objective]:
+        return [cls(), cls(clip_low=0.2, clip_high=0.3, scale_by_std=False)]
+
+    def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
+        """One advantage per completion from its group; exactly 0 in a group whose scores are all
+        equal.
+        """
+        return grouped(rollout, scale=self.scale_by_std), state
+
+    def loss(self, batch: RolloutBatch) -> LossTerms:
+        tokens, (advantages,) = batch.tokens, filled(batch, "advantages")
+        values = gspo_loss(
+            tokens.policy,
+            tokens.get("behavior"),
+            unspread(advantages, tokens),
+            tokens.mask,
+            **self.clip,
+        )
+        ratio = importance(
+            *(masked_mean(tokens.get(name), tokens.mask) for name in ("policy", "behavior"))
+        )
+        return LossTerms(
+            [self.term("gspo", values, tokens)], ratio_metrics(tokens, ratio, *self.clip.values())
+        )

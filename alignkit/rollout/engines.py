@@ -1,0 +1,54 @@
+"""The sampling engine that a recipe's `rollout` section asks for."""
+
+from typing import TYPE_CHECKING
+
+from alignkit.config.rollout import RolloutConfig
+from alignkit.errors import ConfigError
+from alignkit.rollout.protocol import Models, Sampler
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def make_sampler(
+    config: RolloutConfig,
+    models: Models,
+    *,
+    seed: int,
+    exact: bool = True,
+    accelerator: "Accelerator | None" = None,
+) -> Sampler:
+    """The engine that the recipe's `rollout` section asks for.
+
+    `exact` (the caller trains on the log-probs) refuses what the trainer's log-probs do not
+    describe: a temperature other than 1, and top_p below 1, under which tokens outside the nucleus
+    have no importance weight at all. A server on this machine gets its weights from the first
+    process of the machine, one elsewhere from the first of all. Raises ConfigError.
+    """
+    from alignkit.rollout.hf import HFSampler
+
+    for name in ("temperature", "top_p"):
+        if exact and getattr(config, name) != 1:
+            raise ConfigError(
+                f"rollout.{name}: {getattr(config, name)} samples from another distribution than the one that the policy's "
+                "log-probs describe; training needs 1.0"
+            )
+    if config.engine == "hf":
+        return HFSampler(
+            models,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=seed,
+        )
+    from alignkit.rollout.vllm import VLLMSampler
+
+    if accelerator is None:
+        return VLLMSampler(models, config, seed=seed)
+    assert config.url is not None
+    first = (
+        accelerator.is_main_process
+        if config.url.startswith("https:")
+        else accelerator.is_local_main_process
+    )
+    return VLLMSampler(models, config, seed=seed, pushes=first)

@@ -1,0 +1,80 @@
+"""What samplers exchange with the rest: the `Sampler` protocol and its `Sample`. Engines are made
+in `rollout.engines`.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from alignkit.batches import Draw
+from alignkit.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion, on the CPU. `logps` describe the distribution that the tokens were drawn
+    from: temperature, nucleus and mixture included.
+    """
+
+    ids: Tensor  # [T] int64, with the end token when there is one
+    logps: Tensor  # [T] float32, natural log
+    ended: bool  # an end token was sampled; False: cut at the cap
+
+
+class Sampler(Protocol):
+    """Draws completions; the noise depends on (seed, step, prompt id, completion, position) alone."""
+
+    def sample(
+        self, prompts: Sequence[Tensor], draw: Draw, *, step: int, prompt_ids: Sequence[int]
+    ) -> list[list[Sample]]:
+        """`draw.n` samples for each prompt ([P] int64 each). Two draws that must be independent (a
+        completion and its opponent) need different steps: under one step and prompt id they see the
+        same noise.
+        """
+        ...
+
+    def sync(self) -> None:
+        """Draw from the policy as it is now, from here on. Called on every process before a
+        rollout; they meet afterwards.
+        """
+        ...
+
+
+class Models(Protocol):
+    """Where a sampler finds its models: a `PolicyPair`, or `OneModel`."""
+
+    tokenizer: Any
+
+    def model(self, name: str) -> AbstractContextManager[nn.Module]:
+        """The causal language model called `name` ("policy", "reference", "target"), in eval mode
+        inside the context.
+        """
+        ...
+
+
+def check_request(prompts: Sequence[Tensor], draw: Draw, prompt_ids: Sequence[int]) -> int:
+    """Completions per prompt of a request that can be answered. ConfigError, DataError."""
+    if draw.n is None or draw.n < 1:
+        raise ConfigError(f"sampling: {draw.n} completions per prompt; at least 1")
+    if len(prompts) != len(prompt_ids):
+        raise ConfigError(
+            f"sampling: {len(prompts)} prompts but {len(prompt_ids)} prompt ids; give one id per prompt"
+        )
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise DataError("sampling: a prompt has no tokens; give it at least one (a BOS token)")
+    return draw.n
+
+
+def stop_tokens(models: Models) -> list[int]:
+    """The tokenizer's end token and those of the model's generation config (chat models have
+    several).
+    """
+    with models.model("policy") as model:
+        configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    several = configured if isinstance(configured, list) else [configured]
+    return sorted(
+        {token for token in (*several, models.tokenizer.eos_token_id) if token is not None}
+    )

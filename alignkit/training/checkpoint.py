@@ -1,0 +1,256 @@
+"""Atomic, verified checkpoints: safetensors and JSON under a manifest with SHA-256; no pickle in or
+out.
+
+`step-N/` appears by one rename after every file and the folder were written and synced, so a reader
+sees a whole checkpoint or none. Files that do not match their manifest are named and the checkpoint
+before them is used.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from alignkit.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+BEST = "best.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint read back: groups of tensors, plain JSON state, and what it belongs to."""
+
+    step: int
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]  # group ("policy", "optimizer", ...) -> name -> tensor
+    state: dict[str, Any]
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a checkpoint folder is whole, and if not, why."""
+
+    path: Path
+    step: int
+    reason: str | None  # None = valid
+    best: bool = False
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside `path` and rename it into place: readers see the old text or the new one."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text)
+    fsync(beside)
+    beside.replace(path)
+
+
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    identity: Mapping[str, Any],
+) -> Path:
+    """Write `folder/step-N` and return it. Raises CheckpointError where the disk refuses; older
+    checkpoints stay whole.
+
+    A checkpoint of the same step (an earlier run came this far; it may be damaged) is replaced.
+    """
+    final = folder / f"step-{step}"
+    beside = folder / f".tmp-step-{step}-{os.getpid()}"
+    replaced = folder / f"{beside.name}-old"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        for group, content in tensors.items():
+            # clones: safetensors refuses views that share memory (tied or expanded tensors)
+            save_file(
+                {k: v.detach().cpu().clone().contiguous() for k, v in content.items()},
+                beside / f"{group}.safetensors",
+            )
+        (beside / "state.json").write_text(json.dumps(state))
+        files = {
+            p.name: {"sha256": sha256(p), "bytes": p.stat().st_size}
+            for p in sorted(beside.iterdir())
+        }
+        versions = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "files": files,
+            "identity": dict(identity),
+            "versions": versions,
+        }
+        (beside / MANIFEST).write_text(
+            json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)
+        )
+        for path in beside.iterdir():
+            fsync(path)
+        fsync(beside)
+        if final.exists():
+            final.rename(replaced)
+        beside.rename(final)
+        fsync(folder)
+        fsync(folder.parent)
+    except (
+        OSError,
+        SafetensorError,
+    ) as error:  # safetensors has an error of its own for a full disk
+        shutil.rmtree(beside, ignore_errors=True)
+        raise CheckpointError(
+            f"could not write checkpoint step-{step} to {folder}: {getattr(error, 'strerror', None) or error}; "
+            "free space or mend the disk, then go on with --resume auto (older checkpoints are untouched)"
+        ) from error
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps that have a checkpoint folder, oldest first."""
+    names = [p.name for p in folder.glob("step-*") if p.is_dir() and not p.is_symlink()]
+    return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+
+
+def check(path: Path) -> str | None:
+    """None if every file matches the manifest, else the first thing that is wrong."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] > FORMAT:
+            return f"format {manifest['format']} is newer than this version reads ({FORMAT})"
+        if manifest.pop("sha256") != _digest(manifest):
+            return f"{MANIFEST} does not match its own SHA-256"
+        for name, entry in manifest["files"].items():
+            file = path / name
+            if Path(name).name != name:
+                return f"manifest names a file outside the folder: {name}"
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != entry["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}"
+            if sha256(file) != entry["sha256"]:
+                return f"{name} does not match its SHA-256"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+def verify(folder: Path) -> list[Verdict]:
+    """Every checkpoint of a run with its verdict, oldest first."""
+    best = best_step(folder)
+    return [
+        Verdict(folder / f"step-{n}", n, check(folder / f"step-{n}"), n == best)
+        for n in steps(folder)
+    ]
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint folder after checking it; raises CheckpointError with the reason."""
+    reason = check(path)
+    if reason:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: {reason}; use another one or start without --resume"
+        )
+    return _read(path)
+
+
+def _read(path: Path) -> Checkpoint:
+    manifest = json.loads((path / MANIFEST).read_text())
+    tensors = {p.stem: load_file(p) for p in sorted(path.glob("*.safetensors"))}
+    return Checkpoint(
+        manifest["step"],
+        path,
+        tensors,
+        json.loads((path / "state.json").read_text()),
+        manifest["identity"],
+    )
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, list[Verdict]]:
+    """The newest valid checkpoint (None where the run has none at all) and the damaged ones that
+    were passed over.
+
+    Raises CheckpointError if checkpoints exist and none is valid.
+    """
+    skipped: list[Verdict] = []
+    for step in reversed(steps(folder)):
+        path = folder / f"step-{step}"
+        reason = check(path)
+        if reason is None:
+            return _read(path), skipped
+        skipped.append(Verdict(path, step, reason))
+    if skipped:
+        listed = "; ".join(f"{v.path.name}: {v.reason}" for v in skipped)
+        raise CheckpointError(
+            f"no valid checkpoint in {folder} ({listed}); start again without --resume in another output_dir"
+        )
+    return None, []
+
+
+def best_step(folder: Path) -> int | None:
+    """The step that an evaluation found best, which is kept, if there was one."""
+    try:
+        return int(json.loads((folder / BEST).read_text())["step"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def mark_best(folder: Path, step: int) -> None:
+    """Say which step an evaluation found best. CheckpointError where the disk refuses."""
+    try:
+        write_text(folder / BEST, json.dumps({"step": step}))
+    except OSError as error:
+        raise CheckpointError(
+            f"could not write {folder / BEST}: {error.strerror}; free space, then --resume auto"
+        ) from error
+
+
+def prune(folder: Path, step: int, keep: int) -> None:
+    """After the save of `step`, delete all but the newest `keep` checkpoints up to it and the best.
+
+    Later ones, left by a run that went further and was then damaged, do not count; they are
+    replaced when the run gets there. Folders without our manifest are never deleted.
+    """
+    past = [n for n in steps(folder) if n <= step]
+    for old in set(past) - {*past[-keep:], best_step(folder)}:
+        path = folder / f"step-{old}"
+        if (path / MANIFEST).is_file():
+            # gone at once: none is ever seen half deleted
+            path.rename(folder / f".tmp-step-{old}-{os.getpid()}-old")
+    for left in folder.glob(
+        ".tmp-step-*"
+    ):  # those, and what a killed run left; the lock says nobody writes now
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,258 @@
+"""The one place where losses are reduced: each term's sum over the optimiser step, divided by its
+global count.
+
+The step's bundles are known before the first forward, so its counts (rows, tokens) are too; they
+are all-reduced once. Micro-batches, accumulation and the number of processes then change memory and
+speed, never the gradient.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from alignkit.batches import FAMILIES, Bundle, LossTerms, TokenLogps
+from alignkit.distributed.gather import concat, gather_rows
+from alignkit.errors import ResourceError
+from alignkit.objectives.base import Objective
+from alignkit.policies.layout import stand_in
+from alignkit.policies.pair import PolicyPair
+from alignkit.rollout.importance import weighted
+from alignkit.training.guard import Guard
+
+Metrics = dict[str, float]
+log = logging.getLogger("alignkit")
+
+
+@dataclass
+class Sums:
+    """Running sums of one step on this rank: terms already divided by their counts, metrics with
+    their element counts.
+    """
+
+    loss: Tensor  # float64
+    guard: Guard
+    tokens: int = 0  # computed
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # name -> [sum, elements], float64
+
+    @classmethod
+    def zero(cls, device: torch.device) -> "Sums":
+        return cls(torch.zeros((), device=device, dtype=torch.float64), Guard(device))
+
+    def add(self, out: LossTerms, bundles: Sequence[Bundle], counted: bool = True) -> None:
+        for name, values in out.metrics.items():
+            entry = torch.stack(
+                [values.double().sum(), values.new_tensor(values.numel(), dtype=torch.float64)]
+            )
+            previous = self.metrics.get(name, torch.zeros_like(entry))
+            self.metrics[name] = previous + entry if counted else previous
+        if counted:
+            self.guard.watch_terms(out, bundles)
+
+
+class Reducer:
+    """Gradients and metrics of whole optimiser steps for one objective and policy pair."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        pair: PolicyPair,
+        accelerator: Accelerator,
+        micro_batch_tokens: int,
+        clip: float = 0.0,
+    ):
+        self.objective = objective
+        self.pair = pair
+        self.accelerator = accelerator
+        self.plan = objective.plan
+        self.family = FAMILIES[objective.plan.data]
+        self.budget = micro_batch_tokens
+        self.clip = clip
+        self.tokens = 0  # computed so far, over all ranks
+
+    def backward(self, bundles: Sequence[Bundle]) -> Metrics:
+        """Leave the step's clipped gradient in the parameters; its metrics.
+
+        BrokenStep on all ranks if the step is not finite on one. Out of memory: one process halves
+        its micro-batches, which changes no gradient, and takes the step anew; several processes, or
+        micro-batches of one, are a ResourceError.
+        """
+        while True:
+            try:
+                return self._backward(bundles)
+            except torch.OutOfMemoryError as error:
+                self._halve(bundles, error)
+
+    def _halve(self, bundles: Sequence[Bundle], error: torch.OutOfMemoryError) -> None:
+        chunks = self.pair.micro_batches(bundles, self.budget)
+        if self.accelerator.num_processes > 1 or len(chunks) == len(bundles):
+            raise ResourceError(
+                f"out of memory in a micro-batch of at most {max(map(len, chunks))} rows and {self.budget} tokens: lower "
+                "train.micro_batch_tokens, set model.gradient_checkpointing=true, lower data.max_length, or train an adapter "
+                "(model.adapter.r=16); the first two change no result"
+            ) from error
+        while len(self.pair.micro_batches(bundles, self.budget)) == len(chunks):
+            self.budget //= 2
+        log.warning(
+            "out of memory: train.micro_batch_tokens is %d from here on; this changes no gradient",
+            self.budget,
+        )
+        for parameter in self.pair.parameters():
+            parameter.grad = None
+
+    def _backward(self, bundles: Sequence[Bundle]) -> Metrics:
+        counts = self._counts(bundles)
+        chunks, everywhere = self._chunks(bundles)
+        sums = Sums.zero(self.pair.device)
+        leaves = self._coupled(chunks, counts, sums) if self.plan.coupled else None
+        for i, (chunk, counted) in enumerate(chunks):
+            last = i == len(chunks) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.pair.module):
+                tokens = self.pair.logps(chunk, self.plan)
+                # another rank has more micro-batches: take part in the synchronisation with a zero
+                if not counted:
+                    loss = _zero(tokens)
+                elif leaves is not None:
+                    loss = _pull_back(tokens, leaves[i])
+                else:
+                    loss = self._loss(chunk, tokens, counts, sums)
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+            sums.tokens += sum(b.n_tokens for b in chunk) if counted else 0
+        parameters = list(self.pair.parameters())
+        norm = float(self.accelerator.clip_grad_norm_(parameters, self.clip or float("inf")))
+        metrics, broken, computed = self._reduce(sums, everywhere)
+        sums.guard.check(metrics["loss"], norm, broken, self.accelerator)
+        self.tokens += computed
+        return {**metrics, "grad_norm": norm}
+
+    @torch.no_grad()
+    def evaluate(self, bundles: Sequence[Bundle]) -> Metrics:
+        """Loss and metrics of `bundles` (this rank's share), without a gradient."""
+        counts = self._counts(bundles)
+        chunks, everywhere = self._chunks(bundles)
+        sums = Sums.zero(self.pair.device)
+        if self.plan.coupled:
+            self._coupled(chunks, counts, sums)
+        else:
+            for chunk, counted in chunks:
+                tokens = self.pair.logps(chunk, self.plan)
+                if counted:
+                    self._loss(chunk, tokens, counts, sums)
+        return self._reduce(sums, everywhere)[0]
+
+    def _loss(
+        self, chunk: Sequence[Bundle], tokens: TokenLogps, counts: dict[str, float], sums: Sums
+    ) -> Tensor:
+        sums.guard.watch_logps(tokens, chunk)
+        out = weighted(self.objective.loss(self.family.build(chunk, tokens)), chunk)
+        sums.add(out, chunk)
+        loss = sum(term.weight * term.values.sum() / counts[term.unit] for term in out.terms)
+        sums.loss += loss.detach().double()
+        return loss
+
+    def _counts(self, bundles: Sequence[Bundle]) -> dict[str, float]:
+        local = self.family.counts(bundles)
+        total = self.accelerator.reduce(
+            torch.tensor([float(v) for v in local.values()], device=self.pair.device)
+        )
+        return {name: max(value, 1.0) for name, value in zip(local, total.tolist())}
+
+    def _chunks(self, bundles: Sequence[Bundle]) -> tuple[list[tuple[list[Bundle], bool]], bool]:
+        """Micro-batches of this rank, as many as the rank with most has, and whether every rank has
+        a row.
+
+        (chunk, False) is a stand-in that counts nothing. It is of the same make as the others'
+        bundles: what they have stored is not computed, what they have not is, on all ranks.
+        """
+        chunks = [
+            ([bundles[i] for i in part], True)
+            for part in self.pair.micro_batches(bundles, self.budget)
+        ]
+        sizes = self.accelerator.gather(torch.tensor([len(chunks)], device=self.pair.device))
+        most = int(sizes.max())
+        everywhere = bool(sizes.min())
+        stored = list(bundles[0].tokens) if bundles else []
+        # a small evaluation or minibatch leaves a rank without rows
+        stored = stored if everywhere else gather_object(stored)
+        filling = replace(stand_in(), tokens={name: [torch.zeros(1)] for name in stored})
+        return chunks + [([filling], False)] * (most - len(chunks)), everywhere
+
+    def _coupled(
+        self, chunks: list[tuple[list[Bundle], bool]], counts: dict[str, float], sums: Sums
+    ) -> list[TokenLogps]:
+        """The loss of the whole step over all ranks on leaf log-probs; per micro-batch, its
+        gradient with respect to them.
+        """
+        with torch.no_grad():
+            parts = [self.pair.logps(chunk, self.plan) for chunk, _ in chunks]
+        kept = [part for part, (_, counted) in zip(parts, chunks) if counted]
+        light = [
+            replace(b, prompt=b.prompt[:1], tokens={})
+            for chunk, counted in chunks
+            if counted
+            for b in chunk
+        ]
+        mine = concat(kept or [parts[0].map(lambda t: t[:0])])
+        sums.guard.watch_logps(mine, light)
+        everyone, offset = gather_rows(mine, self.accelerator)
+        everyone = replace(
+            everyone,
+            policy=everyone.policy.requires_grad_(),
+            extras={k: v.requires_grad_() for k, v in everyone.extras.items()},
+        )
+        with torch.enable_grad():
+            rows = gather_object(light)
+            out = self.objective.loss(self.family.build(rows, everyone))
+            loss = sum(term.weight * term.values.sum() / counts[term.unit] for term in out.terms)
+        sums.add(out, rows, counted=self.accelerator.is_main_process)
+        sums.loss += loss.detach().double() / self.accelerator.num_processes
+        inputs = {"policy": everyone.policy, **everyone.extras}
+        found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+        grads = {
+            k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(inputs.items(), found)
+        }
+        result = []
+        for part, (_, counted) in zip(parts, chunks):
+            rows, length = part.policy.shape
+            window = {k: g[offset : offset + rows, :length] for k, g in grads.items()}
+            result.append(replace(part, policy=window.pop("policy"), extras=window))
+            offset += rows if counted else 0
+        return result
+
+    def _reduce(self, sums: Sums, everywhere: bool) -> tuple[Metrics, float, int]:
+        """Over all ranks: the loss with the metrics, the rows that are not finite, the tokens
+        computed.
+        """
+        for name in (
+            () if everywhere else gather_object(list(sums.metrics))
+        ):  # a rank without rows has no metric
+            sums.metrics.setdefault(name, sums.loss.new_zeros(2))
+        names = sorted(sums.metrics)
+        own = torch.stack([sums.loss, sums.guard.broken, sums.loss.new_tensor(sums.tokens)])
+        flat = torch.cat([own, *(sums.metrics[n] for n in names)])
+        loss, broken, tokens, *rest = self.accelerator.reduce(flat).tolist()
+        metrics = {n: rest[2 * i] / rest[2 * i + 1] for i, n in enumerate(names) if rest[2 * i + 1]}
+        return {"loss": loss, **metrics}, broken, int(tokens)
+
+
+def _zero(tokens: TokenLogps) -> Tensor:
+    """A loss of 0 that every trained parameter takes part in."""
+    return torch.stack(
+        [t.sum() * 0 for t in (tokens.policy, *tokens.extras.values()) if t.requires_grad]
+    ).sum()
+
+
+def _pull_back(tokens: TokenLogps, gradient: TokenLogps) -> Tensor:
+    """A scalar whose gradient is the coupled loss's gradient with respect to this micro-batch's
+    log-probs.
+    """
+    total = (tokens.policy * gradient.policy).sum()
+    for name, value in gradient.extras.items():
+        if tokens.extras[name].requires_grad:
+            total = total + (tokens.extras[name] * value).sum()
+    return total

@@ -1,0 +1,210 @@
+"""From recipe to run: online and self-play recipes with rewards and judges of a user's own,
+evaluation, epochs, the card.
+"""
+
+from datetime import timedelta
+
+import pytest
+import yaml
+from world import pair_rows, save_model, write_rows
+
+from alignkit.config.recipe import build_objective, load_recipe, shipped_recipes
+from alignkit.errors import ConfigError
+from alignkit.runs.launch import make_accelerator, run_recipe
+from alignkit.runs.model_card import model_card
+from alignkit.training.run_folder import read_lines
+
+HELPERS = """
+def score(prompts, completions, **columns):
+    return [float(len(c.split()) + n) for c, n in zip(completions, columns["n"])]
+
+def longer(prompts, first, second):
+    return [float(len(a) > len(b)) if len(a) != len(b) else 0.5 for a, b in zip(first, second)]
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    save_model(folder / "model")
+    (folder / "helpers.py").write_text(HELPERS)
+    write_rows(folder / "pairs.jsonl", pair_rows(10))
+    write_rows(
+        folder / "prompts.jsonl",
+        [{"prompt": row["prompt"], "n": i} for i, row in enumerate(pair_rows(10))],
+    )
+    return folder
+
+
+def recipe(world, out, rows, *overrides):
+    settings = [
+        "train.steps=3",
+        "train.batch_size=4",
+        "train.save_every=0",
+        "train.log_samples_every=0",
+        "train.warmup_steps=0",
+    ]
+    paths = [
+        f"model.name_or_path={world / 'model'}",
+        f"data.train={world / rows}",
+        f"output_dir={out}",
+    ]
+    return load_recipe(
+        "dpo", [*paths, "rollout.max_new_tokens=5", "rollout.completions=3", *settings, *overrides]
+    )
+
+
+@pytest.mark.parametrize("objective", ["rloo", "kl_ppo"])
+def test_an_online_recipe_with_a_reward_of_ones_own(world, tmp_path, capsys, objective):
+    own = f"rewards.0.function={world / 'helpers.py'}:score"
+    result = run_recipe(
+        recipe(world, tmp_path / "run", "prompts.jsonl", f"objective={{name: {objective}}}", own)
+    )
+    rows = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert result.step == len(rows) == 3
+    assert all(0 <= row["reward"] <= 5 + 9 for row in rows)
+    assert (
+        f"rewards.0.function runs code from {world / 'helpers.py'}:score" in capsys.readouterr().err
+    )
+
+
+def test_a_self_play_recipe_with_a_judge_of_ones_own(world, tmp_path):
+    own = f"judge.function={world / 'helpers.py'}:longer"
+    result = run_recipe(
+        recipe(
+            world, tmp_path / "run", "prompts.jsonl", "objective={name: nash_md, beta: 0.1}", own
+        )
+    )
+    assert result.step == 3
+    assert result.metrics["judge/invalid"] == 0
+
+
+def test_what_an_objective_needs_is_asked_for_before_models_load(world, tmp_path):
+    for name, words in (("rloo", "needs `rewards`"), ("nash_md", "needs `judge`")):
+        wanted = f"objective={{name: {name}}}"
+        with pytest.raises(ConfigError, match=words) as caught:
+            run_recipe(
+                recipe(
+                    world,
+                    tmp_path / "run",
+                    "prompts.jsonl",
+                    wanted,
+                    "model.name_or_path=/no/such/model",
+                )
+            )
+        assert str(caught.value).startswith(f"override `{wanted}`: ")
+    with pytest.raises(
+        ConfigError,
+        match=r"^override `rewards\.0\.weight=2`: `rewards\.0`: a reward has exactly one of function, ",
+    ):
+        recipe(world, tmp_path / "run", "prompts.jsonl", "rewards.0.weight=2")
+
+
+def test_sections_that_are_not_used_are_said(world, tmp_path, capsys):
+    run_recipe(recipe(world, tmp_path / "run", "pairs.jsonl", "target.kind=ema", "train.steps=1"))
+    assert "`target` is set in the recipe, but this objective does not use it" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_evaluation_epochs_and_the_card(world, tmp_path):
+    changes = [
+        "train.steps=null",
+        "train.epochs=2",
+        "train.eval_every=2",
+        f"data.eval={world / 'pairs.jsonl'}",
+    ]
+    weighted = "objective=[{name: dpo, beta: 0.3}, {name: sft, weight: 0.5}]"
+    result = run_recipe(recipe(world, tmp_path / "run", "pairs.jsonl", weighted, *changes))
+    assert result.step == 5  # 2 epochs of 10 pairs by 4
+    assert [
+        row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in row
+    ] == [2, 4, 5]
+    card = (tmp_path / "run" / "README.md").read_text()
+    front, _, body = card.removeprefix("---\n").partition("\n---\n")
+    assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["alignkit"]}
+    for words in (
+        "| DPO | 1 | beta = 0.3,",
+        "| SFT | 0.5 |",
+        "arXiv:2305.18290",
+        "10 rows read, 10 kept",
+        "| eval_loss | ",
+    ):
+        assert words in body
+    assert "trust_remote_code`" not in body
+
+
+def test_the_card_says_that_a_model_runs_code_of_its_own():
+    remote = load_recipe("dpo", ["model.trust_remote_code=true", "model.adapter.r=4"])
+    card = model_card(remote, build_objective(remote.objective), [])({})
+    assert "runs code of its own (`trust_remote_code`)" in card
+    assert "library_name: peft" in card
+
+
+def test_lora_and_merge(world, tmp_path):
+    from alignkit.policies.load import merge
+    from alignkit.runs.trained_model import load_finished
+
+    run_recipe(
+        recipe(
+            world, tmp_path / "run", "pairs.jsonl", "model.adapter.r=2", "train.learning_rate=0.1"
+        )
+    )
+    merge(tmp_path / "run", tmp_path / "merged")
+    adapted, merged = load_finished(str(tmp_path / "run")), load_finished(str(tmp_path / "merged"))
+    ids = adapted.tokenizer("w3 w4", return_tensors="pt").input_ids
+    assert (adapted.network(ids).logits - merged.network(ids).logits).abs().max() < 1e-5
+    base = load_finished(str(world / "model"))
+    assert (adapted.network(ids).logits - base.network(ids).logits).abs().max() > 1e-3
+
+
+def test_unknown_trackers_are_said(world, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"^override `trackers=\[swanlab\]`: `trackers`: swanlab is not installed"
+    ):
+        run_recipe(recipe(world, tmp_path / "run", "pairs.jsonl", "trackers=[swanlab]"))
+
+
+def test_trackers_get_every_row(world, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    sent = []
+    monkeypatch.setattr(
+        Accelerator, "log", lambda self, row, step: sent.append((step, row["loss"]))
+    )
+    run_recipe(recipe(world, tmp_path / "run", "pairs.jsonl"))
+    assert sent == [
+        (row["step"], row["loss"]) for row in read_lines(tmp_path / "run" / "metrics.jsonl")
+    ]
+
+
+EMBEDDED = [
+    name for name in sorted(shipped_recipes()) if load_recipe(name).data.train.startswith("task:")
+]
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_every_shipped_recipe_runs_on_its_task(name, tmp_path):
+    # the same world in a size for tests
+    task = load_recipe(name).data.train.removesuffix("_small") + "_small"
+    small = [
+        "train.steps=2",
+        "train.batch_size=4",
+        "train.log_samples_every=2",
+        "train.epochs=null",
+    ]
+    small += [f"data.eval={task}"] if load_recipe(name).data.eval else []
+    recipe = load_recipe(name, [f"data.train={task}", f"output_dir={tmp_path / name}", *small])
+    result = run_recipe(recipe)
+    assert result.step == 2
+    writes = not build_objective(
+        recipe.objective
+    ).plan.outputs  # reward and preference models score, they write nothing
+    assert [row["step"] for row in read_lines(tmp_path / name / "samples.jsonl")][::4] == (
+        [0, 2] if writes else []
+    )
+
+
+def test_processes_wait_as_long_as_the_recipe_says():
+    handler = make_accelerator(load_recipe("dpo", ["train.process_timeout=5"])).init_handler
+    assert handler.timeout == timedelta(seconds=5)
