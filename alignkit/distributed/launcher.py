@@ -1,5 +1,7 @@
-"""`--processes N`: the same command line once per process, supervised by torch's elastic agent; and
-how a process leaves.
+"""Starting `alignkit --processes N`, and leaving the process group at the end.
+
+The same command line runs once per process, supervised by torch's elastic agent: if one process
+fails, it stops the others.
 """
 
 import os
@@ -12,27 +14,27 @@ from uuid import uuid4
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LAST_WORK = 0.2  # seconds; a thread that waits for the GIL gets it within 5 ms
+# Seconds that gloo's threads get to finish; one that waits for the GIL has it within 5 ms.
+LAST_WORK = 0.2
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Run `alignkit ARGUMENTS` in `processes` processes of this machine; the exit code, the first
-    failing process's own.
+    """Run `alignkit ARGUMENTS` in `processes` processes of this machine.
+
+    Returns the exit code: 0, or that of the process that failed first (128 + n for signal n).
     """
     import torch
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # On a CPU the processes share the cores between them.
     if not torch.cuda.is_available():
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    # seconds to finish the step and save it after a signal
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cores() // processes)))
+
+    # After a signal every process finishes its step and saves it; that may take some minutes.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
+
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -48,7 +50,8 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(
-            f"alignkit: process {rank} ended with exit code {failure.exitcode}; the others were stopped",
+            f"alignkit: process {rank} ended with exit code {failure.exitcode}; "
+            "the others were stopped",
             file=sys.stderr,
         )
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
@@ -57,8 +60,15 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     return 0
 
 
+def _usable_cores() -> int:
+    """The processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def end(accelerator: "Accelerator") -> None:
-    """Leave the process group, in every script that trains in several processes.
+    """Leave the process group; every script that trains in several processes calls it at its end.
 
     A gloo thread drops its last piece of work after the caller has its result, and needs the GIL
     for it. If the interpreter is already on its way out, or joins that thread with the GIL held,

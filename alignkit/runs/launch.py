@@ -33,7 +33,7 @@ def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False)
     code (alignkit.errors).
     """
     check_without_torch(recipe, safe)
-    from alignkit.distributed.errors import together
+    from alignkit.distributed.errors import raise_on_all_ranks
     from alignkit.training.loop import train
     from alignkit.training.run_folder import RunFolder
 
@@ -54,7 +54,7 @@ def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False)
         job = build_job(recipe, objective, task, accelerator, run, safe=safe)
         job.notes = [*job.notes, *changes]
         with ExitStack() as stack:
-            with together(accelerator):  # the first process alone takes the run's lock
+            with raise_on_all_ranks(accelerator):  # the first process alone takes the run's lock
                 stack.enter_context(run)
             return train(job, resume)
     finally:

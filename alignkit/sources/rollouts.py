@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from alignkit.batches import Bundle, Draw, RolloutBatch, TokenLogps
-from alignkit.distributed.errors import together
+from alignkit.distributed.errors import raise_on_all_ranks
 from alignkit.distributed.gather import concat, gather_rows
 from alignkit.errors import DataError, NumericsError
 from alignkit.judges.rows import INVALID, Compare, judged
@@ -112,7 +112,7 @@ class RolloutSource:
         turns = 1 + (self.refills if self.pass_rate else 0)
         rank = self.accelerator.process_index
         world = self.accelerator.num_processes
-        with together(self.accelerator):
+        with raise_on_all_ranks(self.accelerator):
             self.sampler.sync()
         scored: list[list[Sample]] = []
         answered: dict[int, Bundle | None] = {}
@@ -120,7 +120,7 @@ class RolloutSource:
             mine = [
                 place for place in range(turn * size, (turn + 1) * size) if place % world == rank
             ]
-            with together(self.accelerator):
+            with raise_on_all_ranks(self.accelerator):
                 samples, bundles = self._answers(
                     [number * turns * size + place for place in mine], 2 * number + half
                 )

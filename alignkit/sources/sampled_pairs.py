@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from alignkit.batches import Bundle, Plan
-from alignkit.distributed.errors import together
+from alignkit.distributed.errors import raise_on_all_ranks
 from alignkit.errors import NumericsError
 from alignkit.judges.rows import INVALID, Compare, judged
 from alignkit.rollout.protocol import Sampler
@@ -41,7 +41,7 @@ class SamplesBeside:
         self.metrics = self.rows.metrics
         first = step * self.rows.batch_size + self.rows.rank
         places = range(first, first + len(bundles) * self.rows.world, self.rows.world)
-        with together(self.accelerator):
+        with raise_on_all_ranks(self.accelerator):
             bundles = self._with_samples(bundles, places, 2 * step + half)
             kept = bundles if self.judge is None else self._judged(self.judge, bundles)
         if self.judge is not None:

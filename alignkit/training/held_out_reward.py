@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from alignkit.batches import Draw
-from alignkit.distributed.errors import together
+from alignkit.distributed.errors import raise_on_all_ranks
 from alignkit.errors import DataError
 from alignkit.rollout.protocol import Sampler
 from alignkit.training.reduction import Metrics
@@ -31,9 +31,9 @@ class HeldOut:
         """`reward` and `completions/mean_length` over all prompts and ranks. DataError when no
         prompt has a reward.
         """
-        with together(self.accelerator):
+        with raise_on_all_ranks(self.accelerator):
             self.sampler.sync()
-        with together(self.accelerator):
+        with raise_on_all_ranks(self.accelerator):
             own = self._sums(
                 list(enumerate(self.prompts))[
                     self.accelerator.process_index :: self.accelerator.num_processes

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from alignkit.batches import Bundle
 from alignkit.config.train import TrainConfig
-from alignkit.distributed.errors import together
+from alignkit.distributed.errors import raise_on_all_ranks
 from alignkit.errors import ConfigError, NumericsError, ResourceError
 from alignkit.objectives.base import Objective
 from alignkit.policies.pair import PolicyPair
@@ -126,7 +126,7 @@ class _Loop:
 
     def run(self, resume: str | None) -> Result:
         job = self.job
-        with together(job.accelerator):
+        with raise_on_all_ranks(job.accelerator):
             found, notes = job.run.find(resume, job.identity)
         start = found.step if found else 0
         if job.run.finished:
@@ -135,7 +135,7 @@ class _Loop:
             return Result(done, {}, done)
         if found:
             self._restore(found)
-        with together(job.accelerator):
+        with raise_on_all_ranks(job.accelerator):
             job.run.start(job.recipe, start)
         step = start
         metrics = {}
@@ -226,7 +226,7 @@ class _Loop:
         ):
             row |= self._evaluate()
             better = self._better(row, step)
-        with together(self.job.accelerator):
+        with raise_on_all_ranks(self.job.accelerator):
             self.job.run.log(row)
             self.job.accelerator.log(row, step=step)  # trackers; none by default
         progress.step(step, row)
@@ -290,12 +290,12 @@ class _Loop:
         self._samples(step)
         card = self.job.card({**metrics, **self.count.evaluated}) if self.job.card else ""
         state = self.pair.whole_state(keep=self.job.run.writes)
-        with together(self.job.accelerator):
+        with raise_on_all_ranks(self.job.accelerator):
             self.job.run.save_model(partial(self.pair.save, state=state), card)
 
     def _samples(self, step: int, resumed: bool = False) -> None:
         if self.job.samples and not resumed and self.config.log_samples_every:
-            with self.pair.whole(), together(self.job.accelerator):
+            with self.pair.whole(), raise_on_all_ranks(self.job.accelerator):
                 if self.job.run.writes:
                     self.job.run.log_samples(self.job.samples(step))
 
@@ -303,7 +303,7 @@ class _Loop:
         """Nothing is kept that is not finite, so that every checkpoint is a good one; the guard
         looks before an update.
         """
-        with together(self.job.accelerator):
+        with raise_on_all_ranks(self.job.accelerator):
             broken = broken_weights(self.pair.base)
             if broken:
                 raise NumericsError(
@@ -314,7 +314,7 @@ class _Loop:
     def _save(self, step: int) -> None:
         self._check_weights(step)
         tensors, state = self.snapshot.capture()
-        with together(self.job.accelerator):
+        with raise_on_all_ranks(self.job.accelerator):
             if self.job.run.writes:
                 folder = self.job.run.checkpoints
                 checkpoint.save(folder, step, tensors, state, self.job.identity)
