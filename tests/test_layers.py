@@ -21,6 +21,7 @@ ORDER = [
     "training",
     "sources",
     "oracles",
+    "decoding",
     "judges",
     "rewards",
     "rollout",

@@ -1,0 +1,78 @@
+"""Fusion of next-token laws: log q = sum of weight times log-prob, normalised."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from alignkit.errors import ConfigError, NumericsError
+from alignkit.tensors import check_same_shape
+
+
+def fuse(logprobs: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The normalised product of next-token laws: {name: [..., V]}, {name: weight} -> [..., V].
+
+    Weights are taken as they are given, of either sign, and not divided by their sum: DeRa is
+    {reference: 1 - l, aligned: l}, GenARM {base: 1, arm: 1 / beta}, proxy tuning {large: 1, tuned:
+    a, untuned: -a}. A model with weight 0 is left out, its impossible tokens too. A token that is
+    impossible under a model with a positive weight is impossible in the result.
+
+    Computed in float32 or wider. ConfigError where the names differ, a weight is not finite or all
+    are 0; ShapeError where shapes differ; NumericsError where no token is left, or where a token
+    that the others allow is impossible under a model with a negative weight (its share would be
+    infinite).
+
+    Sources: Liu et al. 2024, arXiv:2402.02992 (DeRa); Xu et al. 2024, arXiv:2410.08193 (GenARM);
+    Liu et al. 2024, arXiv:2401.08565 (proxy tuning); Liu et al. 2021, arXiv:2105.03023 (DExperts).
+    """
+    used = _checked_names(logprobs, weights)
+    check_same_shape(**{name: logprobs[name] for name in used})
+
+    first = next(iter(used))
+    total = torch.zeros_like(_wide(logprobs[first]))
+    impossible = torch.zeros_like(total, dtype=torch.bool)
+    unbounded = torch.zeros_like(impossible)
+    for name, weight in used.items():
+        logps = _wide(logprobs[name])
+        excluded = logps == -torch.inf
+        if weight > 0:
+            impossible = impossible | excluded
+        else:
+            unbounded = unbounded | excluded
+        total = total + weight * logps.masked_fill(excluded, 0.0)
+
+    if bool((unbounded & ~impossible).any()):
+        raise NumericsError(
+            "fusion: a token is impossible under a model with a negative weight and possible under "
+            "the others, so its share would be infinite; leave that model out or mix it with another"
+        )
+    total = total.masked_fill(impossible, -torch.inf)
+    if bool(impossible.all(-1).any()):
+        raise NumericsError("fusion: the models have no token in common at some place")
+    return total.log_softmax(-1)
+
+
+def _checked_names(
+    logprobs: Mapping[str, Tensor], weights: Mapping[str, float]
+) -> dict[str, float]:
+    """The weights that are not 0, by name."""
+    if set(logprobs) != set(weights):
+        raise ConfigError(
+            f"fusion: log-probs are given for {_listed(logprobs)} and weights for "
+            f"{_listed(weights)}; give both for the same names"
+        )
+    for name, weight in weights.items():
+        if not abs(weight) < float("inf"):
+            raise ConfigError(f"fusion: the weight of {name} is {weight}; give a finite number")
+    used = {name: float(weight) for name, weight in weights.items() if weight != 0}
+    if not used:
+        raise ConfigError("fusion: every weight is 0; give at least one model a weight")
+    return used
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _listed(names: Mapping[str, object]) -> str:
+    return ", ".join(sorted(names)) or "no model"
