@@ -20,6 +20,7 @@ from alignkit.judges import load_judge
 from alignkit.policies.pair import PolicyPair
 from alignkit.rewards import load_rewards
 from alignkit.rollout.hf import HFSampler
+from alignkit.rollout.text import decode_all
 from alignkit.runs.launch import resolve_task
 from alignkit.runs.trained_model import load_finished
 
@@ -122,12 +123,9 @@ class Appraiser:
         )
         ids = [prompt.ids for prompt in self.prompts]
         drawn = sampler.sample(ids, Draw(count, "reference"), step=0, prompt_ids=range(len(ids)))
-        texts = [
-            [pair.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in row]
-            for row in drawn
-        ]
+        tokens = [[sample.ids for sample in row] for row in drawn]
         more = replace(self.yardstick, samples=count)
-        scores = more.scores(texts, [[sample.ids for sample in row] for row in drawn])
+        scores = more.scores(decode_all(pair.tokenizer, tokens), tokens)
         assert scores is not None
         return {
             "score": scores.tolist(),

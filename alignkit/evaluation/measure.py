@@ -6,7 +6,7 @@ is cut at `max_new_tokens`, at temperature 1 and over the whole vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +26,11 @@ from alignkit.policies.load import choose_layout, probe_bundle, same_vocabulary
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.pair import SCORING_BUDGET, PolicyPair
 from alignkit.policies.reference import Anchor, frozen
+from alignkit.rewards.call import RewardCall, call_reward
 from alignkit.rollout.generate import OneModel
 from alignkit.rollout.hf import HFSampler
+from alignkit.rollout.text import as_reply, decode_all
 from alignkit.runs.trained_model import load_finished
-
-Reward = Callable[..., Sequence[float | None]]  # TRL's signature
 
 
 def _reverse(policy: Tensor, anchor: Tensor | None, labels: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Yardstick:
     samples: int = 8
     max_new_tokens: int = 64
     seed: int = 0
-    reward: Reward | None = None
+    reward: RewardCall | None = None
 
     def measure(self, pair: PolicyPair, name: str, *, base: Measured | None = None) -> Measured:
         """Samples of the pair's policy with their figures; with `base` (see `measure_reference`)
@@ -118,9 +118,7 @@ class Yardstick:
                 FORWARD,
             )
             figures["forward_kl"] = np.array(along["kl"]).reshape(shape)
-        texts = [
-            [pair.tokenizer.decode(t, skip_special_tokens=True) for t in row] for row in tokens
-        ]
+        texts = decode_all(pair.tokenizer, tokens)
         return Measured(
             name=name,
             prompts=[prompt.text for prompt in self.prompts],
@@ -137,20 +135,12 @@ class Yardstick:
         """
         if self.reward is None:
             return None
-        repeated = [prompt for prompt in self.prompts for _ in range(self.samples)]
-        columns = {
-            name: [p.columns.get(name) for p in repeated] for name in self.prompts[0].columns
-        }
-        chats = [not isinstance(p.text, str) for p in repeated]
-        flat = [text for row in texts for text in row]
-        values = self.reward(
-            [p.text for p in repeated],
-            [[{"role": "assistant", "content": t}] if chat else t for t, chat in zip(flat, chats)],
-            completion_ids=[t.tolist() for row in tokens for t in row],
-            **columns,
+        replies = [[as_reply(p.text, t) for t in row] for p, row in zip(self.prompts, texts)]
+        ids = [[t.tolist() for t in row] for row in tokens]
+        scores = call_reward(self.reward, self.prompts, replies, ids)
+        return np.array(
+            [[np.nan if score is None else score for score in row] for row in scores], dtype=float
         )
-        found = np.array([np.nan if value is None else value for value in values], dtype=float)
-        return found.reshape(len(texts), self.samples)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from alignkit.errors import ConfigError, DataError
 from alignkit.policies.module import context_length
 from alignkit.rollout.hf import HFSampler
 from alignkit.rollout.protocol import Models
+from alignkit.rollout.text import decode_all
 
 Prompt = str | Sequence[dict[str, Any]]  # plain text, or the messages of a chat
 
@@ -63,10 +64,7 @@ def generate(
     cap = max(1, min(MAX_NEW_TOKENS, room)) if max_new_tokens is None else max_new_tokens
     sampler = HFSampler(models, max_new_tokens=cap, temperature=temperature, top_p=top_p, seed=seed)
     drawn = sampler.sample(ids, Draw(completions, source), step=0, prompt_ids=range(len(ids)))
-    return [
-        [models.tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples]
-        for samples in drawn
-    ]
+    return decode_all(models.tokenizer, [[s.ids for s in samples] for samples in drawn])
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Any) -> Tensor:

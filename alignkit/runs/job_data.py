@@ -4,6 +4,7 @@ samples to read.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from alignkit.batches import Bundle, Draw, Plan
 from alignkit.config.recipe import Recipe
-from alignkit.data.load import fingerprint, load_bundles, load_prompts
+from alignkit.data.load import Prompt, fingerprint, load_bundles, load_prompts
 from alignkit.data.report import Report
 from alignkit.errors import ConfigError
 from alignkit.objectives.base import Objective
@@ -24,6 +25,7 @@ from alignkit.policies.pair import PolicyPair
 from alignkit.policies.store import cached_in
 from alignkit.rollout.engines import make_sampler
 from alignkit.rollout.importance import Correction
+from alignkit.rollout.text import as_reply, decode
 from alignkit.sources.dataset import DatasetSource, Source
 from alignkit.sources.sampled_pairs import SamplesBeside
 from alignkit.tasks import Task
@@ -82,12 +84,14 @@ def fixed_feed(
     if plan.samples:
         sampler = make_sampler(recipe.rollout, pair, seed=recipe.train.seed)
         judge = _appraisers(recipe, plan, task, accelerator, safe)[1]
-
-        def decode(ids: Tensor) -> str:
-            return pair.tokenizer.decode(ids, skip_special_tokens=True)
-
         source = SamplesBeside(
-            rows, sampler, plan, recipe.rollout.completions, accelerator, judge, decode
+            rows,
+            sampler,
+            plan,
+            recipe.rollout.completions,
+            accelerator,
+            judge,
+            partial(decode, pair.tokenizer),
         )
     texts = {tuple(b.prompt.tolist()): b.prompt for b in held_out or bundles}
     samples = _sampling(recipe, pair, list(texts.values())[:SHOWN_PROMPTS])
@@ -120,16 +124,15 @@ def sampled_feed(
     prompts, report = _load(load_prompts, recipe, plan, pair, task, "train")
     reward, judge = _appraisers(recipe, plan, task, accelerator, safe)
 
-    def decode(prompt: Any, ids: Tensor) -> Any:
-        text = pair.tokenizer.decode(ids, skip_special_tokens=True)
-        return text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
+    def reply(prompt: Prompt, ids: Tensor) -> Any:
+        return as_reply(prompt.text, decode(pair.tokenizer, ids))
 
     source = RolloutSource(
         prompts,
         objective,
         pair,
         make_sampler(rollout, pair, seed=recipe.train.seed, accelerator=accelerator),
-        decode,
+        reply,
         accelerator,
         batch_size=recipe.train.batch_size,
         completions=rollout.completions,
@@ -148,7 +151,7 @@ def sampled_feed(
     if recipe.data.eval and reward:
         held_out, other = _load(load_prompts, recipe, plan, pair, task, "eval")
         sampler = make_sampler(rollout, pair, seed=recipe.train.seed + 1, accelerator=accelerator)
-        measure = HeldOut(held_out, sampler, decode, reward, accelerator)
+        measure = HeldOut(held_out, sampler, reply, reward, accelerator)
         notes = [*notes, *other.lines()]
     elif recipe.data.eval:
         notes = [
@@ -276,13 +279,13 @@ def _sampling(
 
     def samples(step: int) -> list[dict[str, Any]]:
         drawn = sampler.sample(fitting, Draw(1), step=0, prompt_ids=range(len(fitting)))
-        texts = [
-            [pair.tokenizer.decode(ids, skip_special_tokens=True) for ids in (p, s[0].ids)]
-            for p, s in zip(fitting, drawn)
-        ]
         return [
-            {"step": step, "prompt": prompt, "completion": completion}
-            for prompt, completion in texts
+            {
+                "step": step,
+                "prompt": decode(pair.tokenizer, prompt),
+                "completion": decode(pair.tokenizer, samples[0].ids),
+            }
+            for prompt, samples in zip(fitting, drawn)
         ]
 
     return samples

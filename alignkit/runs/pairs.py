@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator
@@ -17,14 +17,13 @@ from alignkit.batches import Draw
 from alignkit.config.data import DataConfig
 from alignkit.data.load import Prompt, load_prompts
 from alignkit.errors import ConfigError, DataError, ResourceError
+from alignkit.rewards.call import Score, call_reward
 from alignkit.rewards.load import load_rewards
 from alignkit.rollout.hf import HFSampler
+from alignkit.rollout.text import as_reply, decode, decode_after
 from alignkit.runs.trained_model import load_finished
 from alignkit.tasks import Task, resolve
 from alignkit.training.checkpoint import fsync
-
-if TYPE_CHECKING:
-    from alignkit.rollout.generate import OneModel
 
 Method = Literal["bradley_terry", "best_worst", "rejection"]
 Pick = tuple[int, int]  # the better completion's place among a prompt's, and the worse one's
@@ -139,12 +138,15 @@ def make_pairs(request: PairRequest, to: Path) -> Counter[str]:
         [p.ids for p in prompts], Draw(request.samples), step=0, prompt_ids=range(len(prompts))
     )
     texts = [
-        [_text(models, prompt, s.ids) for s in samples] for prompt, samples in zip(prompts, drawn)
+        [_text(models.tokenizer, prompt, s.ids) for s in samples]
+        for prompt, samples in zip(prompts, drawn)
     ]
     counts = Counter({"prompts": len(prompts), "prompts dropped": report.total - len(prompts)})
     counts["completions"] = sum(map(len, texts))
     counts["cut at max_new_tokens"] = sum(not s.ended for samples in drawn for s in samples)
-    rows = _rows(request, prompts, texts, _scores(request, task, prompts, texts), counts)
+    ids = [[s.ids.tolist() for s in samples] for samples in drawn]
+    scores = _scores(request, task, prompts, texts, ids)
+    rows = _rows(request, prompts, texts, scores, counts)
     if not rows:
         told = ", ".join(f"{n} {name}" for name, n in counts.items())
         raise DataError(
@@ -165,15 +167,11 @@ def make_pairs(request: PairRequest, to: Path) -> Counter[str]:
     return counts
 
 
-def _text(models: "OneModel", prompt: Prompt, ids: torch.Tensor) -> str:
-    """A completion as it follows its prompt, so that both together are tokenised as they were
-    drawn.
-    """
-    if not isinstance(prompt.text, str):
-        return str(models.tokenizer.decode(ids, skip_special_tokens=True))
-    both = (prompt.ids, torch.cat([prompt.ids, ids]))
-    before, whole = (models.tokenizer.decode(part, skip_special_tokens=True) for part in both)
-    return str(whole[len(before) :])
+def _text(tokenizer: Any, prompt: Prompt, ids: torch.Tensor) -> str:
+    """A completion as it is written to the file, where a plain prompt is followed by it directly."""
+    if isinstance(prompt.text, str):
+        return decode_after(tokenizer, prompt.ids, ids)
+    return decode(tokenizer, ids)
 
 
 def _scores(
@@ -181,8 +179,9 @@ def _scores(
     task: Task | None,
     prompts: Sequence[Prompt],
     texts: Sequence[Sequence[str]],
-) -> list[Any]:
-    """One score, or None, per completion."""
+    ids: Sequence[Sequence[list[int]]],
+) -> list[list[Score]]:
+    """One score, or None, for each completion of each prompt."""
     if request.reward is not None:
         section = {"function" if ":" in request.reward else "model": request.reward}
         reward: Any = load_rewards(
@@ -194,14 +193,8 @@ def _scores(
         raise ConfigError(
             "pairs: no reward; name one with --reward FILE.py:NAME or a reward model's folder"
         )
-    owned = [(p, text) for p, row in zip(prompts, texts) for text in row]
-    columns = {name: [p.columns.get(name) for p, _ in owned] for name in prompts[0].columns}
-    read = [
-        text if isinstance(p.text, str) else [{"role": "assistant", "content": text}]
-        for p, text in owned
-    ]
-    found = iter(reward([p.text for p, _ in owned], read, **columns))
-    return [[next(found) for _ in row] for row in texts]
+    replies = [[as_reply(p.text, text) for text in row] for p, row in zip(prompts, texts)]
+    return call_reward(reward, prompts, replies, ids)
 
 
 def _rows(

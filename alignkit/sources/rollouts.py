@@ -21,12 +21,12 @@ from alignkit.judges.rows import INVALID, Compare, judged
 from alignkit.objectives.base import Objective
 from alignkit.policies.layout import stand_in
 from alignkit.policies.pair import PolicyPair
+from alignkit.rewards.call import RewardCall, call_reward
 from alignkit.rollout.importance import Correction, mismatch
 from alignkit.rollout.protocol import Sample, Sampler
 from alignkit.sources.bundle_io import pack, unpack
 from alignkit.sources.dataset import Order
 
-Score = Callable[..., list[float | None]]  # TRL's reward signature
 # rollouts in a row without any difference between the scores of a prompt, until it is said
 FLAT_LIMIT = 5
 log = logging.getLogger("alignkit")
@@ -52,7 +52,7 @@ class RolloutSource:
     batch_size: int
     completions: int
     seed: int
-    reward: Score | None = None
+    reward: RewardCall | None = None
     judge: Compare | None = None
     micro_batch_tokens: int = 4096
     # prompts whose mean score is outside make room for others
@@ -211,31 +211,22 @@ class RolloutSource:
     def _scores(self, prompts, bundles, scored, texts) -> list[Bundle | None]:
         if self.reward is None:
             raise DataError("this objective needs a reward; set `rewards` in the recipe")
-        repeated = [p for p, row in zip(prompts, texts) for _ in row]
-        columns = {
-            name: [p.columns[name] for p in repeated]
-            for name in (repeated[0].columns if repeated else ())
-        }
-        values = self.reward(
-            [p.text for p in repeated],
-            [text for row in texts for text in row],
-            completion_ids=[s.ids.tolist() for row in scored for s in row],
-            trainer_state=SimpleNamespace(
-                global_step=self.number * self.plan.epochs * self.plan.minibatches
-            ),
-            **columns,
+        step = self.number * self.plan.epochs * self.plan.minibatches
+        scores = call_reward(
+            self.reward,
+            prompts,
+            texts,
+            [[s.ids.tolist() for s in row] for row in scored],
+            trainer_state=SimpleNamespace(global_step=step),
         )
         # each function's own mean, set-aside rows, failures
         self.metrics |= getattr(self.reward, "metrics", {})
-        at = 0
         result = []
-        for bundle in bundles:
-            mine = values[at : at + len(bundle.completions)]
-            at = at + len(bundle.completions)
+        for bundle, row in zip(bundles, scores):
             # None: the reward does not apply
-            keep = [i for i, value in enumerate(mine) if value is not None]
+            keep = [i for i, score in enumerate(row) if score is not None]
             result.append(
-                _pick(bundle, keep, torch.tensor([mine[i] for i in keep])) if keep else None
+                _pick(bundle, keep, torch.tensor([row[i] for i in keep])) if keep else None
             )
         return result
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from alignkit.batches import Draw
 from alignkit.distributed.errors import raise_on_all_ranks
 from alignkit.errors import DataError
+from alignkit.rewards.call import RewardCall, call_reward
 from alignkit.rollout.protocol import Sampler
 from alignkit.training.reduction import Metrics
 
@@ -24,7 +25,7 @@ class HeldOut:
     prompts: Sequence[Any]  # alignkit.data Prompt: ids, text (or messages), columns
     sampler: Sampler
     decode: Callable[[Any, Tensor], Any]  # (prompt, ids) -> what the reward reads
-    reward: Callable[..., list[float | None]]  # TRL's signature; None: does not apply
+    reward: RewardCall
     accelerator: Accelerator
 
     def __call__(self) -> Metrics:
@@ -55,17 +56,13 @@ class HeldOut:
             [p.ids for p in prompts], Draw(1), step=0, prompt_ids=[i for i, _ in numbered]
         )
         samples = [rows[0] for rows in drawn]
-        columns = {
-            name: [p.columns[name] for p in prompts]
-            for name in (prompts[0].columns if prompts else ())
-        }
-        values = self.reward(
-            [p.text for p in prompts],
-            [self.decode(p, s.ids) for p, s in zip(prompts, samples)],
-            completion_ids=[s.ids.tolist() for s in samples],
-            **columns,
+        scores = call_reward(
+            self.reward,
+            prompts,
+            [[self.decode(p, s.ids)] for p, s in zip(prompts, samples)],
+            [[s.ids.tolist()] for s in samples],
         )
-        scored = [value for value in values if value is not None]
+        scored = [score for (score,) in scores if score is not None]
         return torch.tensor(
             [sum(scored), len(scored), sum(len(s.ids) for s in samples), len(samples)],
             dtype=torch.float64,
