@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo test test-faults test-trl-matrix test-vllm lint bench reproduce clean
+.PHONY: install demo test test-faults test-trl-matrix test-vllm test-wheel lint docs bench reproduce clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -29,10 +29,16 @@ test-vllm: $(STAMP)  ## the vLLM sampler against a real vLLM on this machine's C
 	@$(BIN)/python tests/rollout/vllm_env.py
 	$(SINGLE) $(BIN)/python -m pytest -rs tests/rollout/test_real_vllm.py
 
+test-wheel: $(STAMP)  ## the built wheel, installed away from this checkout
+	$(SINGLE) $(BIN)/python -m pytest -m slow tests/test_wheel.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## the documentation as a web site in site/; a broken link or an undocumented public name fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP)  ## speed and memory beside TRL, as Markdown tables
 	@set -e; for script in tests/benchmarks/bench_*.py; do echo "# $$script"; $(BIN)/python $$script; done
@@ -41,4 +47,4 @@ reproduce: $(STAMP)  ## the tables and figures of docs/results
 	@set -e; for script in docs/results/make_*.py; do echo "# $$script"; $(BIN)/python $$script; done
 
 clean:
-	rm -rf .venv .venv-vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

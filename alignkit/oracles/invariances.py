@@ -30,6 +30,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """Whether the figure is within its bound."""
         return self.figure <= self.bound  # nan fails
 
 
