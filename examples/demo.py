@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignkit.config.recipe import build_objective, load_recipe
+from alignkit.config import build_objective, load_recipe
 from alignkit.rollout.generate import OneModel, generate
 from alignkit.runs.launch import run_recipe
 from alignkit.tasks.exact import Figures, figures, folder_logps, outcome_rewards

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from world import save_model
 
+from alignkit.config import Recipe, build_objective, load_recipe
 from alignkit.config.model import ModelConfig
-from alignkit.config.recipe import Recipe, build_objective, load_recipe
 from alignkit.config.validation import field_names
 from alignkit.data import DataConfig, load_bundles
 from alignkit.errors import AlignkitError

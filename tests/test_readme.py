@@ -4,7 +4,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
-from alignkit.config.recipe import build_objective, load_recipe
+from alignkit.config import build_objective, load_recipe
 from alignkit.objectives import OBJECTIVES, locate
 from alignkit.testing import check_objective
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from alignkit.config.recipe import build_objective, load_recipe
+from alignkit.config import build_objective, load_recipe
 from alignkit.judges import JudgeConfig
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "self_play.md").read_text()

@@ -28,7 +28,8 @@ from rich.console import Console
 from alignkit.comparison.grid import Point, expand, section_of
 from alignkit.comparison.live_table import LiveTable
 from alignkit.comparison.run_state import Outcome, Status, outcome_of, prepare
-from alignkit.config.recipe import Recipe, build_objective, dump_recipe
+from alignkit.config.objective import build_objective
+from alignkit.config.recipe import Recipe, dump_recipe
 from alignkit.errors import AlignkitError, ModelError, ResourceError
 from alignkit.runs.launch import check_appraisal, check_without_torch, resolve_task
 from alignkit.training.signals import Interrupted

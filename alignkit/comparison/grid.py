@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.config.compare import CompareConfig
-from alignkit.config.recipe import Recipe, check_part
+from alignkit.config.objective import check_part
+from alignkit.config.recipe import Recipe
 from alignkit.config.text import Keys
 from alignkit.config.validation import nearest, validated
 from alignkit.errors import ConfigError

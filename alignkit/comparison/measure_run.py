@@ -10,7 +10,8 @@ from typing import Any
 
 from alignkit.batches import Draw
 from alignkit.comparison.grid import Point, section_of
-from alignkit.config.recipe import Recipe, build_objective
+from alignkit.config.objective import build_objective
+from alignkit.config.recipe import Recipe
 from alignkit.data.load import load_prompts
 from alignkit.errors import ConfigError
 from alignkit.evaluation.exact import Listed, listed_world

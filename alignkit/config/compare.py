@@ -2,25 +2,24 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from alignkit.config.judges import JudgeConfig
 from alignkit.config.rewards import RewardConfig
+from alignkit.config.section import Section
 
 Sections = dict[str, Any]
 
 
-class CompareConfig(BaseModel):
-    """A grid of runs and how their results are measured. What is not in here (model, data, train,
-    ...) is the recipe's own.
+class CompareConfig(Section):
+    """A grid of runs and how their results are measured. The other sections of the recipe (model,
+    data, train, ...) apply to every run.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
-    )
     grid: Annotated[dict[str, Sections], Field(min_length=1)] = Field(
-        description="label -> fields of the objective; a list of values makes a run of each, several lists all combinations. "
-        "The label is the objective's name unless `name` or `import` says otherwise"
+        description="label -> fields of the objective; a list of values makes one run per value, "
+        "several lists make all combinations. The label is the objective's name unless `name` or "
+        "`import` is among the fields"
     )
     overrides: dict[str, Sections] = Field(
         {}, description="label -> sections of the recipe that differ for its runs"
@@ -31,7 +30,9 @@ class CompareConfig(BaseModel):
     prompts: str | None = Field(
         None, description="prompts to evaluate on; null: data.eval, else those of the task"
     )
-    max_prompts: PositiveInt | None = Field(None, description="only the first so many of them")
+    max_prompts: PositiveInt | None = Field(
+        None, description="evaluate on this many prompts only, the first ones"
+    )
     samples: Annotated[int, Field(ge=2)] = Field(
         8, description="completions per prompt and model, with the same noise for all"
     )
@@ -39,18 +40,20 @@ class CompareConfig(BaseModel):
         [2, 4, 8, 16], description="the n of best-of-n, the baseline that needs no training"
     )
     base_samples: PositiveInt = Field(
-        64, description="completions of the base per prompt that the baselines are estimated from"
+        64,
+        description="completions of the base model per prompt, to estimate the baselines from",
     )
     score: list[RewardConfig] = Field(
-        [], description="what is compared; default: the recipe's rewards, else the task's"
+        [], description="the rewards to compare by; default: the recipe's rewards, else the task's"
     )
     judge: JudgeConfig | None = Field(
-        None, description="who says which of two completions wins; null: the higher score"
+        None, description="who decides which of two completions wins; null: the higher score wins"
     )
     correct: float | None = Field(
-        None, description="a completion that scores at least this is right: adds pass@k"
+        None, description="a completion with at least this score is correct; adds pass@k"
     )
     workers: Literal["auto"] | NonNegativeInt = Field(
         "auto",
-        description="runs at a time, each in a process with one thread; auto: one per core, on a GPU one; 0: in here",
+        description="runs at the same time, each in a process with one thread; "
+        "auto: one per core, or one on a GPU; 0: one after the other in this process",
     )

@@ -2,21 +2,22 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+from alignkit.config.section import Section
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """Where the rows come from and how they become tokens."""
 
-    model_config = STRICT
     train: str = Field(
         "task:reviews", description="a file, a saved dataset folder, a hub name, or task:NAME"
     )
-    eval: str | None = Field(None, description="the same for held-out rows")
-    split: str = Field("train", description="split of a hub dataset or dataset folder with several")
-    subset: str | None = Field(None, description="configuration of a hub dataset that has several")
+    eval: str | None = Field(None, description="held-out rows, from the same kinds of source")
+    split: str = Field("train", description="which split to read where a dataset has several")
+    subset: str | None = Field(
+        None, description="which configuration to read where a hub dataset has several"
+    )
     format: Literal[
         "auto",
         "pair",
@@ -28,15 +29,17 @@ class DataConfig(BaseModel):
         "labelled",
         "prompt",
     ] = Field("auto", description="row format; auto decides from the columns of all rows")
-    columns: dict[str, str] = Field({}, description="our name -> the file's column name")
+    columns: dict[str, str] = Field(
+        {}, description="alignkit's column name -> the column name in the data"
+    )
     chat_template: str | None = Field(
         None, description="Jinja template or a path to one, for tokenizers without their own"
     )
     max_length: Annotated[int, Field(ge=2)] = Field(
-        1024, description="tokens of prompt + completion; longer completions are cut"
+        1024, description="most tokens of prompt and completion; longer completions are cut"
     )
     append_eos: Literal["auto", True, False] = Field(
-        "auto", description="auto: append to plain text, not to chats"
+        "auto", description="end completions with EOS; auto: those of plain text, not of chats"
     )
     split_special_tokens: bool = Field(
         False, description="read special tokens inside the text as plain characters"

@@ -2,32 +2,28 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
-STRICT = ConfigDict(
-    extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
-)
+from alignkit.config.section import Section
 
 
-class AdapterConfig(BaseModel):
+class AdapterConfig(Section):
     """LoRA through peft."""
 
-    model_config = STRICT
     r: PositiveInt = Field(16, description="rank")
     alpha: PositiveInt = Field(32, description="scaling numerator: updates are scaled by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: str | list[str] = Field(
-        "all-linear", description="module names, or peft's all-linear"
+        "all-linear", description="module names, or all-linear as in peft"
     )
     path: str | None = Field(
-        None, description="a pretrained adapter to train on; its start is the reference"
+        None, description="a pretrained adapter to train further; the reference is this adapter"
     )
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Section):
     """Which model is trained and how it is loaded."""
 
-    model_config = STRICT
     name_or_path: str = Field(
         "task", description="a hub name, a local folder, or `task` for the embedded world's base"
     )
@@ -39,7 +35,7 @@ class ModelConfig(BaseModel):
         "auto", description="attention kernel"
     )
     layout: Literal["auto", "shared_prefix", "padded"] = Field(
-        "auto", description="how bundles become rows; auto probes once"
+        "auto", description="how bundles become rows; auto tries both layouts once"
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute layers in backward to save memory"
@@ -50,15 +46,14 @@ class ModelConfig(BaseModel):
     trust_remote_code: bool = Field(False, description="run Python code that ships with the model")
 
 
-class TargetConfig(BaseModel):
+class TargetConfig(Section):
     """A second anchor for the objectives that ask for one."""
 
-    model_config = STRICT
     kind: Literal["ema", "synced"] = Field(
-        "ema", description="what the anchor follows the policy by"
+        "ema", description="how the anchor follows the policy: by an average, or by copies"
     )
-    decay: float = Field(0.99, gt=0, lt=1, description="ema: weight of the old anchor per step")
-    every: PositiveInt = Field(64, description="synced: copy the policy every this many steps")
+    decay: float = Field(0.99, gt=0, lt=1, description="ema: weight of the old anchor in each step")
+    every: PositiveInt = Field(64, description="synced: steps between two copies of the policy")
 
 
 class ReferenceConfig(TargetConfig):
@@ -69,5 +64,5 @@ class ReferenceConfig(TargetConfig):
     )
     store: str | None = Field(
         None,
-        description="cached: a folder that keeps the log-probs for further runs on the same rows",
+        description="cached: a folder that keeps the log-probs for later runs on the same rows",
     )

@@ -25,6 +25,7 @@ def load_object(spec: str, *, what: str, safe: bool = False) -> object:
         raise ConfigError(
             f"{what}: `{spec}` would run code that the recipe names; --safe does not allow that"
         )
+
     print(f"alignkit: {what} runs code from {spec}", file=sys.stderr)
     module = _load_module(source, what)
     try:
@@ -40,17 +41,21 @@ def _load_module(source: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(source)
     except ModuleNotFoundError as error:
+        # Only an absent `source` is looked for as a file; an absent import inside it is an error.
         if error.name is None or not f"{source}.".startswith(f"{error.name}."):
-            raise  # the module is there; something that it imports is not
+            raise
     except (TypeError, ValueError):  # a leading dot, an empty part
         raise ConfigError(
-            f"{what}: `{source}` is not a module name; write `module:Name` or `path/to/file.py:Name`"
+            f"{what}: `{source}` is not a module name; "
+            "write `module:Name` or `path/to/file.py:Name`"
         ) from None
+
     local = Path(f"{source}.py")
     if local.is_file():
         return _load_file(local, what)
     raise ConfigError(
-        f"{what}: found neither a module `{source}` on Python's path nor a file {local} in {Path.cwd()}"
+        f"{what}: found neither a module `{source}` on Python's path nor "
+        f"a file {local} in {Path.cwd()}"
     )
 
 
@@ -58,16 +63,20 @@ def _load_file(path: Path, what: str) -> ModuleType:
     """Each file is loaded once per process, so that its classes stay the same objects."""
     if not path.is_file():
         raise ConfigError(f"{what}: there is no file {path.resolve()}")
-    key = f"_alignkit_{path.stem}_{sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
-    if key not in sys.modules:
-        spec = importlib.util.spec_from_file_location(key, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[key] = module  # before it runs: pydantic looks annotations up here
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[key]
-            raise
-    return sys.modules[key]
+
+    path_hash = sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    module_name = f"_alignkit_{path.stem}_{path_hash}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # before it runs: pydantic looks annotations up here
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module

@@ -4,8 +4,6 @@ import re
 from typing import Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -13,18 +11,18 @@ from pydantic import (
     model_validator,
 )
 
-STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+from alignkit.config.section import Section
+
 KINDS = ("function", "model", "verifier", "length", "format")
 
 
-class LengthReward(BaseModel):
+class LengthReward(Section):
     """Soft penalty of long completions (Yu et al. 2025, arXiv:2503.14476, eq. 13): 0 up to
     max_tokens - buffer, then falling linearly to -1 at max_tokens.
     """
 
-    model_config = STRICT
-    max_tokens: PositiveInt = Field(description="tokens from which on the reward is -1")
-    buffer: PositiveInt = Field(description="tokens over which it falls from 0 to -1")
+    max_tokens: PositiveInt = Field(description="from this many tokens on, the reward is -1")
+    buffer: PositiveInt = Field(description="number of tokens over which it falls from 0 to -1")
 
     @model_validator(mode="after")
     def _fits(self) -> "LengthReward":
@@ -33,10 +31,9 @@ class LengthReward(BaseModel):
         return self
 
 
-class RewardConfig(BaseModel):
-    """A reward: exactly one of function, model, verifier, length and format, and how it counts."""
+class RewardConfig(Section):
+    """A reward: exactly one of function, model, verifier, length and format, with its weight."""
 
-    model_config = STRICT
     function: str | None = Field(
         None, description="`module:name` or `file.py:name` in TRL's reward-function signature"
     )
@@ -45,7 +42,8 @@ class RewardConfig(BaseModel):
     )
     verifier: str | None = Field(
         None,
-        description="`module:name` or `file.py:name`: f(prompt, completion, **columns) -> float, in its own process",
+        description="`module:name` or `file.py:name` of a function "
+        "f(prompt, completion, **columns) -> float, which runs in a process of its own",
     )
     length: LengthReward | None = Field(None, description="penalty of long completions")
     format: str | None = Field(
@@ -56,18 +54,22 @@ class RewardConfig(BaseModel):
     )
     on_bad: Literal["stop", "drop"] = Field(
         "stop",
-        description="a row whose reward is nan, infinite or an exception stops the run, or is set aside and counted",
+        description="a row whose reward is nan, infinite or an exception stops the run (stop), "
+        "or leaves the batch and is counted (drop)",
     )
     timeout: PositiveFloat | None = Field(
         None,
-        description="seconds; null: 600 for a call of a function, 10 for one completion of a verifier",
+        description="seconds that one call may take; "
+        "null: 600 for a function, 10 for one completion of a verifier",
     )
     failed: float = Field(
         0.0,
         description="verifier: score of a completion that ran out of time or memory, or crashed",
     )
-    workers: PositiveInt = Field(2, description="verifier: processes")
-    memory_mb: PositiveInt = Field(4096, description="verifier: address space of one process")
+    workers: PositiveInt = Field(2, description="verifier: number of processes")
+    memory_mb: PositiveInt = Field(
+        4096, description="verifier: MiB of address space that one process may use"
+    )
     revision: str | None = Field(None, description="model: hub revision")
 
     @field_validator("format")
@@ -84,11 +86,12 @@ class RewardConfig(BaseModel):
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"a reward has exactly one of {', '.join(KINDS)}; this one has {' and '.join(given) or 'none'}"
+                f"a reward has exactly one of {', '.join(KINDS)}; "
+                f"this one has {' and '.join(given) or 'none'}"
             )
         return self
 
     @property
     def kind(self) -> str:
-        """Which of the kinds it is."""
+        """Which of function, model, verifier, length and format it is."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)

@@ -1,5 +1,5 @@
-"""Recipe text and `a.b=value` overrides to plain data, with the place of every field. Imports no
-torch.
+"""From the YAML of a recipe and `a.b=value` overrides to plain data, with the line of every field.
+Imports no torch.
 
 YAML here is data: tags (Python objects among them), duplicate keys, deep nesting, many aliases,
 large files and interpolations that call a function (`${oc.env:TOKEN}`) are refused. `${train.seed}`
@@ -42,11 +42,14 @@ class Origin:
         for assigned, text in reversed(self.overrides):
             if keys[: len(assigned)] == assigned:
                 return f"override `{text}`"
+
+        # A section that stands in no file was made by the overrides of fields inside it.
         inside = [
             text for assigned, text in self.overrides if keys and assigned[: len(keys)] == keys
         ]
-        if inside and keys not in self.lines:  # a section that overrides made
+        if inside and keys not in self.lines:
             return f"override `{inside[-1]}`"
+
         for end in range(len(keys), 0, -1):
             if keys[:end] in self.lines:
                 return f"{self.name}:{self.lines[keys[:end]]}"
@@ -69,7 +72,7 @@ def read_recipe(
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from None
     return parse_recipe(text, str(path), overrides, defaults)
 
@@ -82,59 +85,71 @@ def parse_recipe(
     def at(line: int) -> str:
         return f"{name}:{line}"
 
-    node = _checked(text, at)
+    node = _node_tree(text, at)
     if node is not None and not isinstance(node, yaml.MappingNode):
         raise ConfigError(
             f"{at(1)}: a recipe is a mapping of sections (model, data, objective, train, ...)"
         )
-    data: Any = {**(defaults or {}), **(_plain(text, at) if node is not None else {})}
+    data: dict[str, Any] = dict(defaults or {})
+    if node is not None:
+        data |= _plain(text, at)
+
     assigned = []
     for override in overrides:
         keys, value = _split(override)
         _assign(data, keys, value, override)
         assigned.append((keys, override))
+
+    # Interpolations come last: `${train.seed}` is the seed after all overrides.
     origin = Origin(name, {} if node is None else _lines(node), assigned)
     try:
-        return OmegaConf.to_container(
+        resolved = OmegaConf.to_container(
             OmegaConf.create(data), resolve=True, throw_on_missing=True
-        ), origin  # type: ignore[return-value]
+        )
     except OmegaConfBaseException as error:
         keys = tuple(re.findall(r"[^.\[\]]+", error.full_key or ""))
         raise ConfigError(f"{origin.at(keys)}: {_first_line(error)}") from None
+    return resolved, origin  # type: ignore[return-value]
 
 
-def _checked(text: str, at: At) -> yaml.Node | None:
+def _node_tree(text: str, at: At) -> yaml.Node | None:
     """The node tree of `text`, None for an empty document; ConfigError for what a recipe may not
     contain.
     """
-    depth = aliases = 0
+    depth = 0
+    aliases = 0
     try:
         for event in yaml.parse(text, Loader=_LOADER):
             here = at(event.start_mark.line + 1)
-            if getattr(event, "tag", None) is not None:
-                raise ConfigError(
-                    f"{here}: the tag `{event.tag}` is not allowed; recipes hold plain values"
-                )
-            if isinstance(event, yaml.ScalarEvent) and _CALL.search(event.value):
-                raise ConfigError(
-                    f"{here}: `{event.value}` calls a function; only `${{section.field}}` is allowed"
-                )
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
-                event, yaml.CollectionEndEvent
-            )
-            aliases += isinstance(event, yaml.AliasEvent)
-            if depth > MAX_DEPTH or aliases > MAX_ALIASES:
-                what = (
-                    f"nesting deeper than {MAX_DEPTH}"
-                    if depth > MAX_DEPTH
-                    else f"more than {MAX_ALIASES} aliases"
-                )
-                raise ConfigError(f"{here}: {what} is not allowed")
+            _refuse_code(event, here)
+
+            # Both limits keep a small file from growing into a huge one as it is read.
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            elif isinstance(event, yaml.AliasEvent):
+                aliases += 1
+            if depth > MAX_DEPTH:
+                raise ConfigError(f"{here}: nesting deeper than {MAX_DEPTH} is not allowed")
+            if aliases > MAX_ALIASES:
+                raise ConfigError(f"{here}: more than {MAX_ALIASES} aliases is not allowed")
         return yaml.compose(text, Loader=_LOADER)
     except yaml.YAMLError as error:
         raise _syntax_error(error, at) from None
     except UnicodeError:
         raise ConfigError(f"{at(1)}: not valid Unicode text") from None
+
+
+def _refuse_code(event: yaml.Event, here: str) -> None:
+    """Tags may make Python objects, and interpolations with a colon call a function."""
+    tag = getattr(event, "tag", None)
+    if tag is not None:
+        raise ConfigError(f"{here}: the tag `{tag}` is not allowed; recipes hold plain values")
+    if isinstance(event, yaml.ScalarEvent) and _CALL.search(event.value):
+        raise ConfigError(
+            f"{here}: `{event.value}` calls a function; only `${{section.field}}` is allowed"
+        )
 
 
 def _plain(text: str, at: At) -> Any:
@@ -145,19 +160,16 @@ def _plain(text: str, at: At) -> Any:
         return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except yaml.YAMLError as error:
         raise _syntax_error(error, at) from None
-    except (
-        OmegaConfBaseException,
-        ValueError,
-    ) as error:  # a broken `${`, a number that Python cannot hold
+    except (OmegaConfBaseException, ValueError) as error:
+        # a `${` that is not closed, or a number that Python cannot hold
         raise ConfigError(f"{at(1)}: {_first_line(error)}") from None
 
 
 def _syntax_error(error: yaml.YAMLError, at: At) -> ConfigError:
     mark = getattr(error, "problem_mark", None)
+    line = mark.line + 1 if mark else 1
     problem = getattr(error, "problem", None) or getattr(error, "reason", None)
-    return ConfigError(
-        f"{at(mark.line + 1 if mark else 1)}: not valid YAML: {problem or _first_line(error)}"
-    )
+    return ConfigError(f"{at(line)}: not valid YAML: {problem or _first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:
@@ -165,21 +177,20 @@ def _first_line(error: Exception) -> str:
 
 
 def _lines(node: yaml.Node, keys: Keys = ()) -> dict[Keys, int]:
-    """Keys of every field -> line where it stands."""
-    found: dict[Keys, int] = {}
+    """The keys that lead to each field -> the line where it stands."""
+    lines: dict[Keys, int] = {}
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            found |= {
-                (*keys, str(index)): item.start_mark.line + 1,
-                **_lines(item, (*keys, str(index))),
-            }
+            item_keys = (*keys, str(index))
+            lines[item_keys] = item.start_mark.line + 1
+            lines |= _lines(item, item_keys)
+
     elif isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            found |= {
-                (*keys, key.value): key.start_mark.line + 1,
-                **_lines(value, (*keys, key.value)),
-            }
-    return found
+            value_keys = (*keys, key.value)
+            lines[value_keys] = key.start_mark.line + 1
+            lines |= _lines(value, value_keys)
+    return lines
 
 
 def _split(override: str) -> tuple[Keys, Any]:
@@ -191,32 +202,40 @@ def _split(override: str) -> tuple[Keys, Any]:
     key, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
         raise ConfigError(f"{at(1)}: write it as section.field=value, for example train.steps=100")
-    _checked(text, at)
+    _node_tree(text, at)
     return tuple(key.split(".")), _plain(f"value: {text}", at)["value"]
 
 
 def _assign(data: Any, keys: Keys, value: Any, override: str) -> None:
-    """Set one field, making the sections on the way; a list takes an index, one past its end
-    appends.
+    """Set the field that `keys` lead to, making the sections on the way. In a list a key is an
+    index; the index one past the end appends.
     """
     for depth, part in enumerate(keys):
         last = depth == len(keys) - 1
         parent = ".".join(keys[:depth])
-        empty: Any = value if last else [] if keys[depth + 1].isdecimal() else {}
+
+        # What stands at this key if nothing does yet: the value, or a section for the next key.
+        fresh: Any = value
+        if not last:
+            fresh = [] if keys[depth + 1].isdecimal() else {}
+
         if isinstance(data, list):
             if not part.isdecimal() or int(part) > len(data):
                 raise ConfigError(
-                    f"override `{override}`: `{parent}` is a list; `{part}` should be an index up to {len(data)}"
+                    f"override `{override}`: `{parent}` is a list; "
+                    f"`{part}` should be an index up to {len(data)}"
                 )
             index = int(part)
             if index == len(data):
-                data.append(empty)
+                data.append(fresh)
             elif last:
                 data[index] = value
             data = data[index]
+
         elif isinstance(data, dict):
             if last or data.get(part) is None:
-                data[part] = empty
+                data[part] = fresh
             data = data[part]
+
         else:
             raise ConfigError(f"override `{override}`: `{parent}` is {data!r}, which has no fields")

@@ -3,8 +3,6 @@
 from typing import Annotated, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -12,38 +10,43 @@ from pydantic import (
     PositiveInt,
 )
 
+from alignkit.config.section import Section
+
 Moment = Annotated[float, Field(ge=0, lt=1)]
 
 
-class TrainConfig(BaseModel):
-    """Optimiser, schedule and rhythm of the one loop."""
+class TrainConfig(Section):
+    """Optimiser, schedule, and how often the loop evaluates and saves."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
-    )
     steps: PositiveInt | None = Field(
-        300, le=10**12, description="optimiser steps; null with `epochs`"
+        300, le=10**12, description="optimiser steps; null where `epochs` is given"
     )
     epochs: PositiveFloat | None = Field(
-        None, description="passes over the data; takes the place of `steps`"
+        None, description="passes over the data, instead of `steps`"
     )
     batch_size: PositiveInt = Field(
         16, description="pairs or prompts per optimiser step over all processes"
     )
     micro_batch_tokens: Literal["auto"] | PositiveInt = Field(
-        "auto", description="token budget of one forward; changes memory, not results"
+        "auto", description="token budget of one forward pass; changes the memory, not the results"
     )
     learning_rate: PositiveFloat = Field(5e-4, description="peak learning rate")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw or plain sgd")
-    adam_betas: tuple[Moment, Moment] = Field((0.9, 0.999), description="AdamW moments")
+    adam_betas: tuple[Moment, Moment] = Field(
+        (0.9, 0.999), description="decay of AdamW's two moments"
+    )
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="learning-rate schedule after the warm-up"
     )
-    warmup_steps: NonNegativeInt = Field(10, description="linear warm-up")
-    max_grad_norm: NonNegativeFloat = Field(1.0, description="gradient clipping; 0 = off")
+    warmup_steps: NonNegativeInt = Field(10, description="steps of linear warm-up")
+    max_grad_norm: NonNegativeFloat = Field(
+        1.0, description="gradients are clipped to this norm; 0 = off"
+    )
     max_skipped_steps: NonNegativeInt = Field(
-        0, description="steps that may be left out because they are not finite; 0 = stop"
+        0,
+        description="steps with a loss or gradient that is not finite are skipped up to this often; "
+        "0 = stop at the first",
     )
     seed: NonNegativeInt = Field(
         0, lt=2**32, description="seeds data order, sampling noise and initialisation"
@@ -54,7 +57,8 @@ class TrainConfig(BaseModel):
     process_timeout: PositiveFloat = Field(
         1800.0,
         le=10**7,
-        description="seconds that processes wait for one that is slow or stuck before the run stops",
+        description="seconds that processes wait for one that is slow or stuck "
+        "before the run stops",
     )
     shard: bool = Field(
         False, description="shard weights, gradients and moments over the processes (FSDP2)"
@@ -64,14 +68,18 @@ class TrainConfig(BaseModel):
     log_samples_every: NonNegativeInt = Field(
         100, description="steps between sample generations; 0 = never"
     )
-    keep: PositiveInt = Field(2, description="checkpoints kept besides the best")
+    keep: PositiveInt = Field(2, description="how many checkpoints are kept, besides the best")
     early_stopping: NonNegativeInt = Field(
         0, description="stop after this many evaluations without improvement; 0 = off"
     )
     metric: str = Field(
         "auto",
-        description="what early stopping and keep-best watch; auto: eval_loss, online eval_reward",
+        description="what early stopping and the best checkpoint go by; "
+        "auto: eval_loss, or eval_reward for online objectives",
     )
     ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="weight average of the policy written to model/; 0 = off"
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of the average of the weights that is written to model/; 0 = off",
     )

@@ -1,5 +1,5 @@
-"""pydantic's verdict on a recipe, in words: where it was written, what was given, what is allowed,
-the nearest valid name.
+"""From plain data to sections. Every fault is explained: where it was written, what was given, what
+is allowed, and the nearest valid name.
 """
 
 import difflib
@@ -41,20 +41,22 @@ def validated(
         # JSON's strictness: a list may become a tuple
         return model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
+        # A union gives one fault per member; together they are one faulty field.
         faults: dict[Keys, list[ErrorDetails]] = {}
         for fault in error.errors(include_url=False):
             faults.setdefault(_place(fault, data), []).append(fault)
+
     lines = [
-        f"{origin.at((*keys, *place))}: {_describe(model, data, keys, place, found)}"
-        for place, found in faults.items()
+        f"{origin.at((*keys, *place))}: {_describe(model, data, keys, place, faults_there)}"
+        for place, faults_there in faults.items()
     ]
     raise ConfigError("\n".join(lines))
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """ " Did you mean `x`?", or nothing where no allowed name is close."""
-    found = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)
-    return f" Did you mean `{found[0]}`?" if found else ""
+    close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)
+    return f" Did you mean `{close[0]}`?" if close else ""
 
 
 def field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -88,6 +90,7 @@ def _describe(
     place: Keys,
     faults: list[ErrorDetails],
 ) -> str:
+    """One faulty field as a sentence: what was given and what it should be."""
     name = ".".join((*keys, *place)) or "recipe"
     fault = faults[0]
     if fault["type"] == "extra_forbidden":
@@ -96,55 +99,62 @@ def _describe(
         return f"`{name}` is missing"
     if fault["type"] == "value_error":
         return f"`{name}`: {fault['msg'].removeprefix('Value error, ')}"
+
     given = json.dumps(fault["input"], ensure_ascii=False)
-    given = given if len(given) <= 60 else given[:57] + "..."
+    if len(given) > 60:
+        given = given[:57] + "..."
     wanted = dict.fromkeys(
         _WORDS.get(f["type"], f["msg"].removeprefix("Input should be ")) for f in faults
     )
-    allowed = [
-        word
-        for f in faults
-        for word in re.findall(r"'([^']*)'", f.get("ctx", {}).get("expected", ""))
-    ]
+
+    # pydantic lists a Literal's values in quotes, as in "'cosine', 'linear' or 'constant'"
+    expected = [f.get("ctx", {}).get("expected", "") for f in faults]
+    allowed = [word for text in expected for word in re.findall(r"'([^']*)'", text)]
     hint = nearest(fault["input"], allowed) if isinstance(fault["input"], str) else ""
     return f"`{name}` is {given}; it should be {' or '.join(wanted)}.{hint}"
 
 
 def _unknown(model: type[BaseModel], data: Mapping[str, Any], keys: Keys, place: Keys) -> str:
-    inner = _models_at(model, place[:-1])
-    fields = [field for found in inner for field in found.model_fields]
-    parent = ".".join((*keys, *place[:-1]))
+    """The sentence for a field or section that does not exist."""
+    fields = [field for inner in _models_at(model, place[:-1]) for field in inner.model_fields]
     given = place[-1]
     hint = nearest(given, fields)
-    if not hint and not keys:  # a field of another section, or written one level too high
-        known = field_names(model) + [
-            f"{name}.{key}"
-            for name, value in data.items()
-            if isinstance(value, dict)
-            for key in value
-        ]
-        elsewhere = {name.rpartition(".")[2]: name for name in known if name != ".".join(place)}
-        found = difflib.get_close_matches(given, elsewhere, n=1, cutoff=0.8)
-        hint = f" Did you mean `{elsewhere[found[0]]}`?" if found else ""
+    if not hint and not keys:
+        hint = _nearest_elsewhere(model, data, place)
+
+    parent = ".".join((*keys, *place[:-1]))
     where = f"a field of `{parent}`" if parent else "a section of a recipe"
-    return f"`{'.'.join((*keys, *place))}` is not {where}.{hint} Allowed: {', '.join(fields) or 'none'}"
+    name = ".".join((*keys, *place))
+    return f"`{name}` is not {where}.{hint} Allowed: {', '.join(fields) or 'none'}"
+
+
+def _nearest_elsewhere(model: type[BaseModel], data: Mapping[str, Any], place: Keys) -> str:
+    """A hint for a field of another section, or one written a level too high: `seed` should be
+    `train.seed`.
+    """
+    known = field_names(model)
+    for section, value in data.items():  # the objective's fields are in no model, but in the recipe
+        if isinstance(value, dict):
+            known += [f"{section}.{field}" for field in value]
+
+    by_last_key = {name.rpartition(".")[2]: name for name in known if name != ".".join(place)}
+    close = difflib.get_close_matches(place[-1], by_last_key, n=1, cutoff=0.8)
+    return f" Did you mean `{by_last_key[close[0]]}`?" if close else ""
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field's annotation allows, such as `AdapterConfig | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for inner in get_args(annotation) for found in _models_in(inner)]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]
 
 
 def _models_at(model: type[BaseModel], keys: Keys) -> list[type[BaseModel]]:
     """The models that may stand at `keys`; list indices stay on the same model."""
     models = [model]
     for key in keys:
-        if not key.isdecimal():
-            models = [
-                m
-                for found in models
-                if key in found.model_fields
-                for m in _models_in(found.model_fields[key].annotation)
-            ]
+        if key.isdecimal():
+            continue
+        annotations = [m.model_fields[key].annotation for m in models if key in m.model_fields]
+        models = [inner for annotation in annotations for inner in _models_in(annotation)]
     return models

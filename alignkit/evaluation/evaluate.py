@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.config.recipe import Recipe, build_objective
+from alignkit.config.objective import build_objective
+from alignkit.config.recipe import Recipe
 from alignkit.config.rollout import MAX_NEW_TOKENS
 from alignkit.errors import ConfigError
 from alignkit.evaluation.request import Request, checked, data_of, labels_of, task_of

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.config.recipe import Recipe, build_objective, dump_recipe
+from alignkit.config.objective import build_objective
+from alignkit.config.recipe import Recipe, dump_recipe
 from alignkit.config.validation import nearest
 from alignkit.distributed.launcher import end
 from alignkit.errors import ConfigError

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from alignkit.config.recipe import build_objective, load_recipe
+from alignkit.config import build_objective, load_recipe
 from alignkit.runs.launch import run_recipe
 from alignkit.tasks.exact import folder_logps, folder_optimum, kl, outcome_rewards
 from alignkit.tasks.reviews import WORLDS

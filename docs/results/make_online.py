@@ -18,7 +18,7 @@ from statistics import median
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignkit.config.recipe import build_objective, load_recipe
+from alignkit.config import build_objective, load_recipe
 from alignkit.metrics.completions import pass_at_k
 from alignkit.rollout.generate import OneModel, generate
 from alignkit.runs.launch import run_recipe

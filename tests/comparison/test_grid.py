@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.comparison.grid import expand
-from alignkit.config.recipe import build_objective, load_recipe
+from alignkit.config import build_objective, load_recipe
 from alignkit.errors import ConfigError
 
 RECIPE = """\

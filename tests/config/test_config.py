@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignkit.config.recipe import (
+import alignkit.config
+from alignkit.config import (
     Recipe,
     build_objective,
     dump_recipe,
@@ -389,3 +390,21 @@ def test_a_config_error_needs_no_torch_and_no_second():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
     assert "Did you mean `steps`?" in out
     assert out.endswith("[]\n")
+
+
+def test_recipes_load_and_run_from_the_top_of_the_package():
+    code = (
+        "import sys\nfrom alignkit import load_recipe\n"
+        "print(load_recipe('dpo', ['train.steps=1']).train.steps)\n"
+        "print([m for m in ('torch', 'transformers', 'trl', 'datasets') if m in sys.modules])\n"
+        "from alignkit import run_recipe\nprint(run_recipe.__module__)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert out.splitlines() == ["1", "[]", "alignkit.runs.launch"]
+
+
+@pytest.mark.parametrize("name", alignkit.config.__all__)
+def test_the_folder_exports_its_public_names(name):
+    assert getattr(alignkit.config, name).__name__ == name

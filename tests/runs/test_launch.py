@@ -8,7 +8,7 @@ import pytest
 import yaml
 from world import pair_rows, save_model, write_rows
 
-from alignkit.config.recipe import build_objective, load_recipe, shipped_recipes
+from alignkit.config import build_objective, load_recipe, shipped_recipes
 from alignkit.errors import ConfigError
 from alignkit.runs.launch import make_accelerator, run_recipe
 from alignkit.runs.model_card import model_card

@@ -10,8 +10,8 @@ import pytest
 import torch
 from world import VOCAB, save_model
 
+from alignkit.config import build_objective, load_recipe
 from alignkit.config.data import DataConfig
-from alignkit.config.recipe import build_objective, load_recipe
 from alignkit.data.load import check
 from alignkit.errors import ConfigError, ModelError
 from alignkit.judges import load_judge

@@ -4,7 +4,7 @@ exactly measured.
 
 import pytest
 
-from alignkit.config.recipe import build_objective, load_recipe
+from alignkit.config import build_objective, load_recipe
 from alignkit.runs.launch import run_recipe
 from alignkit.tasks.exact import figures, folder_logps, outcome_rewards
 
