@@ -1,12 +1,15 @@
 """The data that objectives and the loop exchange: bundles in, log-probs through, loss terms out.
 
+Reward and preference models have no log-probs: for them `Outputs` stands where `TokenLogps` stands
+for language models.
+
 Axes: B pairs or rows, K completions of one prompt, N = all completions of a batch, T tokens, V
 vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -51,9 +54,7 @@ class Bundle:
 class TokenLogps:
     """Per-token log-probs of N completions, padded to T. Everything is 0 where `mask` is False."""
 
-    # [N, T] log pi(y_t | prompt, y_<t), with gradient when trained; [N, D] where the plan asks for
-    # outputs
-    policy: Tensor
+    policy: Tensor  # [N, T] log pi(y_t | prompt, y_<t), with gradient when trained
     anchors: Mapping[str, Tensor]  # name -> [N, T], never with gradient; "reference" anchors the KL
     mask: Tensor  # [N, T] bool, True at trained tokens
     behavior: Tensor | None = None  # [N, T] log-probs of the policy that sampled the tokens
@@ -102,6 +103,13 @@ class TokenLogps:
     def select(self, index: Tensor) -> Self:
         """The completions at `index` [n]."""
         return self.map(lambda t: t[index])
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a reward or preference model gives for N whole completions: D numbers for each."""
+
+    values: Tensor  # [N, D], with gradient when trained; D is `plan.outputs`
 
 
 @dataclass(frozen=True)
@@ -236,19 +244,15 @@ class PairBatch:
         return LossTerms([Term(name, values)], metrics)
 
 
-@dataclass(frozen=True)
-class RankedBatch(_ByPrompt):
-    """Rankings: the completions of each prompt, best first; a pair is a ranking of two."""
+class _BestFirst(_ByPrompt):
+    """The completions of each prompt come best first; a preference pair is a ranking of two."""
 
-    completions_per_bundle: ClassVar[int | None] = None
-    tokens: TokenLogps  # [N, T]
     sizes: Tensor  # [B] int64, completions of each prompt
 
-    @classmethod
-    def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
-        return cls(
-            tokens, torch.tensor([len(b.completions) for b in bundles], device=tokens.policy.device)
-        )
+    @staticmethod
+    def sizes_of(bundles: Sequence[Bundle], device: torch.device) -> Tensor:
+        """Completions of each bundle: [B]."""
+        return torch.tensor([len(bundle.completions) for bundle in bundles], device=device)
 
     def ranked(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """One value per completion [N] -> [B, K], best first, 0 behind short rankings; and which
@@ -256,6 +260,38 @@ class RankedBatch(_ByPrompt):
         """
         mask = torch.arange(int(self.sizes.max()), device=values.device) < self.sizes.unsqueeze(-1)
         return values.new_zeros(mask.shape).masked_scatter(mask, values), mask
+
+
+@dataclass(frozen=True)
+class RankedBatch(_BestFirst):
+    """Rankings under a language model: the log-probs of each prompt's completions, best first."""
+
+    completions_per_bundle: ClassVar[int | None] = None
+    tokens: TokenLogps  # [N, T]
+    sizes: Tensor  # [B] int64
+
+    @classmethod
+    def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
+        return cls(tokens, cls.sizes_of(bundles, tokens.policy.device))
+
+
+@dataclass(frozen=True)
+class ScoredBatch(_BestFirst):
+    """Pairs or rankings under a reward or preference model: its outputs for each prompt's
+    completions, best first.
+    """
+
+    outputs: Tensor  # [N, D]
+    sizes: Tensor  # [B] int64
+
+    @classmethod
+    def build(cls, bundles: Sequence[Bundle], outputs: Outputs) -> Self:
+        return cls(outputs.values, cls.sizes_of(bundles, outputs.values.device))
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Outputs of the chosen and of the rejected completions of preference pairs, [B, D] each."""
+        chosen, rejected = self.outputs.unflatten(0, (-1, 2)).unbind(1)
+        return chosen, rejected
 
 
 @dataclass(frozen=True)
@@ -349,8 +385,10 @@ class GameBatch(_ByPrompt):
         )
 
 
-Batch = SequenceBatch | PairBatch | RankedBatch | LabelledBatch | RolloutBatch | GameBatch
-FAMILIES: dict[str, type] = {
+Batch = (
+    SequenceBatch | PairBatch | RankedBatch | ScoredBatch | LabelledBatch | RolloutBatch | GameBatch
+)
+FAMILIES: dict[str, type[Any]] = {
     "sequence": SequenceBatch,
     "pair": PairBatch,
     "ranked": RankedBatch,
@@ -358,3 +396,10 @@ FAMILIES: dict[str, type] = {
     "rollout": RolloutBatch,
     "game": GameBatch,
 }
+
+
+def batch_type(plan: Plan) -> type[Any]:
+    """The batch that an objective with this plan gets: `build(bundles, TokenLogps or Outputs)` makes
+    one, `counts(bundles)` gives what its terms are divided by.
+    """
+    return ScoredBatch if plan.outputs else FAMILIES[plan.data]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.batches import FAMILIES
+from alignkit.batches import batch_type
 from alignkit.objectives.base import Objective
 from alignkit.oracles.worlds import World, distance, gradient, reduced, solved, trained
 
@@ -148,7 +148,7 @@ def invariant(objective: Objective) -> Iterator[Check]:
 def _parts(
     objective: Objective, world: World, parts: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
-    counts = FAMILIES[objective.plan.data].counts(world.bundles)
+    counts = batch_type(objective.plan).counts(world.bundles)
     losses = []
     grads = []
     for chosen in parts:

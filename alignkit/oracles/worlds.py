@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from alignkit.batches import FAMILIES, Bundle, Family, Plan, TokenLogps
+from alignkit.batches import FAMILIES, Bundle, Family, Outputs, Plan, TokenLogps, batch_type
 from alignkit.objectives.base import Objective
 
 PROMPTS = 4
@@ -237,12 +237,26 @@ def reduced(
     """The scalar that the loop differentiates: every term's sum over its count (of `counts`, where
     `world` is a part).
     """
-    family = FAMILIES[objective.plan.data]
+    plan = objective.plan
+    family = batch_type(plan)
     counts = counts or family.counts(world.bundles)
-    terms = objective.loss(family.build(world.bundles, tokens)).terms
+    seen = outputs_of(tokens, plan) if plan.outputs else tokens
+    terms = objective.loss(family.build(world.bundles, seen)).terms
     return torch.stack(
         [term.weight * term.values.sum() / counts[term.unit] for term in terms]
     ).sum()
+
+
+def outputs_of(tokens: TokenLogps, plan: Plan) -> Outputs:
+    """What a scorer would give for these completions if their log-prob were their reward.
+
+    One output is the log-prob itself. Several are an embedding `[t_1, 1, t_2, 1, ...]` of the
+    tokens' log-probs, whose skew-symmetric product is the difference of the rewards.
+    """
+    masked = torch.where(tokens.mask, tokens.policy, 0.0)
+    if plan.outputs == 1:
+        return Outputs(masked.sum(-1, keepdim=True))
+    return Outputs(torch.stack([masked, torch.ones_like(masked)], -1).flatten(1))
 
 
 def trained(world: World) -> World:

@@ -20,7 +20,7 @@ from alignkit.policies.layout import Layout, build_rows
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.reference import KINDS, START_ADAPTER, Anchor, frozen, resolve_kind
-from alignkit.policies.scorer import ScorePair
+from alignkit.policies.scorer import TrainedScorer
 
 AGREE = 1e-4  # largest difference of log-probs between the two layouts, float32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -321,7 +321,7 @@ def load_scorer(
     device: torch.device | str = "cpu",
     dtype: str = "float32",
     seed: int = 0,
-) -> ScorePair:
+) -> TrainedScorer:
     """A model of `plan.outputs` numbers per text, ready to train: a language model's backbone and a
     fresh head.
 
@@ -350,7 +350,7 @@ def load_scorer(
     loaded.config.alignkit_outputs = (
         "joined" if plan.joined else "reward" if plan.outputs == 1 else "embedding"
     )
-    return ScorePair(loaded, tokenizer, save_config=dropout)
+    return TrainedScorer(loaded, tokenizer, save_config=dropout)
 
 
 def merge(folder: Path | str, out: Path | str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from alignkit.batches import Bundle, Plan, TokenLogps
+from alignkit.batches import Bundle, Outputs, Plan, TokenLogps
 from alignkit.errors import CheckpointError, ModelError
 from alignkit.policies.head import AnchorStates
 from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches, stand_in
@@ -93,14 +93,17 @@ class PolicyPair:
         check_launch(accelerator)
         if sharded and accelerator.num_processes > 1:
             shard(self.base, accelerator.num_processes)
-            with (
-                torch.no_grad()
-            ):  # the root must be the first to run: generation enters further down
-                self.logps([stand_in()], Plan("sequence"), anchors=False)
+            # FSDP2 wants its root to run first, and generation enters the model further down.
+            with torch.no_grad():
+                self.forward([stand_in()], Plan("sequence", anchors=()))
             return accelerator.prepare(make_optimizer(self.parameters()))
         self.module, optimizer = accelerator.prepare(self.base, make_optimizer(self.parameters()))
         check_sharded(self.base)
         return optimizer
+
+    def forward(self, bundles: Sequence[Bundle], plan: Plan) -> TokenLogps | Outputs:
+        """What the objective of `plan` sees of the completions: for a language model, `logps`."""
+        return self.logps(bundles, plan)
 
     def logps(self, bundles: Sequence[Bundle], plan: Plan, *, anchors: bool = True) -> TokenLogps:
         """Per-token log-probs of the N completions of `bundles`, with gradient iff it is enabled.

@@ -1,17 +1,31 @@
-"""Training a model that gives a few numbers for a whole completion: reward and preference models
-behind the loop's one door.
+"""Reward and preference models: networks that read a whole completion and give a few numbers.
+
+A `Scorer` gives `Outputs` where a policy gives log-probs. `TrainedScorer` is the one that the loop
+trains; it is loaded by `alignkit.policies.load.load_scorer`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from alignkit.batches import Bundle, Plan, TokenLogps
-from alignkit.errors import DataError
+from alignkit.batches import Bundle, Outputs, Plan, TokenLogps
+from alignkit.errors import DataError, ModelError
 from alignkit.policies.module import context_length
 from alignkit.policies.pair import PolicyPair
+
+
+class Scorer(Protocol):
+    """Whatever gives D numbers for each completion."""
+
+    def scores(self, bundles: Sequence[Bundle]) -> Outputs:
+        """Outputs [N, D] of the N completions of `bundles`, with gradient iff it is enabled."""
+        ...
+
+    def micro_batches(self, bundles: Sequence[Bundle], budget: int) -> list[list[int]]:
+        """Indices of the bundles of each forward of at most `budget` tokens."""
+        ...
 
 
 class ScoreModule(nn.Module):
@@ -25,12 +39,15 @@ class ScoreModule(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Right-padded rows [N, L] x 2 -> outputs [N, D] in float32."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits.float()
 
 
-class ScorePair(PolicyPair):
-    """What the loop asks for log-probs, for objectives that learn from a whole completion's outputs
-    (`plan.outputs`).
+class TrainedScorer(PolicyPair):
+    """The scorer that is trained, for objectives that learn from outputs (`plan.outputs`).
+
+    It is spread over processes, checkpointed and saved as a policy is, but has no anchors and no
+    log-probs.
     """
 
     def __init__(
@@ -41,41 +58,49 @@ class ScorePair(PolicyPair):
         self.pad = model.config.get_text_config().pad_token_id
         self.longest = context_length(model)
 
-    def logps(self, bundles: Sequence[Bundle], plan: Plan, *, anchors: bool = True) -> TokenLogps:
-        """`policy` [N, D] holds the outputs of the N completions. DataError where a row exceeds the
-        model's context.
+    def scores(self, bundles: Sequence[Bundle]) -> Outputs:
+        """Outputs [N, D] of the N completions of `bundles`, with gradient iff it is enabled.
+
+        Raises DataError where prompt and completion exceed the model's context.
         """
         rows = [torch.cat([bundle.prompt, ids]) for bundle in bundles for ids in bundle.completions]
         lengths = torch.tensor([len(row) for row in rows])
-        if int(lengths.max()) > self.longest:
+        longest = int(lengths.max())
+        if longest > self.longest:
             raise DataError(
-                f"a row has {int(lengths.max())} tokens, the model reads at most {self.longest}; lower data.max_length to it"
-                + (" (both completions of a pair are read at once)" if plan.joined else "")
+                f"a row has {longest} tokens, the model reads at most {self.longest}; lower "
+                "data.max_length to it (a classifier of preference pairs reads both completions "
+                "at once)"
             )
+
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
         seen = torch.arange(ids.shape[1]) < lengths[:, None]
         self.module.train(torch.is_grad_enabled())
-        outputs = self.module(ids.to(self.device), seen.long().to(self.device))
-        return TokenLogps(outputs, {}, torch.ones_like(outputs, dtype=torch.bool))
+        return Outputs(self.module(ids.to(self.device), seen.long().to(self.device)))
+
+    def forward(self, bundles: Sequence[Bundle], plan: Plan) -> Outputs:
+        """What the objective of `plan` sees of the completions: their `scores`."""
+        return self.scores(bundles)
+
+    def logps(self, bundles: Sequence[Bundle], plan: Plan, *, anchors: bool = True) -> TokenLogps:
+        """Raises ModelError: a scorer has no log-probs."""
+        raise ModelError("a reward or preference model gives scores, it has no log-probs")
 
 
 def joined(bundle: Bundle, separator: int) -> Bundle:
-    """A pair as two texts that hold both completions: first | separator | second, and the same in
-    the other order.
+    """A preference pair as two texts that each hold both completions: first | separator | second,
+    and the same in the other order.
     """
     first, second = bundle.completions
     between = torch.tensor([separator])
-    both = [torch.cat([a, between, b]) for a, b in ((first, second), (second, first))]
-    return Bundle(
-        bundle.prompt,
-        both,
-        [torch.ones(len(ids), dtype=torch.bool) for ids in both],
-        bundle.uid,
-        bundle.rows,
-    )
+    texts = [torch.cat([first, between, second]), torch.cat([second, between, first])]
+    masks = [torch.ones(len(ids), dtype=torch.bool) for ids in texts]
+    return Bundle(bundle.prompt, texts, masks, bundle.uid, bundle.rows)
 
 
 def separator_of(tokenizer: Any) -> int:
     """The token between two completions: the tokenizer's own separator, else its end token."""
-    tokens = (tokenizer.sep_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return next(token for token in tokens if token is not None)
+    for token in (tokenizer.sep_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if token is not None:
+            return int(token)
+    raise ModelError("the tokenizer has no separator, end or padding token; add one and save it")

@@ -12,12 +12,11 @@ from alignkit.errors import DataError
 from alignkit.policies.module import context_length
 
 
-class RewardModel:
-    """Scores texts with a sequence-classification model of one output, in eval mode; `token_budget`
-    bounds a batch's tokens.
+class TextScorer:
+    """A sequence-classification model that reads texts, in evaluation mode, a batch at a time.
 
-    Chats go through the tokenizer's template; for plain text the completion follows the prompt
-    directly.
+    `token_budget` bounds a batch's tokens. Chats go through the tokenizer's template; for plain
+    text the completion follows the prompt directly.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, token_budget: int = 16384):
@@ -26,64 +25,73 @@ class RewardModel:
         self.token_budget = token_budget
         self.longest = context_length(model)
 
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
-        """One score per completion. DataError where prompt and completion exceed the model's
-        context.
-        """
-        rows = [
-            self._ids(prompt, completion)
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        scores = [0.0] * len(rows)
-        for batch in self._batches(rows):
-            for row, score in zip(
-                batch, self._score([rows[row] for row in batch])[:, 0].tolist(), strict=True
-            ):
-                scores[row] = score
-        return scores
-
-    def _ids(self, prompt: Any, completion: Any) -> list[int]:
+    def token_ids(self, prompt: Any, completion: Any) -> list[int]:
+        """Token ids of a prompt with its completion. DataError where they exceed the context."""
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt + completion)["input_ids"]
         else:
-            turn = (
-                [{"role": "assistant", "content": completion}]
-                if isinstance(completion, str)
-                else list(completion)
-            )
+            if isinstance(completion, str):
+                turns = [{"role": "assistant", "content": completion}]
+            else:
+                turns = list(completion)
             ids = self.tokenizer.apply_chat_template(
-                [*prompt, *turn], tokenize=True, return_dict=False
+                [*prompt, *turns], tokenize=True, return_dict=False
             )
-        return self._within(ids)
+        return self.within_context(ids)
 
-    def _within(self, ids: list[int]) -> list[int]:
+    def within_context(self, ids: list[int]) -> list[int]:
+        """The ids as they are; DataError where the model cannot read so many."""
         if len(ids) > self.longest:
             raise DataError(
-                f"prompt and completion have {len(ids)} tokens; the reward model reads at most {self.longest}"
+                f"prompt and completion have {len(ids)} tokens; the reward model reads at most "
+                f"{self.longest}"
             )
         return ids
+
+    @torch.no_grad()
+    def outputs(self, rows: list[list[int]]) -> Tensor:
+        """The model's outputs of N rows of token ids: [N, D] float32, on the CPU."""
+        outputs = torch.zeros(len(rows), self.model.config.num_labels)
+        for batch in self._batches(rows):
+            outputs[batch] = self._forward([rows[row] for row in batch]).cpu()
+        return outputs
 
     def _batches(self, rows: list[list[int]]) -> list[list[int]]:
         """Indices of rows, longest first, so that a batch is its first row's width."""
         batches: list[list[int]] = []
         for row in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
-            if (
-                not batches
-                or (len(batches[-1]) + 1) * len(rows[batches[-1][0]]) > self.token_budget
-            ):
+            width = len(rows[batches[-1][0]]) if batches else 0
+            if not batches or (len(batches[-1]) + 1) * width > self.token_budget:
                 batches.append([])
             batches[-1].append(row)
         return batches
 
-    def _score(self, rows: list[list[int]]) -> Tensor:
-        """Outputs [B, D] float32 of token ids, padded on the right: the model reads the last token
-        that is not padding.
+    def _forward(self, rows: list[list[int]]) -> Tensor:
+        """Outputs [B, D] float32 of token ids, longest row first.
+
+        Rows are padded on the right: the model reads the last token that is not padding.
         """
         device = next(self.model.parameters()).device
         width = len(rows[0])
         pad = self.model.config.get_text_config().pad_token_id
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
+
         lengths = torch.tensor([len(row) for row in rows], device=device)
         mask = (torch.arange(width, device=device) < lengths[:, None]).long()
-        return self.model(input_ids=ids, attention_mask=mask).logits.float()
+        logits: Tensor = self.model(input_ids=ids, attention_mask=mask).logits
+        return logits.float()
+
+
+class RewardModel(TextScorer):
+    """Scores completions with a model of one output."""
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+        """One score per completion. DataError where prompt and completion exceed the model's
+        context.
+        """
+        rows = [
+            self.token_ids(prompt, completion)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        scores: list[float] = self.outputs(rows)[:, 0].tolist()
+        return scores

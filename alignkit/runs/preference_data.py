@@ -18,8 +18,7 @@ from alignkit.data.report import Report
 from alignkit.errors import ConfigError
 from alignkit.metrics.completions import preference_figures
 from alignkit.objectives.base import Objective
-from alignkit.policies.pair import PolicyPair
-from alignkit.policies.scorer import joined, separator_of
+from alignkit.policies.scorer import Scorer, TrainedScorer, joined, separator_of
 from alignkit.runs.job_data import Feed
 from alignkit.sources.dataset import DatasetSource
 from alignkit.tasks import Task
@@ -30,7 +29,7 @@ def preference_feed(
     recipe: Recipe,
     objective: Objective,
     task: Task | None,
-    pair: PolicyPair,
+    scorer: TrainedScorer,
     accelerator: Accelerator,
     safe: bool,
 ) -> Feed:
@@ -44,7 +43,7 @@ def preference_feed(
         raise ConfigError(
             "objective: reward and preference models cannot be summed in a weighted list"
         )
-    bundles, report = _load(recipe, objective, task, pair, "train")
+    bundles, report = _load(recipe, objective, task, scorer, "train")
     identity = {"rows": fingerprint(bundles)}
     notes = report.lines()
 
@@ -61,15 +60,15 @@ def preference_feed(
     )
     if not recipe.data.eval:
         return Feed(source, len(bundles), report.format, identity, notes, samples)
-    every, other = _load(recipe, objective, task, pair, "eval")
+    every, other = _load(recipe, objective, task, scorer, "eval")
     held_out = every[rank::world]
     notes = [*notes, *other.lines()]
-    measure = Figures(objective, pair, held_out, int(recipe.train.micro_batch_tokens))
+    measure = Figures(objective, scorer, held_out, int(recipe.train.micro_batch_tokens))
     return Feed(source, len(bundles), report.format, identity, notes, samples, held_out, measure)
 
 
 def _load(
-    recipe: Recipe, objective: Objective, task: Task | None, pair: PolicyPair, split: str
+    recipe: Recipe, objective: Objective, task: Task | None, scorer: TrainedScorer, split: str
 ) -> tuple[list[Bundle], Report]:
     plan = objective.plan
     config = recipe.data
@@ -79,9 +78,9 @@ def _load(
         source = task.rows(plan.data, split)
     if config.append_eos == "auto":
         config = config.model_copy(update={"append_eos": False})
-    bundles, report = load_bundles(config, plan.data, pair.tokenizer, source=source)
+    bundles, report = load_bundles(config, plan.data, scorer.tokenizer, source=source)
     if plan.joined:
-        bundles = [joined(bundle, separator_of(pair.tokenizer)) for bundle in bundles]
+        bundles = [joined(bundle, separator_of(scorer.tokenizer)) for bundle in bundles]
     return bundles, report
 
 
@@ -92,7 +91,7 @@ class Figures:
     """
 
     objective: Any
-    pair: PolicyPair
+    scorer: Scorer
     bundles: Sequence[Bundle]  # this process's share
     budget: int
 
@@ -102,9 +101,9 @@ class Figures:
         odds: list[float] = []
         bias: list[float] = []
         plan = self.objective.plan
-        for chunk in self.pair.micro_batches(self.bundles, self.budget):
+        for chunk in self.scorer.micro_batches(self.bundles, self.budget):
             bundles = [self.bundles[i] for i in chunk]
-            outputs = self.pair.logps(bundles, plan).policy.cpu()
+            outputs = self.scorer.scores(bundles).values.cpu()
             for mine in outputs.split([len(b.completions) for b in bundles]):
                 better, worse = zip(*combinations(range(len(mine)), 2))
                 odds += self.objective.log_odds(mine[list(better)], mine[list(worse)]).tolist()

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from alignkit.batches import Bundle, LossTerms, TokenLogps
+from alignkit.batches import Bundle, LossTerms, Outputs, TokenLogps
 from alignkit.errors import NumericsError
 from alignkit.policies.sharding import local
 
@@ -41,6 +41,10 @@ class Guard:
         for name, values in named.items():
             if values is not None:
                 self._watch(f"log-probs of `{name}` are", values, bundles)
+
+    def watch_outputs(self, outputs: Outputs, bundles: Sequence[Bundle]) -> None:
+        """Outputs of a reward or preference model."""
+        self._watch("outputs of the model are", outputs.values, bundles)
 
     def watch_terms(self, out: LossTerms, bundles: Sequence[Bundle]) -> None:
         """Values of the loss terms."""

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from alignkit.batches import FAMILIES, Bundle, LossTerms, TokenLogps
+from alignkit.batches import Bundle, LossTerms, Outputs, TokenLogps, batch_type
 from alignkit.distributed.gather import concat, gather_rows
 from alignkit.errors import ResourceError
 from alignkit.objectives.base import Objective
@@ -70,7 +70,7 @@ class Reducer:
         self.pair = pair
         self.accelerator = accelerator
         self.plan = objective.plan
-        self.family = FAMILIES[objective.plan.data]
+        self.family = batch_type(objective.plan)
         self.budget = micro_batch_tokens
         self.clip = clip
         self.tokens = 0  # computed so far, over all ranks
@@ -113,14 +113,14 @@ class Reducer:
         for i, (chunk, counted) in enumerate(chunks):
             last = i == len(chunks) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.pair.module):
-                tokens = self.pair.logps(chunk, self.plan)
+                seen = self.pair.forward(chunk, self.plan)
                 # another rank has more micro-batches: take part in the synchronisation with a zero
                 if not counted:
-                    loss = _zero(tokens)
+                    loss = _zero(seen)
                 elif leaves is not None:
-                    loss = _pull_back(tokens, leaves[i])
+                    loss = _pull_back(seen, leaves[i])
                 else:
-                    loss = self._loss(chunk, tokens, counts, sums)
+                    loss = self._loss(chunk, seen, counts, sums)
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             sums.tokens += sum(b.n_tokens for b in chunk) if counted else 0
         parameters = list(self.pair.parameters())
@@ -140,16 +140,23 @@ class Reducer:
             self._coupled(chunks, counts, sums)
         else:
             for chunk, counted in chunks:
-                tokens = self.pair.logps(chunk, self.plan)
+                seen = self.pair.forward(chunk, self.plan)
                 if counted:
-                    self._loss(chunk, tokens, counts, sums)
+                    self._loss(chunk, seen, counts, sums)
         return self._reduce(sums, everywhere)[0]
 
     def _loss(
-        self, chunk: Sequence[Bundle], tokens: TokenLogps, counts: dict[str, float], sums: Sums
+        self,
+        chunk: Sequence[Bundle],
+        seen: TokenLogps | Outputs,
+        counts: dict[str, float],
+        sums: Sums,
     ) -> Tensor:
-        sums.guard.watch_logps(tokens, chunk)
-        out = weighted(self.objective.loss(self.family.build(chunk, tokens)), chunk)
+        if isinstance(seen, Outputs):
+            sums.guard.watch_outputs(seen, chunk)
+        else:
+            sums.guard.watch_logps(seen, chunk)
+        out = weighted(self.objective.loss(self.family.build(chunk, seen)), chunk)
         sums.add(out, chunk)
         loss = sum(term.weight * term.values.sum() / counts[term.unit] for term in out.terms)
         sums.loss += loss.detach().double()
@@ -240,11 +247,10 @@ class Reducer:
         return {"loss": loss, **metrics}, broken, int(tokens)
 
 
-def _zero(tokens: TokenLogps) -> Tensor:
+def _zero(seen: TokenLogps | Outputs) -> Tensor:
     """A loss of 0 that every trained parameter takes part in."""
-    return torch.stack(
-        [t.sum() * 0 for t in (tokens.policy, *tokens.extras.values()) if t.requires_grad]
-    ).sum()
+    tensors = [seen.values] if isinstance(seen, Outputs) else [seen.policy, *seen.extras.values()]
+    return torch.stack([t.sum() * 0 for t in tensors if t.requires_grad]).sum()
 
 
 def _pull_back(tokens: TokenLogps, gradient: TokenLogps) -> Tensor:

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
-from alignkit.batches import LossTerms, PairBatch, Plan, Term
+from alignkit.batches import LossTerms, Plan, ScoredBatch, Term
 from alignkit.objectives.base import Objective
 from alignkit.tensors import check_same_shape
 
@@ -57,18 +57,18 @@ class PreferenceModel(Objective):
         """log P/(1 - P) that the first beats the second, from the outputs [B, D] of both
         completions, or of the two joined as (first, second) and as (second, first): -> [B].
         """
-        return (
-            skew_product(first, second)
-            if self.form == "general"
-            else (first.sum(-1) - second.sum(-1)) / 2
-        )
+        if self.form == "general":
+            return skew_product(first, second)
+        return (first.sum(-1) - second.sum(-1)) / 2
 
-    def loss(self, batch: PairBatch) -> LossTerms:
-        first = batch.chosen.policy
-        second = batch.rejected.policy
+    def loss(self, batch: ScoredBatch) -> LossTerms:
+        first, second = batch.pairs()
         odds = self.log_odds(first, second)
+
+        # The classifier reads both orders and learns from each; the embeddings know no order.
         both = (odds, odds) if self.form == "general" else (first.sum(-1), -second.sum(-1))
         losses = -(logsigmoid(both[0]) + logsigmoid(both[1])) / 2
+
         margins = odds.detach()
         metrics = {
             "rewards/margins": margins,

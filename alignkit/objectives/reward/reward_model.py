@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
-from alignkit.batches import LossTerms, Plan, RankedBatch, Term
+from alignkit.batches import LossTerms, Plan, ScoredBatch, Term
 from alignkit.errors import ShapeError
 from alignkit.objectives.base import Objective
 from alignkit.tensors import check_same_shape
@@ -58,13 +58,13 @@ class PlackettLuce(Objective):
         """log P/(1 - P) that the first beats the second, from their outputs [B, 1] each: -> [B]."""
         return (first - second)[:, 0]
 
-    def loss(self, batch: RankedBatch) -> LossTerms:
-        rewards, mask = batch.ranked(batch.tokens.sequence())
+    def loss(self, batch: ScoredBatch) -> LossTerms:
+        rewards, mask = batch.ranked(batch.outputs[:, 0])
         values = plackett_luce_loss(rewards, mask)
         mean = torch.where(mask, rewards, 0.0).sum(-1) / mask.sum(-1)
-        gaps = (
-            rewards.unsqueeze(-1) - rewards.unsqueeze(-2)
-        ).detach()  # of the better over the worse above the diagonal
+
+        # above the diagonal: by how much the better completion leads the worse one
+        gaps = (rewards.unsqueeze(-1) - rewards.unsqueeze(-2)).detach()
         pairs = (mask.unsqueeze(-1) & mask.unsqueeze(-2)).triu(1)
         metrics = {
             "rewards/mean": rewards.detach()[mask],
