@@ -7,7 +7,7 @@ per row or token.
 
 from importlib import import_module
 
-from alignkit.objectives import OBJECTIVES, locate
+from alignkit.objectives import FUNCTIONS, OBJECTIVES, locate
 
 _FUNCTIONS = {
     name: module
@@ -15,6 +15,7 @@ _FUNCTIONS = {
     for name in names.split(",")
     if name
 }
+_FUNCTIONS |= {name: f"alignkit.objectives.{module}" for name, module in FUNCTIONS.items()}
 __all__ = sorted(_FUNCTIONS)
 
 

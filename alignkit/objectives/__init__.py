@@ -55,6 +55,13 @@ OBJECTIVES: dict[str, str] = {
     "xpo": "self_play.xpo:XPO:",
 }
 
+# Pure functions without an objective of their own in the registry: name -> module.
+FUNCTIONS: dict[str, str] = {
+    "gigpo_advantages": "turn_credit",
+    "ktae_values": "token_credit",
+    "entropic_value_loss": "online.entropic",
+}
+
 
 def locate(name: str) -> tuple[str, str, str]:
     """Module path, class name and comma-separated function names (may be empty) of a built-in
