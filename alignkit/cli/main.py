@@ -62,7 +62,8 @@ def train(
 ) -> None:
     """Train a model by a recipe."""
     from alignkit.config.recipe import load_recipe
-    from alignkit.runs.launch import check_without_torch, resolve_task, run_recipe
+    from alignkit.runs.checks import check_without_torch
+    from alignkit.runs.launch import resolve_task, run_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     check_without_torch(loaded, safe)

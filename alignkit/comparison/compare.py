@@ -31,7 +31,8 @@ from alignkit.comparison.run_state import Outcome, Status, outcome_of, prepare
 from alignkit.config.objective import build_objective
 from alignkit.config.recipe import Recipe, dump_recipe
 from alignkit.errors import AlignkitError, ModelError, ResourceError
-from alignkit.runs.launch import check_appraisal, check_without_torch, resolve_task
+from alignkit.runs.checks import check_appraisal, check_without_torch
+from alignkit.runs.launch import resolve_task
 from alignkit.training.signals import Interrupted
 
 MEASURED = "measured.json"

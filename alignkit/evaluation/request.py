@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 from alignkit.config.data import DataConfig
 from alignkit.config.recipe import REFERENCES, Recipe, load_recipe
 from alignkit.errors import ConfigError
-from alignkit.runs.launch import DEFAULT_TASK
 from alignkit.runs.trained_model import find_finished
-from alignkit.tasks import resolve
+from alignkit.tasks import DEFAULT_TASK, resolve
 
 if TYPE_CHECKING:
     from alignkit.tasks import Task

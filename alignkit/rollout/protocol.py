@@ -46,7 +46,10 @@ class Sampler(Protocol):
 class Models(Protocol):
     """Where a sampler finds its models: a `PolicyPair`, or `OneModel`."""
 
-    tokenizer: Any
+    @property
+    def tokenizer(self) -> Any:
+        """The models' one tokenizer."""
+        ...
 
     def model(self, name: str) -> AbstractContextManager[nn.Module]:
         """The causal language model called `name` ("policy", "reference", "target"), in eval mode

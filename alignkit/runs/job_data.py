@@ -1,5 +1,5 @@
-"""What a run is fed with: rows or prompts of a recipe as the loop's source, held-out bundles and
-samples to read.
+"""The data of a run: rows or prompts of a recipe as the loop's source, held-out rows, and the
+prompts that `samples.jsonl` shows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,33 +10,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from alignkit.batches import Bundle, Draw, Plan
-from alignkit.config.recipe import Recipe
+from alignkit.batches import Bundle, Draw
 from alignkit.data.load import Prompt, fingerprint, load_bundles, load_prompts
 from alignkit.data.report import Report
 from alignkit.errors import ConfigError
-from alignkit.objectives.base import Objective
+from alignkit.judges.load import load_judge
 from alignkit.policies.module import context_length
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.store import cached_in
+from alignkit.rewards.call import RewardCall
+from alignkit.rewards.load import load_rewards
 from alignkit.rollout.engines import make_sampler
 from alignkit.rollout.importance import Correction
 from alignkit.rollout.text import as_reply, decode
+from alignkit.runs.context import RunContext
 from alignkit.sources.dataset import DatasetSource, Source
+from alignkit.sources.rollouts import RolloutSource
 from alignkit.sources.sampled_pairs import SamplesBeside
-from alignkit.tasks import Task
 from alignkit.training.held_out_reward import HeldOut
 from alignkit.training.reduction import Metrics
 
-SHOWN_PROMPTS = 4
+SHOWN_PROMPTS = 4  # in samples.jsonl, at each step that writes them
+
+SampleRows = Callable[[int], list[dict[str, Any]]]  # step -> rows of samples.jsonl
 
 
 @dataclass(frozen=True)
-class Feed:
+class JobData:
     """The data side of a job."""
 
     source: Source
@@ -44,248 +47,265 @@ class Feed:
     format: str  # of the rows
     identity: Mapping[str, Any]  # what a checkpoint must match
     notes: Sequence[str]  # the data report
-    samples: Callable[[int], list[dict[str, Any]]]
-    evaluation: Sequence[Bundle] | None = None  # of this rank
-    measure: Callable[[], Metrics] | None = None
+    samples: SampleRows
+    evaluation: Sequence[Bundle] | None = None  # this rank's held-out bundles
+    measure: Callable[[], Metrics] | None = None  # further held-out metrics, over all ranks
 
 
-def fixed_feed(
-    recipe: Recipe,
-    objective: Objective,
-    task: Task | None,
-    pair: PolicyPair,
-    accelerator: Accelerator,
-    safe: bool,
-) -> Feed:
+def fixed_data(context: RunContext) -> JobData:
     """Demonstrations, pairs or labelled completions from a file, a data set or a task."""
-    plan = objective.plan
-    rank = accelerator.process_index
-    world = accelerator.num_processes
-    bundles, report = _load(load_bundles, recipe, plan, pair, task, "train")
+    recipe = context.recipe
+    plan = context.plan
+    pair = context.pair
+
+    bundles, report = load_bundles(
+        recipe.data, plan.data, pair.tokenizer, source=context.rows("train")
+    )
     identity = {"rows": fingerprint(bundles)}
-    held_out: list[Bundle] = []
     notes = report.lines()
+
+    held_out: list[Bundle] = []
     if recipe.data.eval:
-        held_out, other = _load(load_bundles, recipe, plan, pair, task, "eval")
-        notes = [*notes, *other.lines()]
+        held_out, held_out_report = load_bundles(
+            recipe.data, plan.data, pair.tokenizer, source=context.rows("eval")
+        )
+        notes = [*notes, *held_out_report.lines()]
+
     if pair.reference_kind == "cached":
-        bundles, held_out = (
-            _scored(part, recipe, plan, pair, accelerator) for part in (bundles, held_out)
-        )
+        bundles = _with_reference(context, bundles)
+        held_out = _with_reference(context, held_out)
     for name, text in plan.prefixes.items():
-        bundles, held_out = (
-            _after(text, name, part, recipe, plan, pair, accelerator)
-            for part in (bundles, held_out)
-        )
-    rows = DatasetSource(
-        bundles, plan, recipe.train.batch_size, seed=recipe.train.seed, rank=rank, world=world
+        bundles = _with_prefixed_reference(context, bundles, name, text)
+        held_out = _with_prefixed_reference(context, held_out, name, text)
+
+    dataset = DatasetSource(
+        bundles,
+        plan,
+        recipe.train.batch_size,
+        seed=recipe.train.seed,
+        rank=context.rank,
+        world=context.processes,
     )
-    source: Source = rows
-    if plan.samples:
-        sampler = make_sampler(recipe.rollout, pair, seed=recipe.train.seed)
-        judge = _appraisers(recipe, plan, task, accelerator, safe)[1]
-        source = SamplesBeside(
-            rows,
-            sampler,
-            plan,
-            recipe.rollout.completions,
-            accelerator,
-            judge,
-            partial(decode, pair.tokenizer),
-        )
-    texts = {tuple(b.prompt.tolist()): b.prompt for b in held_out or bundles}
-    samples = _sampling(recipe, pair, list(texts.values())[:SHOWN_PROMPTS])
-    return Feed(
-        source,
-        len(bundles),
-        report.format,
-        identity,
-        notes,
-        samples,
-        held_out[rank::world] if recipe.data.eval else None,
+    prompts = {tuple(bundle.prompt.tolist()): bundle.prompt for bundle in held_out or bundles}
+    return JobData(
+        source=_with_samples(context, dataset) if plan.samples else dataset,
+        rows=len(bundles),
+        format=report.format,
+        identity=identity,
+        notes=notes,
+        samples=_shown_samples(context, list(prompts.values())[:SHOWN_PROMPTS]),
+        evaluation=held_out[context.rank :: context.processes] if recipe.data.eval else None,
     )
 
 
-def sampled_feed(
-    recipe: Recipe,
-    objective: Objective,
-    task: Task | None,
-    pair: PolicyPair,
-    accelerator: Accelerator,
-    safe: bool,
-) -> Feed:
-    """Prompts that the policy answers during the run, with the recipe's rewards or judge (a task
-    brings its own reward).
+def sampled_data(context: RunContext) -> JobData:
+    """Prompts that the policy answers during the run, with the recipe's rewards or judge (or those
+    of the task).
     """
-    from alignkit.sources.rollouts import RolloutSource
+    recipe = context.recipe
+    prompts, report = load_prompts(
+        recipe.data, context.pair.tokenizer, source=context.rows("train")
+    )
+    notes = report.lines()
+    reward = _reward(context)
+    source = _rollouts(context, prompts, reward, _judge(context))
 
-    plan = objective.plan
+    measure = None
+    if recipe.data.eval and reward:
+        measure, held_out_report = _held_out(context, reward)
+        notes = [*notes, *held_out_report.lines()]
+    elif recipe.data.eval:
+        unused = (
+            "data.eval is not used: held-out prompts are measured by a reward, "
+            "and this run has none"
+        )
+        notes = [*notes, unused]
+
+    every_prompt = repr([prompt.ids.tolist() for prompt in prompts])
+    return JobData(
+        source=source,
+        rows=len(prompts),
+        format=report.format,
+        identity={"rows": sha256(every_prompt.encode()).hexdigest()},
+        notes=notes,
+        samples=_shown_samples(context, [prompt.ids for prompt in prompts[:SHOWN_PROMPTS]]),
+        measure=measure,
+    )
+
+
+def _rollouts(
+    context: RunContext,
+    prompts: Sequence[Prompt],
+    reward: RewardCall | None,
+    judge: Callable[..., Any] | None,
+) -> RolloutSource:
+    """The source that samples the prompts' completions and has them scored or judged."""
+    recipe = context.recipe
     rollout = recipe.rollout
-    prompts, report = _load(load_prompts, recipe, plan, pair, task, "train")
-    reward, judge = _appraisers(recipe, plan, task, accelerator, safe)
 
-    def reply(prompt: Prompt, ids: Tensor) -> Any:
-        return as_reply(prompt.text, decode(pair.tokenizer, ids))
+    # Another engine's log-probs differ a little from the trainer's own.
+    correction = None
+    if rollout.engine == "vllm":
+        correction = Correction(rollout.max_importance, rollout.max_mismatch)
 
-    source = RolloutSource(
+    return RolloutSource(
         prompts,
-        objective,
-        pair,
-        make_sampler(rollout, pair, seed=recipe.train.seed, accelerator=accelerator),
-        reply,
-        accelerator,
+        context.objective,
+        context.pair,
+        make_sampler(
+            rollout, context.pair, seed=recipe.train.seed, accelerator=context.accelerator
+        ),
+        _reply(context),
+        context.accelerator,
         batch_size=recipe.train.batch_size,
         completions=rollout.completions,
         seed=recipe.train.seed,
         reward=reward,
         judge=judge,
         micro_batch_tokens=int(recipe.train.micro_batch_tokens),
-        pass_rate=rollout.pass_rate if plan.feedback == "reward" else None,
+        pass_rate=rollout.pass_rate if context.plan.feedback == "reward" else None,
         refills=rollout.refills,
-        correction=Correction(rollout.max_importance, rollout.max_mismatch)
-        if rollout.engine == "vllm"
-        else None,
+        correction=correction,
     )
-    measure = None
-    notes = report.lines()
-    if recipe.data.eval and reward:
-        held_out, other = _load(load_prompts, recipe, plan, pair, task, "eval")
-        sampler = make_sampler(rollout, pair, seed=recipe.train.seed + 1, accelerator=accelerator)
-        measure = HeldOut(held_out, sampler, reply, reward, accelerator)
-        notes = [*notes, *other.lines()]
-    elif recipe.data.eval:
-        notes = [
-            *notes,
-            "data.eval is not used: held-out prompts are measured by a reward, and this run has none",
-        ]
-    identity = {"rows": sha256(repr([p.ids.tolist() for p in prompts]).encode()).hexdigest()}
-    samples = _sampling(recipe, pair, [p.ids for p in prompts[:SHOWN_PROMPTS]])
-    return Feed(source, len(prompts), report.format, identity, notes, samples, measure=measure)
 
 
-def _appraisers(
-    recipe: Recipe, plan: Plan, task: Task | None, accelerator: Accelerator, safe: bool
-) -> tuple[Any, Any]:
-    """The reward or the judge that the objective asks for: the recipe's, else the task's own."""
-    if plan.feedback == "reward":
-        from alignkit.rewards import load_rewards
-
-        return load_rewards(
-            recipe.rewards, safe=safe, device=accelerator.device
-        ) if recipe.rewards else task and task.reward, None
-    if plan.feedback == "none":
-        return None, None
-    from alignkit.judges import load_judge
-
-    return None, load_judge(
-        recipe.judge, safe=safe, device=accelerator.device
-    ) if recipe.judge else task and task.judge
+def _held_out(context: RunContext, reward: RewardCall) -> tuple[HeldOut, Report]:
+    """The mean reward on the prompts of `data.eval`, under noise that training does not see."""
+    recipe = context.recipe
+    prompts, report = load_prompts(recipe.data, context.pair.tokenizer, source=context.rows("eval"))
+    sampler = make_sampler(
+        recipe.rollout,
+        context.pair,
+        seed=recipe.train.seed + 1,
+        accelerator=context.accelerator,
+    )
+    return HeldOut(prompts, sampler, _reply(context), reward, context.accelerator), report
 
 
-def _load(
-    load: Callable[..., Any],
-    recipe: Recipe,
-    plan: Plan,
-    pair: PolicyPair,
-    task: Task | None,
-    split: str,
-) -> tuple[list[Any], Report]:
-    """Rows of `data.train` or `data.eval`; `task:NAME` stands for the task's own rows of that
-    split.
+def _reply(context: RunContext) -> Callable[[Prompt, Tensor], Any]:
+    """(prompt, ids) -> what rewards and judges read: a text, or the messages that continue a chat."""
+
+    def reply(prompt: Prompt, ids: Tensor) -> Any:
+        return as_reply(prompt.text, decode(context.pair.tokenizer, ids))
+
+    return reply
+
+
+def _reward(context: RunContext) -> RewardCall | None:
+    """The recipe's rewards, else the task's own; None where the objective learns from no scores."""
+    if context.plan.feedback != "reward":
+        return None
+    if context.recipe.rewards:
+        device = context.accelerator.device
+        return load_rewards(context.recipe.rewards, safe=context.safe, device=device)
+    return context.task.reward if context.task else None
+
+
+def _judge(context: RunContext) -> Callable[..., Any] | None:
+    """The recipe's judge, else the task's own; None where the objective learns from no verdicts."""
+    if context.plan.feedback in ("none", "reward"):
+        return None
+    if context.recipe.judge:
+        device = context.accelerator.device
+        return load_judge(context.recipe.judge, safe=context.safe, device=device)
+    return context.task.judge if context.task else None
+
+
+def _with_samples(context: RunContext, dataset: DatasetSource) -> SamplesBeside:
+    """The rows with the completions that the plan draws beside them in every step."""
+    recipe = context.recipe
+    return SamplesBeside(
+        dataset,
+        make_sampler(recipe.rollout, context.pair, seed=recipe.train.seed),
+        context.plan,
+        recipe.rollout.completions,
+        context.accelerator,
+        _judge(context),
+        partial(decode, context.pair.tokenizer),
+    )
+
+
+def _with_reference(context: RunContext, bundles: list[Bundle]) -> list[Bundle]:
+    """The bundles with the reference's log-probs of their tokens.
+
+    Each rank scores its share, or reads it from `reference.store`; the shares are then exchanged.
     """
-    source: Any = getattr(recipe.data, split)
-    if source.startswith("task:"):
-        assert task is not None
-        source = task.rows(plan.data, split)
-    family = () if load is load_prompts else (plan.data,)
-    rows, report = load(recipe.data, *family, pair.tokenizer, source=source)
-    return list(rows), report
+    rank = context.rank
+    processes = context.processes
+    store = context.recipe.reference.store
 
+    share = bundles[rank::processes]
+    if share and store:
+        share = cached_in(Path(store).expanduser(), context.pair, share, context.plan)
+    elif share:
+        share = context.pair.cached(share, context.plan)
+    if processes == 1:
+        return share
 
-def _scored(
-    bundles: list[Bundle], recipe: Recipe, plan: Plan, pair: PolicyPair, accelerator: Accelerator
-) -> list[Bundle]:
-    """The bundles with the reference's log-probs, each rank scoring its share or reading it from
-    `reference.store`.
-    """
-    rank = accelerator.process_index
-    world = accelerator.num_processes
-    store = recipe.reference.store
-    mine = bundles[rank::world]
-    if mine:
-        mine = (
-            cached_in(Path(store).expanduser(), pair, mine, plan)
-            if store
-            else pair.cached(mine, plan)
-        )
-    if world == 1:
-        return mine
-    shares = gather_object([[b.tokens["reference"] for b in mine]])
-    tokens = {
-        place: found
-        for first, share in enumerate(shares)
-        for place, found in zip(range(first, len(bundles), world), share)
-    }
-    return [replace(b, tokens={**b.tokens, "reference": tokens[i]}) for i, b in enumerate(bundles)]
+    # Rank r scored the bundles at places r, r + processes, r + 2 * processes, ...
+    reference: dict[int, list[Tensor]] = {}
+    shares = gather_object([[bundle.tokens["reference"] for bundle in share]])
+    for first, logps in enumerate(shares):
+        reference |= dict(zip(range(first, len(bundles), processes), logps))
 
-
-def _after(
-    text: str,
-    name: str,
-    bundles: list[Bundle],
-    recipe: Recipe,
-    plan: Plan,
-    pair: PolicyPair,
-    accelerator: Accelerator,
-) -> list[Bundle]:
-    """The bundles with tokens[name], the reference's log-probs where `text` comes before the prompt
-    (behind a start token).
-    """
-    ids = torch.tensor(pair.tokenizer(text, add_special_tokens=False).input_ids)
-    start = pair.tokenizer.bos_token_id
-    if not len(ids):
-        raise ConfigError(
-            f"objective.{name}: the tokenizer makes no token of {text!r}; give a text"
-        )
-    moved = []
-    for bundle in bundles:
-        first = 1 if start is not None and bundle.prompt[0] == start else 0
-        moved.append(
-            replace(
-                bundle,
-                prompt=torch.cat([bundle.prompt[:first], ids, bundle.prompt[first:]]),
-                tokens={},
-            )
-        )
-    scored = _scored(moved, recipe, plan, pair, accelerator)
     return [
-        replace(b, tokens={**b.tokens, name: s.tokens["reference"]})
-        for b, s in zip(bundles, scored)
+        replace(bundle, tokens={**bundle.tokens, "reference": reference[place]})
+        for place, bundle in enumerate(bundles)
     ]
 
 
-def _sampling(
-    recipe: Recipe, pair: PolicyPair, prompts: list[Tensor]
-) -> Callable[[int], list[dict[str, Any]]]:
+def _with_prefixed_reference(
+    context: RunContext, bundles: list[Bundle], name: str, text: str
+) -> list[Bundle]:
+    """The bundles with tokens[name]: the reference's log-probs where `text` stands before the
+    prompt, behind a start token if there is one.
+    """
+    tokenizer = context.pair.tokenizer
+    prefix = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+    if not len(prefix):
+        raise ConfigError(
+            f"objective.{name}: the tokenizer makes no token of {text!r}; give a text"
+        )
+
+    prefixed = []
+    for bundle in bundles:
+        has_start = (
+            tokenizer.bos_token_id is not None and bundle.prompt[0] == tokenizer.bos_token_id
+        )
+        first = int(has_start)
+        prompt = torch.cat([bundle.prompt[:first], prefix, bundle.prompt[first:]])
+        prefixed.append(replace(bundle, prompt=prompt, tokens={}))
+
+    scored = _with_reference(context, prefixed)
+    return [
+        replace(bundle, tokens={**bundle.tokens, name: other.tokens["reference"]})
+        for bundle, other in zip(bundles, scored)
+    ]
+
+
+def _shown_samples(context: RunContext, prompts: list[Tensor]) -> SampleRows:
     """step -> rows for samples.jsonl: the same prompts and the same noise each time, so that only
     the policy differs.
     """
+    pair: PolicyPair = context.pair
+    rollout = context.recipe.rollout
+
+    # Prompts that leave no room for an answer are not shown; the others get equal room.
     with pair.model("policy") as model:
-        context = context_length(model)
-    fitting = [ids for ids in prompts if len(ids) < context]
-    room = min([recipe.rollout.max_new_tokens, *(context - len(ids) for ids in fitting)])
-    few = recipe.rollout.model_copy(update={"max_new_tokens": room, "engine": "hf"})
-    sampler = make_sampler(few, pair, seed=recipe.train.seed, exact=False)
+        context_size = context_length(model)
+    prompts = [ids for ids in prompts if len(ids) < context_size]
+    room = min([rollout.max_new_tokens, *(context_size - len(ids) for ids in prompts)])
+
+    settings = rollout.model_copy(update={"max_new_tokens": room, "engine": "hf"})
+    sampler = make_sampler(settings, pair, seed=context.recipe.train.seed, exact=False)
 
     def samples(step: int) -> list[dict[str, Any]]:
-        drawn = sampler.sample(fitting, Draw(1), step=0, prompt_ids=range(len(fitting)))
-        return [
-            {
-                "step": step,
-                "prompt": decode(pair.tokenizer, prompt),
-                "completion": decode(pair.tokenizer, samples[0].ids),
-            }
-            for prompt, samples in zip(fitting, drawn)
-        ]
+        rows = []
+        drawn = sampler.sample(prompts, Draw(1), step=0, prompt_ids=range(len(prompts)))
+        for ids, (sample,) in zip(prompts, drawn):
+            prompt = decode(pair.tokenizer, ids)
+            completion = decode(pair.tokenizer, sample.ids)
+            rows.append({"step": step, "prompt": prompt, "completion": completion})
+        return rows
 
     return samples

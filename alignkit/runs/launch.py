@@ -1,30 +1,38 @@
-"""From a recipe to a finished run: check it, load data and models, resolve every `auto`, and hand a
+"""From a recipe to a finished run: check it, load models and data, resolve every `auto`, and hand a
 job to the loop.
+
+Importing this imports no torch, so that a mistake in a recipe is reported at once; what needs torch
+is imported by the functions below after `check_without_torch`.
 """
 
 import math
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.config.objective import build_objective
 from alignkit.config.recipe import Recipe, dump_recipe
-from alignkit.config.validation import nearest
 from alignkit.distributed.launcher import end
 from alignkit.errors import ConfigError
-from alignkit.runs.resume import found_autos, identity_of, replaced, with_resolved_autos
+from alignkit.runs.checks import (
+    check_appraisal,
+    check_engine,
+    check_without_torch,
+    unused_sections,
+)
+from alignkit.runs.resume import fill_autos, identity_of, measured_autos, with_resolved_autos
+from alignkit.tasks import DEFAULT_TASK, Task, resolve
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from alignkit.batches import Plan
     from alignkit.objectives.base import Objective
     from alignkit.policies.pair import PolicyPair
-    from alignkit.tasks import Task
+    from alignkit.runs.context import RunContext
+    from alignkit.runs.job_data import JobData
     from alignkit.training.loop import Job, Result
     from alignkit.training.run_folder import RunFolder
-
-DEFAULT_TASK = "reviews"
 
 
 def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False) -> "Result":
@@ -34,6 +42,7 @@ def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False)
     code (alignkit.errors).
     """
     check_without_torch(recipe, safe)
+
     from alignkit.distributed.errors import raise_on_all_ranks
     from alignkit.training.loop import train
     from alignkit.training.run_folder import RunFolder
@@ -41,54 +50,36 @@ def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False)
     objective = build_objective(recipe.objective, recipe.origin, safe=safe)
     changes: list[str] = []
     if resume is None:
-        RunFolder(
-            recipe.output_dir
-        ).refuse_to_overwrite()  # before anything is loaded; the loop asks again under the lock
+        # Ask before anything is loaded; the loop asks again once it holds the run's lock.
+        RunFolder(recipe.output_dir).refuse_to_overwrite()
     else:
         recipe, changes = with_resolved_autos(recipe)
+
     check_engine(recipe, objective)
     task = resolve_task(recipe)
     check_appraisal(recipe, objective, task)
+
     accelerator = make_accelerator(recipe)
     run = RunFolder(recipe.output_dir, writes=accelerator.is_main_process)
     try:
-        job = build_job(recipe, objective, task, accelerator, run, safe=safe)
-        job.notes = [*job.notes, *changes]
+        context = load_context(recipe, objective, task, accelerator, safe=safe)
+        data = load_data(context)
+        recipe = fill_autos(context.recipe, {"data": {"format": data.format}})
+        job = build_job(replace(context, recipe=recipe), data, run, notes=changes)
+
         with ExitStack() as stack:
-            with raise_on_all_ranks(accelerator):  # the first process alone takes the run's lock
+            with raise_on_all_ranks(accelerator):  # only the first process takes the run's lock
                 stack.enter_context(run)
             return train(job, resume)
     finally:
         end(accelerator)
 
 
-def check_without_torch(recipe: Recipe, safe: bool = False) -> None:
-    """What can be refused before the seconds that importing torch takes: files and tasks that are
-    not there, unsafe fields.
-    """
-    if safe and recipe.model.trust_remote_code:
-        place = recipe.origin.at(("model", "trust_remote_code"))
-        raise ConfigError(
-            f"{place}: `model.trust_remote_code` would run code that comes with the model, and --safe forbids it"
-        )
-    from alignkit.data.read import SUFFIXES, read_rows
-    from alignkit.tasks import TASKS
-
-    for field in ("train", "eval"):
-        source = getattr(recipe.data, field) or ""
-        if Path(source).suffix in SUFFIXES and not Path(source).expanduser().exists():
-            read_rows(recipe.data, source)  # raises, with a name that is nearly it
-        name = source.removeprefix("task:")
-        if name != source and name not in TASKS:
-            place = recipe.origin.at(("data", field))
-            raise ConfigError(
-                f"{place}: `data.{field}`: there is no task `{name}`.{nearest(name, TASKS)} Tasks: {', '.join(TASKS)}"
-            )
-
-
-def resolve_task(recipe: Recipe) -> "Task | None":
-    """The embedded world that the model or the data name, made on first use; None where neither
+def resolve_task(recipe: Recipe) -> Task | None:
+    """The embedded task that the model or the data name, made on first use; None where neither
     does.
+
+    ConfigError where the training and the held-out rows name two tasks.
     """
     sources = [
         source
@@ -96,69 +87,20 @@ def resolve_task(recipe: Recipe) -> "Task | None":
         if source and source.startswith("task:")
     ]
     if len(set(sources)) > 1:
+        place = recipe.origin.at(("data", "eval"))
         raise ConfigError(
-            f"{recipe.origin.at(('data', 'eval'))}: `data.train` and `data.eval` name two tasks: {', '.join(sources)}"
+            f"{place}: `data.train` and `data.eval` name two tasks: {', '.join(sources)}"
         )
     if not sources and recipe.model.name_or_path != "task":
         return None
-    from alignkit.tasks import resolve
-
     return resolve(sources[0] if sources else DEFAULT_TASK)
 
 
-def check_engine(recipe: Recipe, objective: "Objective") -> None:
-    """A vLLM server is asked only for what it can draw, and only with its token."""
-    if recipe.rollout.engine == "hf" or not objective.plan.samples:
-        return
-    from alignkit.rollout.client import Client
-    from alignkit.rollout.vllm import check_draw
-
-    assert recipe.rollout.url is not None
-    try:
-        Client(recipe.rollout.url, timeout=recipe.rollout.timeout)
-        if objective.plan.data not in ("rollout", "game"):
-            raise ConfigError(
-                "rollout.engine: vllm does not sample beside fixed data; use rollout.engine: hf"
-            )
-        for draw in objective.plan.samples:
-            check_draw(draw)
-    except ConfigError as error:
-        raise ConfigError(f"{recipe.origin.at(('rollout', 'url'))}: {error}") from error
-
-
-def check_appraisal(recipe: Recipe, objective: "Objective", task: "Task | None") -> None:
-    """An objective that learns from scores or verdicts has to get them from somewhere."""
-    feedback = objective.plan.feedback
-    field, example = (
-        ("rewards", "rewards.0.function") if feedback == "reward" else ("judge", "judge.function")
-    )
-    brought = task is not None and getattr(task, field.removesuffix("s")) is not None
-    if feedback != "none" and not getattr(recipe, field) and not brought:
-        raise ConfigError(
-            f"{recipe.origin.at(('objective',))}: this objective needs `{field}`: set {example}=my_file.py:my_function"
-        )
-
-
-def _unused(recipe: Recipe, objective: "Objective") -> list[str]:
-    """Sections that are set and that this objective does not look at."""
-    plan = objective.plan
-    unused = {
-        "rewards": bool(recipe.rewards) and plan.feedback != "reward",
-        "judge": recipe.judge is not None and plan.feedback in ("none", "reward"),
-        "rollout.url": recipe.rollout.url is not None and not plan.samples,
-        "rollout.pass_rate": recipe.rollout.pass_rate is not None and plan.feedback != "reward",
-        "target": recipe.target is not None and "target" not in plan.anchors,
-    }
-    return [
-        f"`{section}` is set in the recipe, but this objective does not use it"
-        for section, holds in unused.items()
-        if holds
-    ]
-
-
 def make_accelerator(recipe: Recipe) -> "Accelerator":
-    """accelerate's handle on devices, processes, precision and trackers. It accumulates nothing:
-    the reduction does.
+    """accelerate's handle on devices, processes, precision and trackers.
+
+    The reduction accumulates gradients, so accelerate does not. ConfigError for a tracker that is
+    not installed.
     """
     from datetime import timedelta
 
@@ -171,8 +113,9 @@ def make_accelerator(recipe: Recipe) -> "Accelerator":
     half = recipe.train.dtype == "bfloat16" or (
         recipe.train.dtype == "auto" and cuda and torch.cuda.is_bf16_supported()
     )
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     trackers = list(recipe.trackers)
+
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         mixed_precision="bf16" if half else "no",
         cpu=not cuda,
@@ -183,84 +126,109 @@ def make_accelerator(recipe: Recipe) -> "Accelerator":
             InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.train.process_timeout)),
         ],
     )
+
     missing = set(trackers) - {"all"} - {str(tracker) for tracker in accelerator.log_with}
     if missing:
         place = recipe.origin.at(("trackers",))
         raise ConfigError(
-            f"{place}: `trackers`: {', '.join(sorted(missing))} is not installed; install it or leave it out"
+            f"{place}: `trackers`: {', '.join(sorted(missing))} is not installed; "
+            "install it or leave it out"
         )
     if trackers:
-        accelerator.init_trackers(
-            Path(recipe.output_dir).name, config=_flat(recipe.model_dump(mode="json"))
-        )
+        settings = _flat(recipe.model_dump(mode="json"))
+        accelerator.init_trackers(Path(recipe.output_dir).name, config=settings)
     return accelerator
 
 
-def build_job(
+def load_context(
     recipe: Recipe,
     objective: "Objective",
-    task: "Task | None",
+    task: Task | None,
     accelerator: "Accelerator",
-    run: "RunFolder",
     *,
     safe: bool = False,
-) -> "Job":
-    """Load models and data, resolve every `auto`, and put together what the loop needs."""
-    from alignkit.policies.load import vocabulary_hash
-    from alignkit.runs.job_data import fixed_feed, sampled_feed
-    from alignkit.runs.model_card import model_card
-    from alignkit.runs.preference_data import preference_feed
-    from alignkit.training.loop import Job
+) -> "RunContext":
+    """Load the models, and resolve every `auto` that depends on them and on the machine."""
+    from alignkit.runs.context import RunContext
+
+    pair = _load_pair(recipe, objective, task, accelerator)
+    context = RunContext(recipe, objective, task, pair, accelerator, safe)
+    return replace(context, recipe=fill_autos(recipe, measured_autos(context)))
+
+
+def _load_pair(
+    recipe: Recipe, objective: "Objective", task: Task | None, accelerator: "Accelerator"
+) -> "PolicyPair":
+    """The model with its anchors, or with the outputs that the plan asks for."""
+    from alignkit.policies.load import load_pair, load_scorer
 
     plan = objective.plan
-    fixed = plan.data not in ("rollout", "game")
-    pair = _load(recipe, plan, task, accelerator)
-    recipe = replaced(recipe, found_autos(pair, accelerator, fixed))
-    make_feed = preference_feed if plan.outputs else fixed_feed if fixed else sampled_feed
-    feed = make_feed(recipe, objective, task, pair, accelerator, safe)
-    recipe = replaced(recipe, {"data": {"format": feed.format}})
-    steps = recipe.train.steps
-    if recipe.train.epochs is not None:
-        steps = math.ceil(recipe.train.epochs * feed.rows / recipe.train.batch_size) * plan.epochs
-    return Job(
-        objective,
-        pair,
-        feed.source,
-        recipe.train,
-        run,
-        accelerator,
-        steps or 0,
-        micro_batch_tokens=int(recipe.train.micro_batch_tokens),
-        recipe=dump_recipe(recipe),
-        identity={
-            **identity_of(recipe),
-            **feed.identity,
-            "tokenizer": vocabulary_hash(pair.tokenizer),
-        },
-        evaluation=feed.evaluation,
-        measure=feed.measure,
-        samples=feed.samples,
-        card=model_card(recipe, objective, feed.notes),
-        notes=[*feed.notes, *_unused(recipe, objective)],
+    model = recipe.model
+    if task is not None and model.name_or_path == "task":
+        model = model.model_copy(update={"name_or_path": str(task.model_folder)})
+
+    if plan.outputs:
+        return load_scorer(model, plan, device=accelerator.device, seed=recipe.train.seed)
+
+    return load_pair(
+        model,
+        recipe.reference,
+        recipe.target,
+        plan,
+        device=accelerator.device,
+        fixed_data=plan.data not in ("rollout", "game") and not plan.samples,
+        seed=recipe.train.seed,
     )
 
 
-def _load(
-    recipe: Recipe, plan: "Plan", task: "Task | None", accelerator: "Accelerator"
-) -> "PolicyPair":
-    """The model with what anchors it, or with the outputs that the plan asks for."""
-    from alignkit.policies.load import load_pair, load_scorer
+def load_data(context: "RunContext") -> "JobData":
+    """The rows or prompts that the plan learns from, as the loop takes them."""
+    from alignkit.runs.job_data import fixed_data, sampled_data
+    from alignkit.runs.preference_data import preference_data
 
-    model = recipe.model
-    device = accelerator.device
-    seed = recipe.train.seed
-    if task is not None and model.name_or_path == "task":
-        model = model.model_copy(update={"name_or_path": str(task.model_folder)})
-    if plan.outputs:
-        return load_scorer(model, plan, device=device, seed=seed)
-    fixed = plan.data not in ("rollout", "game") and not plan.samples
-    return load_pair(
-        model, recipe.reference, recipe.target, plan, device=device, fixed_data=fixed, seed=seed
+    if context.plan.outputs:
+        return preference_data(context)
+    if context.plan.data in ("rollout", "game"):
+        return sampled_data(context)
+    return fixed_data(context)
+
+
+def build_job(
+    context: "RunContext", data: "JobData", run: "RunFolder", *, notes: list[str]
+) -> "Job":
+    """Put together what the loop needs. `notes` are printed at the start, after the data report."""
+    from alignkit.policies.load import vocabulary_hash
+    from alignkit.runs.model_card import model_card
+    from alignkit.training.loop import Job
+
+    recipe = context.recipe
+    steps = recipe.train.steps
+    if recipe.train.epochs is not None:
+        batches = math.ceil(recipe.train.epochs * data.rows / recipe.train.batch_size)
+        steps = batches * context.plan.epochs
+
+    # What must be the same when a checkpoint of this run is resumed.
+    identity = {
+        **identity_of(recipe),
+        **data.identity,
+        "tokenizer": vocabulary_hash(context.pair.tokenizer),
+    }
+    return Job(
+        context.objective,
+        context.pair,
+        data.source,
+        recipe.train,
+        run,
+        context.accelerator,
+        steps or 0,
+        micro_batch_tokens=int(recipe.train.micro_batch_tokens),
+        recipe=dump_recipe(recipe),
+        identity=identity,
+        evaluation=data.evaluation,
+        measure=data.measure,
+        samples=data.samples,
+        card=model_card(recipe, context.objective, data.notes),
+        notes=[*data.notes, *unused_sections(recipe, context.objective), *notes],
     )
 
 

@@ -1,5 +1,5 @@
-"""The model card that a run writes: what was trained, by which equation, on which data, with which
-result.
+"""The model card that a run writes: what was trained, by which equation, on which data and with
+which result.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,26 +13,24 @@ def model_card(
     recipe: Recipe, objective: Objective, data: Sequence[str]
 ) -> Callable[[Mapping[str, float]], str]:
     """Last metrics -> the card as Markdown with Hugging Face's front matter. `data` is the data
-    report.
+    report, line by line.
     """
 
     def card(metrics: Mapping[str, float]) -> str:
+        results = [[name, f"{value:.6g}"] for name, value in metrics.items()]
+        libraries = ("torch", "transformers", "accelerate")
+        versions = ", ".join(f"{name} {version(name)}" for name in libraries)
+
         blocks = [
             _front_matter(recipe),
             _objectives(objective),
             "## Data",
             _fenced("", data),
             "## Results",
-            _table(
-                ["metric", "last value"],
-                [[name, f"{value:.6g}"] for name, value in metrics.items()],
-            ),
+            _table(["metric", "last value"], results),
             "## Recipe",
             _fenced("yaml", [dump_recipe(recipe).rstrip()]),
-            "Versions: "
-            + ", ".join(
-                f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate")
-            ),
+            f"Versions: {versions}",
         ]
         return "\n\n".join(blocks) + "\n"
 
@@ -41,15 +39,17 @@ def model_card(
 
 def _front_matter(recipe: Recipe) -> str:
     library = "peft" if recipe.model.adapter else "transformers"
-    title = f"# {recipe.model.name_or_path}, trained with alignkit"
-    remote = (
-        ["", "Its base model runs code of its own (`trust_remote_code`)."]
-        if recipe.model.trust_remote_code
-        else []
-    )
-    return "\n".join(
-        ["---", f"library_name: {library}", "tags: [alignkit]", "---", "", title, *remote]
-    )
+    lines = [
+        "---",
+        f"library_name: {library}",
+        "tags: [alignkit]",
+        "---",
+        "",
+        f"# {recipe.model.name_or_path}, trained with alignkit",
+    ]
+    if recipe.model.trust_remote_code:
+        lines += ["", "Its base model runs code of its own (`trust_remote_code`)."]
+    return "\n".join(lines)
 
 
 def _objectives(objective: Objective) -> str:
@@ -62,16 +62,14 @@ def _objectives(objective: Objective) -> str:
 
 
 def _settings(objective: Objective) -> str:
-    return (
-        ", ".join(f"{name} = {value}" for name, value in objective.model_dump().items()) or "none"
-    )
+    settings = [f"{name} = {value}" for name, value in objective.model_dump().items()]
+    return ", ".join(settings) or "none"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [" | ".join(row) for row in (header, *rows)]
-    return "\n".join(
-        [f"| {lines[0]} |", "|" + "---|" * len(header), *(f"| {line} |" for line in lines[1:])]
-    )
+    rule = "|" + "---|" * len(header)
+    body = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([f"| {' | '.join(header)} |", rule, *body])
 
 
 def _fenced(language: str, lines: Sequence[str]) -> str:

@@ -1,5 +1,5 @@
-"""What the training of reward and preference models is fed with: pairs or rankings, and figures on
-held-out ones.
+"""The data for training reward and preference models: pairs or rankings, and metrics on held-out
+ones.
 """
 
 from collections.abc import Sequence
@@ -8,84 +8,82 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from alignkit.batches import Bundle
-from alignkit.config.recipe import Recipe
 from alignkit.data.load import fingerprint, load_bundles
 from alignkit.data.report import Report
 from alignkit.errors import ConfigError
 from alignkit.metrics.completions import preference_figures
-from alignkit.objectives.base import Objective
 from alignkit.policies.scorer import Scorer, TrainedScorer, joined, separator_of
-from alignkit.runs.job_data import Feed
+from alignkit.runs.context import RunContext
+from alignkit.runs.job_data import JobData
 from alignkit.sources.dataset import DatasetSource
-from alignkit.tasks import Task
 from alignkit.training.reduction import Metrics
 
 
-def preference_feed(
-    recipe: Recipe,
-    objective: Objective,
-    task: Task | None,
-    scorer: TrainedScorer,
-    accelerator: Accelerator,
-    safe: bool,
-) -> Feed:
-    """Bundles for an objective that learns from outputs. Plain texts get no end token unless
-    `data.append_eos` says so: the model is read at the last token of the text itself, as reward
-    models are when they score.
-    """
-    rank = accelerator.process_index
-    world = accelerator.num_processes
+def preference_data(context: RunContext) -> JobData:
+    """Bundles for an objective that learns from the model's outputs instead of its log-probs."""
+    objective = context.objective
+    scorer = context.pair
+    train = context.recipe.train
+    assert isinstance(scorer, TrainedScorer)  # loaded for a plan with outputs
     if not hasattr(objective, "log_odds"):
         raise ConfigError(
             "objective: reward and preference models cannot be summed in a weighted list"
         )
-    bundles, report = _load(recipe, objective, task, scorer, "train")
-    identity = {"rows": fingerprint(bundles)}
+
+    bundles, report = _bundles(context, "train")
     notes = report.lines()
-
-    def samples(step: int) -> list[dict[str, Any]]:
-        return []
-
     source = DatasetSource(
         bundles,
-        objective.plan,
-        recipe.train.batch_size,
-        seed=recipe.train.seed,
-        rank=rank,
-        world=world,
+        context.plan,
+        train.batch_size,
+        seed=train.seed,
+        rank=context.rank,
+        world=context.processes,
     )
-    if not recipe.data.eval:
-        return Feed(source, len(bundles), report.format, identity, notes, samples)
-    every, other = _load(recipe, objective, task, scorer, "eval")
-    held_out = every[rank::world]
-    notes = [*notes, *other.lines()]
-    measure = Figures(objective, scorer, held_out, int(recipe.train.micro_batch_tokens))
-    return Feed(source, len(bundles), report.format, identity, notes, samples, held_out, measure)
+
+    held_out = None
+    measure = None
+    if context.recipe.data.eval:
+        every_held_out, held_out_report = _bundles(context, "eval")
+        notes = [*notes, *held_out_report.lines()]
+        held_out = every_held_out[context.rank :: context.processes]
+        measure = PreferenceMetrics(objective, scorer, held_out, int(train.micro_batch_tokens))
+
+    return JobData(
+        source=source,
+        rows=len(bundles),
+        format=report.format,
+        identity={"rows": fingerprint(bundles)},
+        notes=notes,
+        samples=lambda step: [],  # these models score texts, they write none
+        evaluation=held_out,
+        measure=measure,
+    )
 
 
-def _load(
-    recipe: Recipe, objective: Objective, task: Task | None, scorer: TrainedScorer, split: str
-) -> tuple[list[Bundle], Report]:
-    plan = objective.plan
-    config = recipe.data
-    source: Any = getattr(config, split)
-    if source.startswith("task:"):
-        assert task is not None
-        source = task.rows(plan.data, split)
+def _bundles(context: RunContext, split: str) -> tuple[list[Bundle], Report]:
+    """The bundles of `split` (train, eval); where the plan says so, both completions of a pair
+    become one text.
+
+    Plain texts get no end token unless `data.append_eos` asks for one: the model is read at the
+    last token of the text itself, as reward models are when they score.
+    """
+    config = context.recipe.data
+    tokenizer = context.pair.tokenizer
     if config.append_eos == "auto":
         config = config.model_copy(update={"append_eos": False})
-    bundles, report = load_bundles(config, plan.data, scorer.tokenizer, source=source)
-    if plan.joined:
-        bundles = [joined(bundle, separator_of(scorer.tokenizer)) for bundle in bundles]
+
+    bundles, report = load_bundles(config, context.plan.data, tokenizer, source=context.rows(split))
+    if context.plan.joined:
+        bundles = [joined(bundle, separator_of(tokenizer)) for bundle in bundles]
     return bundles, report
 
 
 @dataclass
-class Figures:
+class PreferenceMetrics:
     """Accuracy, calibration and position bias on held-out rows, over all processes; called at
     evaluations.
     """
@@ -93,21 +91,27 @@ class Figures:
     objective: Any
     scorer: Scorer
     bundles: Sequence[Bundle]  # this process's share
-    budget: int
+    budget: int  # tokens of one forward pass
 
     @torch.no_grad()
     def __call__(self) -> Metrics:
         """Every pair of a ranking counts as one pair."""
+        plan = self.objective.plan
         odds: list[float] = []
         bias: list[float] = []
-        plan = self.objective.plan
         for chunk in self.scorer.micro_batches(self.bundles, self.budget):
             bundles = [self.bundles[i] for i in chunk]
             outputs = self.scorer.scores(bundles).values.cpu()
-            for mine in outputs.split([len(b.completions) for b in bundles]):
-                better, worse = zip(*combinations(range(len(mine)), 2))
-                odds += self.objective.log_odds(mine[list(better)], mine[list(worse)]).tolist()
-                bias += [float(mine.sigmoid().sum() - 1)] if plan.joined else []
+            sizes = [len(bundle.completions) for bundle in bundles]
+
+            for scores in outputs.split(sizes):
+                better, worse = zip(*combinations(range(len(scores)), 2))
+                log_odds = self.objective.log_odds(scores[list(better)], scores[list(worse)])
+                odds += log_odds.tolist()
+                if plan.joined:
+                    # Both orders of a fair reader's pair sum to 1.
+                    bias.append(float(scores.sigmoid().sum() - 1))
+
         every_odds = gather_object(odds)
         every_bias = gather_object(bias)
         return preference_figures(

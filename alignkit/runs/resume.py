@@ -1,5 +1,5 @@
-"""What a run keeps of its recipe: every `auto` as it was resolved, and the fields that tell one run
-from another.
+"""What a run remembers of its recipe: every `auto` as it was resolved, and the fields that tell one
+run from another.
 """
 
 from collections.abc import Mapping
@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 from alignkit.config.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from alignkit.policies.pair import PolicyPair
+    from alignkit.runs.context import RunContext
 
 # Fields that may change between a checkpoint and its resumption: they decide where, how fast and
-# how often, not what.
+# how often, but not what is trained.
 FREE: dict[str, set[str] | None] = {  # None: the whole section
     "model": {"layout", "gradient_checkpointing"},
     "reference": {"store"},
@@ -34,70 +32,82 @@ FREE: dict[str, set[str] | None] = {  # None: the whole section
     "trackers": None,
     "output_dir": None,
 }
-# Fields whose `auto` is resolved once and then kept with the run; data.append_eos decides for each
-# row.
+
+# Fields whose `auto` is resolved once and then stays with the run. `data.append_eos` is not among
+# them: it decides for each row.
 AUTOS = [
     ("model", "dtype"),
     ("model", "attention"),
     ("model", "layout"),
     ("reference", "kind"),
     ("data", "format"),
+    ("train", "micro_batch_tokens"),
+    ("train", "dtype"),
+    ("train", "metric"),
 ]
-AUTOS += [("train", "micro_batch_tokens"), ("train", "dtype"), ("train", "metric")]
 
 
 def with_resolved_autos(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe with each `auto` replaced by what the run in its output_dir resolved it to, and
-    what else is not as it was.
+    """The recipe with each `auto` replaced by what the run in its output_dir resolved it to, and a
+    sentence about every other difference from that run's recipe.
     """
     from alignkit.training.run_folder import compare
 
     file = Path(recipe.output_dir).expanduser() / "recipe.yaml"
     if not file.is_file():
         return recipe, []
-    kept = load_recipe(file)
-    recipe = replaced(recipe, kept.model_dump())
-    changes = compare(kept.model_dump(mode="json"), recipe.model_dump(mode="json"))
+
+    before = load_recipe(file)
+    recipe = fill_autos(recipe, before.model_dump())
+    changes = compare(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
     return recipe, [f"changed since this run began: {'; '.join(changes)}"] if changes else []
 
 
-def found_autos(
-    pair: "PolicyPair", accelerator: "Accelerator", fixed: bool
-) -> dict[str, dict[str, Any]]:
-    """What each `auto` turned out to be on this machine and model."""
+def measured_autos(context: "RunContext") -> dict[str, dict[str, Any]]:
+    """Section -> field -> what its `auto` turned out to be on this machine and with this model."""
     from alignkit.policies.packing import default_budget, kernel_of
 
+    pair = context.pair
+    accelerator = context.accelerator
     with pair.model("policy") as model:
         attention = kernel_of(model.config)
     dtype = str(pair.parameters()[0].dtype).removeprefix("torch.")
+    samples_prompts = context.plan.data in ("rollout", "game")
+
     return {
         "model": {"dtype": dtype, "attention": attention, "layout": pair.layout},
         "reference": {"kind": "auto" if pair.reference_kind == "none" else pair.reference_kind},
         "train": {
             "dtype": "bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
             "micro_batch_tokens": default_budget(accelerator.device, pair.packing),
-            "metric": "eval_loss" if fixed else "eval_reward",
+            "metric": "eval_reward" if samples_prompts else "eval_loss",
         },
     }
 
 
-def replaced(recipe: Recipe, found: Mapping[str, Any]) -> Recipe:
-    """The recipe with each `auto` that `found` knows replaced."""
+def fill_autos(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The recipe with each `auto` replaced for which `values` (section -> field -> value) has a
+    value.
+    """
     sections: dict[str, dict[str, Any]] = {}
     for section, field in AUTOS:
-        if getattr(getattr(recipe, section), field) == "auto" and field in found.get(section, {}):
-            sections.setdefault(section, {})[field] = found[section][field]
+        is_auto = getattr(getattr(recipe, section), field) == "auto"
+        if is_auto and field in values.get(section, {}):
+            sections.setdefault(section, {})[field] = values[section][field]
+
     return recipe.model_copy(
-        update={s: getattr(recipe, s).model_copy(update=fields) for s, fields in sections.items()}
+        update={
+            section: getattr(recipe, section).model_copy(update=fields)
+            for section, fields in sections.items()
+        }
     )
 
 
 def identity_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what may change between a checkpoint and its resumption."""
-    found = recipe.model_dump(
-        mode="json", exclude={section for section, fields in FREE.items() if fields is None}
-    )
+    free_sections = {section for section, fields in FREE.items() if fields is None}
+    identity = recipe.model_dump(mode="json", exclude=free_sections)
     for section, fields in FREE.items():
         for field in fields or ():
-            del found[section][field]
-    return found
+            del identity[section][field]
+    return identity

@@ -12,17 +12,22 @@ if TYPE_CHECKING:
 
 
 def find_finished(name: str) -> Path:
-    """Where the model called `name` is: a run's `model`, a model or adapter folder, a task's base
-    model (made on first use), or a path that is not there: a hub name. Raises ModelError for a run
-    that has not finished and a folder that is missing.
+    """The folder of the model called `name`: a run's `model`, a model or adapter folder, or a
+    task's base model (made on first use). A path that does not exist stands for a hub name.
+
+    ModelError for a run that has not finished and for a folder that is missing.
     """
     folder = resolve(name).model_folder if name.startswith("task:") else Path(name).expanduser()
-    if (folder / "recipe.yaml").is_file():  # a run folder
+
+    is_run = (folder / "recipe.yaml").is_file()
+    if is_run:
         folder = folder / "model"
-        if not folder.is_dir():
-            raise ModelError(
-                f"the run {name} has not finished, it has no model/ yet; go on with --resume auto"
-            )
+    if is_run and not folder.is_dir():
+        raise ModelError(
+            f"the run {name} has not finished, it has no model/ yet; go on with --resume auto"
+        )
+
+    # A name whose parent folder exists was meant as a path, not as a hub name.
     if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
         raise ModelError(
             f"there is no folder {name}; give a run folder, a model folder, a hub name or task:NAME"
@@ -32,10 +37,9 @@ def find_finished(name: str) -> Path:
 
 def load_finished(name: str) -> "OneModel":
     """The model of a run folder, a model or adapter folder, a hub name or `task:NAME` (its base
-    model), with its tokenizer.
+    model), with its tokenizer; on a GPU where there is one.
 
-    On a GPU where there is one. Raises ModelError where there is no model, or a run has not
-    finished.
+    ModelError where there is no model, or a run has not finished.
     """
     import torch
 
@@ -48,11 +52,13 @@ def load_finished(name: str) -> "OneModel":
     if not (folder / "adapter_config.json").is_file():
         network, _ = load_model(config, device=device)
         return OneModel(network, load_tokenizer(config))
+
     from peft import PeftConfig, PeftModel
 
-    base = config.model_copy(
-        update={"name_or_path": PeftConfig.from_pretrained(folder).base_model_name_or_path}
-    )
+    # An adapter names the model that it belongs on; its folder may hold a tokenizer of its own.
+    base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    base = config.model_copy(update={"name_or_path": base_name})
     network, _ = load_model(base, device=device)
-    tokenizer = load_tokenizer(config if (folder / "tokenizer_config.json").is_file() else base)
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(config if has_tokenizer else base)
     return OneModel(PeftModel.from_pretrained(network, folder).eval(), tokenizer)

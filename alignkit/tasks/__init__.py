@@ -21,6 +21,7 @@ TASKS: dict[str, str] = {
     "cyclic": "alignkit.tasks.cyclic",
     "cyclic_small": "alignkit.tasks.cyclic",
 }
+DEFAULT_TASK = "reviews"  # the task of `model: task` where the data name none
 # objective's data family -> the rows it learns from
 FILES = {
     "pair": "pairs",

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from world import pair_rows, save_model, write_rows
 
+import alignkit
 from alignkit.config import build_objective, load_recipe, shipped_recipes
 from alignkit.errors import ConfigError
 from alignkit.runs.launch import make_accelerator, run_recipe
@@ -203,6 +204,17 @@ def test_every_shipped_recipe_runs_on_its_task(name, tmp_path):
     assert [row["step"] for row in read_lines(tmp_path / name / "samples.jsonl")][::4] == (
         [0, 2] if writes else []
     )
+
+
+def test_the_package_itself_loads_and_runs_recipes(world, tmp_path):
+    paths = [
+        f"model.name_or_path={world / 'model'}",
+        f"data.train={world / 'pairs.jsonl'}",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    result = alignkit.run_recipe(alignkit.load_recipe("dpo", [*paths, "train.steps=1"]))
+    assert result.step == 1
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 
 def test_processes_wait_as_long_as_the_recipe_says():

@@ -2,6 +2,8 @@
 after two contrasting texts.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -14,7 +16,8 @@ from alignkit.config.recipe import load_recipe
 from alignkit.errors import ConfigError
 from alignkit.oracles.worlds import World
 from alignkit.policies.load import load_pair
-from alignkit.runs.job_data import fixed_feed
+from alignkit.runs.context import RunContext
+from alignkit.runs.job_data import fixed_data
 
 
 def test_the_gradient_weighs_every_token_by_its_reward():
@@ -51,9 +54,8 @@ def test_the_reference_scores_after_each_text(tmp_path):
         fixed_data=True,
     )
     recipe = load_recipe("treg", [*paths, "train.micro_batch_tokens=4096"])
-    (bundle, _) = fixed_feed(
-        recipe, objective, None, pair, Accelerator(cpu=True), True
-    ).source.collect(0)
+    context = RunContext(recipe, objective, None, pair, Accelerator(cpu=True), safe=True)
+    (bundle, _) = fixed_data(context).source.collect(0)
     assert [len(name) for name in bundle.tokens["better"]] == [
         len(ids) for ids in bundle.completions
     ]
@@ -70,4 +72,4 @@ def test_the_reference_scores_after_each_text(tmp_path):
                 )
             torch.testing.assert_close(found, logps, atol=1e-5, rtol=0)
     with pytest.raises(ConfigError, match=r"objective\.worse: the tokenizer makes no token of ' '"):
-        fixed_feed(recipe, TREG(worse=" "), None, pair, Accelerator(cpu=True), True)
+        fixed_data(replace(context, objective=TREG(worse=" ")))

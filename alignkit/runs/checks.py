@@ -1,0 +1,100 @@
+"""What a launch checks before any model is loaded. Importing this imports no torch."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alignkit.config.recipe import Recipe
+from alignkit.config.validation import nearest
+from alignkit.data.read import SUFFIXES, read_rows
+from alignkit.errors import ConfigError
+from alignkit.tasks import TASKS, Task
+
+if TYPE_CHECKING:
+    from alignkit.objectives.base import Objective
+
+
+def check_without_torch(recipe: Recipe, safe: bool = False) -> None:
+    """Check what needs no torch, which takes seconds to import: files and tasks that do not exist,
+    and fields that `--safe` forbids. ConfigError or DataError.
+    """
+    if safe and recipe.model.trust_remote_code:
+        place = recipe.origin.at(("model", "trust_remote_code"))
+        raise ConfigError(
+            f"{place}: `model.trust_remote_code` would run code that comes with the model, "
+            "and --safe forbids it"
+        )
+
+    for field in ("train", "eval"):
+        source = getattr(recipe.data, field) or ""
+
+        if Path(source).suffix in SUFFIXES and not Path(source).expanduser().exists():
+            read_rows(recipe.data, source)  # raises, and names a file with a similar name
+
+        name = source.removeprefix("task:")
+        if name != source and name not in TASKS:
+            place = recipe.origin.at(("data", field))
+            raise ConfigError(
+                f"{place}: `data.{field}`: there is no task `{name}`.{nearest(name, TASKS)} "
+                f"Tasks: {', '.join(TASKS)}"
+            )
+
+
+def check_engine(recipe: Recipe, objective: "Objective") -> None:
+    """Check that a vLLM server is asked only for what it can draw, and that its address and token
+    are usable. ConfigError.
+    """
+    if recipe.rollout.engine == "hf" or not objective.plan.samples:
+        return
+
+    # These modules import torch, which a recipe without a server does not need yet.
+    from alignkit.rollout.client import Client
+    from alignkit.rollout.vllm import check_draw
+
+    assert recipe.rollout.url is not None
+    try:
+        Client(recipe.rollout.url, timeout=recipe.rollout.timeout)
+        if objective.plan.data not in ("rollout", "game"):
+            raise ConfigError(
+                "rollout.engine: vllm does not sample beside fixed data; use rollout.engine: hf"
+            )
+        for draw in objective.plan.samples:
+            check_draw(draw)
+    except ConfigError as error:
+        raise ConfigError(f"{recipe.origin.at(('rollout', 'url'))}: {error}") from error
+
+
+def check_appraisal(recipe: Recipe, objective: "Objective", task: Task | None) -> None:
+    """Check that an objective that learns from scores or verdicts gets them, from the recipe or
+    from the task. ConfigError.
+    """
+    feedback = objective.plan.feedback
+    if feedback == "none":
+        return
+
+    if feedback == "reward":
+        needed = "`rewards`: set rewards.0.function=my_file.py:my_function"
+        available = bool(recipe.rewards) or (task is not None and task.reward is not None)
+    else:
+        needed = "`judge`: set judge.function=my_file.py:my_function"
+        available = recipe.judge is not None or (task is not None and task.judge is not None)
+
+    if not available:
+        place = recipe.origin.at(("objective",))
+        raise ConfigError(f"{place}: this objective needs {needed}")
+
+
+def unused_sections(recipe: Recipe, objective: "Objective") -> list[str]:
+    """One sentence for each section that is set although this objective does not look at it."""
+    plan = objective.plan
+    unused = {
+        "rewards": bool(recipe.rewards) and plan.feedback != "reward",
+        "judge": recipe.judge is not None and plan.feedback in ("none", "reward"),
+        "rollout.url": recipe.rollout.url is not None and not plan.samples,
+        "rollout.pass_rate": recipe.rollout.pass_rate is not None and plan.feedback != "reward",
+        "target": recipe.target is not None and "target" not in plan.anchors,
+    }
+    return [
+        f"`{section}` is set in the recipe, but this objective does not use it"
+        for section, is_unused in unused.items()
+        if is_unused
+    ]
