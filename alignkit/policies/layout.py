@@ -4,11 +4,14 @@ A shared-prefix row holds `prompt | completion 1 | completion 2 | ...`: a tree w
 Every token knows its position (its depth in the tree) and where its subtree ends; a token sees
 another when it lies inside the other's subtree. Completions that begin alike share these tokens
 too. A padded row is the same tree with one completion.
+
+`build_rows` lays bundles out, `attention_mask` gives the mask that a transformers model needs for
+these rows, and `micro_batches` divides the bundles of a step into forwards.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, takewhile
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import numpy as np
@@ -17,26 +20,25 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from alignkit.batches import Bundle
-from alignkit.policies.packing import Run, beside, find_runs, packed, pays, run_mask
+from alignkit.policies.packing import CostModel, Run, find_runs, pays, run_mask
 
 Layout = Literal["shared_prefix", "padded"]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """R rows of L tokens, and where the M trained tokens of N completions (padded to T) are found
-    in them.
+    """R rows of L tokens, and where the M trained tokens of N completions (padded to T) are in
+    them.
     """
 
     input_ids: Tensor  # [R, L] int64
     position_ids: Tensor  # [R, L] int64, depth in the row's tree
     ends: Tensor  # [R, L] int64, the index after the token's subtree: tokens index .. ends-1 see it
     branched: bool  # False: every row is one chain, plain causal attention is right
-    # of the single row into which all were packed; None: rows lie side by side
-    runs: tuple[Run, ...] | None
+    runs: tuple[Run, ...] | None  # of the one row into which all were packed; None: not packed
     sources: Tensor  # [M] int64 into R * L: the token whose hidden state predicts the label
     labels: Tensor  # [M] int64, the trained tokens
-    targets: Tensor  # [M] int64 into N * T: where the label's figures belong
+    targets: Tensor  # [M] int64 into N * T: where the label's statistics belong
     shape: tuple[int, int]  # (N, T)
 
     def to(self, device: torch.device | str) -> "Rows":
@@ -45,7 +47,7 @@ class Rows:
         return replace(self, **moved)
 
     def scatter(self, values: Tensor) -> Tensor:
-        """Figures of the trained tokens [M] -> [N, T], 0 elsewhere; differentiable."""
+        """One value per trained token [M] -> [N, T], 0 elsewhere; differentiable."""
         flat = values.new_zeros(self.shape[0] * self.shape[1])
         return flat.index_put((self.targets,), values).view(self.shape)
 
@@ -56,41 +58,52 @@ class Rows:
 
 
 @dataclass
-class _Row:
-    """One row under construction."""
+class _Tree:
+    """A row under construction."""
 
     ids: list[int]
     positions: list[int]
     ends: list[int]
-    # per completion: the index of the prompt's end and of each of its input tokens
+    # Per completion: the index of the prompt's last token, then of each of its input tokens.
     paths: list[list[int]]
 
 
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
-
-
-def _row(prompt: list[int], inputs: list[list[int]]) -> _Row:
-    """The tree of one prompt and its completions. Sorted, each completion shares the longest
-    beginning with the one before.
-    """
+def _tree(prompt: list[int], inputs: list[list[int]]) -> _Tree:
+    """The tree of one prompt and the input tokens of its completions."""
     start = len(prompt)
-    row = _Row(list(prompt), list(range(start)), [0] * start, [[] for _ in inputs])
+    tree = _Tree(list(prompt), list(range(start)), [0] * start, [[] for _ in inputs])
+
+    # In sorted order, each completion shares its longest beginning with the one before it.
     previous: list[int] = []
     path: list[int] = []
     for k in sorted(range(len(inputs)), key=inputs.__getitem__):
-        common = _shared(previous, inputs[k])
-        new = len(inputs[k]) - common
-        path = path[:common] + list(range(len(row.ids), len(row.ids) + new))
-        row.ids += inputs[k][common:]
-        row.positions += range(start + common, start + common + new)
-        row.ends += [0] * new
+        shared = _shared_length(previous, inputs[k])
+        new_ids = inputs[k][shared:]
+        first_new = len(tree.ids)
+        path = path[:shared] + list(range(first_new, first_new + len(new_ids)))
+
+        tree.ids += new_ids
+        tree.positions += range(start + shared, start + len(inputs[k]))
+        tree.ends += [0] * len(new_ids)
+        # The subtree of every token on the way now reaches to here.
         for index in path:
-            row.ends[index] = len(row.ids)
-        row.paths[k] = [start - 1, *path]
+            tree.ends[index] = len(tree.ids)
+
+        tree.paths[k] = [start - 1, *path]
         previous = inputs[k]
-    row.ends[:start] = [len(row.ids)] * start
-    return row
+
+    tree.ends[:start] = [len(tree.ids)] * start
+    return tree
+
+
+def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    length = 0
+    for one, other in zip(first, second):
+        if one != other:
+            break
+        length += 1
+    return length
 
 
 def _used(mask: Tensor) -> int:
@@ -99,15 +112,20 @@ def _used(mask: Tensor) -> int:
     return int(trained[-1]) if len(trained) else 0
 
 
-def _padded(lists: Sequence[Sequence[int]], fill: Sequence[int] | None = None) -> Tensor:
-    """Lists to one tensor [R, L]; pads take 0, or their own index + `fill`."""
-    length = max(map(len, lists))
-    return torch.tensor(
-        [
-            [*row, *((0,) * (length - len(row)) if fill is None else fill[len(row) : length])]
-            for row in lists
-        ]
-    )
+def _trees(bundle: Bundle, layout: Layout) -> list[_Tree]:
+    """The rows of a bundle: one with all its completions, or one per completion.
+
+    A completion's last token, and what follows its last trained token, is not computed: nothing
+    reads it.
+    """
+    prompt = bundle.prompt.tolist()
+    inputs = [
+        ids[: _used(mask)].tolist()
+        for ids, mask in zip(bundle.completions, bundle.masks, strict=True)
+    ]
+    if layout == "shared_prefix":
+        return [_tree(prompt, inputs)]
+    return [_tree(prompt, [ids]) for ids in inputs]
 
 
 def build_rows(
@@ -120,74 +138,75 @@ def build_rows(
     """Lay bundles out: one row per bundle (shared_prefix) or per completion (padded), right-padded
     to the longest.
 
-    Tokens after a completion's last trained one are not computed, nor is its last token: nothing
-    reads them. For models that take trees end to end the rows become a single one where that is
-    cheaper. `packing` is their width, by which attention is weighed against the rest; inf where
-    attention costs nothing beside it.
+    `packing` is the width of the model's `CostModel`, for models whose attention takes a packed
+    row: all rows become a single one where that is cheaper. None never packs.
     """
-    rows: list[_Row] = []
-    where: list[tuple[int, list[int]]] = []  # per completion: its row and its path
-    for bundle in bundles:
-        prompt = bundle.prompt.tolist()
-        inputs = [
-            ids[: _used(mask)].tolist()
-            for ids, mask in zip(bundle.completions, bundle.masks, strict=True)
-        ]
-        for group in [inputs] if layout == "shared_prefix" else [[ids] for ids in inputs]:
-            row = _row(prompt, group)
-            where += [(len(rows), path) for path in row.paths]
-            rows.append(row)
-    runs = _packed(rows, packing) if packing else None
+    trees = [tree for bundle in bundles for tree in _trees(bundle, layout)]
+    # For each completion, in the order of the bundles: its row and its path through the row.
+    places = [(row, path) for row, tree in enumerate(trees) for path in tree.paths]
+
+    runs = _runs_if_cheaper(trees, packing) if packing else None
     if runs:
-        starts = list(accumulate((len(row.ids) for row in rows), initial=0))
-        rows = [_end_to_end(rows)]
-        where = [(0, [starts[r] + index for index in path]) for r, path in where]
-    input_ids = _padded([row.ids for row in rows])
-    length = input_ids.shape[1]
+        starts = list(accumulate((len(tree.ids) for tree in trees), initial=0))
+        places = [(0, [starts[row] + index for index in path]) for row, path in places]
+        trees = [_end_to_end(trees)]
+
+    # A label is predicted by the token before it: the path at the label's own index.
     completions = [ids for bundle in bundles for ids in bundle.completions]
     masks = [mask for bundle in bundles for mask in bundle.masks]
-    longest = max(map(len, completions))
+    length = max(len(tree.ids) for tree in trees)
+    longest = max(len(ids) for ids in completions)
     sources = []
-    targets = []
     labels = []
-    for n, ((r, path), ids, mask) in enumerate(zip(where, completions, masks)):
+    targets = []
+    for n, ((row, path), ids, mask) in enumerate(zip(places, completions, masks)):
         trained = mask.nonzero()[:, 0]
-        sources.append(torch.tensor(path)[trained] + r * length)
-        targets.append(trained + n * longest)
+        sources.append(torch.tensor(path)[trained] + row * length)
         labels.append(ids[trained])
-    return Rows(
-        input_ids,
-        _padded([row.positions for row in rows], range(length)),
-        _padded([row.ends for row in rows], range(1, length + 1)),
-        any(end < len(row.ids) for row in rows for end in row.ends),
-        runs,
-        torch.cat(sources),
-        torch.cat(labels),
-        torch.cat(targets),
-        (len(completions), longest),
-    ).to(device)
+        targets.append(trained + n * longest)
 
-
-def _packed(rows: Sequence[_Row], width: float) -> tuple[Run, ...] | None:
-    """The runs of all rows end to end, or None where rows side by side are cheaper."""
-    found = [find_runs(row.positions, row.ends) for row in rows]
-    if not pays(found, width):
-        return None
-    firsts = accumulate(map(len, found), initial=0)
-    return tuple(
-        replace(run, ancestors=tuple(first + i for i in run.ancestors))
-        for first, row in zip(firsts, found)
-        for run in row
+    # A pad sees itself alone: its subtree ends right after it.
+    rows = Rows(
+        input_ids=_stacked([tree.ids for tree in trees], [0] * length),
+        position_ids=_stacked([tree.positions for tree in trees], range(length)),
+        ends=_stacked([tree.ends for tree in trees], range(1, length + 1)),
+        branched=any(end < len(tree.ids) for tree in trees for end in tree.ends),
+        runs=runs,
+        sources=torch.cat(sources),
+        labels=torch.cat(labels),
+        targets=torch.cat(targets),
+        shape=(len(completions), longest),
     )
+    return rows.to(device)
 
 
-def _end_to_end(rows: Sequence[_Row]) -> _Row:
-    """The rows as one: a row of several trees."""
-    whole = _Row([], [], [], [])
-    for row in rows:
-        whole.ends += [len(whole.ids) + end for end in row.ends]
-        whole.ids += row.ids
-        whole.positions += row.positions
+def _stacked(lists: Sequence[Sequence[int]], pads: Sequence[int]) -> Tensor:
+    """Lists under one another, [R, L]; a shorter one continues with `pads` [L] at its places."""
+    return torch.tensor([[*values, *pads[len(values) :]] for values in lists])
+
+
+def _runs_if_cheaper(trees: Sequence[_Tree], width: float) -> tuple[Run, ...] | None:
+    """The runs of all trees end to end, or None where rows side by side are cheaper."""
+    runs_of = [find_runs(tree.positions, tree.ends) for tree in trees]
+    if not pays(runs_of, width):
+        return None
+
+    # In the packed row, a tree's runs are counted on from those of the trees before it.
+    runs: list[Run] = []
+    for tree_runs in runs_of:
+        first = len(runs)
+        for run in tree_runs:
+            runs.append(replace(run, ancestors=tuple(first + i for i in run.ancestors)))
+    return tuple(runs)
+
+
+def _end_to_end(trees: Sequence[_Tree]) -> _Tree:
+    """The trees as one row; positions start anew with each."""
+    whole = _Tree([], [], [], [])
+    for tree in trees:
+        whole.ends += [len(whole.ids) + end for end in tree.ends]
+        whole.ids += tree.ids
+        whole.positions += tree.positions
     return whole
 
 
@@ -234,21 +253,20 @@ def attention_mask(
     """
     if not rows.branched:
         return torch.ones_like(rows.input_ids)
+
+    # Layer types with the same window share a mask.
     built: dict[int | None, Tensor | BlockMask] = {}
     for window in dict.fromkeys(windows.values()):
         if blocks:
             built[window] = block_mask(rows, window)
         elif rows.runs:
             built[window] = run_mask(rows.runs, rows.position_ids[0], window)
+        elif additive is None:
+            built[window] = visible(rows, window)
         else:
-            seen = visible(rows, window)
-            built[window] = (
-                seen
-                if additive is None
-                else torch.zeros_like(seen, dtype=additive).masked_fill(
-                    ~seen, torch.finfo(additive).min
-                )
-            )
+            hidden = ~visible(rows, window)
+            lowest = torch.finfo(additive).min
+            built[window] = torch.zeros_like(hidden, dtype=additive).masked_fill(hidden, lowest)
     masks = {name: built[window] for name, window in windows.items()}
     return masks.get("", masks)
 
@@ -263,7 +281,7 @@ def computed_tokens(bundle: Bundle, layout: Layout) -> list[int]:
 
 
 def stand_in() -> Bundle:
-    """The smallest bundle there is, for a rank that has to take part in a forward without rows of
+    """The smallest possible bundle, for a rank that has to take part in a forward without rows of
     its own.
     """
     return Bundle(
@@ -281,54 +299,98 @@ def micro_batches(
     packing: float | None = None,
     overhead: int = 128,
 ) -> list[list[int]]:
-    """Indices of the bundles of each forward: its tokens, pads counted, stay within `budget`.
+    """Divide bundles into forwards of at most `budget` tokens, pads counted; the indices of each.
 
-    Bundles are sorted by length and cut where that computes fewest tokens, a forward and backward
-    of their own costing as much as `overhead` tokens; every bundle appears once. One that exceeds
-    the budget by itself gets a forward of its own. `packing`: see `build_rows`.
+    Bundles are sorted by length and cut where that computes the fewest tokens. A forward and
+    backward of their own cost as much as `overhead` tokens. Every bundle appears once; one that
+    exceeds the budget by itself gets a forward of its own. `packing`: see `build_rows`.
     """
-    rows = [computed_tokens(bundle, layout) for bundle in bundles]
-    order = sorted(range(len(bundles)), key=lambda i: (-max(rows[i]), i))
-    longest = np.array([max(rows[i]) for i in order])
-    counts, sizes = (np.cumsum([0, *(measure(rows[i]) for i in order)]) for measure in (len, sum))
-    prices = np.cumsum(
-        [0, *(round(_packed_price(bundles[i], layout, packing)) if packing else 0 for i in order)]
+    lengths = [computed_tokens(bundle, layout) for bundle in bundles]
+    order = sorted(range(len(bundles)), key=lambda i: (-max(lengths[i]), i))
+    cost = CostModel(packing) if packing else None
+    groups = _Groups(
+        longest=np.array([max(lengths[i]) for i in order]),
+        rows=_running_sum(len(lengths[i]) for i in order),
+        tokens=_running_sum(sum(lengths[i]) for i in order),
+        packed=_running_sum(
+            round(_packed_cost(bundles[i], layout, cost)) if cost else 0 for i in order
+        ),
+        cost=cost,
     )
-    # per number of bundles placed: the least cost, and where its last group begins
-    best = np.zeros(len(order) + 1)
-    cut = [0] * (len(order) + 1)
-    low = 0
-    for stop in range(1, len(order) + 1):
-        while low < stop - 1 and sizes[stop] - sizes[low] > budget:
-            low += 1
-        count = counts[stop] - counts[low:stop]
-        total = sizes[stop] - sizes[low:stop]
-        width = longest[low:stop]
-        tokens = count * width
-        cost = (count * width).astype(float)
-        if packing:
-            price = prices[stop] - prices[low:stop]
-            cost = beside(count, width, packing)
-            tokens = np.where(price < cost, total, tokens)
-            cost = np.minimum(price, cost)
-        over = np.flatnonzero(tokens[:-1] > budget)
-        first = over[-1] + 1 if len(over) else 0
-        options = best[low + first : stop] + cost[first:] + overhead
-        cut[stop] = low + first + int(options.argmin())
-        best[stop] = options.min()
-    groups: list[list[int]] = []
-    stop = len(order)
-    while stop:
-        groups.append(order[cut[stop] : stop])
-        stop = cut[stop]
-    return groups[::-1]
+    cuts = [0, *groups.cheapest_cuts(budget, overhead)]
+    return [order[start:stop] for start, stop in pairwise(cuts)]
 
 
-def _packed_price(bundle: Bundle, layout: Layout, width: float) -> float:
-    """What `packed` says of a bundle, as if its completions shared no beginning."""
-    rows = computed_tokens(bundle, layout)
-    prompt = len(bundle.prompt)
+@dataclass(frozen=True)
+class _Groups:
+    """Sizes of n bundles, longest first, and what groups of neighbouring ones cost.
+
+    A group start..stop is as wide as its first bundle. The sums run over the bundles before each,
+    so that a group's own is a difference of two.
+    """
+
+    longest: np.ndarray  # [n] the longest row of each bundle
+    rows: np.ndarray  # [n + 1] rows of the bundles before
+    tokens: np.ndarray  # [n + 1] tokens without pads
+    packed: np.ndarray  # [n + 1] what they cost in a packed row
+    cost: CostModel | None  # None: rows are never packed
+
+    def ending_at(self, stop: int, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (with pads) and cost of the groups start..stop, for start in first..stop-1."""
+        rows = self.rows[stop] - self.rows[first:stop]
+        width = self.longest[first:stop]
+        padded_tokens = rows * width
+        if self.cost is None:
+            return padded_tokens, padded_tokens.astype(float)
+
+        # With packing, whichever is cheaper, as `build_rows` will decide.
+        packed_tokens = self.tokens[stop] - self.tokens[first:stop]
+        packed = self.packed[stop] - self.packed[first:stop]
+        padded = self.cost.padded(rows, width)
+        tokens = np.where(packed < padded, packed_tokens, padded_tokens)
+        return tokens, np.minimum(packed, padded)
+
+    def cheapest_cuts(self, budget: int, overhead: int) -> list[int]:
+        """Where to end each group so that the total cost is least, by dynamic programming."""
+        count = len(self.longest)
+        # Of the first `stop` bundles: the least cost, and where their last group begins.
+        best = np.zeros(count + 1)
+        last_start = [0] * (count + 1)
+        first = 0
+        for stop in range(1, count + 1):
+            # Without pads these are too many tokens already, for this stop and all later ones.
+            while first < stop - 1 and self.tokens[stop] - self.tokens[first] > budget:
+                first += 1
+            tokens, cost = self.ending_at(stop, first)
+
+            # A bundle alone is allowed whatever its size; longer groups have to fit.
+            too_large = np.flatnonzero(tokens[:-1] > budget)
+            skipped = too_large[-1] + 1 if len(too_large) else 0
+            options = best[first + skipped : stop] + cost[skipped:] + overhead
+            last_start[stop] = first + skipped + int(options.argmin())
+            best[stop] = options.min()
+
+        cuts = []
+        stop = count
+        while stop:
+            cuts.append(stop)
+            stop = last_start[stop]
+        return cuts[::-1]
+
+
+def _running_sum(values: Iterable[int]) -> np.ndarray:
+    """Sums of the values before each: n numbers -> [n + 1]."""
+    return np.cumsum([0, *values])
+
+
+def _packed_cost(bundle: Bundle, layout: Layout, cost: CostModel) -> float:
+    """What a bundle costs in a packed row, as if its completions shared no beginning."""
+    lengths = computed_tokens(bundle, layout)
     if layout == "padded":
-        return packed(sum(rows), sum(n * n for n in rows), len(rows), width)
+        return cost.packed(sum(lengths), sum(n * n for n in lengths), len(lengths))
+
+    # The prompt is one run, and each completion is another that also sees the prompt.
+    prompt = len(bundle.prompt)
     used = [_used(mask) for mask in bundle.masks]
-    return packed(sum(rows), prompt**2 + sum(n * (n + prompt) for n in used), 1 + len(used), width)
+    pairs = prompt**2 + sum(n * (n + prompt) for n in used)
+    return cost.packed(sum(lengths), pairs, 1 + len(used))

@@ -1,15 +1,18 @@
-"""One row for many trees: no pads between bundles, and attention that computes what a token sees
-and no more.
+"""Packing: one row for many trees, without pads, and without attention between separate branches.
 
-Scaled-dot-product attention pays for the square of a row and for every masked pair in it. So the
-row is cut into *runs*, stretches of a tree without a branch; each run attends to the runs it grew
-from and to itself, in a call of its own.
+A tree is a prompt with its completions, as `alignkit.policies.layout` describes it. Scaled-dot-
+product attention computes all pairs of tokens of a row, those that the mask forbids included. So a
+packed row is cut into *runs*, stretches of a tree without a branch. Each run attends to the runs it
+grew from and to itself, in a kernel call of its own. `CostModel` says when that is cheaper than
+padded rows.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -18,19 +21,20 @@ from transformers.masking_utils import sdpa_mask
 
 KERNEL = "alignkit_runs"  # the name under which transformers knows the attention below
 FLEX = "flex_attention"
-NARROW = 256  # models below this width gain nothing worth the counting
-# what a call of the kernel costs beside its work, in query-key pairs of a model of width 1
+NARROW = 256  # models with a smaller hidden size gain too little from packing
+
+# What a kernel call costs beside its work, in query-key pairs of a model of width 1.
 CALL = 750_000
+
+Number = TypeVar("Number", float, np.ndarray)
 
 
 @dataclass(frozen=True)
 class Run:
-    """`size` tokens in a row without a branch between them, and the indices of the runs they grew
-    from.
-    """
+    """A stretch of a tree without a branch."""
 
-    size: int
-    ancestors: tuple[int, ...]
+    size: int  # tokens
+    ancestors: tuple[int, ...]  # indices of the runs it grew from, the root's first
 
     def pairs(self, runs: Sequence["Run"]) -> int:
         """Query-key pairs that the kernel computes."""
@@ -39,49 +43,58 @@ class Run:
 
 def find_runs(positions: Sequence[int], ends: Sequence[int]) -> list[Run]:
     """The runs of a row of trees written depth first; see `Rows` for the two lists."""
+    # A run continues as long as the next token is a child whose subtree ends where its own does.
     starts = [
         i
         for i in range(len(ends))
         if i == 0 or ends[i] != ends[i - 1] or positions[i] != positions[i - 1] + 1
     ]
+
     runs: list[Run] = []
-    above: list[int] = []
+    ancestors: list[int] = []
     for start, stop in zip(starts, [*starts[1:], len(ends)]):
-        while above and ends[starts[above[-1]]] <= start:
-            above.pop()
-        runs.append(Run(stop - start, tuple(above)))
-        above.append(len(runs) - 1)
+        while ancestors and ends[starts[ancestors[-1]]] <= start:
+            ancestors.pop()
+        runs.append(Run(stop - start, tuple(ancestors)))
+        ancestors.append(len(runs) - 1)
     return runs
 
 
-def beside(rows: int, longest: int, width: float) -> float:
-    """What rows side by side cost, pads and masked pairs counted, in tokens without attention."""
-    return rows * longest * (1 + longest / (6 * width)) + CALL / (6 * width**2)
+@dataclass(frozen=True)
+class CostModel:
+    """What a forward costs on a CPU, counted in tokens that pass through a model without attention.
 
-
-def packed(tokens: int, pairs: float, calls: int, width: float) -> float:
-    """What a row of runs costs, in tokens without attention.
-
-    A token's matrix products (24 width^2 operations) cost as much as 6 width pairs of a query and a
-    key (4 width each): on a CPU both run at about the same speed.
+    A token's matrix products take 24 width^2 operations per layer, a pair of a query and a key
+    4 width. On a CPU both run at about the same speed, so 6 width pairs cost as much as a token.
     """
-    return tokens + pairs / (6 * width) + calls * CALL / (6 * width**2)
+
+    width: float  # the model's hidden size; infinite where attention costs nothing beside the rest
+
+    def padded(self, rows: Number, longest: Number) -> Number:
+        """Rows side by side, each padded to the longest: pads and masked pairs are computed too."""
+        attention = longest / (6 * self.width)
+        return rows * longest * (1 + attention) + CALL / (6 * self.width**2)
+
+    def packed(self, tokens: int, pairs: float, calls: int) -> float:
+        """One row of runs: each run is a kernel call, which computes its own pairs only."""
+        return tokens + pairs / (6 * self.width) + calls * CALL / (6 * self.width**2)
 
 
 def pays(rows: Sequence[Sequence[Run]], width: float) -> bool:
-    """Whether rows are cheaper as one row of runs than side by side, for a model of this width on a
-    CPU.
+    """Whether rows, given as their runs, are cheaper packed than padded, for a model of this hidden
+    size on a CPU.
     """
+    cost = CostModel(width)
     lengths = [sum(run.size for run in row) for row in rows]
     pairs = sum(run.pairs(row) for row in rows for run in row)
-    return packed(sum(lengths), pairs, sum(map(len, rows)), width) < beside(
-        len(rows), max(lengths), width
-    )
+    calls = sum(len(row) for row in rows)
+    return cost.packed(sum(lengths), pairs, calls) < cost.padded(float(len(rows)), max(lengths))
 
 
 def default_budget(device: torch.device, packing: float | None) -> int:
-    """Tokens of a forward where nobody says how many. On a CPU, trees that stand end to end have no
-    pads to spread over more rows, and are as fast in small parts, which take less memory.
+    """Tokens of a forward where the recipe leaves `train.micro_batch_tokens` at auto.
+
+    Packed rows have no pads, so on a CPU they are as fast in small parts, which take less memory.
     """
     if device.type != "cpu":
         return 16384
@@ -94,7 +107,7 @@ class RunMask(Tensor):
     """
 
     sizes: list[int]
-    # per run its ancestors, and [q, k] bool (None: plain causal)
+    # Per run: its ancestors, and the mask [1, 1, q, k] bool of its pairs (None: plain causal).
     seen: list[tuple[tuple[int, ...], Tensor | None]]
 
 
@@ -103,11 +116,12 @@ def run_mask(runs: Sequence[Run], positions: Tensor, window: int | None = None) 
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool).as_subclass(RunMask)
     mask.sizes = [run.size for run in runs]
     mask.seen = []
-    places = positions.split(mask.sizes)
-    for run, own in zip(runs, places):
+    positions_of = positions.split(mask.sizes)
+    for run, own in zip(runs, positions_of):
         if run.ancestors or (window is not None and run.size > window):
-            keys = torch.cat([places[i] for i in run.ancestors] + [own])
-            distance = own[:, None] - keys  # on the way to the root, positions are the order
+            # Positions only grow on the way from the root, so they say what comes before what.
+            keys = torch.cat([positions_of[i] for i in run.ancestors] + [own])
+            distance = own[:, None] - keys
             pairs = (distance >= 0) & (distance < (window or len(positions) + 1))
             mask.seen.append((run.ancestors, pairs[None, None]))
         else:
@@ -121,30 +135,35 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    **options,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention: its SDPA kernel for each run [1, heads, L, D]; with any other mask
-    that kernel itself.
-
-    Runs attend in float32 at least, inside autocast too: a CPU's kernel for half precision is
-    compiled for every new shape.
+    """Attention as transformers calls it, [1, heads, L, D] in: SDPA run by run where the mask is a
+    `RunMask`, and transformers' own SDPA with any other mask.
     """
     if not isinstance(attention_mask, RunMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    wide = [
-        tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        for tensor in (query, key, value)
-    ]
-    queries, keys, values = (tensor.split(attention_mask.sizes, 2) for tensor in wide)
+
+    # In float32 at least, inside autocast too: a CPU compiles its half-precision kernel anew for
+    # every shape.
+    wide = torch.promote_types(query.dtype, torch.float32)
+    queries = query.to(wide).split(attention_mask.sizes, 2)
+    keys = key.to(wide).split(attention_mask.sizes, 2)
+    values = value.to(wide).split(attention_mask.sizes, 2)
+
     parts = []
     with torch.autocast(query.device.type, enabled=False):
         for i, (ancestors, pairs) in enumerate(attention_mask.seen):
-            seen = (*ancestors, i)
-            k, v = (
-                torch.cat([runs[j] for j in seen], 2) if ancestors else runs[i]
-                for runs in (keys, values)
+            seen_keys = keys[i]
+            seen_values = values[i]
+            if ancestors:
+                seen = (*ancestors, i)
+                seen_keys = torch.cat([keys[j] for j in seen], 2)
+                seen_values = torch.cat([values[j] for j in seen], 2)
+            parts.append(
+                sdpa_attention_forward(
+                    module, queries[i], seen_keys, seen_values, pairs, **options
+                )[0]
             )
-            parts.append(sdpa_attention_forward(module, queries[i], k, v, pairs, **options)[0])
     return torch.cat(parts, 1).to(query.dtype), None
 
 
@@ -152,9 +171,9 @@ AttentionInterface.register(KERNEL, attend)
 AttentionMaskInterface.register(KERNEL, sdpa_mask)
 
 
-def take_runs(model: nn.Module) -> None:
+def take_runs(model: Any) -> None:
     """Let a transformers model on a CPU that attends by SDPA take runs, if it can change its
-    kernel.
+    attention kernel.
     """
     if (
         model.config._attn_implementation == "sdpa"
@@ -164,17 +183,17 @@ def take_runs(model: nn.Module) -> None:
         model.set_attn_implementation(KERNEL)
 
 
-def packing_of(model: nn.Module) -> float | None:
-    """What `build_rows` takes as `packing` for a model, None where rows stay side by side.
-
-    Flex attention passes over what is not seen, so only pads count.
+def packing_of(model: Any) -> float | None:
+    """The `packing` of a transformers model: the width of its `CostModel`, or None where its rows
+    are never packed.
     """
-    if model.config._attn_implementation == FLEX:
-        return math.inf
-    width = model.config.get_text_config().hidden_size
-    return width if model.config._attn_implementation == KERNEL and width >= NARROW else None
+    kernel = model.config._attn_implementation
+    if kernel == FLEX:
+        return math.inf  # flex attention skips what is not seen, so only pads count
+    width: int = model.config.get_text_config().hidden_size
+    return width if kernel == KERNEL and width >= NARROW else None
 
 
-def kernel_of(config) -> str:
+def kernel_of(config: Any) -> str:
     """The attention kernel of a model's config, by the name that loads it."""
-    return "sdpa" if config._attn_implementation == KERNEL else config._attn_implementation
+    return "sdpa" if config._attn_implementation == KERNEL else str(config._attn_implementation)
