@@ -60,6 +60,14 @@ FUNCTIONS: dict[str, str] = {
     "gigpo_advantages": "turn_credit",
     "ktae_values": "token_credit",
     "entropic_value_loss": "online.entropic",
+    "distillation_loss": "vocabulary_divergences",
+    "pld_loss": "teacher_losses",
+    "opd_loss": "teacher_losses",
+    "kdrl_loss": "teacher_losses",
+    "minillm_advantages": "teacher_losses",
+    "dph_loss": "teacher_losses",
+    "fdpg_loss": "teacher_losses",
+    "trajectory_balance_loss": "teacher_losses",
 }
 
 
