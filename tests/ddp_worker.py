@@ -87,14 +87,17 @@ def dropped(model, out, accelerator, **settings):
         scores = share_of_wanted(prompts, completions, **columns)
         return [score if n in kept else None for n, score in zip(columns["n"], scores)]
 
-    job.source.reward = first_alone
+    job.source.scoring.reward = first_alone
     return job
 
 
 def measured(model, out, accelerator, **settings):
     job = rpg(model, out, accelerator, eval_every=1, **settings)
     source = job.source
-    job.measure = HeldOut(source.prompts, source.sampler, source.decode, source.reward, accelerator)
+    scoring = source.scoring
+    job.measure = HeldOut(
+        source.prompts, source.sampler, scoring.decode, scoring.reward, accelerator
+    )
     return job
 
 
@@ -174,12 +177,14 @@ def a_log_prob(job):
 
 
 def the_reward(job):
-    job.source.reward = failing(job.source.reward, DataError("reward mine raised KeyError: 1"))
+    job.source.scoring.reward = failing(
+        job.source.scoring.reward, DataError("reward mine raised KeyError: 1")
+    )
 
 
 def the_judge(job):
-    job.source.judge = failing(
-        job.source.judge, ResourceError("judge mine did not return within 0.3 s")
+    job.source.scoring.judge = failing(
+        job.source.scoring.judge, ResourceError("judge mine did not return within 0.3 s")
     )
 
 
@@ -190,7 +195,7 @@ def the_held_out_reward(job):
 
 
 def ones_own_code(job):
-    job.source.reward = failing(job.source.reward, ZeroDivisionError("mine"))
+    job.source.scoring.reward = failing(job.source.scoring.reward, ZeroDivisionError("mine"))
 
 
 def the_memory(job):
@@ -273,13 +278,13 @@ def a_slow_rank(model: Path, out: Path) -> None:
     accelerator = Accelerator(cpu=True, kwargs_handlers=[patience])
     job = rpg(model, out / "a_slow_rank", accelerator, save_every=1)
     if accelerator.process_index == 1:
-        reward, calls = job.source.reward, count(1)
+        reward, calls = job.source.scoring.reward, count(1)
 
         def slow(*args, **columns):
             time.sleep(3 * PATIENCE if next(calls) == BROKEN_STEP else 0)
             return reward(*args, **columns)
 
-        job.source.reward = slow
+        job.source.scoring.reward = slow
     train_and_tell(job, out)
 
 

@@ -10,6 +10,7 @@ from world import make_job, pairs
 from alignkit.config.rollout import RolloutConfig
 from alignkit.rollout.engines import make_sampler
 from alignkit.sources.rollouts import RolloutSource
+from alignkit.sources.scoring import Scoring
 
 WANTED = 5
 
@@ -41,8 +42,12 @@ def online_job(
         for i, b in enumerate(pairs(n_prompts, seed=3))
     ]
     rollout = RolloutConfig(completions=4, max_new_tokens=6)
+
+    def decode(prompt, ids):
+        return job.pair.tokenizer.decode(ids)
+
     job.source = RolloutSource(
-        prompts, objective, job.pair, make_sampler(rollout, job.pair, seed=0), lambda prompt, ids: job.pair.tokenizer.decode(ids),
-        job.accelerator, batch_size=prompts_per_step, completions=4, seed=0, reward=reward, judge=judge,
+        prompts, objective, job.pair, make_sampler(rollout, job.pair, seed=0), Scoring(objective.plan, decode, reward, judge),
+        job.accelerator, batch_size=prompts_per_step, completions=4, seed=0,
     )  # fmt: skip
     return job

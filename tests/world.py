@@ -19,7 +19,7 @@ from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig
 from alignkit.config.train import TrainConfig
 from alignkit.policies.load import load_pair, load_scorer
 from alignkit.sources.dataset import DatasetSource
-from alignkit.training.loop import Job
+from alignkit.training.job import Job
 from alignkit.training.run_folder import RunFolder
 
 VOCAB = 23

@@ -27,9 +27,11 @@ from alignkit.rollout.engines import make_sampler
 from alignkit.rollout.importance import Correction
 from alignkit.rollout.text import as_reply, decode
 from alignkit.runs.context import RunContext
-from alignkit.sources.dataset import DatasetSource, Source
+from alignkit.sources.base import Source
+from alignkit.sources.dataset import DatasetSource
 from alignkit.sources.rollouts import RolloutSource
-from alignkit.sources.sampled_pairs import SamplesBeside
+from alignkit.sources.sampled_pairs import SampledPairs
+from alignkit.sources.scoring import Scoring
 from alignkit.training.held_out_reward import HeldOut
 from alignkit.training.reduction import Metrics
 
@@ -155,13 +157,11 @@ def _rollouts(
         make_sampler(
             rollout, context.pair, seed=recipe.train.seed, accelerator=context.accelerator
         ),
-        _reply(context),
+        Scoring(context.plan, _reply(context), reward, judge),
         context.accelerator,
         batch_size=recipe.train.batch_size,
         completions=rollout.completions,
         seed=recipe.train.seed,
-        reward=reward,
-        judge=judge,
         micro_batch_tokens=int(recipe.train.micro_batch_tokens),
         pass_rate=rollout.pass_rate if context.plan.feedback == "reward" else None,
         refills=rollout.refills,
@@ -211,10 +211,10 @@ def _judge(context: RunContext) -> Callable[..., Any] | None:
     return context.task.judge if context.task else None
 
 
-def _with_samples(context: RunContext, dataset: DatasetSource) -> SamplesBeside:
+def _with_samples(context: RunContext, dataset: DatasetSource) -> SampledPairs:
     """The rows with the completions that the plan draws beside them in every step."""
     recipe = context.recipe
-    return SamplesBeside(
+    return SampledPairs(
         dataset,
         make_sampler(recipe.rollout, context.pair, seed=recipe.train.seed),
         context.plan,

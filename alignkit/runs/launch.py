@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from alignkit.policies.pair import PolicyPair
     from alignkit.runs.context import RunContext
     from alignkit.runs.job_data import JobData
-    from alignkit.training.loop import Job, Result
+    from alignkit.training.job import Job, Result
     from alignkit.training.run_folder import RunFolder
 
 
@@ -199,7 +199,7 @@ def build_job(
     """Put together what the loop needs. `notes` are printed at the start, after the data report."""
     from alignkit.policies.load import vocabulary_hash
     from alignkit.runs.model_card import model_card
-    from alignkit.training.loop import Job
+    from alignkit.training.job import Job
 
     recipe = context.recipe
     steps = recipe.train.steps

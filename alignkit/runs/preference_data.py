@@ -2,24 +2,15 @@
 ones.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations
-from typing import Any
-
-import torch
-from accelerate.utils import gather_object
-
 from alignkit.batches import Bundle
 from alignkit.data.load import fingerprint, load_bundles
 from alignkit.data.report import Report
 from alignkit.errors import ConfigError
-from alignkit.metrics.completions import preference_figures
-from alignkit.policies.scorer import Scorer, TrainedScorer, joined, separator_of
+from alignkit.policies.scorer import TrainedScorer, joined, separator_of
 from alignkit.runs.context import RunContext
 from alignkit.runs.job_data import JobData
 from alignkit.sources.dataset import DatasetSource
-from alignkit.training.reduction import Metrics
+from alignkit.training.preference_metrics import PreferenceMetrics
 
 
 def preference_data(context: RunContext) -> JobData:
@@ -80,41 +71,3 @@ def _bundles(context: RunContext, split: str) -> tuple[list[Bundle], Report]:
     if context.plan.joined:
         bundles = [joined(bundle, separator_of(tokenizer)) for bundle in bundles]
     return bundles, report
-
-
-@dataclass
-class PreferenceMetrics:
-    """Accuracy, calibration and position bias on held-out rows, over all processes; called at
-    evaluations.
-    """
-
-    objective: Any
-    scorer: Scorer
-    bundles: Sequence[Bundle]  # this process's share
-    budget: int  # tokens of one forward pass
-
-    @torch.no_grad()
-    def __call__(self) -> Metrics:
-        """Every pair of a ranking counts as one pair."""
-        plan = self.objective.plan
-        odds: list[float] = []
-        bias: list[float] = []
-        for chunk in self.scorer.micro_batches(self.bundles, self.budget):
-            bundles = [self.bundles[i] for i in chunk]
-            outputs = self.scorer.scores(bundles).values.cpu()
-            sizes = [len(bundle.completions) for bundle in bundles]
-
-            for scores in outputs.split(sizes):
-                better, worse = zip(*combinations(range(len(scores)), 2))
-                log_odds = self.objective.log_odds(scores[list(better)], scores[list(worse)])
-                odds += log_odds.tolist()
-                if plan.joined:
-                    # Both orders of a fair reader's pair sum to 1.
-                    bias.append(float(scores.sigmoid().sum() - 1))
-
-        every_odds = gather_object(odds)
-        every_bias = gather_object(bias)
-        return preference_figures(
-            torch.tensor(every_odds, dtype=torch.float64).sigmoid(),
-            every_bias if plan.joined else None,
-        )

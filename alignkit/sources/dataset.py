@@ -1,10 +1,8 @@
-"""Where the bundles of an optimiser step come from when the data are fixed. Sampled data:
-`alignkit.sources.rollouts`.
-"""
+"""Bundles of fixed data, in a seeded order. Sampled data come from `alignkit.sources.rollouts`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,33 +11,11 @@ from alignkit.batches import Bundle, Plan
 from alignkit.errors import DataError
 
 
-class Source(Protocol):
-    """Where the bundles of a step come from; `metrics` describes the last collection, `state` goes
-    into checkpoints.
-    """
-
-    metrics: dict[str, float]
-
-    def collect(self, step: int, half: int) -> Sequence[Bundle]:
-        """This rank's bundles of optimiser step `step`; `half` is 1 for the second collection of an
-        extragradient step.
-        """
-        ...
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON that `load_state` needs to go on; called on every rank."""
-        ...
-
-    def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """The inverse of `state`."""
-        ...
-
-
 class Order:
     """The order in which `n` items are visited: one permutation per epoch, a pure function of
     (seed, position).
 
-    Nothing to save, nothing to restore; the same for any number of processes.
+    It needs no saving, and it is the same for any number of processes.
     """
 
     def __init__(self, n: int, seed: int, shuffle: bool = True):
@@ -57,15 +33,16 @@ class Order:
 
     def _epoch(self, epoch: int) -> list[int]:
         if epoch not in self._epochs:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            fresh = (
-                torch.randperm(self.n, generator=generator).tolist()
-                if self.shuffle
-                else list(range(self.n))
-            )
-            self._epochs = {k: v for k, v in self._epochs.items() if k >= epoch - 1} | {
-                epoch: fresh
+            items = list(range(self.n))
+            if self.shuffle:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                items = torch.randperm(self.n, generator=generator).tolist()
+
+            # A window may reach back into the epoch before; older ones are forgotten.
+            recent = {
+                number: order for number, order in self._epochs.items() if number >= epoch - 1
             }
+            self._epochs = {**recent, epoch: items}
         return self._epochs[epoch]
 
 
@@ -101,16 +78,17 @@ class DatasetSource:
 
     def collect(self, step: int, half: int = 0) -> list[Bundle]:
         """This rank's bundles of optimiser step `step`."""
-        batch = [
-            self.bundles[i]
-            for i in self.order[step * self.batch_size : (step + 1) * self.batch_size]
-        ]
+        first = step * self.batch_size
+        batch = [self.bundles[i] for i in self.order[first : first + self.batch_size]]
         self.metrics = {"epoch": round((step + 1) * self.batch_size / len(self.bundles), 4)}
+
         mine = batch[self.rank :: self.world]
-        return mine + (with_shifted(batch)[self.rank :: self.world] if self.plan.mismatched else [])
+        if self.plan.mismatched:
+            mine += with_shifted(batch)[self.rank :: self.world]
+        return mine
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Nothing: the order is a function of the step."""
+        """Nothing needs saving: the order is a function of the step."""
         return {}, {}
 
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -118,14 +96,16 @@ class DatasetSource:
 
 
 def with_shifted(batch: Sequence[Bundle]) -> list[Bundle]:
-    """Each prompt with the next row's completion: mismatched pairs, from which unpaired objectives
+    """Each prompt with the next row's completions: mismatched pairs, from which unpaired objectives
     estimate a baseline.
 
-    Cached anchors belong to the matched pair and are dropped. A batch of one degenerates to the
-    matched pair.
+    The last prompt gets the first row's completions, so that a batch of one keeps its own. Cached
+    anchors belong to the matched pair and are dropped.
     """
-    nexts = [*batch[1:], *batch[:1]]
+    following = [*batch[1:], *batch[:1]]
     return [
-        replace(b, completions=other.completions, masks=other.masks, tokens={}, mismatched=True)
-        for b, other in zip(batch, nexts)
+        replace(
+            bundle, completions=other.completions, masks=other.masks, tokens={}, mismatched=True
+        )
+        for bundle, other in zip(batch, following)
     ]

@@ -1,6 +1,4 @@
-"""Fixed rows, beside which completions of the same prompts are drawn, and judged, anew in every
-step.
-"""
+"""Fixed rows with completions that are drawn anew, for the same prompts, in every step."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,76 +12,93 @@ from alignkit.batches import Bundle, Plan
 from alignkit.distributed.errors import raise_on_all_ranks
 from alignkit.errors import NumericsError
 from alignkit.judges.rows import INVALID, Compare, judged
-from alignkit.rollout.protocol import Sampler
+from alignkit.rollout.protocol import Sample, Sampler
 from alignkit.sources.dataset import DatasetSource
 
 
 @dataclass
-class SamplesBeside:
-    """The bundles of `rows` with the plan's samples behind their own completions. The noise follows
-    from the row's place in the order, so that samples are the same for any number of processes and
-    after a resumption. With a judge, which reads what `decode` makes of the tokens, every
-    completion is compared with every other of its row; a row with an invalid verdict is left out.
+class SampledPairs:
+    """The bundles of `rows`, each with the plan's samples behind its own completions.
+
+    The noise follows from the row's position in the order: samples are the same for any number of
+    processes and after a resumption. With a judge, every completion is compared with every other
+    one of its row, and a row with an invalid verdict is left out.
     """
 
     rows: DatasetSource
     sampler: Sampler
     plan: Plan
-    completions: int  # where a draw does not say how many
+    completions: int  # for each prompt, where a draw of the plan does not say how many
     accelerator: Accelerator
     judge: Compare | None = None
-    decode: Callable[[Tensor], str] = str
+    decode: Callable[[Tensor], str] = str  # token ids -> what the judge reads
     metrics: dict[str, float] = field(default_factory=dict)
 
     def collect(self, step: int, half: int = 0) -> list[Bundle]:
         """This rank's bundles of optimiser step `step`."""
-        bundles = self.rows.collect(step, half)
+        own_rows = self.rows.collect(step, half)
         self.metrics = self.rows.metrics
+
+        # Positions of this rank's rows in the order; they name the noise.
         first = step * self.rows.batch_size + self.rows.rank
-        places = range(first, first + len(bundles) * self.rows.world, self.rows.world)
+        positions = range(first, first + len(own_rows) * self.rows.world, self.rows.world)
+
         with raise_on_all_ranks(self.accelerator):
-            bundles = self._with_samples(bundles, places, 2 * step + half)
-            kept = bundles if self.judge is None else self._judged(self.judge, bundles)
+            bundles = self._with_samples(own_rows, positions, 2 * step + half)
+            valid = bundles if self.judge is None else self._judged(self.judge, bundles)
         if self.judge is not None:
-            counts = torch.tensor([len(kept), len(bundles)], device=self.accelerator.device)
-            valid, total = self.accelerator.reduce(counts).tolist()
-            if not valid:
-                raise NumericsError(INVALID)
-            self.metrics = self.metrics | {"judge/invalid": 1 - valid / total}
-        return kept
+            self._count_invalid(len(valid), len(bundles))
+        return valid
+
+    def _with_samples(self, bundles: list[Bundle], positions: range, visit: int) -> list[Bundle]:
+        for index, draw in enumerate(self.plan.samples):
+            counted = replace(draw, n=draw.n or self.completions)
+            # Every draw of every visit gets noise of its own.
+            clock = visit * len(self.plan.samples) + index
+            prompts = [bundle.prompt for bundle in bundles]
+            drawn = self.sampler.sample(prompts, counted, step=clock, prompt_ids=positions)
+            bundles = [_extended(bundle, samples) for bundle, samples in zip(bundles, drawn)]
+        return bundles
 
     def _judged(self, judge: Compare, bundles: list[Bundle]) -> list[Bundle]:
-        texts = [[self.decode(ids) for ids in b.completions] for b in bundles]
-        found = judged(
-            judge, [self.decode(b.prompt) for b in bundles], texts, [()] * len(bundles), table=True
-        )
+        """The bundles with the judge's verdicts in their rows, without those it cannot judge."""
+        prompts = [self.decode(bundle.prompt) for bundle in bundles]
+        texts = [[self.decode(ids) for ids in bundle.completions] for bundle in bundles]
+        verdicts = judged(judge, prompts, texts, [()] * len(bundles), table=True)
         self.metrics = self.metrics | getattr(judge, "metrics", {})
+
         return [
-            replace(b, rows={**b.rows, **rows})
-            for b, rows in zip(bundles, found)
+            replace(bundle, rows={**bundle.rows, **rows})
+            for bundle, rows in zip(bundles, verdicts)
             if rows is not None
         ]
 
-    def _with_samples(self, bundles: list[Bundle], places: range, visit: int) -> list[Bundle]:
-        for d, draw in enumerate(self.plan.samples):
-            clock = visit * len(self.plan.samples) + d  # distinct noise for every draw
-            counted = replace(draw, n=draw.n or self.completions)
-            drawn = self.sampler.sample(
-                [b.prompt for b in bundles], counted, step=clock, prompt_ids=places
-            )
-            for i, samples in enumerate(drawn):
-                ids = [sample.ids for sample in samples]
-                masks = [torch.ones(len(row), dtype=torch.bool) for row in ids]
-                own = bundles[i]
-                bundles[i] = replace(
-                    own, completions=[*own.completions, *ids], masks=[*own.masks, *masks], tokens={}
-                )
-        return bundles
+    def _count_invalid(self, valid: int, asked: int) -> None:
+        """Log the share of invalid rows over all ranks. NumericsError where no row is valid."""
+        counts = torch.tensor([valid, asked], device=self.accelerator.device)
+        every_valid, every_asked = self.accelerator.reduce(counts).tolist()
+        if not every_valid:
+            raise NumericsError(INVALID)
+        self.metrics = self.metrics | {"judge/invalid": 1 - every_valid / every_asked}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Nothing: rows and samples are functions of the step and the policy."""
+        """Nothing needs saving: rows and samples are functions of the step and the policy."""
         return self.rows.state()
 
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Nothing to restore."""
         self.rows.load_state(tensors, state)
+
+
+def _extended(bundle: Bundle, samples: list[Sample]) -> Bundle:
+    """The bundle with `samples` behind its completions. Stored anchors do not cover them and are
+    dropped.
+    """
+    ids = [sample.ids for sample in samples]
+    masks = [torch.ones(len(row), dtype=torch.bool) for row in ids]
+    return replace(
+        bundle,
+        completions=[*bundle.completions, *ids],
+        masks=[*bundle.masks, *masks],
+        tokens={},
+    )

@@ -16,7 +16,7 @@ from alignkit.config.model import ModelConfig, ReferenceConfig
 from alignkit.config.train import TrainConfig
 
 if TYPE_CHECKING:
-    from alignkit.training.loop import Job
+    from alignkit.training.job import Job
     from alignkit.training.run_folder import RunFolder
 
 EOS = "<eos>"
@@ -114,7 +114,7 @@ def _job(
     from alignkit.objectives.preference.sft import SFT
     from alignkit.policies.load import load_pair
     from alignkit.sources.dataset import DatasetSource
-    from alignkit.training.loop import Job
+    from alignkit.training.job import Job
 
     objective = SFT()
     model = ModelConfig(name_or_path=str(start))

@@ -2,65 +2,25 @@
 runs.
 """
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from alignkit.batches import Bundle
-from alignkit.config.train import TrainConfig
 from alignkit.distributed.errors import raise_on_all_ranks
 from alignkit.errors import ConfigError, NumericsError, ResourceError
-from alignkit.objectives.base import Objective
-from alignkit.policies.pair import PolicyPair
-from alignkit.sources.dataset import Source
 from alignkit.training import checkpoint
 from alignkit.training.guard import BrokenStep, broken_weights
+from alignkit.training.job import Job, Result
+from alignkit.training.optimizer import learning_rate, make_optimizer
 from alignkit.training.progress import TrainProgress
 from alignkit.training.reduction import Metrics, Reducer
-from alignkit.training.run_folder import RunFolder
 from alignkit.training.signals import Interrupted, Signals
 from alignkit.training.snapshot import Counters, Snapshot, seed_everything
 from alignkit.training.updates import UPDATES
-
-
-@dataclass
-class Job:
-    """Everything one run needs; built by `alignkit.runs.launch` from a recipe, or by hand."""
-
-    objective: Objective
-    pair: PolicyPair
-    source: Source
-    config: TrainConfig
-    run: RunFolder
-    accelerator: Accelerator
-    steps: int
-    micro_batch_tokens: int = 4096
-    recipe: str = ""  # resolved YAML
-    # what a checkpoint must match to be resumed
-    identity: Mapping[str, Any] = field(default_factory=dict)
-    # held-out bundles of this rank, perhaps none of them; None: on no rank
-    evaluation: Sequence[Bundle] | None = None
-    measure: Callable[[], Metrics] | None = None  # further held-out figures, over all ranks
-    samples: Callable[[int], list[dict[str, Any]]] | None = None  # step -> rows for samples.jsonl
-    card: Callable[[Metrics], str] | None = None  # last metrics -> the run's README
-    notes: Sequence[str] = ()  # said once at the start
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended."""
-
-    step: int
-    metrics: Metrics  # of the last step, and the last evaluation's `eval_` names
-    resumed_from: int = 0
-    stopped_early: bool = False
 
 
 def train(job: Job, resume: str | None = None) -> Result:
@@ -68,137 +28,135 @@ def train(job: Job, resume: str | None = None) -> Result:
     return _Loop(job).run(resume)
 
 
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """The schedule: linear warm-up, then constant, or down to 0 after the last step (linear,
-    cosine).
-    """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
-        config.schedule
-    ]
-    return config.learning_rate * factor
-
-
-def make_optimizer(
-    config: TrainConfig, parameters: Sequence[torch.nn.Parameter]
-) -> torch.optim.Optimizer:
-    """AdamW or SGD; weight decay leaves vectors (norms, biases) alone."""
-    matrices = [p for p in parameters if p.dim() > 1]
-    vectors = [p for p in parameters if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.adam_betas, fused=True)
-
-
 class _Loop:
+    """One run of a job: what changes from step to step, and the order in which it changes."""
+
     def __init__(self, job: Job):
         self.job = job
         self.config = job.config
         self.pair = job.pair
+        self.accelerator = job.accelerator
         self.metric = job.config.metric
         seed_everything(self.config.seed)
+
+        # The modules are prepared before anything holds on to a parameter of theirs.
         make = partial(make_optimizer, self.config)
-        self.optimizer = self.pair.prepare(job.accelerator, make, sharded=self.config.shard)
+        self.optimizer = self.pair.prepare(self.accelerator, make, sharded=self.config.shard)
         self.reducer = Reducer(
             job.objective,
             self.pair,
-            job.accelerator,
+            self.accelerator,
             job.micro_batch_tokens,
             self.config.max_grad_norm,
         )
         self.update = UPDATES[job.objective.plan.update]
-        self.average = (
-            {k: v.clone() for k, v in self.pair.state().items()} if self.config.ema_decay else {}
-        )
-        self.count = Counters()
+
+        # The weight average that model/ gets in place of the last weights; empty without one.
+        self.average: dict[str, torch.Tensor] = {}
+        if self.config.ema_decay:
+            self.average = {name: value.clone() for name, value in self.pair.state().items()}
+
+        self.counters = Counters()
         self.snapshot = Snapshot(
-            self.pair, self.optimizer, job.source, self.average, self.count, job.accelerator
+            self.pair, self.optimizer, job.source, self.average, self.counters, self.accelerator
         )
         self.signals = Signals()
-        self.began: float | None = None  # set when the first step begins
+        self.began: float | None = None  # on the clock, set when the first step begins
 
     def run(self, resume: str | None) -> Result:
+        """Take every step that is left, then write the model."""
         job = self.job
-        with raise_on_all_ranks(job.accelerator):
-            found, notes = job.run.find(resume, job.identity)
-        start = found.step if found else 0
+        with raise_on_all_ranks(self.accelerator):
+            resumed, search_notes = job.run.find(resume, job.identity)
+        start = resumed.step if resumed else 0
+
         if job.run.finished:
-            done = job.run.last_step()
-            self._say_only(f"{job.run.path} is finished; nothing to do")
-            return Result(done, {}, done)
-        if found:
-            self._restore(found)
-        with raise_on_all_ranks(job.accelerator):
+            last_step = job.run.last_step()
+            with TrainProgress(1, enabled=self.accelerator.is_main_process) as progress:
+                progress.say(f"{job.run.path} is finished; nothing to do")
+            return Result(last_step, {}, last_step)
+
+        if resumed:
+            self._restore(resumed)
+        with raise_on_all_ranks(self.accelerator):
             job.run.start(job.recipe, start)
+
         step = start
-        metrics = {}
-        stop = False
-        with (
-            self.signals,
-            TrainProgress(job.steps, start, enabled=job.accelerator.is_main_process) as progress,
-        ):
-            for note in (*job.notes, *self.pair.notes, *notes):
+        metrics: Metrics = {}
+        stop_early = False
+        progress = TrainProgress(job.steps, start, enabled=self.accelerator.is_main_process)
+        with self.signals, progress:
+            for note in (*job.notes, *self.pair.notes, *search_notes):
                 progress.say(note)
-            self._samples(start, resumed=start > 0)
-            while step < job.steps and not stop:
+            if not resumed:
+                self._log_samples(step)
+
+            while step < job.steps and not stop_early:
                 metrics = self._step(step, progress)
                 step += 1
-                stop = self._after(step, metrics, progress)
-            self._finish(step, metrics, progress, stop)
-        return Result(step, {**metrics, **self.count.evaluated}, start, stop)
+                stop_early = self._after_step(step, metrics, progress)
+            self._finish(step, metrics, progress, stop_early)
+        return Result(step, {**metrics, **self.counters.evaluated}, start, stop_early)
 
     def _step(self, step: int, progress: TrainProgress) -> Metrics:
-        self.began = self.began or time.monotonic() - self.count.elapsed
+        """Take step `step`, counted from 0; its row of metrics.jsonl."""
+        if self.began is None:
+            self.began = time.monotonic() - self.counters.elapsed
+
         rate = learning_rate(self.config, step, self.job.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        metrics = self._moved(step, progress)
-        self.count.tokens = self.reducer.tokens
-        self.count.elapsed = time.monotonic() - self.began
-        row = {
+        metrics = self._update_or_skip(step, progress)
+
+        self.counters.tokens = self.reducer.tokens
+        self.counters.elapsed = time.monotonic() - self.began
+        return {
             "step": step + 1,
-            "time": round(self.count.elapsed, 3),
+            "time": round(self.counters.elapsed, 3),
             **metrics,
             "lr": rate,
-            "tokens": self.count.tokens,
+            "tokens": self.counters.tokens,
+            **self.job.source.metrics,
         }
-        return {**row, **self.job.source.metrics}
 
-    def _moved(self, step: int, progress: TrainProgress) -> Metrics:
-        """Take the step; one that is not finite is left out as long as `train.max_skipped_steps`
-        allows, and counted.
+    def _update_or_skip(self, step: int, progress: TrainProgress) -> Metrics:
+        """Update the policy. A step that is not finite is left out and counted, as long as
+        `train.max_skipped_steps` allows it.
         """
         halves = iter(range(2))
 
         def collect() -> Sequence[Bundle]:
+            # Sharded weights are put together once for all tokens that are sampled.
             with self.pair.whole() if self.job.objective.plan.samples else nullcontext():
                 return self.job.source.collect(step, next(halves))
 
         try:
-            metrics = self.update(collect, self.reducer.backward, self.pair, self.optimizer)
+            with self._explained(step):
+                metrics = self.update(collect, self.reducer.backward, self.pair, self.optimizer)
         except BrokenStep as error:
-            if self.count.skipped >= self.config.max_skipped_steps:
-                skipped = (
-                    f" ({self.count.skipped} steps were skipped before)"
-                    if self.count.skipped
-                    else ""
-                )
-                raise NumericsError(
-                    f"step {step + 1}: {error}. {self.job.run.last_good()}{skipped}"
-                ) from error
+            if self.counters.skipped >= self.config.max_skipped_steps:
+                raise NumericsError(self._broken_step(step, error)) from error
             self.optimizer.zero_grad()
-            self.count.skipped += 1
+            self.counters.skipped += 1
             progress.say(
-                f"step {step + 1} is skipped, {self.count.skipped} of {self.config.max_skipped_steps} allowed: {error}"
+                f"step {step + 1} is skipped, {self.counters.skipped} of {self.config.max_skipped_steps} allowed: {error}"
             )
-            return {"skipped": float(self.count.skipped)}
+            return {"skipped": float(self.counters.skipped)}
+
+        # What follows the policy: moving anchors, then the weight average.
+        self.pair.after_step(step + 1)
+        if self.average:
+            for name, value in self.pair.state().items():
+                self.average[name].lerp_(value, 1 - self.config.ema_decay)
+        return metrics
+
+    @contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Errors in the block say in which step they happened and where the run can be taken up."""
+        try:
+            yield
+        except BrokenStep:
+            raise  # perhaps it is skipped
         except NumericsError as error:  # a reward, a judge or a sampler on this rank
             raise NumericsError(f"step {step + 1}: {error}. {self.job.run.last_good()}") from error
         except ResourceError as error:  # a sampling server, a judge's endpoint, memory
@@ -208,102 +166,114 @@ class _Loop:
                 f"step {step + 1}: out of memory while sampling or scoring: lower train.batch_size, rollout.completions, "
                 "rollout.max_new_tokens or train.micro_batch_tokens"
             ) from error
-        self.pair.after_step(step + 1)
-        for name, value in self.pair.state().items() if self.average else ():
-            self.average[name].lerp_(value, 1 - self.config.ema_decay)
-        return metrics
 
-    def _after(self, step: int, metrics: Metrics, progress: TrainProgress) -> bool:
-        """Evaluate, log, save and look for signals after a step; True if the run ends here."""
-        every = self.config
+    def _broken_step(self, step: int, error: BrokenStep) -> str:
+        message = f"step {step + 1}: {error}. {self.job.run.last_good()}"
+        if self.counters.skipped:
+            message += f" ({self.counters.skipped} steps were skipped before)"
+        return message
+
+    def _after_step(self, step: int, metrics: Metrics, progress: TrainProgress) -> bool:
+        """Evaluate, log and save after `step` steps, and look for signals. True if the run ends
+        here.
+        """
+        config = self.config
         last = step == self.job.steps
-        better = False
         row = dict(metrics)
-        if (
-            (self.job.evaluation is not None or self.job.measure)
-            and every.eval_every
-            and (step % every.eval_every == 0 or last)
-        ):
+
+        is_best = False
+        if self._measures_held_out() and _due(config.eval_every, step, or_at=last):
             row |= self._evaluate()
-            better = self._better(row, step)
-        with raise_on_all_ranks(self.job.accelerator):
+            is_best = self._is_best(row, step)
+
+        with raise_on_all_ranks(self.accelerator):
             self.job.run.log(row)
-            self.job.accelerator.log(row, step=step)  # trackers; none by default
+            self.accelerator.log(row, step=step)  # the recipe's trackers; none by default
         progress.step(step, row)
-        if every.log_samples_every and step % every.log_samples_every == 0 and not last:
-            self._samples(step)
-        due = every.save_every and (step % every.save_every == 0) and not last
-        caught = int(
-            self.job.accelerator.gather(
-                torch.tensor([self.signals.caught], device=self.pair.device)
-            ).max()
-        )
-        if due or caught or (better and (every.save_every or every.early_stopping)):
+        if _due(config.log_samples_every, step) and not last:
+            self._log_samples(step)
+
+        # A signal may reach one rank alone: all of them stop after the same step.
+        own_signal = torch.tensor([self.signals.caught], device=self.pair.device)
+        signum = int(self.accelerator.gather(own_signal).max())
+
+        save_best = is_best and (config.save_every or config.early_stopping)
+        if (_due(config.save_every, step) and not last) or signum or save_best:
             self._save(step)
-        if caught:
+        if signum:
             raise Interrupted(
-                caught, f"stopped by signal {caught} after step {step}; go on with --resume auto"
+                signum, f"stopped by signal {signum} after step {step}; go on with --resume auto"
             )
-        return bool(every.early_stopping) and self.count.worse >= every.early_stopping
+        return bool(config.early_stopping) and self.counters.worse >= config.early_stopping
+
+    def _measures_held_out(self) -> bool:
+        return self.job.evaluation is not None or self.job.measure is not None
 
     def _evaluate(self) -> Metrics:
-        found = (
-            self.reducer.evaluate(self.job.evaluation) if self.job.evaluation is not None else {}
-        )
+        """Metrics of the held-out data, under `eval_` names."""
+        metrics: Metrics = {}
+        if self.job.evaluation is not None:
+            metrics = self.reducer.evaluate(self.job.evaluation)
         if self.job.measure:
             with self.pair.whole():
-                found |= self.job.measure()
-        self.count.evaluated = {f"eval_{k}": v for k, v in found.items()}
-        return self.count.evaluated
+                metrics |= self.job.measure()
 
-    def _better(self, row: Metrics, step: int) -> bool:
-        """Whether this evaluation is the best so far by `train.metric`; the best one's checkpoint
-        is kept.
+        self.counters.evaluated = {f"eval_{name}": value for name, value in metrics.items()}
+        return self.counters.evaluated
+
+    def _is_best(self, row: Metrics, step: int) -> bool:
+        """Whether this evaluation is the best so far by `train.metric`. The checkpoint of the best
+        one is kept.
         """
         if self.metric == "auto":  # a job built by hand; a recipe's is resolved before
             self.metric = "eval_loss" if "eval_loss" in row else "eval_reward"
         if self.metric not in row:
-            measured = ", ".join(k for k in row if k.startswith("eval_"))
+            measured = ", ".join(name for name in row if name.startswith("eval_"))
             raise ConfigError(
                 f"train.metric: {self.metric!r} is not measured; measured are {measured}"
             )
+
         sign = -1 if any(word in self.metric for word in ("reward", "accurac", "margin")) else 1
         value = sign * row[self.metric]
-        if not value < self.count.best:  # not a number is no improvement
-            self.count.worse += 1
+        if not value < self.counters.best:  # a value that is not a number is no improvement
+            self.counters.worse += 1
             return False
-        self.count.best = value
-        self.count.best_step = step
-        self.count.worse = 0
+        self.counters.best = value
+        self.counters.best_step = step
+        self.counters.worse = 0
         return True
 
     def _finish(self, step: int, metrics: Metrics, progress: TrainProgress, stopped: bool) -> None:
-        if stopped and self.count.best_step:
-            best = self.count.best_step
-            self._restore(checkpoint.load(self.job.run.checkpoints / f"step-{best}"))
+        """Write the model and the card: of the best step after an early stop, else of the last."""
+        run = self.job.run
+        if stopped and self.counters.best_step:
+            best = self.counters.best_step
+            self._restore(checkpoint.load(run.checkpoints / f"step-{best}"))
             progress.say(
                 f"stopped early at step {step}; model/ is step {best}, the best by {self.metric}"
             )
         if self.average:
             self.pair.load_state(self.average)
-        self._check_weights(step)
-        self._samples(step)
-        card = self.job.card({**metrics, **self.count.evaluated}) if self.job.card else ""
-        state = self.pair.whole_state(keep=self.job.run.writes)
-        with raise_on_all_ranks(self.job.accelerator):
-            self.job.run.save_model(partial(self.pair.save, state=state), card)
 
-    def _samples(self, step: int, resumed: bool = False) -> None:
-        if self.job.samples and not resumed and self.config.log_samples_every:
-            with self.pair.whole(), raise_on_all_ranks(self.job.accelerator):
-                if self.job.run.writes:
-                    self.job.run.log_samples(self.job.samples(step))
+        self._check_weights(step)
+        self._log_samples(step)
+        card = self.job.card({**metrics, **self.counters.evaluated}) if self.job.card else ""
+        state = self.pair.whole_state(keep=run.writes)
+        with raise_on_all_ranks(self.accelerator):
+            run.save_model(partial(self.pair.save, state=state), card)
+
+    def _log_samples(self, step: int) -> None:
+        if not (self.job.samples and self.config.log_samples_every):
+            return
+        with self.pair.whole(), raise_on_all_ranks(self.accelerator):
+            if self.job.run.writes:
+                self.job.run.log_samples(self.job.samples(step))
 
     def _check_weights(self, step: int) -> None:
-        """Nothing is kept that is not finite, so that every checkpoint is a good one; the guard
-        looks before an update.
+        """NumericsError unless all weights are finite, so that every checkpoint is a good one. The
+        guard looks at a step before its update, this after it.
         """
-        with raise_on_all_ranks(self.job.accelerator):
+        with raise_on_all_ranks(self.accelerator):
             broken = broken_weights(self.pair.base)
             if broken:
                 raise NumericsError(
@@ -314,18 +284,22 @@ class _Loop:
     def _save(self, step: int) -> None:
         self._check_weights(step)
         tensors, state = self.snapshot.capture()
-        with raise_on_all_ranks(self.job.accelerator):
+
+        with raise_on_all_ranks(self.accelerator):
             if self.job.run.writes:
                 folder = self.job.run.checkpoints
                 checkpoint.save(folder, step, tensors, state, self.job.identity)
-                if self.count.best_step:
-                    checkpoint.mark_best(folder, self.count.best_step)
+                if self.counters.best_step:
+                    checkpoint.mark_best(folder, self.counters.best_step)
                 checkpoint.prune(folder, step, self.config.keep)
 
-    def _restore(self, found: checkpoint.Checkpoint) -> None:
-        self.snapshot.restore(found)
-        self.reducer.tokens = self.count.tokens
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        self.snapshot.restore(saved)
+        self.reducer.tokens = self.counters.tokens
 
-    def _say_only(self, text: str) -> None:
-        with TrainProgress(1, enabled=self.job.accelerator.is_main_process) as progress:
-            progress.say(text)
+
+def _due(every: int, step: int, *, or_at: bool = False) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after `step` steps;
+    `or_at` adds a step to those.
+    """
+    return every > 0 and (step % every == 0 or or_at)

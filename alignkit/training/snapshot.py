@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.sharding import gathered, like
-from alignkit.sources.dataset import Source
+from alignkit.sources.base import Source
 from alignkit.training.checkpoint import Checkpoint
 
 Groups = dict[str, dict[str, Tensor]]

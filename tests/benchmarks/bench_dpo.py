@@ -49,7 +49,7 @@ class Ours:
         from alignkit.objectives.preference.dpo import DPO
         from alignkit.policies.load import load_pair
         from alignkit.policies.packing import default_budget
-        from alignkit.training.loop import make_optimizer
+        from alignkit.training.optimizer import make_optimizer
         from alignkit.training.reduction import Reducer
 
         objective = objective or DPO(beta=BETA)

@@ -27,7 +27,7 @@ from alignkit.config.train import TrainConfig
 from alignkit.objectives.online.grpo import GRPO
 from alignkit.policies.module import PolicyModule
 from alignkit.policies.pair import PolicyPair
-from alignkit.training.loop import make_optimizer
+from alignkit.training.optimizer import make_optimizer
 from alignkit.training.reduction import Reducer
 
 

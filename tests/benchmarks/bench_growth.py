@@ -26,7 +26,7 @@ from alignkit.objectives.preference.dpo import DPO
 from alignkit.policies.module import PolicyModule
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.reference import Anchor
-from alignkit.training.loop import make_optimizer
+from alignkit.training.optimizer import make_optimizer
 from alignkit.training.reduction import Reducer
 
 BASE = {"prompt": 256, "completions": 2, "vocabulary": 8192, "prompts": 4}

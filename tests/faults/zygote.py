@@ -19,7 +19,7 @@ from alignkit.config.model import ModelConfig, ReferenceConfig
 from alignkit.config.train import TrainConfig
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.policies.load import load_pair
-from alignkit.training.loop import make_optimizer
+from alignkit.training.optimizer import make_optimizer
 
 
 def child(arguments: list[str], log: int) -> None:

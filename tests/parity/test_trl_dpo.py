@@ -21,7 +21,8 @@ from alignkit.data.load import load_bundles
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.policies.load import load_pair
 from alignkit.sources.dataset import DatasetSource
-from alignkit.training.loop import Job, train
+from alignkit.training.job import Job
+from alignkit.training.loop import train
 from alignkit.training.run_folder import RunFolder, read_lines
 
 STEPS, BATCH, RATE = 20, 2, 2e-5

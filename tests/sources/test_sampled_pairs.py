@@ -12,7 +12,7 @@ from alignkit.judges import Verdict
 from alignkit.policies.load import load_pair
 from alignkit.rollout.hf import HFSampler
 from alignkit.sources.dataset import DatasetSource
-from alignkit.sources.sampled_pairs import SamplesBeside
+from alignkit.sources.sampled_pairs import SampledPairs
 from alignkit.training.loop import train
 from alignkit.training.run_folder import read_lines
 
@@ -31,7 +31,7 @@ def test_samples_are_the_same_for_any_number_of_processes(tmp_path):
 
     def collect(rank, world, step):
         rows = DatasetSource(bundles, plan, 4, seed=0, rank=rank, world=world)
-        return SamplesBeside(rows, sampler, plan, 8, Accelerator(cpu=True)).collect(step)
+        return SampledPairs(rows, sampler, plan, 8, Accelerator(cpu=True)).collect(step)
 
     whole = collect(0, 1, 3)
     for rank in range(2):
@@ -62,7 +62,7 @@ def test_judged_rows_hold_every_comparison_and_those_without_a_verdict_leave(tmp
         return Verdict(odds.sigmoid(), torch.tensor([prompt != str(invalid) for prompt in prompts]))
 
     sampler = HFSampler(pair, max_new_tokens=4)
-    source = SamplesBeside(
+    source = SampledPairs(
         rows, sampler, plan, 8, Accelerator(cpu=True), judge, lambda ids: str(ids.tolist())
     )
     found = source.collect(0)
@@ -76,7 +76,7 @@ def test_judged_rows_hold_every_comparison_and_those_without_a_verdict_leave(tmp
 def test_hypo_trains_with_samples_of_its_own_policy(tmp_path):
     objective = HyPO(beta=1.0, kl_weight=1.0, samples=2)
     job = make_job(save_model(tmp_path / "m"), tmp_path / "run", objective, pairs(16), steps=3)
-    job.source = SamplesBeside(
+    job.source = SampledPairs(
         job.source, HFSampler(job.pair, max_new_tokens=4), objective.plan, 8, job.accelerator
     )
     with job.run:

@@ -15,8 +15,10 @@ from alignkit.objectives.base import Objective
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.objectives.preference.sft import SFT
 from alignkit.training import checkpoint
-from alignkit.training.loop import Interrupted, learning_rate, train
+from alignkit.training.loop import train
+from alignkit.training.optimizer import learning_rate
 from alignkit.training.run_folder import read_lines
+from alignkit.training.signals import Interrupted
 
 
 @pytest.fixture(scope="module")

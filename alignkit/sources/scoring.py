@@ -1,0 +1,190 @@
+"""What rewards and judges make of a rollout: scores and preferences as rows of the bundles, and the
+figures that describe them.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from alignkit.batches import Bundle, Plan
+from alignkit.errors import DataError, NumericsError
+from alignkit.judges.rows import INVALID, Compare, judged
+from alignkit.rewards.call import RewardCall, call_reward
+from alignkit.rollout.protocol import Sample
+
+log = logging.getLogger("alignkit")
+
+Decode = Callable[[Any, Tensor], Any]  # (prompt, token ids) -> what rewards and judges read
+Samples = Sequence[Sequence[Sample]]  # one list for each prompt
+
+# After so many rollouts in a row in which no prompt's completions differ in score, the user is
+# warned.
+FLAT_LIMIT = 5
+
+
+@dataclass
+class Scoring:
+    """Asks the reward or the judge that the plan's `feedback` calls for.
+
+    `metrics` holds what the reward or the judge reports about itself, such as each function's own
+    mean and the number of failures.
+    """
+
+    plan: Plan
+    decode: Decode
+    reward: RewardCall | None = None
+    judge: Compare | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        bundles: Sequence[Bundle],
+        answers: Samples,
+        opponents: Samples,
+        step: int,
+    ) -> list[Bundle | None]:
+        """The bundles with the rows that the feedback adds to them.
+
+        `answers` are the completions of `bundles`; a judge compares them with `opponents` where the
+        plan draws any. `step` is handed to rewards as the trainer's step. None stands for a bundle
+        that cannot be used: no completion has a score, or a verdict is invalid.
+        """
+        if self.plan.feedback == "none":
+            return list(bundles)
+
+        texts = self._texts(prompts, answers)
+        if self.plan.feedback == "reward":
+            return self._rewarded(prompts, bundles, answers, texts, step)
+        return self._judged(prompts, bundles, texts, self._texts(prompts, opponents))
+
+    def _texts(self, prompts: Sequence[Any], samples: Samples) -> list[list[Any]]:
+        return [
+            [self.decode(prompt, sample.ids) for sample in row]
+            for prompt, row in zip(prompts, samples)
+        ]
+
+    def _rewarded(
+        self,
+        prompts: Sequence[Any],
+        bundles: Sequence[Bundle],
+        answers: Samples,
+        texts: list[list[Any]],
+        step: int,
+    ) -> list[Bundle | None]:
+        if self.reward is None:
+            raise DataError("this objective needs a reward; set `rewards` in the recipe")
+
+        scores = call_reward(
+            self.reward,
+            prompts,
+            texts,
+            [[sample.ids.tolist() for sample in row] for row in answers],
+            trainer_state=SimpleNamespace(global_step=step),
+        )
+        self.metrics |= getattr(self.reward, "metrics", {})
+        return [_with_scores(bundle, row) for bundle, row in zip(bundles, scores)]
+
+    def _judged(
+        self,
+        prompts: Sequence[Any],
+        bundles: Sequence[Bundle],
+        texts: list[list[Any]],
+        opponents: list[list[Any]],
+    ) -> list[Bundle | None]:
+        if self.judge is None:
+            raise DataError("this objective needs a judge; set `judge` in the recipe")
+
+        verdicts = judged(
+            self.judge,
+            [prompt.text for prompt in prompts],
+            texts,
+            opponents,
+            table=self.plan.feedback == "table",
+        )
+        self.metrics |= getattr(self.judge, "metrics", {})
+        return [
+            None if rows is None else replace(bundle, rows={**bundle.rows, **rows})
+            for bundle, rows in zip(bundles, verdicts)
+        ]
+
+
+def _with_scores(bundle: Bundle, scores: Sequence[float | None]) -> Bundle | None:
+    """The completions that have a score, with it in row "score"; None where none has.
+
+    A score of None says that the reward does not apply to the completion.
+    """
+    indices = [i for i, score in enumerate(scores) if score is not None]
+    if not indices:
+        return None
+    return replace(
+        bundle,
+        completions=[bundle.completions[i] for i in indices],
+        masks=[bundle.masks[i] for i in indices],
+        tokens={name: [values[i] for i in indices] for name, values in bundle.tokens.items()},
+        rows={**bundle.rows, "score": torch.tensor([scores[i] for i in indices])},
+    )
+
+
+def rollout_metrics(
+    plan: Plan, samples: Samples, bundles: Sequence[Bundle | None], accelerator: Accelerator
+) -> dict[str, float]:
+    """Means that describe a rollout, over all ranks. `bundles` has None for each that was dropped.
+
+    DataError or NumericsError where no bundle is left on any rank.
+    """
+    scores = [b.rows["score"].double() for b in bundles if b is not None and "score" in b.rows]
+    values: dict[str, list[float]] = {
+        "completions/mean_length": [len(sample.ids) for row in samples for sample in row],
+        "completions/clipped_ratio": [not sample.ended for row in samples for sample in row],
+        "rollout/dropped": [bundle is None for bundle in bundles],
+    }
+    if plan.feedback == "reward":
+        values["reward"] = [value for row in scores for value in row.tolist()]
+        values["reward_std"] = [float(row.std()) if len(row) > 1 else 0.0 for row in scores]
+        values["frac_reward_zero_std"] = [bool((row == row[0]).all()) for row in scores]
+    elif plan.feedback != "none":
+        values["judge/invalid"] = values["rollout/dropped"]
+
+    sums_and_counts = torch.tensor(
+        [[sum(column), len(column)] for column in values.values()],
+        dtype=torch.float64,
+        device=accelerator.device,
+    )
+    totals = dict(zip(values, accelerator.reduce(sums_and_counts).tolist()))
+
+    dropped, asked = totals["rollout/dropped"]
+    if dropped == asked:
+        if plan.feedback == "reward":
+            raise DataError("no completion of this step has a score; check the reward")
+        raise NumericsError(INVALID)
+    return {name: total / max(count, 1) for name, (total, count) in totals.items()}
+
+
+class FlatScores:
+    """Counts rollouts in a row in which every prompt's completions scored the same.
+
+    A group baseline then leaves nothing to learn from, and the loss does not show it.
+    """
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+
+    def watch(self, metrics: Mapping[str, float], accelerator: Accelerator) -> None:
+        """Take note of a rollout's metrics, and warn at every FLAT_LIMIT-th flat one in a row."""
+        flat = metrics.get("frac_reward_zero_std") == 1
+        self.in_a_row = self.in_a_row + 1 if flat else 0
+
+        if flat and self.in_a_row % FLAT_LIMIT == 0 and accelerator.is_main_process:
+            log.warning(
+                "in the last %d rollouts every prompt's completions had one and the same score (%.4g on average): scores say "
+                "nothing about which completion is better. Check the reward, take other prompts, or raise rollout.completions",
+                self.in_a_row,
+                metrics["reward"],
+            )
