@@ -1,18 +1,21 @@
 """The data that objectives and the loop exchange: bundles in, log-probs through, loss terms out.
 
+    Bundle (data)  ->  TokenLogps (the models)  ->  Batch (by family)  ->  LossTerms (the objective)
+
 Reward and preference models have no log-probs: for them `Outputs` stands where `TokenLogps` stands
 for language models.
 
-Axes: B pairs or rows, K completions of one prompt, N = all completions of a batch, T tokens, V
-vocabulary.
+Axes: B pairs or prompts, K completions of one prompt, N completions of a whole batch, T tokens,
+V vocabulary. Log-probs are natural logarithms, in nats.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from alignkit.plan import Draw as Draw
 from alignkit.plan import Family as Family
@@ -20,23 +23,26 @@ from alignkit.plan import Plan as Plan
 from alignkit.plan import Statistic as Statistic
 from alignkit.tensors import masked_sum
 
+TwoTensors = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class Bundle:
     """One prompt with K completions. All tensors live on the CPU until the layout moves them.
 
-    `rows` holds one number per completion (label, score, preference, ...), `tokens` one per token
-    (behaviour or cached anchor log-probs, advantages, returns, ...), each a list of K tensors
-    [T_k].
+    A demonstration has K = 1, a pair K = 2 (chosen, rejected), a rollout one completion per sample.
     """
 
     prompt: Tensor  # [P] int64, at least one token
     completions: Sequence[Tensor]  # K x [T_k] int64
     masks: Sequence[Tensor]  # K x [T_k] bool: which tokens are trained; may have holes (dialogues)
     uid: str = ""  # where the row comes from ("preferences.jsonl:17"); named in errors
-    rows: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [K]
-    tokens: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)  # name -> K x [T_k]
-    # this prompt with another prompt's completion (KTO's z0), never trained on
+    # Name -> [K], one number per completion: "label", "score", "preference", ...; "table" is [K, K].
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    # Name -> K x [T_k], one number per token: "behavior", an anchor's stored log-probs,
+    # "advantages", "returns", ...
+    tokens: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    # This prompt with another prompt's completion (KTO's z0); never trained on.
     mismatched: bool = False
 
     @property
@@ -54,11 +60,15 @@ class Bundle:
 class TokenLogps:
     """Per-token log-probs of N completions, padded to T. Everything is 0 where `mask` is False."""
 
-    policy: Tensor  # [N, T] log pi(y_t | prompt, y_<t), with gradient when trained
-    anchors: Mapping[str, Tensor]  # name -> [N, T], never with gradient; "reference" anchors the KL
-    mask: Tensor  # [N, T] bool, True at trained tokens
-    behavior: Tensor | None = None  # [N, T] log-probs of the policy that sampled the tokens
-    # [N, T]: "entropy", "values", the plan's statistics
+    # [N, T] log pi(y_t | prompt, y_<t), with gradient in training.
+    policy: Tensor
+    # Name -> [N, T], never with gradient; "reference" anchors the KL.
+    anchors: Mapping[str, Tensor]
+    # [N, T] bool, True at trained tokens.
+    mask: Tensor
+    # [N, T] log-probs under the policy that sampled the tokens.
+    behavior: Tensor | None = None
+    # Name -> [N, T]: "entropy", "values" and the plan's statistics.
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -90,14 +100,14 @@ class TokenLogps:
         return self.anchors[name] if name in self.anchors else self.extras[name]
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """The same record with `fn` applied to every tensor."""
+        """`fn` applied to every tensor."""
         return replace(
             self,
             policy=fn(self.policy),
-            anchors={k: fn(v) for k, v in self.anchors.items()},
+            anchors={name: fn(values) for name, values in self.anchors.items()},
             mask=fn(self.mask),
             behavior=None if self.behavior is None else fn(self.behavior),
-            extras={k: fn(v) for k, v in self.extras.items()},
+            extras={name: fn(values) for name, values in self.extras.items()},
         )
 
     def select(self, index: Tensor) -> Self:
@@ -124,9 +134,7 @@ class Term:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What an objective returns. Each metric is a tensor of any shape; the logged figure is the
-    mean of its elements over the whole optimiser step and all ranks.
-    """
+    """What an objective returns. A logged metric is the mean over the elements of the whole step."""
 
     terms: Sequence[Term]
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
@@ -140,11 +148,15 @@ class LossTerms:
 
 
 def _tables(bundles: Sequence[Bundle], device: torch.device) -> Tensor | None:
-    """How often each completion of a prompt beats each other one, [B, K, K], where all were
-    compared.
-    """
+    """Probabilities that completion i of a prompt beats j, [B, K, K]; None if not all were judged."""
     tables = [b.rows["table"] for b in bundles if "table" in b.rows]
     return torch.stack(tables).to(device) if tables else None
+
+
+def _log_ratio(tokens: TokenLogps) -> Tensor:
+    """log policy - log reference of whole completions [N]; log policy where nothing anchors it."""
+    reference = tokens.sequence("reference") if "reference" in tokens.anchors else 0.0
+    return tokens.sequence() - reference
 
 
 class _ByPrompt:
@@ -160,7 +172,6 @@ class _ByPrompt:
 class SequenceBatch(_ByPrompt):
     """Demonstrations: one completion per prompt (N = B)."""
 
-    completions_per_bundle: ClassVar[int | None] = 1
     tokens: TokenLogps
 
     @classmethod
@@ -172,7 +183,6 @@ class SequenceBatch(_ByPrompt):
 class PairBatch:
     """Preference pairs: `chosen` and `rejected` answer the same prompts, [B, T] each."""
 
-    completions_per_bundle: ClassVar[int | None] = 2
     chosen: TokenLogps
     rejected: TokenLogps
     # [B S, T] completions drawn beside each pair, where the plan asks for them
@@ -182,57 +192,41 @@ class PairBatch:
 
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
-        every = torch.arange(len(tokens.policy), device=tokens.policy.device).view(len(bundles), -1)
-        beside = tokens.select(every[:, 2:].flatten()) if every.shape[1] > 2 else None
+        device = tokens.policy.device
+        rows = torch.arange(len(tokens.policy), device=device).view(len(bundles), -1)  # [B, 2 + S]
         return cls(
-            tokens.select(every[:, 0]),
-            tokens.select(every[:, 1]),
-            beside,
-            _tables(bundles, every.device),
+            chosen=tokens.select(rows[:, 0]),
+            rejected=tokens.select(rows[:, 1]),
+            sampled=tokens.select(rows[:, 2:].flatten()) if rows.shape[1] > 2 else None,
+            table=_tables(bundles, device),
         )
 
     @staticmethod
     def counts(bundles: Sequence[Bundle]) -> dict[str, int]:
-        """Rows are pairs; tokens are the chosen completions' (the demonstrations of a likelihood
-        term).
-        """
+        """Rows are pairs; tokens are the chosen completions', which a likelihood term learns."""
         return {"rows": len(bundles), "tokens": sum(int(b.masks[0].sum()) for b in bundles)}
 
     def sequence_logps(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """policy_chosen, policy_rejected, reference_chosen, reference_rejected log-prob sums, [B]
-        each.
-        """
-        chosen = self.chosen
-        rejected = self.rejected
+        """The policy's log-probs of chosen and rejected, then the reference's: [B] each."""
         return (
-            chosen.sequence(),
-            rejected.sequence(),
-            chosen.sequence("reference"),
-            rejected.sequence("reference"),
+            self.chosen.sequence(),
+            self.rejected.sequence(),
+            self.chosen.sequence("reference"),
+            self.rejected.sequence("reference"),
         )
 
     def rows(
-        self,
-        name: str,
-        values: Tensor,
-        *,
-        scale: float = 1.0,
-        rewards: tuple[Tensor, Tensor] | None = None,
+        self, name: str, values: Tensor, *, scale: float = 1.0, rewards: TwoTensors | None = None
     ) -> LossTerms:
-        """One term of per-pair `values` [B] with TRL's metrics. The implicit rewards are `scale` *
-        log-ratio unless `rewards` (chosen [B], rejected [B]) is given.
+        """One loss term of per-pair `values` [B], with TRL's metrics.
+
+        The implicit rewards are `rewards` (chosen [B], rejected [B]), by default `scale` times the
+        log-ratio to the reference, or times the policy's log-prob where there is no reference.
         """
-        anchored = "reference" in self.chosen.anchors
         if rewards is None:
-            pc = self.chosen.sequence()
-            pr = self.rejected.sequence()
-            rc, rr = (
-                (self.chosen.sequence("reference"), self.rejected.sequence("reference"))
-                if anchored
-                else (0.0, 0.0)
-            )
-            rewards = (scale * (pc - rc), scale * (pr - rr))
-        chosen, rejected = (r.detach() for r in rewards)
+            rewards = (scale * _log_ratio(self.chosen), scale * _log_ratio(self.rejected))
+        chosen, rejected = (reward.detach() for reward in rewards)
+
         metrics = {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
@@ -254,10 +248,8 @@ class _BestFirst(_ByPrompt):
         """Completions of each bundle: [B]."""
         return torch.tensor([len(bundle.completions) for bundle in bundles], device=device)
 
-    def ranked(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """One value per completion [N] -> [B, K], best first, 0 behind short rankings; and which
-        are there, [B, K] bool.
-        """
+    def ranked(self, values: Tensor) -> TwoTensors:
+        """[N], a value per completion -> [B, K], 0 after short rankings; which are there, [B, K]."""
         mask = torch.arange(int(self.sizes.max()), device=values.device) < self.sizes.unsqueeze(-1)
         return values.new_zeros(mask.shape).masked_scatter(mask, values), mask
 
@@ -266,7 +258,6 @@ class _BestFirst(_ByPrompt):
 class RankedBatch(_BestFirst):
     """Rankings under a language model: the log-probs of each prompt's completions, best first."""
 
-    completions_per_bundle: ClassVar[int | None] = None
     tokens: TokenLogps  # [N, T]
     sizes: Tensor  # [B] int64
 
@@ -277,9 +268,7 @@ class RankedBatch(_BestFirst):
 
 @dataclass(frozen=True)
 class ScoredBatch(_BestFirst):
-    """Pairs or rankings under a reward or preference model: its outputs for each prompt's
-    completions, best first.
-    """
+    """Pairs or rankings under a reward or preference model: its outputs, best completion first."""
 
     outputs: Tensor  # [N, D]
     sizes: Tensor  # [B] int64
@@ -288,7 +277,7 @@ class ScoredBatch(_BestFirst):
     def build(cls, bundles: Sequence[Bundle], outputs: Outputs) -> Self:
         return cls(outputs.values, cls.sizes_of(bundles, outputs.values.device))
 
-    def pairs(self) -> tuple[Tensor, Tensor]:
+    def pairs(self) -> TwoTensors:
         """Outputs of the chosen and of the rejected completions of preference pairs, [B, D] each."""
         chosen, rejected = self.outputs.unflatten(0, (-1, 2)).unbind(1)
         return chosen, rejected
@@ -296,23 +285,24 @@ class ScoredBatch(_BestFirst):
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """Unpaired completions with a desirable/undesirable label; `mismatched` pairs prompts with
-    other prompts' completions.
-    """
+    """Unpaired completions, each labelled desirable or not."""
 
-    completions_per_bundle: ClassVar[int | None] = 1
     tokens: TokenLogps  # [B, T]
     labels: Tensor  # [B] bool, True = desirable
-    mismatched: TokenLogps | None = None  # [B', T], no gradient needed
+    mismatched: TokenLogps | None = None  # [B', T] prompts with other prompts' completions
 
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
         device = tokens.policy.device
         shifted = torch.tensor([b.mismatched for b in bundles], device=device)
         labels = torch.tensor([bool(b.rows["label"][0]) for b in bundles], device=device)
-        kept = (~shifted).nonzero()[:, 0]
-        other = shifted.nonzero()[:, 0]
-        return cls(tokens.select(kept), labels[kept], tokens.select(other) if len(other) else None)
+        matched = (~shifted).nonzero()[:, 0]
+        mismatched = shifted.nonzero()[:, 0]
+        return cls(
+            tokens=tokens.select(matched),
+            labels=labels[matched],
+            mismatched=tokens.select(mismatched) if len(mismatched) else None,
+        )
 
     @staticmethod
     def counts(bundles: Sequence[Bundle]) -> dict[str, int]:
@@ -324,7 +314,6 @@ class LabelledBatch:
 class RolloutBatch:
     """Sampled completions with their scores; groups share a prompt. `credit` fills the advantages."""
 
-    completions_per_bundle: ClassVar[int | None] = None
     tokens: TokenLogps  # [N, T] with `behavior`
     scores: Tensor  # [N] reward of each completion
     groups: Tensor  # [N] int64, equal for completions of one prompt
@@ -334,42 +323,37 @@ class RolloutBatch:
 
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
-        device, (_, length) = tokens.policy.device, tokens.policy.shape
-        groups = torch.tensor(
-            [i for i, b in enumerate(bundles) for _ in b.completions], device=device
-        )
+        device = tokens.policy.device
+        length = tokens.policy.shape[1]
+        groups = [i for i, bundle in enumerate(bundles) for _ in bundle.completions]
 
         def padded(name: str) -> Tensor | None:
-            rows = [row for b in bundles for row in b.tokens.get(name, ())]
-            if not rows:
-                return None
-            return torch.stack(
-                [torch.nn.functional.pad(row, (0, length - len(row))) for row in rows]
-            ).to(device)
+            rows = [row for bundle in bundles for row in bundle.tokens.get(name, ())]
+            full = [pad(row, (0, length - len(row))) for row in rows]
+            return torch.stack(full).to(device) if full else None
 
-        scores = torch.cat([b.rows["score"] for b in bundles]).to(device)
         return cls(
-            tokens, scores, groups, padded("advantages"), padded("returns"), padded("values")
+            tokens,
+            scores=torch.cat([b.rows["score"] for b in bundles]).to(device),
+            groups=torch.tensor(groups, device=device),
+            advantages=padded("advantages"),
+            returns=padded("returns"),
+            values=padded("values"),
         )
 
     @staticmethod
     def counts(bundles: Sequence[Bundle]) -> dict[str, int]:
-        return {
-            "rows": sum(len(b.completions) for b in bundles),
-            "tokens": sum(b.n_trained for b in bundles),
-        }
+        completions = sum(len(b.completions) for b in bundles)
+        return {"rows": completions, "tokens": sum(b.n_trained for b in bundles)}
 
 
 @dataclass(frozen=True)
 class GameBatch(_ByPrompt):
-    """Self-play: K completions of each prompt and how often each beats the opponent the judge
-    compared it with.
-    """
+    """Self-play: K completions of each prompt, and how often each beats its opponent."""
 
-    completions_per_bundle: ClassVar[int | None] = None
     completions: Sequence[TokenLogps]  # K x [B, T]
-    # [B, K] probability that completion k beats the opponent (the last completion when none was set
-    # aside)
+    # [B, K] probability that completion k beats the opponent: a draw that the plan does not score,
+    # or else the last completion.
     preference: Tensor
     # [B, K, K] probability that completion i beats completion j (plan.feedback == "table")
     table: Tensor | None = None
@@ -377,29 +361,40 @@ class GameBatch(_ByPrompt):
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
         device = tokens.policy.device
-        per = len(bundles[0].completions)
-        start = per * torch.arange(len(bundles), device=device)
-        preference = torch.stack([b.rows["preference"] for b in bundles]).to(device)
+        count = len(bundles[0].completions)
+        first_rows = count * torch.arange(len(bundles), device=device)
         return cls(
-            [tokens.select(start + k) for k in range(per)], preference, _tables(bundles, device)
+            completions=[tokens.select(first_rows + k) for k in range(count)],
+            preference=torch.stack([b.rows["preference"] for b in bundles]).to(device),
+            table=_tables(bundles, device),
         )
 
 
 Batch = (
     SequenceBatch | PairBatch | RankedBatch | ScoredBatch | LabelledBatch | RolloutBatch | GameBatch
 )
-FAMILIES: dict[str, type[Any]] = {
-    "sequence": SequenceBatch,
-    "pair": PairBatch,
-    "ranked": RankedBatch,
-    "labelled": LabelledBatch,
-    "rollout": RolloutBatch,
-    "game": GameBatch,
+
+
+@dataclass(frozen=True)
+class DataFamily:
+    """What belongs to a family of training data: asked wherever families are treated differently."""
+
+    batch: type[Batch]  # what objectives on language models get
+    sampled: bool = False  # completions are sampled during training; the data are prompts alone
+    credited: bool = False  # the objective's `credit` makes advantages of a whole rollout's scores
+    serves: tuple[Family, ...] = ()  # families whose objectives can learn from these batches too
+
+
+FAMILIES: dict[Family, DataFamily] = {
+    "sequence": DataFamily(SequenceBatch),
+    "pair": DataFamily(PairBatch, serves=("sequence",)),
+    "ranked": DataFamily(RankedBatch),
+    "labelled": DataFamily(LabelledBatch),
+    "rollout": DataFamily(RolloutBatch, sampled=True, credited=True),
+    "game": DataFamily(GameBatch, sampled=True),
 }
 
 
 def batch_type(plan: Plan) -> type[Any]:
-    """The batch that an objective with this plan gets: `build(bundles, TokenLogps or Outputs)` makes
-    one, `counts(bundles)` gives what its terms are divided by.
-    """
-    return ScoredBatch if plan.outputs else FAMILIES[plan.data]
+    """The batch that an objective with this plan gets, from TokenLogps or, with outputs, Outputs."""
+    return ScoredBatch if plan.outputs else FAMILIES[plan.data].batch

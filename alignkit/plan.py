@@ -1,49 +1,234 @@
-"""What an objective asks of the loop: data, samples, statistics, anchors. Everything the loop knows
-of an objective.
+"""The plan: what an objective asks of the training loop, and all that the loop knows of an objective.
+
+An objective never sees a model, and the loop never sees an objective's name. Between them stands a
+`Plan`: which data the objective learns from, which completions are sampled for it, which models
+score them and what is computed at each token.
+
+Words, as everywhere in alignkit: the `policy` is trained; the `reference` anchors the KL; the
+`behavior` policy sampled the tokens. An anchor is any model that scores completions without being
+trained, the reference among them.
+
+>>> dpo = Plan("pair")  # chosen and rejected completions, scored by the policy and the reference
+>>> online_ipo = Plan("game", samples=(Draw(2),), feedback="pairwise")  # two answers, one verdict
+>>> online_ipo.anchors
+('reference',)
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor
 
-# (policy_logprobs [C, V], anchor_logprobs [C, V] or None, labels [C]) -> [C], evaluated inside one
-# head chunk
+from alignkit.errors import ConfigError
+
+# A number at each trained token that needs a model's whole next-token distribution. It is called
+# inside the head, on one chunk of C tokens at a time, because the log-probs of a whole batch over
+# the vocabulary would not fit into memory:
+# (policy_logprobs [C, V], anchor_logprobs [C, V] or None, labels [C]) -> [C]
 Statistic = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+
+# The kinds of data; `alignkit.batches.FAMILIES` says what belongs to each.
 Family = Literal["sequence", "pair", "ranked", "labelled", "rollout", "game"]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """`n` completions per prompt (None: the recipe's rollout.completions) from `source` (policy,
-    reference, an anchor), or from the token-level mixture with weight `mix` on the reference.
+    """Completions of each prompt that one policy samples: who draws, and how many.
+
+    >>> Draw(2)  # two from the policy
+    Draw(n=2, source='policy', mix=0.0, scored=True)
     """
 
+    # Completions per prompt; None takes the recipe's `rollout.completions`.
+    # Example: Draw() for a group of GRPO, Draw(1) for one answer of XPO.
     n: int | None = None
+
+    # Who samples: "policy", "reference" or the name of another anchor of the plan.
+    # Example: Draw(1, source="reference") draws XPO's second answer.
     source: str = "policy"
+
+    # Weight of the reference in the geometric mixture that samples each token, from 0 (`source`
+    # alone) to 1: the next token's log-probs are (1 - mix) * policy + mix * reference, normalised.
+    # Example: Draw(2, mix=0.125) for IPO-MD.
     mix: float = 0.0
-    scored: bool = True  # False: an opponent, judged against and then set aside
+
+    # Whether the objective sees these completions. False makes them opponents: the judge compares
+    # the others with them, and then they are dropped.
+    # Example: Draw(1, mix=0.125, scored=False) is Nash-MD's opponent.
+    scored: bool = True
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an objective needs from the loop. Everything the loop knows of an objective is in here."""
+    """What an objective needs from the loop.
 
+    Each field has a rule in `COMBINATION` below that says what a weighted list of objectives makes
+    of it.
+    """
+
+    # What one row of training data is: "sequence" (demonstrations), "pair" (chosen and rejected),
+    # "ranked" (several, best first), "labelled" (good or bad, unpaired), "rollout" (sampled and
+    # scored by a reward) or "game" (sampled and compared by a judge).
+    # Example: Plan("pair") for DPO, Plan("labelled") for KTO.
     data: Family
+
+    # Name -> function of the next-token distributions at each trained token. The loss finds the
+    # values [N, T] under that name in `TokenLogps.extras`. The second argument is the first anchor.
+    # Example: {"forward_kl": forward_kl} for TDPO.
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
+
+    # Models beside the policy whose log-probs of the completions the loss reads: "reference",
+    # "target" (an EMA or a copy synced every few steps), "previous" (as "target", one sync older),
+    # or a name from `prefixes`.
+    # Example: () for SimPO, ("reference", "target") for Nash-MP.
     anchors: tuple[str, ...] = ("reference",)
+
+    # Completions that are sampled during training: of every prompt in online families, beside the
+    # given completions in fixed ones.
+    # Example: (Draw(2),) for online DPO.
     samples: tuple[Draw, ...] = ()
+
+    # How sampled completions are judged: "none", "reward" (one number each), "pairwise" (the
+    # probability [K] of beating the opponent) or "table" (of each beating each other one, [K, K]).
+    # Example: "reward" for PPO, "pairwise" for Nash-MD, "table" for SPPO.
     feedback: Literal["none", "reward", "pairwise", "table"] = "none"
+
+    # Whether a value head estimates the future reward at each token; the loss finds it [N, T] under
+    # "values" in `TokenLogps.extras`.
+    # Example: True for PPO.
     values: bool = False
+
+    # How often the same sampled completions are gone through before new ones are sampled.
+    # Example: 4 for PPO as it is usually run, 1 for on-policy methods.
     epochs: int = 1
+
+    # Optimiser steps into which one epoch over the sampled completions is divided.
+    # Example: 4, so that 64 prompts are learnt from in four steps of 16.
     minibatches: int = 1
+
+    # Whether the loss of one row depends on the other rows of the optimiser step. The loop then
+    # computes it on the log-probs of the whole step, gathered over all processes, not on
+    # micro-batches.
+    # Example: True for AOT, which sorts the step's margins.
     coupled: bool = False
+
+    # Whether each prompt is also scored with another prompt's completion, without gradient.
+    # Example: True for KTO, which estimates its baseline z0 from them.
     mismatched: bool = False
+
+    # How one step moves the parameters: along the gradient, or along the gradient at the point that
+    # such a step leads to.
+    # Example: "extragradient" for EGPO.
     update: Literal["gradient", "extragradient"] = "gradient"
-    # numbers that the network gives for a whole completion, instead of log-probs of its tokens
+
+    # Numbers that a head gives for a whole completion; the loss then gets a `ScoredBatch` of them,
+    # [N, outputs], instead of log-probs. 0: the policy is a language model.
+    # Example: 1 for a reward model.
     outputs: int = 0
-    # name of an anchor -> a text: the reference's log-probs of the completions (fixed data) with
-    # the text before the prompt
+
+    # Anchor's name -> text. That anchor is the reference with the text put before the prompt; for
+    # fixed data only.
+    # Example: {"better": "Give a helpful answer.\n"} for T-REG.
     prefixes: Mapping[str, str] = field(default_factory=dict)
-    joined: bool = False  # these read both completions of a pair at once, in either order
+
+    # Whether the outputs are computed from both completions of a pair read at once, in either order.
+    # Example: True for a preference model that compares two answers directly.
+    joined: bool = False
+
+
+# What a weighted list of objectives makes of each field of its parts' plans.
+#   family  one family; parts that learn from another one that it serves may join
+#   agree   parts of that family must have the same value
+#   union   everything that any part asks for; one name must not mean two things
+#   anchors the union too, and the anchor that statistics read stays the first
+#   any     whether any part asks for it
+COMBINATION: dict[str, Literal["family", "agree", "union", "anchors", "any"]] = {
+    "data": "family",
+    "statistics": "union",
+    "anchors": "anchors",
+    "samples": "agree",
+    "feedback": "agree",
+    "values": "agree",
+    "epochs": "agree",
+    "minibatches": "agree",
+    "coupled": "any",
+    "mismatched": "any",
+    "update": "agree",
+    "outputs": "agree",
+    "prefixes": "union",
+    "joined": "agree",
+}
+
+
+def combined(plans: Sequence[Plan], family: Family) -> Plan:
+    """The plan of a weighted list of objectives from its parts' plans.
+
+    Plans of another family than `family` (demonstrations beside pairs) add what they need, but have
+    no say where all must agree. ConfigError where the parts contradict each other, and for a field
+    that has no rule in `COMBINATION`.
+    """
+    leading = [plan for plan in plans if plan.data == family]
+    values: dict[str, Any] = {}
+
+    for name in (f.name for f in fields(plans[0])):
+        rule = COMBINATION.get(name)
+        if rule is None:
+            raise ConfigError(
+                f"Plan.{name} has no rule for weighted lists of objectives; "
+                "add one to alignkit.plan.COMBINATION"
+            )
+        if rule == "family":
+            values[name] = family
+        elif rule == "agree":
+            values[name] = _agreed(name, [getattr(plan, name) for plan in leading])
+        elif rule == "union":
+            values[name] = _union(name, [getattr(plan, name) for plan in plans])
+        elif rule == "anchors":
+            values[name] = _anchors(plans)
+        else:
+            values[name] = any(getattr(plan, name) for plan in plans)
+
+    return type(plans[0])(**values)
+
+
+def _agreed(name: str, values: Sequence[Any]) -> Any:
+    """The one value that all parts have. ConfigError where they differ."""
+    if any(value != values[0] for value in values):
+        raise ConfigError(
+            f"objective: the parts of a weighted list disagree on `{name}`; give each its own run"
+        )
+    return values[0]
+
+
+def _union(name: str, mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All entries of the parts' mappings. ConfigError where a name has two meanings."""
+    entries: dict[str, Any] = {}
+    for key, entry in (item for mapping in mappings for item in mapping.items()):
+        if key in entries and _comparable(entries[key]) != _comparable(entry):
+            raise ConfigError(
+                f"objective: two parts of a weighted list mean different things by `{key}` "
+                f"in their plans' `{name}`; give each its own run"
+            )
+        entries[key] = entry
+    return entries
+
+
+def _anchors(plans: Sequence[Plan]) -> tuple[str, ...]:
+    """All anchors, each once. ConfigError where the parts' statistics read different ones."""
+    read_by_statistics = {plan.anchors[0] for plan in plans if plan.statistics and plan.anchors}
+    if len(read_by_statistics) > 1:
+        raise ConfigError(
+            "objective: the statistics of a weighted list read different anchors, "
+            f"{' and '.join(sorted(read_by_statistics))}; give each part its own run"
+        )
+    every = (anchor for plan in plans for anchor in plan.anchors)
+    return tuple(dict.fromkeys([*read_by_statistics, *every]))
+
+
+def _comparable(entry: Any) -> Any:
+    """`entry` in a form that is equal for equal functions with equal arguments: two `partial`
+    objects never are.
+    """
+    return (entry.func, entry.args, entry.keywords) if isinstance(entry, partial) else entry

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from alignkit.batches import LossTerms, PairBatch, RolloutBatch, TokenLogps
+from alignkit.batches import Family, LossTerms, PairBatch, RolloutBatch, TokenLogps
 from alignkit.errors import ConfigError, DataError
 from alignkit.integrations.trl_checks import (
     check_objective,
@@ -98,7 +98,7 @@ class _Adapter:
     """What both families share: checked arguments, reference forwards, reduction and metrics."""
 
     objective: ClassVar[Objective]
-    family: ClassVar[str]
+    family: ClassVar[Family]
     loss_type: ClassVar[str]
     config: ClassVar[type]
     known: ClassVar[set[str]]

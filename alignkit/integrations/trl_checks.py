@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from alignkit.batches import PairBatch, RolloutBatch, TokenLogps
+from alignkit.batches import FAMILIES, Family, PairBatch, RolloutBatch, TokenLogps
 from alignkit.errors import ConfigError
 from alignkit.objectives.base import Objective
 
@@ -65,7 +65,7 @@ def check_version() -> None:
     )
 
 
-def check_objective(objective: Any, family: str, base: str) -> None:
+def check_objective(objective: Any, family: Family, base: str) -> None:
     """Raise ConfigError for what trainer `base`, whose batches are of `family` (pair or rollout),
     cannot train.
     """
@@ -76,7 +76,7 @@ def check_objective(objective: Any, family: str, base: str) -> None:
         )
     name = type(objective).__name__
     plan = objective.plan
-    if plan.data != family and (family, plan.data) != ("pair", "sequence"):
+    if plan.data not in (family, *FAMILIES[family].serves):
         fitting = {"pair": "DPOTrainer", "sequence": "DPOTrainer", "rollout": "GRPOTrainer"}.get(
             plan.data
         )

@@ -1,5 +1,6 @@
-"""Base classes of objectives: frozen pydantic models around pure loss functions. An objective sees
-tensors only.
+"""Base classes of objectives: frozen pydantic models around pure loss functions.
+
+An objective sees tensors only: no model, no tokenizer, no device, no recipe.
 """
 
 from collections.abc import Sequence
@@ -8,8 +9,9 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from alignkit.batches import Batch, LossTerms, Plan, RolloutBatch
+from alignkit.batches import FAMILIES, Batch, LossTerms, RolloutBatch
 from alignkit.errors import ConfigError
+from alignkit.plan import Family, Plan, combined
 
 State = dict[str, Tensor]
 
@@ -110,39 +112,17 @@ class Weighted(Objective):
     @property
     def plan(self) -> Plan:
         plans = [part.plan for part, _ in self.parts]
-        families = {p.data for p in plans} - {"sequence"} or {"sequence"}
-        if len(families) > 1:
-            raise ConfigError(
-                f"objective: a weighted list needs one data family, got {', '.join(sorted(families))}"
-            )
-        family = families.pop()
-        if family not in ("sequence", "pair") and any(p.data == "sequence" for p in plans):
-            raise ConfigError(f"objective: sft can join sequence or pair objectives, not {family}")
-        single = [p for p in plans if p.data == family]
-        first = single[0]
-        shared = (
-            "samples",
-            "feedback",
-            "values",
-            "epochs",
-            "minibatches",
-            "update",
-            "outputs",
-            "joined",
-        )
-        for field in shared:
-            if any(getattr(p, field) != getattr(first, field) for p in single):
-                raise ConfigError(
-                    f"objective: the parts of a weighted list disagree on `{field}`; give each its own run"
-                )
-        return Plan(
-            family,
-            statistics={k: v for p in plans for k, v in p.statistics.items()},
-            anchors=tuple(dict.fromkeys(a for p in plans for a in p.anchors)),
-            prefixes={k: v for p in plans for k, v in p.prefixes.items()},
-            coupled=any(p.coupled for p in plans),
-            mismatched=any(p.mismatched for p in plans),
-            **{field: getattr(first, field) for field in shared},
+        return combined(plans, self._family([plan.data for plan in plans]))
+
+    @staticmethod
+    def _family(families: Sequence[Family]) -> Family:
+        """The one family whose batches serve every part. ConfigError where there is none."""
+        for family in families:
+            if set(families) <= {family, *FAMILIES[family].serves}:
+                return family
+        raise ConfigError(
+            "objective: a weighted list needs one data family (sft may join pair objectives), "
+            f"got {', '.join(sorted(set(families)))}"
         )
 
     def loss(self, batch: Batch) -> LossTerms:
@@ -153,9 +133,9 @@ class Weighted(Objective):
 
     def init_state(self) -> State:
         return {
-            f"{i}.{k}": v
-            for i, (part, _) in enumerate(self.parts)
-            for k, v in part.init_state().items()
+            f"{number}.{name}": value
+            for number, (part, _) in enumerate(self.parts)
+            for name, value in part.init_state().items()
         }
 
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:

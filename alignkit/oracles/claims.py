@@ -10,12 +10,12 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 from torch import Tensor
 
-from alignkit.batches import Family, RolloutBatch
+from alignkit.batches import FAMILIES, Family, RolloutBatch
 from alignkit.objectives.base import Objective
 from alignkit.oracles.gradients import kl_misalignment
 from alignkit.oracles.invariances import EXACT, EXTREMES, Check, apart
 from alignkit.oracles.optima import minimise, preference_loss, tree_optimum
-from alignkit.oracles.worlds import World, distance, reduced, solved
+from alignkit.oracles.worlds import TabularWorld, distance, reduced, solved
 from alignkit.policies.tabular import Tree
 
 SPACES = {"flat": Tree.build(5, 1, eos=False), "token tree": Tree.build(3, 2, eos=False)}
@@ -23,7 +23,7 @@ SPACES = {"flat": Tree.build(5, 1, eos=False), "token tree": Tree.build(3, 2, eo
 
 def direction(objective: Objective) -> Iterator[Check]:
     """Where policy, anchors and behaviour agree, a step of descent favours the better completions."""
-    world = World.build(objective.plan)
+    world = TabularWorld.build(objective.plan)
     same = dict.fromkeys(world.anchors, world.policy)
     world = replace(world, anchors=same, behavior=world.policy).credited(objective)
     yield Check(
@@ -38,7 +38,7 @@ def wrong_order(objective: Objective) -> Iterator[Check]:
     """Pairs that the policy orders wrongly by up to 2e4 nats are put right, however flat the loss
     may be there.
     """
-    world = World.build(objective.plan)
+    world = TabularWorld.build(objective.plan)
     signs = torch.tensor([-1.0, 1.0])
     for size in EXTREMES:
         slope = _slope(objective, apart(world, size, signs))
@@ -50,7 +50,7 @@ def wrong_order(objective: Objective) -> Iterator[Check]:
         )
 
 
-def _slope(objective: Objective, world: World) -> float:
+def _slope(objective: Objective, world: TabularWorld) -> float:
     """Slope of the loss, by the policy's log-probs, towards the better completions: below 0, a step
     of descent favours them.
     """
@@ -95,7 +95,9 @@ def _matters(objective: Objective, name: str) -> bool:
             continue
         if replace(objective.plan, statistics={}) != replace(other.plan, statistics={}):
             return True
-        mine, theirs = (solved(o, World.build(o.plan).credited(o)) for o in (objective, other))
+        mine, theirs = (
+            solved(o, TabularWorld.build(o.plan).credited(o)) for o in (objective, other)
+        )
         if distance(theirs, mine) > 1e-9 or _carried(objective) != _carried(other):
             return True
     return False
@@ -103,9 +105,9 @@ def _matters(objective: Objective, name: str) -> bool:
 
 def _carried(objective: Objective) -> dict[str, list[float]]:
     """What a rollout objective remembers after one rollout (an adaptive coefficient)."""
-    if objective.plan.data != "rollout":
+    if not FAMILIES[objective.plan.data].credited:
         return {}
-    world = World.build(objective.plan)
+    world = TabularWorld.build(objective.plan)
     rollout = RolloutBatch.build(world.bundles, world.tokens().map(Tensor.detach))
     return {
         name: value.flatten().tolist()
@@ -123,7 +125,7 @@ def readable(objective: Objective) -> Iterator[Check]:
 def limits(objective: Objective) -> Iterator[Check]:
     """The declared pairs of objectives agree in loss and gradient."""
     for own, other in type(objective).limits():
-        pair = [solved(o, World.build(o.plan, seed=1).credited(o)) for o in (own, other)]
+        pair = [solved(o, TabularWorld.build(o.plan, seed=1).credited(o)) for o in (own, other)]
         yield Check(
             f"limit {type(other).__name__}", distance(*pair), EXACT, f"{own!r} is {other!r}"
         )

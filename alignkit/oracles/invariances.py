@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alignkit.batches import batch_type
 from alignkit.objectives.base import Objective
-from alignkit.oracles.worlds import World, distance, gradient, reduced, solved, trained
+from alignkit.oracles.worlds import TabularWorld, distance, gradient, reduced, solved, trained
 
 EXTREMES = (50.0, 1e4)  # nats per completion
 EXACT = 1e-10  # float64 arithmetic in another order
@@ -34,7 +34,7 @@ class Check:
         return self.figure <= self.bound  # nan fails
 
 
-def apart(world: World, size: float, signs: Tensor) -> World:
+def apart(world: TabularWorld, size: float, signs: Tensor) -> TabularWorld:
     """`world` in float32 with about `size` nats more between the policy and the others for each
     completion, of the sign that `signs` [2] gives to a bundle's completions in turn. Policy or the
     others lose probability; logits never grow.
@@ -56,7 +56,7 @@ def finite(objective: Objective) -> Iterator[Check]:
     """Losses and gradients at ordinary and extreme log-ratios of either sign, in float32 and
     bfloat16.
     """
-    world = World.build(objective.plan)
+    world = TabularWorld.build(objective.plan)
     for dtype in (torch.float32, torch.bfloat16):
         broken = 0
         largest = 0.0
@@ -75,7 +75,7 @@ def finite(objective: Objective) -> Iterator[Check]:
 
 def differentiated(objective: Objective) -> Iterator[Check]:
     """The gradient against central differences in float64, of the loss and of each statistic."""
-    world = World.build(objective.plan).credited(objective)
+    world = TabularWorld.build(objective.plan).credited(objective)
     tokens = world.tokens().map(Tensor.detach)
     if objective.surrogate:
         yield Check("gradcheck", 0, 0, "a surrogate: its value's derivative is not its gradient")
@@ -116,7 +116,7 @@ def _slope_error(value: Callable[[Tensor], Tensor], point: Tensor, step: float =
 
 def invariant(objective: Objective) -> Iterator[Check]:
     """Padding, order and division into micro-batches change nothing."""
-    world = World.build(objective.plan).credited(objective)
+    world = TabularWorld.build(objective.plan).credited(objective)
     whole = solved(objective, world)
     loss, grad = solved(objective, world.padded(3))
     yield Check("padding", distance((loss, grad[:, : -3 or None]), whole), EXACT)
@@ -146,7 +146,7 @@ def invariant(objective: Objective) -> Iterator[Check]:
 
 
 def _parts(
-    objective: Objective, world: World, parts: Sequence[Sequence[int]]
+    objective: Objective, world: TabularWorld, parts: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
     counts = batch_type(objective.plan).counts(world.bundles)
     losses = []
@@ -160,7 +160,7 @@ def _parts(
 
 
 def _coupled_parts(
-    objective: Objective, world: World, parts: Sequence[Sequence[int]]
+    objective: Objective, world: TabularWorld, parts: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
     """The loss of all parts on leaves, then its gradient with respect to them pulled back part by
     part.
@@ -195,7 +195,7 @@ def _coupled_parts(
 
 def anchored(objective: Objective) -> Iterator[Check]:
     """No gradient flows into an anchor or the behaviour policy, not even through a statistic."""
-    world = World.build(objective.plan).credited(objective)
+    world = TabularWorld.build(objective.plan).credited(objective)
     frozen = {name: logits.detach().requires_grad_() for name, logits in world.anchors.items()}
     world = replace(world, anchors=frozen, behavior=world.behavior.detach().requires_grad_())
     leaves = [*frozen.values(), world.behavior]

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from alignkit.batches import FAMILIES, Bundle, Family, Outputs, Plan, TokenLogps, batch_type
+from alignkit.batches import (
+    FAMILIES,
+    Bundle,
+    Family,
+    Outputs,
+    Plan,
+    RolloutBatch,
+    TokenLogps,
+    batch_type,
+)
 from alignkit.objectives.base import Objective
 
 PROMPTS = 4
@@ -22,7 +31,7 @@ GROUP = 4
 class Draft:
     """The numbers of one bundle before it has tokens."""
 
-    better: Tensor  # [K], see `World`
+    better: Tensor  # [K], see `TabularWorld`
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     mismatched: bool = False
 
@@ -94,7 +103,7 @@ DRAFTS: dict[Family, Callable[[Plan, torch.Generator, int], list[Draft]]] = {
 
 
 @dataclass(frozen=True)
-class World:
+class TabularWorld:
     """N completions of a few prompts with the logits of every policy involved. Only `policy` and
     `values` are trained.
     """
@@ -112,7 +121,7 @@ class World:
     )
 
     @classmethod
-    def build(cls, plan: Plan, seed: int = 0) -> "World":
+    def build(cls, plan: Plan, seed: int = 0) -> "TabularWorld":
         """A random world for `plan`: completions of unequal length with holes in their masks."""
         noise = torch.Generator().manual_seed(seed)
 
@@ -174,22 +183,21 @@ class World:
         def taken(x: Tensor) -> Tensor:
             return kept(x.gather(-1, self.labels.unsqueeze(-1)).squeeze(-1))
 
-        old = taken(behavior) if self.plan.data in ("rollout", "game") else None
+        old = taken(behavior) if FAMILIES[self.plan.data].sampled else None
         figures = {k: kept(v) for k, v in extras.items()}
         return TokenLogps(
             taken(policy), {k: taken(v) for k, v in logprobs.items()}, self.mask, old, figures
         )
 
-    def credited(self, objective: Objective) -> "World":
+    def credited(self, objective: Objective) -> "TabularWorld":
         """With the objective's credit of this rollout in the bundles, as the loop writes it there;
         other families unchanged.
         """
-        if self.plan.data != "rollout":
+        if not FAMILIES[self.plan.data].credited:
             return self
         tokens = self.tokens().map(Tensor.detach)
-        batch, _ = objective.credit(
-            FAMILIES["rollout"].build(self.bundles, tokens), objective.init_state()
-        )
+        rollout = RolloutBatch.build(self.bundles, tokens)
+        batch, _ = objective.credit(rollout, objective.init_state())
         found = {
             "advantages": batch.advantages,
             "returns": batch.returns,
@@ -209,7 +217,7 @@ class World:
         # the value head has moved on since
         return replace(self, bundles=bundles, values=self.values + 0.5)
 
-    def select(self, chosen: Sequence[int]) -> "World":
+    def select(self, chosen: Sequence[int]) -> "TabularWorld":
         """The bundles at `chosen`, in that order."""
         starts = [0]
         for bundle in self.bundles:
@@ -218,11 +226,11 @@ class World:
         picked = self.map(lambda t: t[rows])
         return replace(picked, bundles=[self.bundles[i] for i in chosen], better=self.better[rows])
 
-    def padded(self, extra: int) -> "World":
+    def padded(self, extra: int) -> "TabularWorld":
         """`extra` masked positions more."""
         return self.map(lambda t: pad(t, (0, 0) * (t.dim() - 2) + (0, extra)))
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "World":
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "TabularWorld":
         """`fn` applied to every tensor with axes [N, T, ...]."""
         anchors = {name: fn(logits) for name, logits in self.anchors.items()}
         fields = {
@@ -232,7 +240,10 @@ class World:
 
 
 def reduced(
-    objective: Objective, world: World, tokens: TokenLogps, counts: dict[str, int] | None = None
+    objective: Objective,
+    world: TabularWorld,
+    tokens: TokenLogps,
+    counts: dict[str, int] | None = None,
 ) -> Tensor:
     """The scalar that the loop differentiates: every term's sum over its count (of `counts`, where
     `world` is a part).
@@ -259,7 +270,7 @@ def outputs_of(tokens: TokenLogps, plan: Plan) -> Outputs:
     return Outputs(torch.stack([masked, torch.ones_like(masked)], -1).flatten(1))
 
 
-def trained(world: World) -> World:
+def trained(world: TabularWorld) -> TabularWorld:
     """The same world with fresh leaves where the policy and its values are trained."""
     return replace(
         world,
@@ -268,7 +279,7 @@ def trained(world: World) -> World:
     )
 
 
-def gradient(loss: Tensor, world: World) -> Tensor:
+def gradient(loss: Tensor, world: TabularWorld) -> Tensor:
     """Gradient of `loss` with respect to the world's logits and values, [N, T, V + 1]."""
     leaves = (world.policy, world.values)
     found = (
@@ -279,7 +290,7 @@ def gradient(loss: Tensor, world: World) -> Tensor:
 
 
 def solved(
-    objective: Objective, world: World, dtype: torch.dtype | None = None
+    objective: Objective, world: TabularWorld, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient of `objective` on `world`."""
     world = trained(world)

@@ -47,13 +47,14 @@ def check_engine(recipe: Recipe, objective: "Objective") -> None:
         return
 
     # These modules import torch, which a recipe without a server does not need yet.
+    from alignkit.batches import FAMILIES
     from alignkit.rollout.client import Client
     from alignkit.rollout.vllm import check_draw
 
     assert recipe.rollout.url is not None
     try:
         Client(recipe.rollout.url, timeout=recipe.rollout.timeout)
-        if objective.plan.data not in ("rollout", "game"):
+        if not FAMILIES[objective.plan.data].sampled:
             raise ConfigError(
                 "rollout.engine: vllm does not sample beside fixed data; use rollout.engine: hf"
             )

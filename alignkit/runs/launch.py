@@ -160,6 +160,7 @@ def _load_pair(
     recipe: Recipe, objective: "Objective", task: Task | None, accelerator: "Accelerator"
 ) -> "PolicyPair":
     """The model with its anchors, or with the outputs that the plan asks for."""
+    from alignkit.batches import FAMILIES
     from alignkit.policies.load import load_pair, load_scorer
 
     plan = objective.plan
@@ -176,19 +177,20 @@ def _load_pair(
         recipe.target,
         plan,
         device=accelerator.device,
-        fixed_data=plan.data not in ("rollout", "game") and not plan.samples,
+        fixed_data=not FAMILIES[plan.data].sampled and not plan.samples,
         seed=recipe.train.seed,
     )
 
 
 def load_data(context: "RunContext") -> "JobData":
     """The rows or prompts that the plan learns from, as the loop takes them."""
+    from alignkit.batches import FAMILIES
     from alignkit.runs.job_data import fixed_data, sampled_data
     from alignkit.runs.preference_data import preference_data
 
     if context.plan.outputs:
         return preference_data(context)
-    if context.plan.data in ("rollout", "game"):
+    if FAMILIES[context.plan.data].sampled:
         return sampled_data(context)
     return fixed_data(context)
 

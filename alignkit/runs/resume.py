@@ -65,6 +65,7 @@ def with_resolved_autos(recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 def measured_autos(context: "RunContext") -> dict[str, dict[str, Any]]:
     """Section -> field -> what its `auto` turned out to be on this machine and with this model."""
+    from alignkit.batches import FAMILIES
     from alignkit.policies.packing import default_budget, kernel_of
 
     pair = context.pair
@@ -72,7 +73,7 @@ def measured_autos(context: "RunContext") -> dict[str, dict[str, Any]]:
     with pair.model("policy") as model:
         attention = kernel_of(model.config)
     dtype = str(pair.parameters()[0].dtype).removeprefix("torch.")
-    samples_prompts = context.plan.data in ("rollout", "game")
+    samples_prompts = FAMILIES[context.plan.data].sampled
 
     return {
         "model": {"dtype": dtype, "attention": attention, "layout": pair.layout},

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from alignkit.batches import Bundle, Draw, RolloutBatch, TokenLogps
+from alignkit.batches import FAMILIES, Bundle, Draw, RolloutBatch, TokenLogps
 from alignkit.distributed.errors import raise_on_all_ranks
 from alignkit.distributed.gather import concat, gather_rows
 from alignkit.errors import DataError, NumericsError
@@ -226,7 +226,7 @@ class RolloutSource:
             # The weights account for the engine, so that an objective's own ratio starts at 1.
             tokens = replace(tokens, behavior=tokens.policy)
             channels["behavior"] = tokens.policy
-        if self.plan.data == "rollout":
+        if FAMILIES[self.plan.data].credited:
             channels |= self._advantages(ordered, tokens)
 
         credited = dict(zip(order, _with_channels(ordered, channels)))

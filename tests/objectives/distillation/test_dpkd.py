@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid
 from alignkit import DPKD, SFT
 from alignkit.batches import PairBatch
 from alignkit.losses import dpkd_loss
-from alignkit.oracles.worlds import World
+from alignkit.oracles.worlds import TabularWorld
 
 F64 = torch.float64
 
@@ -23,7 +23,7 @@ def test_by_hand():
 
 def test_the_likelihood_term_is_sft_on_the_teachers_response():
     objective = DPKD(lm_weight=0.3)
-    world = World.build(objective.plan)
+    world = TabularWorld.build(objective.plan)
     batch = PairBatch.build(world.bundles, world.tokens())
     (lm,) = [term for term in objective.loss(batch).terms if term.name == "lm"]
     (sft,) = SFT().loss(batch).terms

@@ -10,7 +10,7 @@ from alignkit import AcceleratedPO
 from alignkit.batches import PairBatch, TokenLogps
 from alignkit.losses import dpo_loss
 from alignkit.oracles.optima import minimise
-from alignkit.oracles.worlds import World
+from alignkit.oracles.worlds import TabularWorld
 
 F64 = torch.float64
 N = 5
@@ -53,7 +53,7 @@ def test_exact_iterations_end_at_the_closed_form(alpha):
 
 def test_without_momentum_it_is_dpo_from_the_last_copy():
     objective = AcceleratedPO(beta=0.3, alpha=0.0)
-    world = World.build(objective.plan)
+    world = TabularWorld.build(objective.plan)
     batch = PairBatch.build(world.bundles, world.tokens())
     logps = [
         tokens.sequence(name)

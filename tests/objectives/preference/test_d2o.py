@@ -9,7 +9,7 @@ from alignkit import D2O, DPO
 from alignkit.batches import PairBatch
 from alignkit.errors import ShapeError
 from alignkit.losses import d2o_loss
-from alignkit.oracles.worlds import World
+from alignkit.oracles.worlds import TabularWorld
 
 F64 = torch.float64
 
@@ -23,7 +23,7 @@ def test_by_hand():
 
 
 def test_with_the_chosen_as_the_one_own_response_it_is_dpo():
-    world = World.build(DPO().plan)
+    world = TabularWorld.build(DPO().plan)
     batch = PairBatch.build(world.bundles, world.tokens())
     same = PairBatch(batch.chosen, batch.rejected, batch.chosen)
     (mine,) = D2O(alpha=0.3, beta=0.3, samples=1).loss(same).terms

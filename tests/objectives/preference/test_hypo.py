@@ -9,7 +9,7 @@ from alignkit import HyPO
 from alignkit.batches import PairBatch
 from alignkit.losses import sampled_kl_loss
 from alignkit.oracles.gradients import expected_gradient, gradient, sequence_kl
-from alignkit.oracles.worlds import World
+from alignkit.oracles.worlds import TabularWorld
 from alignkit.policies.tabular import Tree
 
 F64 = torch.float64
@@ -38,7 +38,7 @@ def test_the_samples_are_the_policys_and_held_out_pairs_need_none():
     objective = HyPO(samples=3)
     (draw,) = objective.plan.samples
     assert (draw.n, draw.source) == (3, "policy")
-    world = World.build(objective.plan)
+    world = TabularWorld.build(objective.plan)
     batch = PairBatch.build(world.bundles, world.tokens())
     assert len(batch.sampled.policy) == 3 * len(batch.chosen.policy)
     assert [term.name for term in objective.loss(batch).terms] == ["hypo", "kl"]

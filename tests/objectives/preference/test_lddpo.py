@@ -9,7 +9,7 @@ import torch
 
 from alignkit import DPO, LDDPO
 from alignkit.objectives.preference.lddpo import length_desensitised
-from alignkit.oracles.worlds import World, distance, solved
+from alignkit.oracles.worlds import TabularWorld, distance, solved
 
 
 def test_by_hand():
@@ -22,7 +22,7 @@ def test_by_hand():
 
 
 def test_alpha_0_is_dpo_on_truncated_responses():
-    world = World.build(DPO().plan, seed=5)
+    world = TabularWorld.build(DPO().plan, seed=5)
     lengths = world.mask.sum(-1).view(-1, 2).min(-1).values.repeat_interleave(2)
     short = replace(world, mask=world.mask & (world.mask.cumsum(-1) <= lengths[:, None]))
     assert (short.mask != world.mask).any()

@@ -8,20 +8,20 @@ import torch
 
 from alignkit import DPO, SamPO
 from alignkit.objectives.preference.sampo import drawn
-from alignkit.oracles.worlds import World, distance, solved
+from alignkit.oracles.worlds import TabularWorld, distance, solved
 
 F64 = torch.float64
 
 
 def test_equal_lengths_are_dpo():
-    world = World.build(SamPO().plan, seed=3)
+    world = TabularWorld.build(SamPO().plan, seed=3)
     world = replace(world, mask=torch.ones_like(world.mask))
     plain = replace(world, plan=DPO().plan)
     assert distance(solved(SamPO(), world), solved(DPO(), plain)) < 1e-12
 
 
 def test_as_many_tokens_of_the_long_response_as_the_short_one_has():
-    world = World.build(SamPO().plan)
+    world = TabularWorld.build(SamPO().plan)
     tokens = world.tokens()
     count = tokens.lengths.view(-1, 2).min(-1).values.repeat_interleave(2)
     kept = drawn(tokens.get("token_ids"), tokens.mask, count, seed=0)
@@ -47,7 +47,7 @@ def test_every_subset_of_positions_is_equally_likely():
 
 
 def test_the_mean_over_seeds_is_the_log_ratio_times_the_share_kept():
-    world = World.build(SamPO().plan)
+    world = TabularWorld.build(SamPO().plan)
     tokens = world.tokens()
     count = tokens.lengths.view(-1, 2).min(-1).values.repeat_interleave(2)
     draws = torch.stack(

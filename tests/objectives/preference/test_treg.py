@@ -14,7 +14,7 @@ from alignkit.batches import PairBatch
 from alignkit.config.model import ModelConfig, ReferenceConfig
 from alignkit.config.recipe import load_recipe
 from alignkit.errors import ConfigError
-from alignkit.oracles.worlds import World
+from alignkit.oracles.worlds import TabularWorld
 from alignkit.policies.load import load_pair
 from alignkit.runs.context import RunContext
 from alignkit.runs.job_data import fixed_data
@@ -23,7 +23,7 @@ from alignkit.runs.job_data import fixed_data
 def test_the_gradient_weighs_every_token_by_its_reward():
     beta, alpha = 0.7, 0.4
     objective = TREG(beta=beta, alpha=alpha)
-    world = World.build(objective.plan)
+    world = TabularWorld.build(objective.plan)
     tokens = world.tokens().map(torch.Tensor.detach)
     policy = tokens.policy.requires_grad_()
     batch = PairBatch.build(world.bundles, tokens)
