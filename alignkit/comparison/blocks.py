@@ -98,17 +98,13 @@ def _markdown(block: Block) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that cannot leave its cell."""
-    return (
-        re.sub(r"\s+", " ", text)
-        .replace("\\", "\\\\")
-        .replace("|", "\\|")
-        .replace("<", "&lt;")
-        .strip()
-    )
+    """Text that cannot leave its cell: on one line, with bars and tags escaped."""
+    line = re.sub(r"\s+", " ", text).strip()
+    return line.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def _html(block: Block, folder: Path) -> str:
+    """One block as HTML; pictures are read from `folder`."""
     if isinstance(block, Heading):
         return f"<h2>{escape(block.text)}</h2>"
     if isinstance(block, Text):
@@ -119,12 +115,11 @@ def _html(block: Block, folder: Path) -> str:
         data = b64encode((folder / block.file).read_bytes()).decode()
         image = f'<img alt="{escape(block.name)}" src="data:image/png;base64,{data}">'
         return f"<figure>{image}<figcaption>{_inline(block.caption)}</figcaption></figure>"
+
     table = f'<div class="wide">{_table(block)}</div>'
-    return (
-        f"<details><summary>{escape(block.folded)}</summary>{table}</details>"
-        if block.folded
-        else table
-    )
+    if block.folded:
+        return f"<details><summary>{escape(block.folded)}</summary>{table}</details>"
+    return table
 
 
 def _table(block: Table) -> str:

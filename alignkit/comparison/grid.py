@@ -2,11 +2,9 @@
 Imports no torch.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from alignkit.config.recipe import Recipe
 from alignkit.config.text import Keys
 from alignkit.config.validation import nearest, validated
 from alignkit.errors import ConfigError
+from alignkit.files import sha256_of_json
 
 OVERRIDABLE = ("model", "reference", "target", "data", "train", "rollout", "rewards", "judge")
 
@@ -27,27 +26,30 @@ class Point:
 
     name: str  # of its folder: label, swept fields, seed
     label: str  # its curve
-    swept: Mapping[str, Any]  # the fields in which the points of a curve differ
+    swept: Mapping[str, Any]  # its values of the fields in which the points of a curve differ
     seed: int
     recipe: Recipe
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that decides what is trained."""
-        where = {"compare": True, "trackers": True, "output_dir": True, "reference": {"store"}}
-        return self.recipe.model_dump(mode="json", exclude=where)
+        return self.recipe.model_dump(
+            mode="json",
+            exclude={"compare": True, "trackers": True, "output_dir": True, "reference": {"store"}},
+        )
 
     @property
     def hash(self) -> str:
-        """Of the settings: the same run, the same hash."""
-        return sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+        """A short hash of the settings: the same run has the same hash."""
+        return sha256_of_json(self.settings)[:16]
 
 
 def section_of(recipe: Recipe) -> CompareConfig:
     """The recipe's `compare` section. ConfigError where it has none."""
     if recipe.compare is None:
         raise ConfigError(
-            f"{recipe.origin.name}: the recipe has no `compare` section; see `alignkit recipes show compare` for one that has"
+            f"{recipe.origin.name}: the recipe has no `compare` section; "
+            "see `alignkit recipes show compare` for one that has"
         )
     return recipe.compare
 
@@ -63,20 +65,26 @@ def expand(recipe: Recipe) -> list[Point]:
     points: dict[str, Point] = {}
     for label, fields in section.grid.items():
         keys = ("compare", "grid", label)
-        part = fields if {"name", "import"} & set(fields) else {"name": label, **fields}
-        check_part(part, recipe.origin, keys)
+        # The label names the objective unless the fields do.
+        objective = fields if {"name", "import"} & set(fields) else {"name": label, **fields}
+        check_part(objective, recipe.origin, keys)
         shared = _overridden(recipe, label, section.overrides.get(label, {}))
-        swept = {field: values for field, values in part.items() if isinstance(values, list)}
-        empty = next((field for field, values in swept.items() if not values), None)
-        if empty:
-            raise ConfigError(
-                f"{recipe.origin.at((*keys, empty))}: `{'.'.join((*keys, empty))}` is an empty list"
-            )
+
+        # A list is a field that is swept: one run for each of its values.
+        swept = {field: values for field, values in objective.items() if isinstance(values, list)}
+        for field, values in swept.items():
+            if not values:
+                place = (*keys, field)
+                raise ConfigError(
+                    f"{recipe.origin.at(place)}: `{'.'.join(place)}` is an empty list"
+                )
+
         for values, seed in product(product(*swept.values()), section.seeds):
-            point = _point(recipe, shared, label, part, dict(zip(swept, values)), seed)
+            point = _point(recipe, shared, label, objective, dict(zip(swept, values)), seed)
             if point.name in points:
                 raise ConfigError(
-                    f"{recipe.origin.at(keys)}: two runs of the grid are `{point.name}`; name the values once"
+                    f"{recipe.origin.at(keys)}: two runs of the grid are `{point.name}`; "
+                    "name the values once"
                 )
             points[point.name] = point
     return list(points.values())
@@ -86,24 +94,22 @@ def _point(
     recipe: Recipe,
     shared: Recipe,
     label: str,
-    part: Mapping[str, Any],
+    objective: Mapping[str, Any],
     swept: Mapping[str, Any],
     seed: int,
 ) -> Point:
-    said = [label, *(f"{field}={value}" for field, value in swept.items()), f"seed={seed}"]
-    name = re.sub(r"[^\w.=+-]", "_", "-".join(said)).lstrip(".")
-    made = shared.model_copy(
-        update={
-            "objective": {**part, **swept},
-            "train": shared.train.model_copy(update={"seed": seed}),
-            "compare": None,
-            "reference": shared.reference.model_copy(
-                update={"store": str(Path(recipe.output_dir) / "reference")}
-            ),
-            "output_dir": str(Path(recipe.output_dir) / "runs" / name),
-        }
-    )
-    return Point(name, label, swept, seed, made)
+    """One run: the recipe `shared` by its curve with its own values of the swept fields and seed."""
+    parts = [label, *(f"{field}={value}" for field, value in swept.items()), f"seed={seed}"]
+    name = re.sub(r"[^\w.=+-]", "_", "-".join(parts)).lstrip(".")
+    out = Path(recipe.output_dir)
+    changes = {
+        "objective": {**objective, **swept},
+        "train": shared.train.model_copy(update={"seed": seed}),
+        "compare": None,
+        "reference": shared.reference.model_copy(update={"store": str(out / "reference")}),
+        "output_dir": str(out / "runs" / name),
+    }
+    return Point(name, label, swept, seed, shared.model_copy(update=changes))
 
 
 def _check_overrides(recipe: Recipe, section: CompareConfig) -> None:
@@ -114,22 +120,26 @@ def _check_overrides(recipe: Recipe, section: CompareConfig) -> None:
             raise ConfigError(
                 f"{recipe.origin.at(keys)}: `{'.'.join(keys)}`: the grid has no `{label}`.{hint}"
             )
+
         for name in sections:
             if name not in OVERRIDABLE:
-                at = recipe.origin.at((*keys, name))
+                place = (*keys, name)
                 hint = f"{nearest(name, OVERRIDABLE)} Allowed: {', '.join(OVERRIDABLE)}"
                 raise ConfigError(
-                    f"{at}: `{'.'.join((*keys, name))}` cannot differ between the runs of a comparison.{hint}"
+                    f"{recipe.origin.at(place)}: `{'.'.join(place)}` cannot differ between the "
+                    f"runs of a comparison.{hint}"
                 )
+
         if "seed" in (sections.get("train") or {}):
+            place = (*keys, "train", "seed")
             raise ConfigError(
-                f"{recipe.origin.at((*keys, 'train', 'seed'))}: seeds are given by `compare.seeds`, for all alike"
+                f"{recipe.origin.at(place)}: seeds are given by `compare.seeds`, for all alike"
             )
 
 
 def _overridden(recipe: Recipe, label: str, sections: Mapping[str, Any]) -> Recipe:
-    """The recipe with a label's sections laid over it; faults are told with the place of the
-    override.
+    """The recipe with a label's sections laid over it. ConfigError names the place of the override
+    that is wrong.
     """
     if not sections:
         return recipe

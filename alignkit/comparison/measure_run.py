@@ -1,52 +1,59 @@
-"""Measuring the models of one comparison: the same prompts, noise, score and judge for all of them."""
+"""Measures the models of one comparison on the same prompts, with the same sampling noise, score
+and judge for all of them.
+"""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alignkit.batches import Draw
 from alignkit.comparison.grid import Point, section_of
+from alignkit.comparison.measurement import BASE_FILE, RUN_FILE, Measurement
 from alignkit.config.objective import build_objective
 from alignkit.config.recipe import Recipe
 from alignkit.data.load import load_prompts
 from alignkit.errors import ConfigError
 from alignkit.evaluation.exact import Listed, listed_world
 from alignkit.evaluation.measure import Yardstick, evaluation_pair, preference_margins
-from alignkit.evaluation.measurements import Measured, wins
-from alignkit.judges import load_judge
+from alignkit.evaluation.measurements import wins
+from alignkit.files import sha256_of_json
+from alignkit.judges.load import load_judge
+from alignkit.metrics.intervals import Array
 from alignkit.policies.pair import PolicyPair
-from alignkit.rewards import load_rewards
+from alignkit.rewards.load import load_rewards
 from alignkit.rollout.hf import HFSampler
 from alignkit.rollout.text import decode_all
 from alignkit.runs.launch import resolve_task
 from alignkit.runs.trained_model import load_finished
 
 
-class Appraiser:
-    """What every model of the comparison is measured by. Made once per process; loads prompts,
-    reward and reference.
+class Measurer:
+    """What every model of a comparison is measured by. It loads the prompts, the reward and the
+    base model, so it is made once per process.
 
-    ConfigError where nothing says on which prompts, or by which score; DataError for prompts that
-    cannot be used.
+    ConfigError where nothing says on which prompts or by which score to compare; DataError for
+    prompts that cannot be used.
     """
 
     def __init__(self, recipe: Recipe, *, safe: bool = False):
         self.recipe = recipe
         self.section = section_of(recipe)
         self.safe = safe
-        self.task = resolve_task(recipe)
+        self.task: Any = resolve_task(recipe)
         base = recipe.model.name_or_path
         self.base_name = str(self.task.model_folder) if self.task and base == "task" else base
         self.reference = load_finished(self._start())
+
         prompts, report = load_prompts(
-            recipe.data, self.reference.tokenizer, source=self._prompts()
+            recipe.data, self.reference.tokenizer, source=self._prompt_source()
         )
         self.prompts = prompts[: self.section.max_prompts]
         self.notes = report.lines()
+
         self.reward = self._reward()
         self.yardstick = Yardstick(
             self.prompts, self.section.samples, recipe.rollout.max_new_tokens, reward=self.reward
@@ -54,96 +61,98 @@ class Appraiser:
 
     @cached_property
     def key(self) -> str:
-        """Of everything that decides the figures of a model: measured by the same key is measured
-        alike.
+        """A hash of everything that decides what is measured of a model: two measurements of the
+        same key can be compared.
         """
         section = self.section.model_dump(
             mode="json", exclude={"grid", "overrides", "seeds", "workers"}
         )
-        used = [
-            section,
-            self.recipe.model_dump(mode="json", include={"model", "rewards", "rollout", "data"}),
-        ]
+        sections = self.recipe.model_dump(
+            mode="json", include={"model", "rewards", "rollout", "data"}
+        )
         texts = [prompt.text for prompt in self.prompts]
-        return sha256(
-            json.dumps([used, self.base_name, texts], sort_keys=True).encode()
-        ).hexdigest()[:16]
+        return sha256_of_json([[section, sections], self.base_name, texts])[:16]
 
     @cached_property
     def listed(self) -> Listed | None:
-        """The task's world, where its outcomes can be listed and nothing else than its own reward
-        is asked for.
-        """
-        own = (
-            self.task is not None
-            and self.recipe.model.name_or_path == "task"
-            and self.reward == self.task.reward
-        )
-        world = listed_world(self.recipe.data.train) if own else None
+        """The task's world, where all its outcomes can be listed and the score is its own reward."""
+        if self.task is None or self.recipe.model.name_or_path != "task":
+            return None
+        if self.reward != self.task.reward:
+            return None
+        world = listed_world(self.recipe.data.train)
         return Listed(world, self.base_name) if world else None
 
-    def base(self) -> dict[str, Any]:
-        """Figures of the reference; where nothing can be listed also a larger pool of its samples,
-        for the baselines.
+    def read_base(self) -> Measurement | None:
+        """The base model's measurement; None where it is still to be made."""
+        return Measurement.read(self._base_file(), self.key)
+
+    def read_run(self, point: Point) -> Measurement | None:
+        """The measurement of a run; None where it is still to be made."""
+        return Measurement.read(Path(point.recipe.output_dir) / RUN_FILE, self.key)
+
+    def measure_base(self) -> None:
+        """Measure the base model and write its file.
+
+        Where nothing can be listed, a larger pool of its samples goes with it, for the baselines.
         """
         pair = evaluation_pair(self._start(), self.reference)
-        found: dict[str, Any] = {
-            "key": self.key,
-            "measured": self.yardstick.measure_reference(pair).dump(),
-        }
-        if self.listed is None and self.section.base_samples > self.section.samples:
-            found["pool"] = self._pool(pair, self.section.base_samples)
-        return found
+        measured = self.yardstick.measure_reference(pair)
+        more_samples = self.section.base_samples > self.section.samples
+        pool = self._pool(pair) if self.listed is None and more_samples else None
+        Measurement(self.key, measured, pool=pool).write(self._base_file())
 
-    def run(self, point: Point, base: Measured) -> dict[str, Any]:
-        """Figures of a finished run of the grid, as JSON."""
-        pair = evaluation_pair(Path(point.recipe.output_dir) / "model", self.reference)
-        found = self.yardstick.measure(pair, point.name, base=base)
-        verdicts = wins(found, base, self._judge)
+    def measure_run(self, point: Point) -> None:
+        """Measure the finished run of `point` beside the base model, and write its file."""
+        base = self.read_base()
+        assert base is not None, "the base model is measured before the runs"
+        folder = Path(point.recipe.output_dir)
+        pair = evaluation_pair(folder / "model", self.reference)
+        measured = self.yardstick.measure(pair, point.name, base=base.measured)
+
+        verdicts = wins(measured, base.measured, self._judge)
         assert verdicts is not None, "there is always a score here"
         probability, valid = verdicts
-        result = {
-            "key": self.key,
-            "measured": found.dump(),
-            "wins": probability.tolist(),
-            "valid": valid.tolist(),
-        }
-        if self.listed is not None:
-            result["exact"] = {
-                name: values.tolist() for name, values in asdict(self.listed.figures(pair)).items()
-            }
+        exact = asdict(self.listed.figures(pair)) if self.listed is not None else None
         margins = self._margins(point, pair)
-        return result | ({} if margins is None else {"margins": margins})
+        Measurement(self.key, measured, probability, valid, exact, margins).write(folder / RUN_FILE)
 
-    def _pool(self, pair: PolicyPair, count: int) -> dict[str, Any]:
-        """Scores and log-probs of `count` samples of the reference per prompt, [P, count] each: the
-        sampler knows the latter.
+    def _base_file(self) -> Path:
+        return Path(self.recipe.output_dir) / BASE_FILE
+
+    def _pool(self, pair: PolicyPair) -> dict[str, Array]:
+        """Scores and log-probs of `base_samples` samples of the base model per prompt: [P, n] each.
+
+        The sampler knows the log-probs, so no second pass over the samples is needed.
         """
+        count = self.section.base_samples
         sampler = HFSampler(
             pair, max_new_tokens=self.yardstick.max_new_tokens, seed=self.yardstick.seed
         )
-        ids = [prompt.ids for prompt in self.prompts]
-        drawn = sampler.sample(ids, Draw(count, "reference"), step=0, prompt_ids=range(len(ids)))
-        tokens = [[sample.ids for sample in row] for row in drawn]
-        more = replace(self.yardstick, samples=count)
-        scores = more.scores(decode_all(pair.tokenizer, tokens), tokens)
+        prompt_ids = [prompt.ids for prompt in self.prompts]
+        drawn = sampler.sample(
+            prompt_ids, Draw(count, "reference"), step=0, prompt_ids=range(len(prompt_ids))
+        )
+
+        ids = [[sample.ids for sample in row] for row in drawn]
+        texts = decode_all(pair.tokenizer, ids)
+        scores = replace(self.yardstick, samples=count).scores(texts, ids)
         assert scores is not None
-        return {
-            "score": scores.tolist(),
-            "logp": [[float(sample.logps.double().sum()) for sample in row] for row in drawn],
-        }
+        logps = [[float(sample.logps.double().sum()) for sample in row] for row in drawn]
+        return {"score": scores, "logp": np.array(logps)}
 
     def _start(self) -> str:
-        """Where every run starts, and its KL is measured from."""
+        """The model that every run starts from and that its KL is measured to."""
         adapter = self.recipe.model.adapter
         return adapter.path if adapter and adapter.path else self.base_name
 
-    def _prompts(self) -> Any:
+    def _prompt_source(self) -> Any:
         source = self.section.prompts or self.recipe.data.eval
         if source is None and self.task is None:
-            at = self.recipe.origin.at(("compare",))
+            place = self.recipe.origin.at(("compare",))
             raise ConfigError(
-                f"{at}: nothing says which prompts to evaluate on; set compare.prompts (or data.eval) to a file"
+                f"{place}: nothing says which prompts to evaluate on; "
+                "set compare.prompts (or data.eval) to a file"
             )
         if source is None or source.startswith("task:"):
             assert self.task is not None
@@ -164,16 +173,16 @@ class Appraiser:
     def _judge(self) -> Any:
         return load_judge(self.section.judge, safe=self.safe) if self.section.judge else None
 
-    def _margins(self, point: Point, pair: PolicyPair) -> list[float] | None:
-        """The objective's own implicit-reward margins of held-out pairs [N]; None where it learns
-        from no pairs or has none.
+    def _margins(self, point: Point, pair: PolicyPair) -> Array | None:
+        """The margins of the objective's implicit reward on held-out pairs [N]; None where there
+        are no such pairs, or the objective has no implicit reward.
         """
         source = self._held_out_pairs()
         if source is None:
             return None
         objective = build_objective(point.recipe.objective, safe=self.safe)
         margins = preference_margins(pair, source, point.recipe.data, objective=objective)
-        return None if margins is None else margins.tolist()
+        return None if margins is None else np.asarray(margins)
 
     def _held_out_pairs(self) -> str | Sequence[Any] | None:
         source = self.recipe.data.eval

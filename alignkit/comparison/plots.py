@@ -1,9 +1,9 @@
-"""The pictures of a comparison, from what results.json holds. Colours, markers and line styles each
-tell the curves apart.
+"""The pictures of a comparison, from the content of results.json. Colour, marker and line style
+each tell the curves apart.
 """
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-Found = Mapping[str, Any]
-# Okabe & Ito's, two changed
+Row = Mapping[str, Any]  # one JSON object
+# The colours of Okabe and Ito for readers who do not see all colours, two of them changed.
 COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -30,7 +30,7 @@ COLOURS = (
 )
 MARKERS = "os^DvPX*"
 LINES = ("-", "--", "-.", (0, (1, 1.2)))
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,8 +42,11 @@ STYLE = {
 KL_AXIS = "KL to the base model, nats per completion"
 
 
-def draw(results: Found, out: Path) -> dict[str, str]:
-    """Write every picture that the results have something for into `out`; name -> file."""
+def draw(results: Row, out: Path) -> dict[str, str]:
+    """Write every picture that the results have something for into the folder `out`.
+
+    Returns picture name -> file name.
+    """
     painters = {
         "frontier": frontier,
         "training": training,
@@ -55,22 +58,24 @@ def draw(results: Found, out: Path) -> dict[str, str]:
     with plt.rc_context(STYLE):
         for name, paint in painters.items():
             figure = paint(results)
-            if figure is not None:
-                figure.savefig(out / f"{name}.png", bbox_inches="tight")
-                plt.close(figure)
-                _shrink(out / f"{name}.png")
-                files[name] = f"{name}.png"
+            if figure is None:
+                continue
+            file = out / f"{name}.png"
+            figure.savefig(file, bbox_inches="tight")
+            plt.close(figure)
+            _shrink(file)
+            files[name] = file.name
     return files
 
 
 def _shrink(file: Path) -> None:
-    """A palette of 256 colours: a third of the size, to the eye the same."""
+    """Reduce a picture to 256 colours: a third of the size, and it looks the same."""
     with Image.open(file) as image:
         small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     small.save(file, optimize=True)
 
 
-def styles(results: Found) -> dict[str, dict[str, Any]]:
+def styles(results: Row) -> dict[str, dict[str, Any]]:
     """Label -> how its curve looks, the same in every picture."""
     labels = dict.fromkeys(run["label"] for run in results["runs"])
     return {
@@ -83,193 +88,181 @@ def styles(results: Found) -> dict[str, dict[str, Any]]:
     }
 
 
-def frontier(results: Found) -> Figure | None:
+def frontier(results: Row) -> Figure | None:
     """Score against KL: curves with bands, baselines, and where it is known the best that any
-    policy can do.
+    policy can do, with the efficiency in a second panel.
     """
-    if not results["curves"]:
+    curves = results["curves"]
+    if not curves:
         return None
-    optimal = results["baselines"]["optimal"]
-    figure, axes = plt.subplots(
-        1, 2 if optimal else 1, figsize=(11.5, 5.2) if optimal else (8, 5.4), squeeze=False
-    )
+    two_panels = bool(results["baselines"]["optimal"])
+    columns = 2 if two_panels else 1
+    size = (11.5, 5.2) if two_panels else (8, 5.4)
+    figure, axes = plt.subplots(1, columns, figsize=size, squeeze=False)
     main = axes[0, 0]
     look = styles(results)
-    reach = 1.08 * max(
-        point["kl"]["value"] for curve in results["curves"] for point in curve["points"]
-    )
-    _baselines(main, results, reach)
-    for curve in results["curves"]:
-        _curve(main, curve, results["base"]["score"]["value"], look[curve["label"]])
+
+    reach = 1.08 * max(point["kl"]["value"] for curve in curves for point in curve["points"])
+    _draw_baselines(main, results, reach)
+    for curve in curves:
+        _draw_curve(main, curve, results["base"]["score"]["value"], look[curve["label"]])
+    main.set_title("what is gained at which distance", loc="left", fontsize=11)
     main.set(
         xlabel=KL_AXIS,
         ylabel="expected score" if results["exact"] else "mean score",
         xlim=(-0.02 * reach, reach),
     )
-    main.set_title("what is gained at which distance", loc="left", fontsize=11)
-    if optimal:
-        _efficiency(axes[0, 1], results, look, reach)
+    if two_panels:
+        _draw_efficiency(axes[0, 1], results, look, reach)
+
+    # One legend below both panels.
     handles, labels = main.get_legend_handles_labels()
     figure.legend(
         handles,
         labels,
         loc="upper center",
         bbox_to_anchor=(0.5, 0.0),
-        ncols=4 if optimal else 3,
+        ncols=4 if two_panels else 3,
         fontsize=10,
     )
     figure.tight_layout()
     return figure
 
 
-def _curve(axes: Axes, curve: Found, base: float, look: Mapping[str, Any]) -> None:
+def _draw_curve(axes: Axes, curve: Row, base_score: float, look: Mapping[str, Any]) -> None:
+    """One objective's runs, joined from the base model on, with their band."""
     band = curve["band"]
     axes.fill_between(
         band["at"], band["low"], band["high"], color=look["color"], alpha=0.13, linewidth=0
     )
+
+    # The base model is where the line begins, but it is not one of the objective's runs.
     kl = [0.0, *(point["kl"]["value"] for point in curve["points"])]
-    score = [base, *(point["score"]["value"] for point in curve["points"])]
-    axes.plot(
-        kl,
-        score,
-        label=curve["label"],
-        linewidth=1.8,
-        markersize=7,
-        markevery=range(1, len(kl)),
-        **look,
-    )
+    score = [base_score, *(point["score"]["value"] for point in curve["points"])]
+    runs = range(1, len(kl))
+    axes.plot(kl, score, label=curve["label"], linewidth=1.8, markersize=7, markevery=runs, **look)
 
 
-def _baselines(axes: Axes, results: Found, reach: float) -> None:
-    found = results["baselines"]
-    if found["optimal"]:
-        kl, score = (np.array(found["optimal"][name]) for name in ("kl", "score"))
+def _draw_baselines(axes: Axes, results: Row, reach: float) -> None:
+    """The best possible line or its estimate, best of n, and the base model, up to KL `reach`."""
+    baselines = results["baselines"]
+    if baselines["optimal"]:
+        kl = np.array(baselines["optimal"]["kl"])
+        score = np.array(baselines["optimal"]["score"])
         seen = kl <= reach * 1.05
+        optimal: dict[str, Any] = {"color": "black", "linewidth": 2.6, "alpha": 0.55}
+        axes.plot(kl[seen], score[seen], label="best possible", **optimal)
+
+    tilted = [row for row in baselines["tilted"] if row["kl"]["value"] <= reach]
+    if tilted:
         axes.plot(
-            kl[seen], score[seen], color="black", linewidth=2.6, alpha=0.55, label="best possible"
-        )
-    if found["tilted"]:
-        rows = [row for row in found["tilted"] if row["kl"]["value"] <= reach]
-        points = [(row["kl"]["value"], row["score"]["value"]) for row in rows]
-        look = {"color": "black", "linewidth": 1.6, "linestyle": (0, (5, 2)), "alpha": 0.6}
-        axes.plot(*zip(*points), label="tilted optimum, estimated", **look)
-    shown = [row for row in found["best_of_n"] if row["kl"]["value"] <= reach]
-    if shown:
-        kl, score = ([row[name]["value"] for row in shown] for name in ("kl", "score"))
-        axes.plot(
-            kl,
-            score,
-            "o",
+            [row["kl"]["value"] for row in tilted],
+            [row["score"]["value"] for row in tilted],
+            label="tilted optimum, estimated",
             color="black",
-            markerfacecolor="white",
-            markersize=8,
-            label="best of n samples, no training",
+            linewidth=1.6,
+            linestyle=(0, (5, 2)),
+            alpha=0.6,
         )
-        for row, x, y in zip(shown, kl, score):
-            axes.annotate(
-                f"n={row['n']}", (x, y), textcoords="offset points", xytext=(7, -12), fontsize=9
-            )
-    axes.plot(
-        0, results["base"]["score"]["value"], "s", color="black", markersize=7, label="base model"
-    )
+
+    best_of_n = [row for row in baselines["best_of_n"] if row["kl"]["value"] <= reach]
+    if best_of_n:
+        kls = [row["kl"]["value"] for row in best_of_n]
+        scores = [row["score"]["value"] for row in best_of_n]
+        ring: dict[str, Any] = {"color": "black", "markerfacecolor": "white", "markersize": 8}
+        axes.plot(kls, scores, "o", label="best of n samples, no training", **ring)
+        for row, x, y in zip(best_of_n, kls, scores):
+            label = f"n={row['n']}"
+            axes.annotate(label, (x, y), textcoords="offset points", xytext=(7, -12), fontsize=9)
+
+    base_score = results["base"]["score"]["value"]
+    axes.plot(0, base_score, "s", color="black", markersize=7, label="base model")
 
 
-def _efficiency(axes: Axes, results: Found, look: Mapping[str, Any], reach: float) -> None:
+def _draw_efficiency(axes: Axes, results: Row, look: Mapping[str, Any], reach: float) -> None:
     """Share of the best possible gain at the same KL."""
+    known: list[float] = []
     for curve in results["curves"]:
-        points = [
-            (p["kl"]["value"], p["efficiency"]) for p in curve["points"] if _known(p["efficiency"])
-        ]
+        points = [point for point in curve["points"] if _known(point["efficiency"])]
         if points:
-            axes.plot(*zip(*points), linewidth=1.8, markersize=7, **look[curve["label"]])
+            shares = [point["efficiency"] for point in points]
+            known += shares
+            kl = [point["kl"]["value"] for point in points]
+            axes.plot(kl, shares, linewidth=1.8, markersize=7, **look[curve["label"]])
     axes.axhline(1.0, color="black", linewidth=2.6, alpha=0.55)
-    low = min(
-        (
-            p["efficiency"]
-            for c in results["curves"]
-            for p in c["points"]
-            if _known(p["efficiency"])
-        ),
-        default=0.0,
-    )
-    axes.set(
-        xlabel=KL_AXIS,
-        xlim=(-0.02 * reach, reach),
-        ylim=(max(0.0, 1 - 1.5 * (1 - low)), 1 + 0.1 * (1 - max(low, 0.0))),
-    )
-    axes.set_title(
-        "efficiency: share of the best possible gain at the same KL", loc="left", fontsize=11
-    )
+
+    # Efficiencies are close to 1, so the axis leaves out what lies far below the lowest.
+    lowest = min(known, default=0.0)
+    bottom = max(0.0, 1 - 1.5 * (1 - lowest))
+    top = 1 + 0.1 * (1 - max(lowest, 0.0))
+    axes.set(xlabel=KL_AXIS, xlim=(-0.02 * reach, reach), ylim=(bottom, top))
+    title = "efficiency: share of the best possible gain at the same KL"
+    axes.set_title(title, loc="left", fontsize=11)
 
 
-def training(results: Found) -> Figure | None:
+def training(results: Row) -> Figure | None:
     """One panel per objective, one line per run."""
     look = styles(results)
-    panels = {label: [run for run in results["runs"] if run["label"] == label] for label in look}
-    panels = {
-        label: runs for label, runs in panels.items() if any(_rows(results, run) for run in runs)
-    }
-    if not panels:
+    logged = [run for run in results["runs"] if results["training"][run["name"]]["step"]]
+    labels = list(dict.fromkeys(run["label"] for run in logged))
+    if not labels:
         return None
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
+    columns = min(4, len(labels))
+    rows = -(-len(labels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(2.95 * columns, 2.5 * rows), squeeze=False)
-    for place in axes.flat[len(panels) :]:
-        place.set_visible(False)
-    for place, (label, runs) in zip(axes.flat, panels.items()):
-        drawn = [run for run in runs if _rows(results, run)]
-        for i, run in enumerate(drawn):
-            found = results["training"][run["name"]]
-            shade = 0.45 + 0.55 * (i + 1) / len(drawn)
-            name = ", ".join(f"{field} {value}" for field, value in run["swept"].items())
-            place.plot(
-                found["step"],
-                found["value"],
+    for panel in axes.flat[len(labels) :]:
+        panel.set_visible(False)
+
+    for panel, label in zip(axes.flat, labels):
+        runs = [run for run in logged if run["label"] == label]
+        for i, run in enumerate(runs):
+            curve = results["training"][run["name"]]
+            # Later runs are drawn darker, so that one colour tells them apart.
+            panel.plot(
+                curve["step"],
+                curve["value"],
                 color=look[label]["color"],
-                alpha=shade,
-                linestyle=LINES[i % 4],
-                label=name,
+                alpha=0.45 + 0.55 * (i + 1) / len(runs),
+                linestyle=LINES[i % len(LINES)],
+                label=", ".join(f"{field} {value}" for field, value in run["swept"].items()),
             )
-            place.set_ylabel(found["metric"], fontsize=9)
-        place.set_title(label, loc="left", fontsize=11)
-        place.tick_params(labelsize=8)
-        if any(run["swept"] for run in drawn):
-            place.legend(fontsize=7.5)
-    for place in axes[-1]:
-        place.set_xlabel("step", fontsize=9)
+            panel.set_ylabel(curve["metric"], fontsize=9)
+        panel.set_title(label, loc="left", fontsize=11)
+        panel.tick_params(labelsize=8)
+        if any(run["swept"] for run in runs):
+            panel.legend(fontsize=7.5)
+
+    for panel in axes[-1]:
+        panel.set_xlabel("step", fontsize=9)
     figure.tight_layout()
     return figure
 
 
-def calibration(results: Found) -> Figure | None:
+def calibration(results: Row) -> Figure | None:
     """Reliability of the implicit rewards on held-out pairs: of each objective the run with the
     smallest error.
     """
-    best: dict[str, Found] = {}
+    best: dict[str, Row] = {}
     for run in results["runs"]:
-        found = run.get("calibration")
-        if found and (run["label"] not in best or found["error"] < best[run["label"]]["error"]):
-            best[run["label"]] = found
+        fit = run.get("calibration")
+        if fit and (run["label"] not in best or fit["error"] < best[run["label"]]["error"]):
+            best[run["label"]] = fit
     if not best:
         return None
+
     look = styles(results)
     figure, axes = plt.subplots(figsize=(6, 5))
-    axes.plot(
-        [0.5, 1], [0.5, 1], color="black", alpha=0.5, linewidth=2, label="perfectly calibrated"
-    )
-    for label, found in best.items():
-        total = sum(found["counts"])
-        kept = [i for i, count in enumerate(found["counts"]) if count >= 0.01 * total]
-        confidence, accuracy = (
-            [found[name][i] for i in kept] for name in ("confidences", "accuracies")
-        )
-        axes.plot(
-            confidence,
-            accuracy,
-            label=f"{label} (error {found['error']:.3f})",
-            markersize=7,
-            **look[label],
-        )
+    diagonal: dict[str, Any] = {"color": "black", "alpha": 0.5, "linewidth": 2}
+    axes.plot([0.5, 1], [0.5, 1], label="perfectly calibrated", **diagonal)
+    for label, fit in best.items():
+        # Bins with few pairs would jump about.
+        enough = 0.01 * sum(fit["counts"])
+        bins = [i for i, count in enumerate(fit["counts"]) if count >= enough]
+        confidence = [fit["confidences"][i] for i in bins]
+        accuracy = [fit["accuracies"][i] for i in bins]
+        name = f"{label} (error {fit['error']:.3f})"
+        axes.plot(confidence, accuracy, label=name, markersize=7, **look[label])
+
     axes.set(
         xlabel="confidence of the implicit reward",
         ylabel="share of held-out pairs it gets right",
@@ -280,26 +273,27 @@ def calibration(results: Found) -> Figure | None:
     return figure
 
 
-def pass_at_k(results: Found) -> Figure | None:
+def pass_at_k(results: Row) -> Figure | None:
     """Share of prompts answered by at least one of k samples (solid), and by their majority
-    (dotted).
+    (dotted); of each objective the run with the highest pass@1.
     """
     rows = results["pass_at_k"]
     if not rows:
         return None
     look = {**styles(results), "base": {"color": "black", "marker": "s", "linestyle": "-"}}
     labels = {run["name"]: run["label"] for run in results["runs"]} | {"base": "base"}
-    best: dict[str, Found] = {}
+    best: dict[str, Row] = {}
     for row in rows:
         label = labels[row["name"]]
         if label not in best or row["pass"][0] > best[label]["pass"][0]:
             best[label] = row
+
     figure, axes = plt.subplots(figsize=(7, 5))
     for label, row in best.items():
         axes.plot(row["k"], row["pass"], label=label, markersize=6, **look[label])
-        axes.plot(
-            row["k"], row["majority"], color=look[label]["color"], linestyle=":", linewidth=1.4
-        )
+        colour = look[label]["color"]
+        axes.plot(row["k"], row["majority"], color=colour, linestyle=":", linewidth=1.4)
+
     axes.set_xscale("log", base=2)
     ticks = rows[0]["k"]
     axes.set_xticks(ticks, [str(k) for k in ticks])
@@ -309,67 +303,63 @@ def pass_at_k(results: Found) -> Figure | None:
     return figure
 
 
-def samples(results: Found) -> Figure | None:
+def samples(results: Row) -> Figure | None:
     """A few prompts with the base model's completion and that of the objective that gained most,
     side by side.
     """
     shown = results["samples_shown"]
-    areas = results["verdicts"]["areas"]
     if not shown["runs"]:
         return None
-    label = (
-        max(areas, key=lambda row: row["area"]["value"])["label"]
-        if areas
-        else next(iter(shown["runs"]))
-    )
-    rows = [(row["prompt"], row["before"], row["after"][label]) for row in shown["rows"][:5]]
-    cells = [
-        [_plain(prompt), *(f"{s['text'].strip()}  ({_score(s['score'])})" for s in sides)]
-        for prompt, *sides in rows
-    ]
-    wrapped = [["prompt", "before (score)", f"after: {shown['runs'][label]} (score)"]]
-    wrapped += [[textwrap.fill(textwrap.shorten(cell, 330), 44) for cell in row] for row in cells]
-    heights = [max(cell.count("\n") + 1 for cell in row) + 0.8 for row in wrapped]
-    figure = plt.figure(figsize=(11.5, 0.2 * sum(heights) + 0.2))
-    top = 1.0
+    areas = results["verdicts"]["areas"]
+    label = next(iter(shown["runs"]))
+    if areas:
+        label = max(areas, key=lambda row: row["area"]["value"])["label"]
+
+    # The cells of a table with three columns, wrapped to lines.
+    table = [["prompt", "before (score)", f"after: {shown['runs'][label]} (score)"]]
+    for row in shown["rows"][:5]:
+        sides = [
+            f"{side['text'].strip()}  ({_score(side['score'])})"
+            for side in (row["before"], row["after"][label])
+        ]
+        cells = [_last_message(row["prompt"]), *sides]
+        table.append([textwrap.fill(textwrap.shorten(cell, 330), 44) for cell in cells])
+    heights = [max(cell.count("\n") + 1 for cell in row) + 0.8 for row in table]  # in lines
     total = sum(heights)
-    for i, (row, height) in enumerate(zip(wrapped, heights)):
+
+    # Text is placed by hand, from the top (1) down, with a line under every row.
+    figure = plt.figure(figsize=(11.5, 0.2 * total + 0.2))
+    top = 1.0
+    for i, (row, height) in enumerate(zip(table, heights)):
         for x, cell in zip((0.0, 0.34, 0.68), row):
-            weight = "bold" if i == 0 else "normal"
             figure.text(
                 x,
                 top - 0.25 / total,
                 _literal(cell),
                 va="top",
                 fontsize=9.5,
-                weight=weight,
+                weight="bold" if i == 0 else "normal",
                 linespacing=1.25,
             )
         top -= height / total
-        figure.add_artist(
-            plt.Line2D(
-                (0, 1), (top, top), color="#bbb", linewidth=0.8, transform=figure.transFigure
-            )
-        )
+        ends = ((0, 1), (top, top))
+        rule = plt.Line2D(*ends, color="#bbb", linewidth=0.8, transform=figure.transFigure)
+        figure.add_artist(rule)
     return figure
 
 
 def _literal(text: str) -> str:
-    """matplotlib reads $...$ as mathematics."""
+    """Text as it is: matplotlib would read $...$ as mathematics."""
     return text.replace("$", r"\$")
 
 
-def _plain(prompt: Any) -> str:
+def _last_message(prompt: Any) -> str:
     """A prompt as one text; of a chat the last message."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def _score(value: float | None) -> str:
     return f"{value:+.2f}" if _known(value) else "no score"
-
-
-def _rows(results: Found, run: Found) -> Sequence[int]:
-    return results["training"][run["name"]]["step"]
 
 
 def _known(value: float | None) -> bool:

@@ -42,13 +42,15 @@ def run_apart(
     checkpoints, and goes on upwards.
     """
     waiting = deque(items)
-    workers = list[_Worker[Item]]()
+    workers: list[_Worker[Item]] = []
     try:
         while waiting or any(worker.item is not None for worker in workers):
             while waiting and (worker := _idle(workers, work, processes)):
                 worker.item = waiting.popleft()
                 with suppress(OSError):  # it died between two items: `recv` below finds out
                     worker.pipe.send(worker.item)
+
+            # A pipe is ready when its worker answers, or when its worker is gone.
             busy = {worker.pipe: worker for worker in workers if worker.item is not None}
             for ready in connection.wait(list(busy), timeout=TICK):
                 worker = busy[ready]  # type: ignore[index]
@@ -57,14 +59,14 @@ def run_apart(
                 except (EOFError, ConnectionResetError):
                     worker.process.join()
                     workers.remove(worker)
-                    crashed(worker.item, _how(worker.process.exitcode))  # type: ignore[arg-type]
+                    crashed(worker.item, _cause_of_death(worker.process.exitcode))  # type: ignore[arg-type]
                 worker.item = None
             watch([worker.item for worker in workers if worker.item is not None])
     except BaseException:
         _stop(workers)
         raise
     for worker in workers:
-        worker.pipe.close()  # ends it
+        worker.pipe.close()  # the worker ends when its pipe is closed
         worker.process.join(PATIENCE)
 
 
@@ -93,19 +95,18 @@ def _stop(workers: Sequence[_Worker[Any]]) -> None:
         worker.process.kill()
 
 
-def _how(code: int | None) -> str:
+def _cause_of_death(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
-        return f"its process was ended by {name}" + (
-            " (out of memory?)" if name == "SIGKILL" else ""
-        )
+        guess = " (out of memory?)" if name == "SIGKILL" else ""
+        return f"its process was ended by {name}{guess}"
     return f"its process ended with exit code {code}"
 
 
 def _serve(pipe: Connection, work: Callable[[Any], None]) -> None:
     """A worker's life: one item after the other, until the other end of the pipe is closed."""
     os.setsid()  # Ctrl-C in a terminal reaches the parent alone, which asks once
-    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     while True:
         try:
             item = pipe.recv()
@@ -115,9 +116,9 @@ def _serve(pipe: Connection, work: Callable[[Any], None]) -> None:
         pipe.send(None)
 
 
-def _follow(parent: int) -> None:
-    """Stop when the parent is gone, however it went: an orphan would hold its run's lock against
-    the next attempt.
+def _stop_with_parent(parent: int) -> None:
+    """Stop this process when its parent is gone: an orphan would hold its run's lock against the
+    next attempt.
     """
     while os.getppid() == parent:
         time.sleep(1.0)

@@ -28,12 +28,14 @@ from alignkit.integrations.trl_checks import (
     reads_reference_sums,
     wants_reference,
 )
+from alignkit.integrations.trl_tensors import entropy, on_first_token, placed
 from alignkit.objectives.base import Objective
 from alignkit.tensors import gather_logps
 
-check_version()  # before importing an unknown release fails in a way of its own
+check_version()  # first, since an unknown release may fail on import with a message of its own
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer  # noqa: E402
 
+# What a batch of each trainer may hold; anything else (images, say) would be left unread.
 PAIR_KEYS = {
     "input_ids",
     "attention_mask",
@@ -48,14 +50,11 @@ GROUP_KEYS = {
     "completion_mask",
     "advantages",
     "num_items_in_batch",
-}
-GROUP_KEYS |= {
     "old_per_token_logps",
     "ref_per_token_logps",
     "sampling_per_token_logps",
     "tool_mask",
 }
-CHUNK = 1024  # tokens whose vocabulary is looked at together for the entropy
 
 
 def as_trl_trainer(objective: Objective, base: type = DPOTrainer) -> type:
@@ -68,70 +67,81 @@ def as_trl_trainer(objective: Objective, base: type = DPOTrainer) -> type:
     """
     if not isinstance(base, type):
         raise ConfigError(
-            f"as_trl_trainer: base is {base!r}, not a class; give DPOTrainer, GRPOTrainer or a subclass of one"
+            f"as_trl_trainer: base is {base!r}, not a class; "
+            "give DPOTrainer, GRPOTrainer or a subclass of one"
         )
     if any("unsloth" in f"{cls.__module__}.{cls.__name__}".lower() for cls in base.__mro__):
         raise ConfigError(
-            f"as_trl_trainer: {base.__name__} is patched by unsloth, whose losses are its own; run without `import unsloth`"
+            f"as_trl_trainer: {base.__name__} is patched by unsloth, whose losses are its own; "
+            "run without `import unsloth`"
         )
     if not issubclass(base, DPOTrainer | GRPOTrainer):
         raise ConfigError(
-            f"as_trl_trainer: base is {base.__name__}; allowed are DPOTrainer, GRPOTrainer and their subclasses"
+            f"as_trl_trainer: base is {base.__name__}; "
+            "allowed are DPOTrainer, GRPOTrainer and their subclasses"
         )
-    mixin = _Pairs if issubclass(base, DPOTrainer) else _Groups
-    check_objective(objective, mixin.family, base.__name__)
+    adapter = _Pairs if issubclass(base, DPOTrainer) else _Groups
+    check_objective(objective, adapter.family, base.__name__)
+
+    # TRL writes `_name` and `_paper` into the model card.
     name = type(objective).__name__
     arxiv = re.search(r"arXiv:([\d.]+\d)", objective.paper)
-    # what TRL's model card names
-    card = {
+    attributes: dict[str, Any] = {
+        "objective": objective,
+        "__doc__": type(objective).__doc__,
         "_name": name,
         "_paper": {"title": objective.paper, "id": arxiv[1]} if arxiv else {},
     }
-    return type(
-        f"{name}{base.__name__}",
-        (mixin, base),
-        {"objective": objective, "__doc__": type(objective).__doc__, **card},
-    )
+    return type(f"{name}{base.__name__}", (adapter, base), attributes)
 
 
 class _Adapter:
-    """What both families share: checked arguments, reference forwards, reduction and metrics."""
+    """What both families share: checked arguments, reference forwards, reduction and metrics.
+
+    It stands in front of a TRL trainer among the bases of a class, and so may use its attributes.
+    """
 
     objective: ClassVar[Objective]
-    family: ClassVar[Family]
-    loss_type: ClassVar[str]
-    config: ClassVar[type]
-    known: ClassVar[set[str]]
+    family: ClassVar[Family]  # of batches: pair or rollout
+    loss_type: ClassVar[str]  # a loss of TRL that needs nothing beside the batch
+    config: ClassVar[type]  # of the arguments
+    known_keys: ClassVar[set[str]]  # what a batch may hold
+
+    # The trainer's own.
+    model: Any
+    ref_model: Any
+    accelerator: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
+        # Scripts give the trainer's arguments by position or by name, or leave them out.
         given = list(args)
         place = _place_of_args(type(self))
-        config = given[place] if len(given) > place else kwargs.get("args")
+        by_position = len(given) > place
+        config = given[place] if by_position else kwargs.get("args")
         if config is None:
-            model = given[0] if given else kwargs.get("model")
-            path = (
-                model
-                if isinstance(model, str)
-                else getattr(getattr(model, "config", None), "_name_or_path", "")
-            )
-            config = self.config(
-                f"{path.rstrip('/').rpartition('/')[2] or 'model'}-{type(self.objective).__name__}"
-            )
+            config = self._default_config(given[0] if given else kwargs.get("model"))
         if not isinstance(config, self.config):
             raise ConfigError(
-                f"{type(self).__name__}: args is a {type(config).__name__}; give a {self.config.__name__}"
+                f"{type(self).__name__}: args is a {type(config).__name__}; "
+                f"give a {self.config.__name__}"
             )
         config = self._checked(config)
-        if len(given) > place:
+        if by_position:
             given[place] = config
         else:
             kwargs["args"] = config
-        # name -> [sum, elements] since the last log
-        self._alignkit: dict[str, dict[str, Tensor]] = {
-            "train": {},
-            "eval": {},
-        }
+
+        # Metrics since the last log: name -> [sum, number of elements].
+        self._alignkit: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         super().__init__(*given, **kwargs)
+
+    def _default_config(self, model: Any) -> Any:
+        """The arguments of a script that gives none, with an output folder as TRL would name it."""
+        path = model
+        if not isinstance(model, str):
+            path = getattr(getattr(model, "config", None), "_name_or_path", "")
+        name = path.rstrip("/").rpartition("/")[2] or "model"
+        return self.config(f"{name}-{type(self.objective).__name__}")
 
     def _checked(self, config: Any) -> Any:
         return checked_arguments(config, self.objective, type(self).__name__, self.loss_type)
@@ -141,21 +151,22 @@ class _Adapter:
         return "train" if self.model.training else "eval"
 
     def _check_keys(self, inputs: Mapping[str, Any]) -> None:
-        unknown = sorted({key for key, value in inputs.items() if value is not None} - self.known)
+        unknown = sorted(
+            {key for key, value in inputs.items() if value is not None} - self.known_keys
+        )
         if unknown:
             raise DataError(
-                f"{type(self).__name__}: the batch holds {', '.join(unknown)}, which this adapter does not read; it trains on "
-                "text alone, collated by TRL"
+                f"{type(self).__name__}: the batch holds {', '.join(unknown)}, which this adapter "
+                "does not read; it trains on text alone, collated by TRL"
             )
 
     def _outputs(self, model: Any, feed: Mapping[str, Any]) -> Any:
         """The policy's forward; a mixture of experts is asked for its load-balancing loss, as TRL
         does.
         """
-        return model(
-            **feed,
-            **({"output_router_logits": True} if getattr(self, "aux_loss_enabled", False) else {}),
-        )
+        if getattr(self, "aux_loss_enabled", False):
+            return model(**feed, output_router_logits=True)
+        return model(**feed)
 
     @contextmanager
     def _reference(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -165,6 +176,7 @@ class _Adapter:
         if getattr(self, "ref_model", None) is not None:
             yield self.ref_model
             return
+
         inner = self.accelerator.unwrap_model(model)
         if not hasattr(inner, "peft_config"):
             raise self._no_reference()
@@ -181,8 +193,9 @@ class _Adapter:
 
     def _no_reference(self) -> ConfigError:
         return ConfigError(
-            f"{type(self).__name__}: {type(self.objective).__name__} needs a reference, but TRL holds no reference "
-            "model and this batch brings no log-probs of one; use TRL's own data collator, and leave trainer.beta as it is"
+            f"{type(self).__name__}: {type(self.objective).__name__} needs a reference, but TRL "
+            "holds no reference model and this batch brings no log-probs of one; use TRL's own "
+            "data collator, and leave trainer.beta as it is"
         )
 
     def _tokens(
@@ -193,46 +206,49 @@ class _Adapter:
         mask: Tensor,
         anchors: dict[str, Tensor],
     ) -> TokenLogps:
-        """Figures of the masked tokens, from logits [M, V] of the policy and of the reference
-        (None: known or not needed).
+        """Log-probs, entropy and the plan's statistics of the masked tokens.
+
+        logits   [M, V] of the policy at the M masked places
+        anchor   [M, V] of the reference, or None where it is known already or not needed
+        labels   [M]
+        mask     [N, T]
+        anchors  reference log-probs [N, T] that are known already
         """
-        extras = {"entropy": _entropy(logits)}
+        extras = {"entropy": entropy(logits)}
         statistics = self.objective.plan.statistics
         if statistics:
-            wide = [None if t is None else t.float().log_softmax(-1) for t in (logits, anchor)]
-            extras |= {name: statistic(*wide, labels) for name, statistic in statistics.items()}
+            policy_logprobs = logits.float().log_softmax(-1)
+            anchor_logprobs = None if anchor is None else anchor.float().log_softmax(-1)
+            for name, statistic in statistics.items():
+                extras[name] = statistic(policy_logprobs, anchor_logprobs, labels)
         if anchor is not None:
-            anchors = {"reference": _placed(gather_logps(anchor, labels), mask)}
-        logps = _placed(gather_logps(logits, labels), mask)
+            anchors = {"reference": placed(gather_logps(anchor, labels), mask)}
+
         return TokenLogps(
-            logps,
+            placed(gather_logps(logits, labels), mask),
             anchors,
             mask,
-            extras={name: _placed(values, mask) for name, values in extras.items()},
+            extras={name: placed(values, mask) for name, values in extras.items()},
         )
 
     def _reduced(self, out: LossTerms, outputs: Any, rows: int, tokens: Tensor) -> Tensor:
         """The batch's loss: each term's sum over its count, tokens counted over all processes.
-        Metrics wait for `log`.
+
+        The metrics of `out` are kept for the next `log`.
         """
         store = self._alignkit[self._mode]
         for name, values in out.metrics.items():
-            entry = torch.stack(
-                [
-                    values.double().sum(),
-                    torch.tensor(float(values.numel()), device=values.device).double(),
-                ]
-            )
+            count = torch.tensor(values.numel(), dtype=torch.float64, device=values.device)
+            entry = torch.stack([values.double().sum(), count])
             store[name] = store.get(name, torch.zeros_like(entry)) + entry
+
         counts: dict[str, Any] = {"rows": rows}
         if any(term.unit == "tokens" for term in out.terms):
             counts["tokens"] = self.accelerator.reduce(tokens.float(), "mean").clamp(min=1)
         loss = sum(term.weight * term.values.sum() / counts[term.unit] for term in out.terms)
-        return (
-            loss + self.router_aux_loss_coef * outputs.aux_loss
-            if getattr(self, "aux_loss_enabled", False)
-            else loss
-        )
+        if getattr(self, "aux_loss_enabled", False):
+            loss = loss + getattr(self, "router_aux_loss_coef") * outputs.aux_loss  # noqa: B009
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """TRL's log with the objective's metrics, averaged over rows or tokens and all processes."""
@@ -242,7 +258,7 @@ class _Adapter:
         for name in sorted(store):
             total, count = self.accelerator.reduce(store[name]).tolist()
             logs[name if mode == "train" else f"eval_{name}"] = total / max(count, 1)
-        super().log(logs, *args, **kwargs)
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]  # the trainer's
 
 
 class _Pairs(_Adapter):
@@ -253,17 +269,14 @@ class _Pairs(_Adapter):
     family = "pair"
     loss_type = "sigmoid"
     config = DPOConfig
-    known = PAIR_KEYS
+    known_keys = PAIR_KEYS
 
     def _checked(self, config: Any) -> Any:
-        if (
-            config.precompute_ref_log_probs
-            and wants_reference(self.objective)
-            and not reads_reference_sums(self.objective)
-        ):
+        by_token = wants_reference(self.objective) and not reads_reference_sums(self.objective)
+        if config.precompute_ref_log_probs and by_token:
             raise ConfigError(
-                f"{type(self).__name__}: precompute_ref_log_probs=True keeps one sum per completion, and the objective reads the "
-                "reference token by token; set it to False"
+                f"{type(self).__name__}: precompute_ref_log_probs=True keeps one sum per "
+                "completion, and the objective reads the reference token by token; set it to False"
             )
         return super()._checked(config)
 
@@ -275,24 +288,26 @@ class _Pairs(_Adapter):
         ids = inputs["input_ids"]
         mask = inputs["completion_mask"][:, 1:].bool()
         feed = {"input_ids": ids, "attention_mask": inputs["attention_mask"], "use_cache": False}
-        # from the end: prompt tuning puts tokens in front
         labels = ids[:, 1:][mask]
+
+        # Counted from the end, since prompt tuning puts tokens in front. Prompt and padding are
+        # left out before the log-softmax.
         window = slice(-ids.shape[1], -1)
         outputs = self._outputs(model, feed)
-        # [M, V]: prompt and padding are left out before the log-softmax
-        logits = outputs.logits[:, window][mask]
+        logits = outputs.logits[:, window][mask]  # [M, V]
+
         anchor = None
         anchors = {}
         if "ref_chosen_logps" in inputs and wants_reference(self.objective):
-            anchors["reference"] = _at_first(
-                torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]]), mask
-            )
+            sums = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+            anchors["reference"] = on_first_token(sums, mask)
         elif wants_reference(self.objective):
             with torch.no_grad(), self._reference(model) as reference:
                 anchor = reference(**feed).logits[:, window][mask]
+
         tokens = self._tokens(logits, anchor, labels, mask, anchors)
         rows = torch.arange(len(ids), device=ids.device)
-        half = len(ids) // 2
+        half = len(ids) // 2  # the chosen completions stand first
         batch = PairBatch(tokens.select(rows[:half]), tokens.select(rows[half:]))
         loss = self._reduced(self.objective.loss(batch), outputs, half, mask[:half].sum())
         return (loss, outputs) if return_outputs else loss
@@ -306,7 +321,11 @@ class _Groups(_Adapter):
     family = "rollout"
     loss_type = "grpo"
     config = GRPOConfig
-    known = GROUP_KEYS
+    known_keys = GROUP_KEYS
+
+    # The trainer's own.
+    temperature: float
+    current_gradient_accumulation_steps: int
 
     def _checked(self, config: Any) -> Any:
         config, self._factor = checked_rollout_arguments(
@@ -320,24 +339,23 @@ class _Groups(_Adapter):
         """The objective's loss of one micro-batch of TRL's rollout."""
         if return_outputs:
             raise ConfigError(
-                f"{type(self).__name__}: a rollout's loss has no outputs; call compute_loss with return_outputs=False"
+                f"{type(self).__name__}: a rollout's loss has no outputs; "
+                "call compute_loss with return_outputs=False"
             )
         self._check_keys(inputs)
         ids = inputs["completion_ids"]
-        mask = (
-            inputs["completion_mask"].bool()
-            & inputs.get("tool_mask", inputs["completion_mask"]).bool()
-        )
-        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        completion = inputs["completion_mask"]
+        mask = completion.bool() & inputs.get("tool_mask", completion).bool()
         feed = {
             "input_ids": torch.cat([inputs["prompt_ids"], ids], 1),
-            "attention_mask": attention,
+            "attention_mask": torch.cat([inputs["prompt_mask"], completion], 1),
             "use_cache": False,
         }
         labels = ids[mask]
         window = slice(-ids.shape[1] - 1, -1)
         outputs = self._outputs(model, feed)
         logits = outputs.logits[:, window][mask] / self.temperature
+
         anchor = None
         anchors = {}
         if self.objective.plan.statistics:
@@ -348,18 +366,24 @@ class _Groups(_Adapter):
                 raise self._no_reference()
             anchors["reference"] = inputs["ref_per_token_logps"].where(mask, 0.0)
         tokens = self._tokens(logits, anchor, labels, mask, anchors)
-        old = inputs.get("old_per_token_logps")  # None: the policy has not moved since it sampled
-        tokens = replace(
-            tokens, behavior=tokens.policy.detach() if old is None else old.where(mask, 0.0)
-        )
+
+        # Without old log-probs the policy has not moved since it sampled.
+        old = inputs.get("old_per_token_logps")
+        behavior = tokens.policy.detach() if old is None else old.where(mask, 0.0)
+        tokens = replace(tokens, behavior=behavior)
+
+        # TRL shuffles the members of a group apart, so every row is a group of its own here; the
+        # advantages are TRL's, and come in one per row or one per token.
         advantages = self._factor[self._mode] * inputs["advantages"]
-        spread = advantages if advantages.dim() == 2 else advantages[:, None].expand(mask.shape)
-        # TRL shuffles the groups' members apart
-        scores = spread[:, 0]
+        if advantages.dim() == 1:
+            advantages = advantages[:, None].expand(mask.shape)
         groups = torch.arange(len(ids), device=ids.device)
-        batch = RolloutBatch(tokens, scores, groups, spread.where(mask, 0.0))
+        batch = RolloutBatch(tokens, advantages[:, 0], groups, advantages.where(mask, 0.0))
+
         loss = self._reduced(self.objective.loss(batch), outputs, len(ids), mask.sum())
-        return loss / (self.current_gradient_accumulation_steps if self._mode == "train" else 1)
+        if self._mode == "train":
+            return loss / self.current_gradient_accumulation_steps
+        return loss
 
 
 def _place_of_args(cls: type) -> int:
@@ -367,25 +391,10 @@ def _place_of_args(cls: type) -> int:
     without its name.
     """
     for parent in cls.__mro__:
-        found = inspect.signature(parent.__init__).parameters
-        if "args" in found and found["args"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
-            return list(found).index("args") - 1
+        if "__init__" not in vars(parent):
+            continue
+        parameters = inspect.signature(vars(parent)["__init__"]).parameters
+        argument = parameters.get("args")
+        if argument and argument.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            return list(parameters).index("args") - 1  # without `self`
     raise AssertionError("neither DPOTrainer nor GRPOTrainer takes args")
-
-
-@torch.no_grad()
-def _entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of each row of logits [M, V] -> [M], a chunk of rows at a time; no gradient."""
-    wide = (chunk.float().log_softmax(-1) for chunk in logits.split(CHUNK))
-    return torch.cat([-(chunk.exp() * chunk).sum(-1) for chunk in wide])
-
-
-def _placed(values: Tensor, mask: Tensor) -> Tensor:
-    """Figures of the masked tokens [M] at their places, 0 elsewhere: [N, T]."""
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-
-def _at_first(sums: Tensor, mask: Tensor) -> Tensor:
-    """Sums per row [N] as token figures [N, T] that add up to them: all on the first masked token."""
-    first = (mask.cumsum(-1) == 1) & mask
-    return torch.where(first, sums[:, None], sums.new_zeros(()))

@@ -5,13 +5,14 @@ one sentence.
 import copy
 import os
 import re
-from dataclasses import MISSING, replace
+from collections.abc import Sequence
+from dataclasses import MISSING
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from alignkit.batches import FAMILIES, Family, PairBatch, RolloutBatch, TokenLogps
+from alignkit.batches import FAMILIES, Family, PairBatch, RolloutBatch, Term, TokenLogps
 from alignkit.errors import ConfigError
 from alignkit.objectives.base import Objective
 
@@ -20,48 +21,48 @@ ANY_VERSION = "ALIGNKIT_ANY_TRL"  # environment: try an untested version
 # Arguments of TRL's own losses. The objective has its own, so a value other than the default would
 # change nothing.
 OWN_LOSS = (
-    *(
-        "label_smoothing",
-        "f_divergence_type",
-        "f_alpha_divergence_coef",
-        "ld_alpha",
-        "loss_weights",
-        "use_weighting",
-    ),
-    *(
-        "discopop_tau",
-        "epsilon",
-        "epsilon_high",
-        "delta",
-        "importance_sampling_level",
-        "top_entropy_quantile",
-        "entropy_coef",
-    ),
-    *("use_adaptive_entropy", "off_policy_mask_threshold", "use_bias_correction_kl"),
-    *(
-        "sapo_temperature_neg",
-        "sapo_temperature_pos",
-        "vespo_k_pos",
-        "vespo_lambda_pos",
-        "vespo_k_neg",
-        "vespo_lambda_neg",
-    ),
+    # DPOTrainer
+    "label_smoothing",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "ld_alpha",
+    "loss_weights",
+    "use_weighting",
+    "discopop_tau",
+    # GRPOTrainer
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "importance_sampling_level",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "use_adaptive_entropy",
+    "off_policy_mask_threshold",
+    "use_bias_correction_kl",
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
 )
 
 
 def check_version() -> None:
     """Raise ConfigError where TRL is missing or a release that was not tried."""
     try:
-        found = version("trl")
+        installed = version("trl")
     except PackageNotFoundError:
         raise ConfigError(f"trl is not installed; install one of {SUPPORTED}") from None
-    numbers = tuple(int(n) for n in re.findall(r"\d+", found)[:3])
-    # its own log-prob kernel needs a GPU
+    numbers = tuple(int(n) for n in re.findall(r"\d+", installed)[:3])
+    # The log-prob kernel of this release needs a GPU.
     broken = numbers == (1, 15, 0) and not torch.cuda.is_available()
-    if ((0, 29, 1) <= numbers < (2,) and not broken) or os.environ.get(ANY_VERSION):
+    supported = (0, 29, 1) <= numbers < (2,) and not broken
+    if supported or os.environ.get(ANY_VERSION):
         return
     raise ConfigError(
-        f"trl {found} is installed; supported is {SUPPORTED} (set {ANY_VERSION}=1 to try it all the same)"
+        f"trl {installed} is installed; supported is {SUPPORTED} "
+        f"(set {ANY_VERSION}=1 to try it all the same)"
     )
 
 
@@ -72,22 +73,24 @@ def check_objective(objective: Any, family: Family, base: str) -> None:
     if not isinstance(objective, Objective):
         given = objective.__name__ if isinstance(objective, type) else type(objective).__name__
         raise ConfigError(
-            f"as_trl_trainer: objective is {given}, not an objective's instance; give one, such as DPO(beta=0.1)"
+            f"as_trl_trainer: objective is {given}, not an objective's instance; "
+            "give one, such as DPO(beta=0.1)"
         )
     name = type(objective).__name__
     plan = objective.plan
+
+    # A pair trainer also takes demonstrations: it trains on the chosen completions.
     if plan.data not in (family, *FAMILIES[family].serves):
-        fitting = {"pair": "DPOTrainer", "sequence": "DPOTrainer", "rollout": "GRPOTrainer"}.get(
-            plan.data
-        )
-        hint = (
-            f"use base={fitting}"
-            if fitting
-            else "train it with alignkit's own loop (`alignkit train`)"
-        )
+        trainers = {"pair": "DPOTrainer", "sequence": "DPOTrainer", "rollout": "GRPOTrainer"}
+        hint = "train it with alignkit's own loop (`alignkit train`)"
+        if plan.data in trainers:
+            hint = f"use base={trainers[plan.data]}"
         raise ConfigError(
-            f"as_trl_trainer: {name} learns from {plan.data} data, which {base} does not have; {hint}"
+            f"as_trl_trainer: {name} learns from {plan.data} data, which {base} does not have; "
+            f"{hint}"
         )
+
+    # What alignkit's own loop gives an objective and TRL's does not.
     needs = {
         "a value head": plan.values,
         "a head of its own": plan.outputs,
@@ -99,59 +102,56 @@ def check_objective(objective: Any, family: Family, base: str) -> None:
         "prompts with other prompts' completions": plan.mismatched,
         "a second anchor": set(plan.anchors) - {"reference"},
         "a state carried from step to step": objective.init_state(),
-        "epochs or minibatches of its own (in TRL: args.num_iterations and args.steps_per_generation)": (
-            plan.epochs * plan.minibatches > 1
-        ),
+        "epochs or minibatches of its own (in TRL: args.num_iterations and "
+        "args.steps_per_generation)": plan.epochs * plan.minibatches > 1,
     }
     missing = [need for need, wanted in needs.items() if wanted]
     if missing:
         raise ConfigError(
-            f"as_trl_trainer: {name} needs {', '.join(missing)}, which {base} cannot give; use `alignkit train`"
+            f"as_trl_trainer: {name} needs {', '.join(missing)}, which {base} cannot give; "
+            "use `alignkit train`"
         )
     if family == "rollout":
         advantage_rule(objective, 4)
 
 
 def advantage_rule(objective: Objective, size: int) -> tuple[str, float]:
-    """How the objective's advantages follow from TRL's, for groups of `size`: the `scale_rewards`
-    to ask TRL for, and a factor.
+    """How the objective's advantages follow from TRL's, for groups of `size`: the value of
+    `scale_rewards` to ask TRL for, and a factor.
 
     TRL's are the reward minus the group's mean ("none"), divided by the group's standard deviation
     ("group"); a leave-one-out baseline is size / (size - 1) times the former. ConfigError where the
-    objective's `credit` is neither.
+    objective's `credit` is neither. The rule is found by giving `credit` made-up rewards.
     """
     name = type(objective).__name__
     fields = type(objective).model_fields
-    # two groups, told apart by their spread
-    grouped = torch.arange(size) ** 2.0 * torch.tensor([[1.0], [-3.0]])
-    own = _credited(objective, grouped)
-    # one of them without a difference
+    scores = torch.arange(size) ** 2.0 * torch.tensor([[1.0], [-3.0]])  # two groups, two spreads
+    own = _credited(objective, scores)
+
+    # The same groups beside others, with a KL to the reference and different lengths: their
+    # advantages must not change.
     others = torch.stack([torch.zeros(size), 10.0 * torch.arange(size)])
-    if not torch.allclose(
-        _credited(objective, torch.cat([grouped, others]), apart=True)[:2, :, 0],
-        own[..., 0],
-        rtol=1e-4,
-        atol=1e-5,
-    ):
+    beside_others = _credited(objective, torch.cat([scores, others]), apart=True)[:2]
+    if not torch.allclose(beside_others[..., 0], own[..., 0], rtol=1e-4, atol=1e-5):
         settings = {"kl_credit": "kl_credit='token'", "drop_constant": "drop_constant=False"}
-        hint = "".join(
-            f"set {setting}, or " for field, setting in settings.items() if field in fields
-        )
+        hint = "".join(f"set {value}, or " for field, value in settings.items() if field in fields)
         raise ConfigError(
-            f"as_trl_trainer: {name}'s advantages depend on more than the rewards of a prompt's completions (the KL to the "
-            f"reference, lengths or other prompts), TRL's do not; {hint}use `alignkit train`"
+            f"as_trl_trainer: {name}'s advantages depend on more than the rewards of a prompt's "
+            "completions (the KL to the reference, lengths or other prompts), TRL's do not; "
+            f"{hint}use `alignkit train`"
         )
-    centred = grouped - grouped.mean(1, keepdim=True)
-    for rule, theirs in (
-        ("none", centred),
-        ("group", centred / (grouped.std(1, keepdim=True) + 1e-4)),
-    ):
+
+    centred = scores - scores.mean(1, keepdim=True)
+    rules = {"none": centred, "group": centred / (scores.std(1, keepdim=True) + 1e-4)}
+    for rule, theirs in rules.items():
         factor = float((own.mean(-1) * theirs).sum() / (theirs**2).sum())
         if torch.allclose(own, factor * theirs.unsqueeze(-1), rtol=1e-4, atol=1e-4):
             return rule, factor
+
     hint = "set baseline='leave_one_out' or 'mean', or use" if "baseline" in fields else "use"
     raise ConfigError(
-        f"as_trl_trainer: {name}'s advantages are not rewards minus their group's mean, as TRL's are; {hint} `alignkit train`"
+        f"as_trl_trainer: {name}'s advantages are not rewards minus their group's mean, "
+        f"as TRL's are; {hint} `alignkit train`"
     )
 
 
@@ -161,7 +161,8 @@ def _credited(objective: Objective, scores: torch.Tensor, *, apart: bool = False
 
     `apart`: the reference differs from the policy, and every other completion has one token only.
     """
-    n, (groups, size) = scores.numel(), scores.shape
+    groups, size = scores.shape
+    n = scores.numel()
     gap = torch.arange(2.0 * n).view(n, 2) * apart
     mask = torch.ones(n, 2, dtype=torch.bool)
     mask[::2, 1] = not apart
@@ -172,7 +173,8 @@ def _credited(objective: Objective, scores: torch.Tensor, *, apart: bool = False
     if credited.advantages is None:
         name = type(objective).__name__
         raise ConfigError(
-            f"as_trl_trainer: {name}.credit fills no advantages; it should return replace(rollout, advantages=...)"
+            f"as_trl_trainer: {name}.credit fills no advantages; "
+            "it should return replace(rollout, advantages=...)"
         )
     return credited.advantages.view(groups, size, 2)
 
@@ -185,29 +187,36 @@ def checked_arguments(config: Any, objective: Objective, name: str, loss_type: s
     """
     config = copy.copy(config)
     label = type(objective).__name__
-    own = getattr(objective, "beta", None)
-    default = default_of(config, "beta")
-    if config.beta not in (default, own):
-        has = f"{label}'s is {own}" if own is not None else f"{label} has none"
+    own_beta = getattr(objective, "beta", None)
+    default_beta = default_of(config, "beta")
+    if config.beta not in (default_beta, own_beta):
+        has = f"{label}'s is {own_beta}" if own_beta is not None else f"{label} has none"
         raise ConfigError(
-            f"{name}: args.beta is {config.beta}, {has}; leave it out of the arguments, the objective decides"
+            f"{name}: args.beta is {config.beta}, {has}; "
+            "leave it out of the arguments, the objective decides"
         )
-    # 0: TRL loads no reference for rollouts
-    config.beta = (own or default or 1.0) if wants_reference(objective) else 0.0
+    # With beta 0 TRL loads no reference for rollouts.
+    config.beta = (own_beta or default_beta or 1.0) if wants_reference(objective) else 0.0
+
     if getattr(config, "use_liger_kernel", False):
         raise ConfigError(
-            f"{name}: use_liger_kernel=True replaces the model's forward, which then gives no logits; set it to False"
+            f"{name}: use_liger_kernel=True replaces the model's forward, which then gives no "
+            "logits; set it to False"
         )
+
     changed = [
-        f for f in OWN_LOSS if hasattr(config, f) and getattr(config, f) != default_of(config, f)
+        field
+        for field in OWN_LOSS
+        if hasattr(config, field) and getattr(config, field) != default_of(config, field)
     ]
-    given = config.loss_type if isinstance(config.loss_type, list) else [config.loss_type]
-    if given != [loss_type] and config.loss_type != default_of(config, "loss_type"):
+    loss_types = config.loss_type if isinstance(config.loss_type, list) else [config.loss_type]
+    if loss_types != [loss_type] and config.loss_type != default_of(config, "loss_type"):
         changed.append("loss_type")
     if changed:
-        said = ", ".join(f"{field}={getattr(config, field)!r}" for field in changed)
+        settings = ", ".join(f"{field}={getattr(config, field)!r}" for field in changed)
         raise ConfigError(
-            f"{name}: {said} would change nothing, the loss is {label}'s; leave it out of the arguments"
+            f"{name}: {settings} would change nothing, the loss is {label}'s; "
+            "leave it out of the arguments"
         )
     config.loss_type = [loss_type] if isinstance(config.loss_type, list) else loss_type
     return config
@@ -219,21 +228,26 @@ def checked_rollout_arguments(
     """The arguments with the objective's reward scaling, and the factor of TRL's advantages in
     training and evaluation.
     """
+    label = type(objective).__name__
     scale, factor = advantage_rule(objective, config.num_generations)
     if config.scale_rewards not in (scale, default_of(config, "scale_rewards")):
         raise ConfigError(
-            f"{name}: args.scale_rewards is {config.scale_rewards!r}, {type(objective).__name__}'s advantages are those of "
-            f"{scale!r}; leave it out of the arguments, the objective decides"
+            f"{name}: args.scale_rewards is {config.scale_rewards!r}, {label}'s advantages are "
+            f"those of {scale!r}; leave it out of the arguments, the objective decides"
         )
-    sums = "sum_then_normalize"
-    if getattr(config, "multi_objective_aggregation", sums) != sums:
+
+    aggregation = getattr(config, "multi_objective_aggregation", "sum_then_normalize")
+    if aggregation != "sum_then_normalize":
         raise ConfigError(
-            f"{name}: multi_objective_aggregation makes other advantages than {type(objective).__name__}'s; leave it out"
+            f"{name}: multi_objective_aggregation makes other advantages than {label}'s; "
+            "leave it out"
         )
     if config.use_vllm and config.vllm_importance_sampling_correction:
         raise ConfigError(
-            f"{name}: vllm_importance_sampling_correction=True weighs TRL's own loss; set it to False"
+            f"{name}: vllm_importance_sampling_correction=True weighs TRL's own loss; "
+            "set it to False"
         )
+
     config.scale_rewards = scale
     evaluation = getattr(config, "num_generations_eval", None) or config.num_generations
     return config, {"train": factor, "eval": advantage_rule(objective, evaluation)[1]}
@@ -241,8 +255,10 @@ def checked_rollout_arguments(
 
 def default_of(config: Any, field: str) -> Any:
     """The default of a dataclass's field."""
-    found = type(config).__dataclass_fields__[field]
-    return found.default if found.default is not MISSING else found.default_factory()
+    declared = type(config).__dataclass_fields__[field]
+    if declared.default is not MISSING:
+        return declared.default
+    return declared.default_factory()
 
 
 def wants_reference(objective: Objective) -> bool:
@@ -256,17 +272,23 @@ def reads_reference_sums(objective: Objective) -> bool:
     """
     if objective.plan.statistics:
         return False
+
+    # The loss of a made-up pair, once with the reference token by token and once with its sums,
+    # which are put on the first token.
     generator = torch.Generator().manual_seed(0)
-    policy, reference = (-torch.rand(2, 2, 3, generator=generator) for _ in range(2))
-    # all on the first token
+    policy = -torch.rand(2, 2, 3, generator=generator)
+    reference = -torch.rand(2, 2, 3, generator=generator)
     sums = torch.nn.functional.pad(reference.sum(-1, keepdim=True), (0, 2))
     mask = torch.ones(2, 3, dtype=torch.bool)
-    sides = [
-        TokenLogps(p, {"reference": r}, mask, extras={"entropy": -p})
-        for p, r in zip(policy, reference)
-    ]
-    told = [replace(side, anchors={"reference": s}) for side, s in zip(sides, sums)]
-    first, second = (objective.loss(PairBatch(*pair)).terms for pair in (sides, told))
+
+    def terms(anchor: torch.Tensor) -> Sequence[Term]:
+        chosen, rejected = (
+            TokenLogps(logps, {"reference": known}, mask, extras={"entropy": -logps})
+            for logps, known in zip(policy, anchor)
+        )
+        return objective.loss(PairBatch(chosen, rejected)).terms
+
     return all(
-        torch.allclose(a.values.sum(), b.values.sum(), rtol=1e-4) for a, b in zip(first, second)
+        torch.allclose(by_token.values.sum(), by_sum.values.sum(), rtol=1e-4)
+        for by_token, by_sum in zip(terms(reference), terms(sums))
     )

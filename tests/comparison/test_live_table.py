@@ -10,7 +10,7 @@ from rich.console import Console
 from alignkit.comparison import live_table as live
 from alignkit.comparison.grid import expand
 from alignkit.comparison.live_table import LiveTable, last_row
-from alignkit.comparison.run_state import Outcome
+from alignkit.comparison.run_state import RunState
 from alignkit.config.recipe import load_recipe
 
 RECIPE = """
@@ -43,11 +43,11 @@ def shown(points, processes=2, terminal=True):
 def test_the_table_says_what_each_run_does_and_estimates_the_rest(points, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])
-    Outcome("finished", seconds=60.0, settings=points[0].settings).write(
+    RunState("finished", seconds=60.0, settings=points[0].settings).write(
         Path(points[0].recipe.output_dir)
     )
     log(points[0], {"step": 40, "loss": 0.5})
-    Outcome("failed", "the reward\nraised", settings=points[3].settings).write(
+    RunState("failed", "the reward\nraised", settings=points[3].settings).write(
         Path(points[3].recipe.output_dir)
     )
     table, out = shown(points)
@@ -75,7 +75,7 @@ def test_a_log_gets_a_line_per_change(points):
     with table:
         table.watch([points[0]])
         table.watch([points[0]])
-        Outcome("finished", seconds=30.0, settings=points[0].settings).write(
+        RunState("finished", seconds=30.0, settings=points[0].settings).write(
             Path(points[0].recipe.output_dir)
         )
         table.watch([])

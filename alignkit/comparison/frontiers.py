@@ -1,0 +1,167 @@
+"""Score against KL from the runs of a comparison, as plain JSON: curves with bands, baselines that
+need no training, and verdicts at matched KL.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from alignkit.comparison.grid import Point
+from alignkit.comparison.measurement import Measurement
+from alignkit.evaluation.exact import Listed
+from alignkit.metrics.baselines import Baseline, best_of_n, folklore_kl, tilted_optimum
+from alignkit.metrics.comparisons import compare_frontiers
+from alignkit.metrics.frontier import Curve, area, band, common_kl, efficiency
+from alignkit.metrics.intervals import Array, Interval, mean_interval
+
+DRAWS = 2000  # bootstrap replicates of an interval
+PLACES = 61  # places on the KL axis at which a band is drawn
+TILTS = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125)  # beta of the tilted optimum, in deviations of the score
+Row = dict[str, Any]  # one JSON object
+
+
+def interval_row(interval: Interval) -> Row:
+    """An interval as a JSON object."""
+    return asdict(interval)
+
+
+def setting_of(point: Point) -> str:
+    """The swept fields of a point in words, such as "beta=0.1, alpha=2"."""
+    return ", ".join(f"{field}={value}" for field, value in point.swept.items())
+
+
+def curves_of(
+    points: Sequence[Point], measurements: Mapping[str, Measurement | None], *, exact: bool
+) -> list[Curve]:
+    """One curve for each label that has at least one measured run.
+
+    A run without a measurement is nan; a setting without any measured run is left out.
+    """
+    curves = []
+    for label in dict.fromkeys(point.label for point in points):
+        own = [point for point in points if point.label == label]
+        settings = list(dict.fromkeys(setting_of(point) for point in own))
+        seeds = list(dict.fromkeys(point.seed for point in own))
+        means = {
+            point.name: _means_per_prompt(measurement, exact)
+            for point in own
+            if (measurement := measurements[point.name]) is not None
+        }
+        if not means:
+            continue
+
+        prompts = next(iter(means.values())).shape[1]
+        kl = np.full((len(settings), len(seeds), prompts), np.nan)
+        score = np.full_like(kl, np.nan)
+        for point in own:
+            if point.name in means:
+                place = (settings.index(setting_of(point)), seeds.index(point.seed))
+                kl[place], score[place] = means[point.name]
+
+        measured = ~np.isnan(kl).all((1, 2))
+        names = tuple(name for name, known in zip(settings, measured) if known)
+        curves.append(Curve(label, names, kl[measured], score[measured]))
+    return curves
+
+
+def _means_per_prompt(measurement: Measurement, exact: bool) -> Array:
+    """KL and score of a run as means per prompt: [2, P]."""
+    if exact:
+        assert measurement.exact is not None
+        return np.array([measurement.exact["kl"], measurement.exact["score"]])
+    means = measurement.measured.per_prompt()
+    return np.array([means["kl"], means["score"]])
+
+
+def curve_row(curve: Curve, base_score: Array, listed: Listed | None) -> Row:
+    """A curve's points in the order of their KL, and its band from KL 0 on."""
+    kl, _ = curve.means()
+    at = np.linspace(0, float(np.nanmax(kl)), PLACES)
+    shape = band(curve, base_score, draws=DRAWS, at=at)
+    return {
+        "label": curve.name,
+        "points": [_point_row(curve, setting, listed) for setting in np.argsort(kl)],
+        "band": {name: getattr(shape, name) for name in ("at", "score", "low", "high")},
+    }
+
+
+def _point_row(curve: Curve, setting: int, listed: Listed | None) -> Row:
+    kl = mean_interval(curve.kl[setting], draws=DRAWS)
+    score = mean_interval(curve.score[setting], draws=DRAWS)
+    row: Row = {
+        "setting": curve.settings[setting],
+        "kl": interval_row(kl),
+        "score": interval_row(score),
+    }
+    if listed is not None:
+        row["efficiency"] = float(efficiency(kl.value, score.value, listed.optimal))
+    return row
+
+
+def verdict_rows(curves: Sequence[Curve], base_score: Array) -> Row:
+    """Mean gains along the frontiers, and pairs of objectives at matched KL."""
+    if not curves:
+        return {"pairs": [], "areas": [], "kl": None}
+    reach = common_kl(curves)
+    areas = [
+        {"label": curve.name, "area": interval_row(area(curve, base_score, reach, draws=DRAWS))}
+        for curve in curves
+    ]
+    comparisons = compare_frontiers(curves, base_score) if len(curves) > 1 else []
+    pairs = [{**asdict(pair), "words": pair.verdict} for pair in comparisons]
+    return {"kl": reach, "areas": areas, "pairs": pairs}
+
+
+def baseline_rows(counts: Sequence[int], base: Measurement, listed: Listed | None) -> Row:
+    """What needs no training: best-of-n for each n of `counts`, the tilted optimum, and where all
+    outcomes can be listed the optimal frontier.
+    """
+    if listed is not None:
+        return _exact_baselines(counts, listed)
+
+    rows: Row = {"best_of_n": [], "tilted": [], "optimal": None}
+    if base.pool is not None:
+        scores, logps = base.pool["score"], base.pool["logp"]
+    else:
+        assert base.measured.score is not None
+        scores, logps = base.measured.score, base.measured.logp
+    samples = scores.shape[1]
+    rows["samples"] = samples
+    if np.isnan(scores).any():
+        rows["words"] = "no baselines: some of the base's samples have no score"
+        return rows
+
+    rows["best_of_n"] = [
+        _best_of_n_row(best_of_n(scores, logps, n), n) for n in counts if n <= samples
+    ]
+    deviation = float(scores.std()) or 1.0
+    for tilt in TILTS:
+        beta = tilt * deviation
+        rows["tilted"].append({"beta": beta, **_baseline_row(tilted_optimum(scores, beta))})
+    return rows
+
+
+def _exact_baselines(counts: Sequence[int], listed: Listed) -> Row:
+    # Places are close together at small KL, where the optimum rises like a square root.
+    at = listed.optimal.max_kl * np.linspace(0, 1, PLACES) ** 2
+    return {
+        "best_of_n": [_best_of_n_row(listed.best_of_n(n), n) for n in counts],
+        "tilted": [],
+        "optimal": {"kl": at, "score": listed.optimal.score_at(at)},
+    }
+
+
+def _best_of_n_row(baseline: Baseline, n: int) -> Row:
+    return {"n": n, "folklore": folklore_kl(n), **_baseline_row(baseline)}
+
+
+def _baseline_row(baseline: Baseline) -> Row:
+    row: Row = {
+        "kl": interval_row(mean_interval(baseline.kl, draws=DRAWS)),
+        "score": interval_row(mean_interval(baseline.score, draws=DRAWS)),
+    }
+    if baseline.effective is not None:
+        row["effective"] = float(baseline.effective.mean())
+    return row
