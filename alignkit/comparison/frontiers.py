@@ -123,10 +123,12 @@ def baseline_rows(counts: Sequence[int], base: Measurement, listed: Listed | Non
 
     rows: Row = {"best_of_n": [], "tilted": [], "optimal": None}
     if base.pool is not None:
-        scores, logps = base.pool["score"], base.pool["logp"]
+        scores = base.pool["score"]
+        logps = base.pool["logp"]
     else:
         assert base.measured.score is not None
-        scores, logps = base.measured.score, base.measured.logp
+        scores = base.measured.score
+        logps = base.measured.logp
     samples = scores.shape[1]
     rows["samples"] = samples
     if np.isnan(scores).any():

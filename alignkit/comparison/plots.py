@@ -54,6 +54,7 @@ def draw(results: Row, out: Path) -> dict[str, str]:
         "pass_at_k": pass_at_k,
         "samples": samples,
     }
+
     files = {}
     with plt.rc_context(STYLE):
         for name, paint in painters.items():

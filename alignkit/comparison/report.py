@@ -265,6 +265,7 @@ def _text_table(results: Row) -> Table:
         "distinct_1": "distinct-1",
         "distinct_2": "distinct-2",
     }
+
     models = {"base model": results["base"]}
     models |= {run["name"]: run["figures"] for run in results["runs"] if "figures" in run}
     rows = [

@@ -35,7 +35,7 @@ from alignkit.tensors import gather_logps
 check_version()  # first, since an unknown release may fail on import with a message of its own
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer  # noqa: E402
 
-# What a batch of each trainer may hold; anything else (images, say) would be left unread.
+# What a batch of each trainer may hold. Anything else (images, say) would be left unread.
 PAIR_KEYS = {
     "input_ids",
     "attention_mask",

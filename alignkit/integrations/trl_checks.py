@@ -168,6 +168,7 @@ def _credited(objective: Objective, scores: torch.Tensor, *, apart: bool = False
     mask[::2, 1] = not apart
     extras = {"entropy": torch.ones(n, 2), **dict.fromkeys(objective.plan.statistics, gap)}
     tokens = TokenLogps(torch.zeros(n, 2), {"reference": gap}, mask, torch.zeros(n, 2), extras)
+
     rollout = RolloutBatch(tokens, scores.flatten(), torch.arange(n) // size)
     credited, _ = objective.credit(rollout, objective.init_state())
     if credited.advantages is None:

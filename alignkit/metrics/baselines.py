@@ -16,12 +16,11 @@ from alignkit.metrics.intervals import Array
 
 @dataclass(frozen=True)
 class Baseline:
-    """Figures of a policy that nobody trained, per prompt."""
+    """Score and KL of a policy that nobody trained, per prompt."""
 
     score: Array  # [P]
     kl: Array  # [P] KL(policy || reference), nats per completion
-    # [P] effective number of samples behind an importance-sampled figure
-    effective: Array | None = None
+    effective: Array | None = None  # [P] effective number of samples, if it is sampled with weights
 
 
 def folklore_kl(n: int) -> float:
@@ -32,8 +31,9 @@ def folklore_kl(n: int) -> float:
 
 
 def exact_best_of_n(reference: ArrayLike, rewards: ArrayLike, n: int) -> Baseline:
-    """Best of `n` samples on a world that can be listed, of equal ones the first: `reference` [P,
-    m] log-probs, `rewards` [m].
+    """Best of `n` samples on a world whose m outcomes can be listed; of equal ones the first.
+
+    `reference`: log-probs [P, m]; `rewards`: [m].
 
     With F the reference's mass of lower or equal reward, F- of lower, p of equal: an outcome's
     log-ratio to the reference is log[(F^n - F-^n) / p] (Beirami et al. 2024; outcomes of equal
@@ -41,14 +41,17 @@ def exact_best_of_n(reference: ArrayLike, rewards: ArrayLike, n: int) -> Baselin
     """
     _check(n)
     probs = np.exp(np.asarray(reference, dtype=float))
-    found = np.asarray(rewards, dtype=float)
-    order = np.argsort(found, kind="stable")
-    levels, starts = np.unique(found[order], return_index=True)
+    reward = np.asarray(rewards, dtype=float)
+
+    # Outcomes of equal reward are one level.
+    order = np.argsort(reward, kind="stable")
+    levels, starts = np.unique(reward[order], return_index=True)
     mass = np.add.reduceat(probs[:, order], starts, axis=1)  # [P, levels]
     mass = mass / mass.sum(-1, keepdims=True)
     up_to = np.cumsum(mass, -1)
     below = np.concatenate([np.zeros_like(up_to[:, :1]), up_to[:, :-1]], -1)
-    # F^n - F-^n = p * sum of F^i F-^(n-1-i): no cancellation
+
+    # F^n - F-^n = p * sum of F^i F-^(n-1-i), a form without cancellation.
     ratio = sum(up_to**i * below ** (n - 1 - i) for i in range(n))
     chosen = mass * ratio
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -64,16 +67,17 @@ def best_of_n(scores: ArrayLike, logps: ArrayLike, n: int) -> Baseline:
     al. 2024, which lies between 0 and `folklore_kl(n)`.
     """
     _check(n)
-    found = np.asarray(scores, dtype=float)
-    chance = np.asarray(logps, dtype=float)
-    k = found.shape[1]
+    score = np.asarray(scores, dtype=float)
+    k = score.shape[1]
     if n > k:
         raise ConfigError(f"best of {n} needs at least {n} samples per prompt, there are {k}")
-    order = np.argsort(found, axis=1, kind="stable")
-    # the i-th lowest is the best of a subset that takes the other n - 1 from the i lower ones
+
+    # The i-th lowest is the best of a subset that takes the other n - 1 from the i lower ones.
+    order = np.argsort(score, axis=1, kind="stable")
     weights = np.array([comb(i, n - 1) for i in range(k)], dtype=float) / comb(k, n)
-    kl = np.take_along_axis(best_of_n_kl(chance, n), order, 1)
-    return Baseline(np.take_along_axis(found, order, 1) @ weights, kl @ weights)
+    ordered_score = np.take_along_axis(score, order, 1)
+    ordered_kl = np.take_along_axis(best_of_n_kl(logps, n), order, 1)
+    return Baseline(ordered_score @ weights, ordered_kl @ weights)
 
 
 def best_of_n_kl(logps: ArrayLike, n: int) -> Array:
@@ -102,16 +106,18 @@ def tilted_optimum(scores: ArrayLike, beta: float) -> Baseline:
     (sum w)^2 / sum w^2 of K: where it is small both figures are too low, at most those of the best
     sample and log K.
     """
-    found = np.asarray(scores, dtype=float)
     if not beta > 0:
         raise ConfigError(f"tilted optimum: beta is {beta}; it must be above 0")
-    tilt = found / beta
+    sampled = np.asarray(scores, dtype=float)
+    tilt = sampled / beta
+
+    # The largest is taken out before the exponential, so that nothing overflows.
     top = tilt.max(-1, keepdims=True)
     weights = np.exp(tilt - top)
     total = weights.sum(-1, keepdims=True)
     log_z = top[:, 0] + np.log(weights.mean(-1))
     weights = weights / total
-    score = (weights * found).sum(-1)
+    score = (weights * sampled).sum(-1)
     return Baseline(score, score / beta - log_z, 1 / (weights**2).sum(-1))
 
 

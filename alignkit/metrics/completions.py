@@ -1,4 +1,4 @@
-"""Figures of completions and verdicts: pure functions of counts, scores, texts and probabilities.
+"""Measures of completions and verdicts: pure functions of counts, scores, texts and probabilities.
 
 Axes: P prompts, K completions of each, N pairs or verdicts.
 """
@@ -28,7 +28,8 @@ def pass_at_k(correct: Sequence[int], n: int, k: int) -> float:
     """
     if not correct or not 1 <= k <= n or any(not 0 <= c <= n for c in correct):
         raise ConfigError(
-            f"pass_at_k: k {k}, n {n}, correct {list(correct)[:8]}; needs prompts, 1 <= k <= n and 0 <= correct <= n"
+            f"pass_at_k: k {k}, n {n}, correct {list(correct)[:8]}; "
+            "needs prompts, 1 <= k <= n and 0 <= correct <= n"
         )
     return sum(1 - comb(n - c, k) / comb(n, k) for c in correct) / len(correct)
 
@@ -46,8 +47,10 @@ def majority_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k
     """
     if not 1 <= k <= len(answers) or len(answers) != len(correct):
         raise ConfigError(
-            f"majority_at_k: k {k}, {len(answers)} answers, {len(correct)} marks; needs 1 <= k <= answers"
+            f"majority_at_k: k {k}, {len(answers)} answers, {len(correct)} marks; "
+            "needs 1 <= k <= answers and a mark for each answer"
         )
+
     counts = Counter(answer for answer in answers if answer is not None)
     right = {answer for answer, mark in zip(answers, correct) if mark and answer is not None}
     silent = len(answers) - sum(counts.values())
@@ -99,29 +102,33 @@ class WinRate:
 def win_rate(
     probability: ArrayLike, valid: ArrayLike | None = None, *, level: float = 0.95
 ) -> WinRate:
-    """From verdicts [P] or [P, K], symmetrised over both orders (alignkit.judges): P(first wins)
-    and whether it is valid.
+    """Win rate from verdicts [P] or [P, K], symmetrised over both orders (alignkit.judges):
+    `probability` that the first wins, and whether each verdict is `valid`.
 
     The interval is Wilson's for the effective number of prompts (as many as give the same spread of
     the prompts' means), so that it keeps its width where one side always wins. All verdicts
     invalid: a rate of nan.
     """
-    found = np.asarray(probability, dtype=float)
-    known = np.ones(found.shape, dtype=bool) if valid is None else np.asarray(valid, dtype=bool)
+    wins = np.asarray(probability, dtype=float)
+    known = np.ones(wins.shape, dtype=bool) if valid is None else np.asarray(valid, dtype=bool)
     invalid = 1 - float(known.mean())
-    found = found.reshape(len(found), -1)
+    wins = wins.reshape(len(wins), -1)
     known = known.reshape(len(known), -1)
     if not known.any():
         return WinRate(Interval(float("nan"), float("nan"), float("nan"), level), invalid)
-    kept = known.any(-1)
-    counts = known[kept].sum(-1)
-    means = np.where(known[kept], found[kept], 0).sum(-1) / counts
+
+    # Means of the prompts that have at least one valid verdict.
+    judged = known.any(-1)
+    counts = known[judged].sum(-1)
+    means = np.where(known[judged], wins[judged], 0).sum(-1) / counts
     return WinRate(wilson(means, level=level), invalid)
 
 
 def score_wins(first: ArrayLike, second: ArrayLike) -> tuple[Array, NDArray[np.bool_]]:
-    """Verdicts of a score that judges: 1 where `first` is higher, 1/2 where equal, and valid where
-    both have one: [...] x 2.
+    """Verdicts of a judge that looks at the score alone, [...] and [...] -> ([...], [...]).
+
+    The first result is 1 where `first` is higher and 1/2 where both are equal; the second says
+    where both have a score.
     """
     gap = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     known = ~np.isnan(gap)
@@ -141,9 +148,10 @@ def length_controlled_win_rate(
     wins = np.asarray(probability, dtype=float).ravel()
     gap = (np.asarray(first_lengths, dtype=float) - np.asarray(second_lengths, dtype=float)).ravel()
     spread = gap.std()
-    design = np.stack(
-        [np.ones_like(gap), np.tanh(gap / spread) if spread > 0 else np.zeros_like(gap)], -1
-    )
+    length_term = np.tanh(gap / spread) if spread > 0 else np.zeros_like(gap)
+    design = np.stack([np.ones_like(gap), length_term], -1)  # [N, 2]
+
+    # Newton's method for the weights (a, b).
     weights = np.zeros(2)
     ridge = np.array([1e-9, 1e-3])
     for _ in range(100):
@@ -154,6 +162,7 @@ def length_controlled_win_rate(
         weights = np.clip(weights + step, -30, 30)
         if np.abs(step).max() < 1e-12:
             break
+
     return float(1 / (1 + np.exp(-weights[0])))
 
 
@@ -173,41 +182,47 @@ class Calibration:
 def calibration(
     confidence: ArrayLike, correct: ArrayLike, *, bins: int = 10, low: float = 0.5
 ) -> Calibration:
-    """Expected calibration error of N answers given with `confidence` in [low, 1]: the mean over
-    answers of
-    |accuracy - confidence| of their bin, bins of equal width (Guo et al. 2017, arXiv:1706.04599, eq. 3).
+    """Expected calibration error of N answers, `correct` [N] or not, given with `confidence` [N] in
+    [low, 1].
+
+    It is the mean over answers of |accuracy - confidence| of their bin, for bins of equal width
+    (Guo et al. 2017, arXiv:1706.04599, eq. 3).
     """
     sure = np.asarray(confidence, dtype=float)
     right = np.asarray(correct, dtype=float)
     if sure.shape != right.shape or not sure.size or not ((sure >= low) & (sure <= 1)).all():
         raise ConfigError(
-            f"calibration: {sure.size} confidences, {right.size} answers; one of each, in [{low}, 1], at least one"
+            f"calibration: {sure.size} confidences, {right.size} answers; "
+            f"give one confidence in [{low}, 1] per answer, and at least one answer"
         )
-    index = np.minimum(((sure - low) / (1 - low) * bins).astype(int), bins - 1)
-    counts = np.bincount(index, minlength=bins)
+
+    # A confidence of 1 belongs to the last bin.
+    bin_of = np.minimum(((sure - low) / (1 - low) * bins).astype(int), bins - 1)
+    counts = np.bincount(bin_of, minlength=bins)
     used = counts > 0
-    sums = [
-        np.bincount(index, weights=values, minlength=bins)[used] / counts[used]
-        for values in (sure, right)
-    ]
-    error = float((counts[used] * np.abs(sums[1] - sums[0])).sum() / len(sure))
-    return Calibration(float(right.mean()), error, sums[0], sums[1], counts[used].astype(float))
+    counts = counts[used]
+    confidences = np.bincount(bin_of, weights=sure, minlength=bins)[used] / counts
+    accuracies = np.bincount(bin_of, weights=right, minlength=bins)[used] / counts
+
+    error = float((counts * np.abs(accuracies - confidences)).sum() / len(sure))
+    return Calibration(float(right.mean()), error, confidences, accuracies, counts.astype(float))
 
 
 def preference_calibration(margins: ArrayLike, *, bins: int = 10) -> Calibration:
-    """Of held-out pairs, from the implicit reward's margin chosen - rejected [N] (beta * log-ratio
-    difference for DPO).
+    """Calibration on held-out pairs, from the implicit reward's margins chosen - rejected [N], in
+    log-odds (beta times the difference of log-ratios for DPO).
 
     The model prefers the side of the higher implicit reward with confidence sigmoid(|margin|); a
     margin of 0 is half right.
     """
-    found = np.asarray(margins, dtype=float)
-    return calibration(1 / (1 + np.exp(-np.abs(found))), (np.sign(found) + 1) / 2, bins=bins)
+    margin = np.asarray(margins, dtype=float)
+    confidence = 1 / (1 + np.exp(-np.abs(margin)))
+    return calibration(confidence, (np.sign(margin) + 1) / 2, bins=bins)
 
 
 def preference_figures(probability: ArrayLike, bias: ArrayLike | None = None) -> dict[str, float]:
-    """Of a preference model on held-out pairs, from P(the better one wins) [N], symmetrised over
-    both orders.
+    """How good a preference model is on held-out pairs, from P(the better one wins) [N],
+    symmetrised over both orders.
 
     `accuracy`: share above 1/2, ties counting half. `calibration_error`: see `calibration`, of
     confidence max(P, 1 - P). `brier`: mean of (1 - P)^2. `bias` [N] is P(first wins | a, b) +
@@ -216,15 +231,15 @@ def preference_figures(probability: ArrayLike, bias: ArrayLike | None = None) ->
     """
     p = np.asarray(probability, dtype=float)
     fit = calibration(np.maximum(p, 1 - p), (np.sign(p - 0.5) + 1) / 2)
-    figures = {
+    scores = {
         "accuracy": fit.accuracy,
         "calibration_error": fit.error,
         "brier": float(((1 - p) ** 2).mean()),
     }
     if bias is None:
-        return figures
+        return scores
     lean = np.asarray(bias, dtype=float)
-    return figures | {
+    return scores | {
         "position_bias": float(lean.mean()),
         "position_inconsistency": float(np.abs(lean).mean()),
     }

@@ -77,9 +77,9 @@ def weighted_means(values: ArrayLike, weights: Weights) -> Array:
     """Mean of `values` [..., S, P] under each replicate: [R, ...]. Missing cells (nan) are left out
     of both sums; a replicate that hits none but missing cells is nan.
     """
-    found = np.asarray(values, dtype=float)
-    known = ~np.isnan(found)
-    total = _sums(np.where(known, found, 0.0), weights)
+    cells = np.asarray(values, dtype=float)
+    known = ~np.isnan(cells)
+    total = _sums(np.where(known, cells, 0.0), weights)
     if known.all():
         return total
     with np.errstate(invalid="ignore"):
@@ -93,10 +93,10 @@ def _sums(values: Array, weights: Weights) -> Array:
 
 def known_mean(values: ArrayLike) -> Array:
     """Mean over the last axis of what is not nan; nan where nothing is known. [..., n] -> [...]."""
-    found = np.asarray(values, dtype=float)
-    known = ~np.isnan(found)
+    cells = np.asarray(values, dtype=float)
+    known = ~np.isnan(cells)
     with np.errstate(invalid="ignore"):
-        return np.where(known, found, 0.0).sum(-1) / known.sum(-1)
+        return np.where(known, cells, 0.0).sum(-1) / known.sum(-1)
 
 
 def interval(
@@ -106,19 +106,22 @@ def interval(
     figure's `jackknife` values [n] are given (Efron 1987: corrected for bias and for a spread that
     changes with the value). Missing replicates (nan) are left out.
     """
-    found = np.asarray(replicates, dtype=float)
-    found = found[~np.isnan(found)]
-    if not len(found):
+    known = np.asarray(replicates, dtype=float)
+    known = known[~np.isnan(known)]
+    if not len(known):
         return Interval(value, float("nan"), float("nan"), level)
+
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
     if jackknife is not None:
-        tails = _bca_tails(value, found, np.asarray(jackknife, dtype=float), tails)
-    low, high = np.quantile(found, tails)
+        tails = _bca_tails(value, known, np.asarray(jackknife, dtype=float), tails)
+    low, high = np.quantile(known, tails)
     return Interval(value, float(low), float(high), level)
 
 
 def _bca_tails(value: float, replicates: Array, jackknife: Array, tails: Array) -> Array:
-    """Quantiles to read off instead of `tails`; unchanged where the replicates do not vary."""
+    """The quantiles to read off instead of `tails` (Efron 1987); `tails` themselves where the
+    replicates do not vary.
+    """
     normal = NormalDist()
     below = ((replicates < value).mean() + (replicates <= value).mean()) / 2
     deviations = jackknife.mean() - jackknife
@@ -139,38 +142,43 @@ def mean_interval(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Interval:
-    """Mean of `values` [P] or [S, P] over prompts and seeds. For a paired difference give the
-    differences.
+    """Mean of `values` [P] or [S, P] over prompts and seeds, with its bootstrap interval.
+
+    For a paired difference give the differences.
     """
-    found = np.atleast_2d(np.asarray(values, dtype=float))
-    seeds, prompts = found.shape
-    replicates = weighted_means(found, bootstrap_weights(prompts, seeds, draws=draws, seed=seed))
-    jackknife = (
-        weighted_means(found, jackknife_weights(prompts, seeds)) if method == "bca" else None
-    )
-    return interval(float(known_mean(found.ravel())), replicates, level=level, jackknife=jackknife)
+    cells = np.atleast_2d(np.asarray(values, dtype=float))
+    seeds, prompts = cells.shape
+    replicates = weighted_means(cells, bootstrap_weights(prompts, seeds, draws=draws, seed=seed))
+    jackknife = None
+    if method == "bca":
+        jackknife = weighted_means(cells, jackknife_weights(prompts, seeds))
+    mean = float(known_mean(cells.ravel()))
+    return interval(mean, replicates, level=level, jackknife=jackknife)
 
 
 def standard_error(values: ArrayLike) -> float:
-    """Standard error of the mean over all samples of `values` [P, K], K of each of these P prompts:
-    the prompts are fixed.
+    """Standard error of the mean of `values` [P, K], K samples of each of P prompts.
 
-    nan where K is 1: then there is no spread within a prompt.
+    The prompts are fixed: only the spread of the samples within a prompt counts, so it is nan where
+    K is 1.
     """
-    found = np.asarray(values, dtype=float)
-    if found.shape[1] < 2:
+    samples = np.asarray(values, dtype=float)
+    prompts, count = samples.shape
+    if count < 2:
         return float("nan")
-    return float(np.sqrt((found.var(axis=1, ddof=1) / found.shape[1]).sum()) / len(found))
+    variances = samples.var(axis=1, ddof=1) / count  # of each prompt's mean
+    return float(np.sqrt(variances.sum()) / prompts)
 
 
 def sampling_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
-    """The mean of samples [P, K] with the interval of its `standard_error`: how exact the figure is
-    on these very prompts. Where the prompts stand for others like them, `mean_interval` of the
-    prompts' means is the wider one to quote.
+    """The mean of samples [P, K] with the interval of its `standard_error`: how exact it is on these
+    very prompts.
+
+    Where the prompts stand for others like them, `mean_interval` of the prompts' means is the wider
+    one to quote.
     """
-    found = np.asarray(values, dtype=float)
-    value = float(found.mean())
-    half = NormalDist().inv_cdf((1 + level) / 2) * standard_error(found)
+    value = float(np.mean(values))
+    half = NormalDist().inv_cdf((1 + level) / 2) * standard_error(values)
     return Interval(value, value - half, value + half, level)
 
 
@@ -180,11 +188,12 @@ def wilson(means: ArrayLike, *, level: float = 0.95) -> Interval:
     The number of trials is the effective one, p (1 - p) / the variance of the mean: P for one yes
     or no per prompt, more for several or for probabilities; P where the means do not vary.
     """
-    found = np.asarray(means, dtype=float)
-    n = len(found)
-    p = float(found.mean())
-    variance = float(found.var()) / n
+    proportions = np.asarray(means, dtype=float)
+    n = len(proportions)
+    p = float(proportions.mean())
+    variance = float(proportions.var()) / n
     trials = p * (1 - p) / variance if variance > 0 else float(n)
+
     z = NormalDist().inv_cdf((1 + level) / 2)
     middle = (p + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z * (p * (1 - p) / trials + z**2 / (4 * trials**2)) ** 0.5 / (1 + z**2 / trials)
@@ -192,15 +201,15 @@ def wilson(means: ArrayLike, *, level: float = 0.95) -> Interval:
 
 
 def p_value(replicates: ArrayLike) -> float:
-    """Two-sided p of "the figure is 0": twice the share of bootstrap `replicates` [R] on the far
-    side of 0, never below 2/R.
+    """Two-sided p-value of "the true value is 0": twice the share of bootstrap `replicates` [R] on
+    the far side of 0, never below 2/R.
     """
-    found = np.asarray(replicates, dtype=float)
-    found = found[~np.isnan(found)]
-    if not len(found):
+    known = np.asarray(replicates, dtype=float)
+    known = known[~np.isnan(known)]
+    if not len(known):
         return 1.0
-    far = min((found <= 0).sum(), (found >= 0).sum())
-    return float(min(1.0, 2 * max(far, 1) / len(found)))
+    far = min((known <= 0).sum(), (known >= 0).sum())
+    return float(min(1.0, 2 * max(far, 1) / len(known)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -46,7 +46,8 @@ def test_a_trl_reward_function_runs_in_alignkit():
 def test_alignkits_loop_gives_a_reward_function_what_trl_gives(model, tmp_path):
     """The same function in both loops: the same names reach it."""
     from online_world import online_job
-    from test_rollouts import run as run_online
+
+    from alignkit.training.loop import train
 
     SEEN.clear()
     curve(
@@ -61,7 +62,9 @@ def test_alignkits_loop_gives_a_reward_function_what_trl_gives(model, tmp_path):
     in_trl = [step for _, step in SEEN]
     reward = load_rewards([{"function": "trl_rewards:full"}], safe=False)
     SEEN.clear()
-    run_online(online_job(model, tmp_path / "own", GRPO(beta=0), reward=reward, steps=2))
+    job = online_job(model, tmp_path / "own", GRPO(beta=0), reward=reward, steps=2)
+    with job.run:
+        train(job)
     assert [step for _, step in SEEN] == in_trl == [0, 1]
 
 
