@@ -177,7 +177,7 @@ def sampling_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
     Where the prompts stand for others like them, `mean_interval` of the prompts' means is the wider
     one to quote.
     """
-    value = float(np.mean(values))
+    value = float(np.asarray(values, dtype=float).mean())
     half = NormalDist().inv_cdf((1 + level) / 2) * standard_error(values)
     return Interval(value, value - half, value + half, level)
 
