@@ -135,10 +135,13 @@ def exact(
         raise ConfigError(
             f"kl.exact: direction is {direction!r}; it must be 'reverse' or 'forward'"
         )
-    first = policy_logprobs
-    second = reference_logprobs
-    if direction == "forward":
-        first, second = second, first
+    if direction == "reverse":
+        first = policy_logprobs
+        second = reference_logprobs
+    else:
+        first = reference_logprobs
+        second = policy_logprobs
+
     live = first > -torch.inf
     log_p = torch.where(live, first, first.new_zeros(()))
     log_q = torch.where(live, second, second.new_zeros(()))

@@ -41,13 +41,17 @@ def risk_ratio(
     check_same_shape(policy_logprobs=policy_logprobs, reference_logprobs=reference_logprobs)
     policy = _normalised(policy_logprobs)
     reference = _normalised(reference_logprobs)
+
+    # Tokens without reference mass count nothing; where both are -inf their difference is nan.
     support = reference > -math.inf
     zero = reference.new_zeros(())
     x = torch.where(support, reference, zero) - torch.where(support, policy, zero)
+
     if compat is not None:
         if compat != "repo" or risk != "cvar":
             raise ConfigError(
-                f"risk_ratio: compat={compat!r} with risk={risk!r}; the only other behaviour is 'repo' with 'cvar'"
+                f"risk_ratio: compat={compat!r} with risk={risk!r}; "
+                "the only other behaviour is 'repo' with 'cvar'"
             )
         _check_level(risk, level)
         return _repo_quantile(x, reference, level)
@@ -103,9 +107,8 @@ def _cvar(values: Tensor, log_weights: Tensor, level: float) -> Tensor:
     masses picks a neighbouring atom the value does not move.
     """
     find = _searched if values.shape[-1] > SORTED and values.device.type == "cpu" else _sorted
-    atoms = torch.where(
-        find(values.detach(), log_weights, level), log_weights.detach(), -math.inf
-    ).softmax(-1)
+    at_boundary = find(values.detach(), log_weights, level)
+    atoms = torch.where(at_boundary, log_weights.detach(), -math.inf).softmax(-1)
     threshold = torch.where(atoms > 0, atoms * values, values.new_zeros(())).sum(-1, keepdim=True)
     return threshold.squeeze(-1) + _mean((values - threshold).relu(), log_weights) / level
 
@@ -137,18 +140,18 @@ def _searched(values: Tensor, log_weights: Tensor, level: float) -> Tensor:
     inside = weights > 0
     for _ in range(2):
         width = (high - low) / BINS
-        bins = (
-            ((values - low) / width.clamp(min=torch.finfo(values.dtype).tiny))
-            .clamp_(0, BINS - 1)
-            .long()
-        )
+        place = (values - low) / width.clamp(min=torch.finfo(values.dtype).tiny)
+        bins = place.clamp_(0, BINS - 1).long()
         sums = torch.zeros(*values.shape[:-1], BINS, dtype=torch.float64, device=values.device)
         sums.scatter_add_(-1, bins, (weights * inside).double())
         above = sums.flip(-1).cumsum(-1).flip(-1)  # of each bin and those over it
-        found = ((above >= missing).sum(-1, keepdim=True) - 1).clamp(min=0)
-        missing = missing - (above - sums).gather(-1, found)
-        inside &= bins == found
-        low, high = low + found * width, low + (found + 1) * width
+        boundary = ((above >= missing).sum(-1, keepdim=True) - 1).clamp(min=0)
+        missing = missing - (above - sums).gather(-1, boundary)
+
+        # The next round divides the bin that holds the boundary.
+        inside &= bins == boundary
+        low = low + boundary * width
+        high = low + width
     return inside
 
 
@@ -159,14 +162,9 @@ def _entropic(values: Tensor, log_weights: Tensor, level: float) -> Tensor:
     scaled = level * values
     small = torch.where(log_weights > -math.inf, scaled, scaled.new_zeros(())).abs().amax(-1) < 1
     near = torch.where(small.unsqueeze(-1), scaled, scaled.new_zeros(()))
-    return (
-        torch.where(
-            small,
-            torch.log1p(_mean(torch.expm1(near), log_weights)),
-            (log_weights + scaled).logsumexp(-1),
-        )
-        / level
-    )
+    precise = torch.log1p(_mean(torch.expm1(near), log_weights))
+    general = (log_weights + scaled).logsumexp(-1)
+    return torch.where(small, precise, general) / level
 
 
 def _repo_quantile(x: Tensor, log_weights: Tensor, level: float) -> Tensor:
@@ -184,6 +182,7 @@ def _repo_quantile(x: Tensor, log_weights: Tensor, level: float) -> Tensor:
         position = (1 - level) * (part.shape[-1] - 1)
         low = part.detach().kthvalue(int(position) + 1, -1, keepdim=True).values
         high = part.detach().kthvalue(math.ceil(position) + 1, -1, keepdim=True).values
-        kept = part > low + (high - low) * (position - int(position))
-        total = total + _mean(torch.where(kept, part, part.new_zeros(())), weights)
+        quantile = low + (high - low) * (position - int(position))
+        tail = torch.where(part > quantile, part, part.new_zeros(()))
+        total = total + _mean(tail, weights)
     return total

@@ -79,16 +79,19 @@ def verify(names: Sequence[str] = (), *, safe: bool = False) -> int:
 
 
 def _find(name: str, safe: bool) -> type[Objective]:
+    """The class of a built-in objective or of one's own. ConfigError where there is none."""
     if name in OBJECTIVES:
         module, cls, _ = locate(name)
         return getattr(import_module(module), cls)
+
     if ":" in name:
-        found = load_object(name, what="verify", safe=safe)
-        if isinstance(found, type) and issubclass(found, Objective):
-            return found
+        loaded = load_object(name, what="verify", safe=safe)
+        if isinstance(loaded, type) and issubclass(loaded, Objective):
+            return loaded
         raise ConfigError(
             f"verify: `{name}` is not a subclass of alignkit.objectives.base.Objective"
         )
+
     near = get_close_matches(name, OBJECTIVES, 1)
     hint = f"did you mean `{near[0]}`? " if near else ""
     raise ConfigError(

@@ -19,6 +19,7 @@ from alignkit.oracles.worlds import TabularWorld, distance, reduced, solved
 from alignkit.policies.tabular import Tree
 
 SPACES = {"flat": Tree.build(5, 1, eos=False), "token tree": Tree.build(3, 2, eos=False)}
+SLOPE = "slope of the loss towards better completions"
 
 
 def direction(objective: Objective) -> Iterator[Check]:
@@ -26,12 +27,8 @@ def direction(objective: Objective) -> Iterator[Check]:
     world = TabularWorld.build(objective.plan)
     same = dict.fromkeys(world.anchors, world.policy)
     world = replace(world, anchors=same, behavior=world.policy).credited(objective)
-    yield Check(
-        "direction",
-        _slope(objective, world),
-        -1e-12,
-        "slope of the loss towards better completions",
-    )
+    slope = _slope(objective, world)
+    yield Check("direction", slope, -1e-12, SLOPE)
 
 
 def wrong_order(objective: Objective) -> Iterator[Check]:
@@ -42,12 +39,7 @@ def wrong_order(objective: Objective) -> Iterator[Check]:
     signs = torch.tensor([-1.0, 1.0])
     for size in EXTREMES:
         slope = _slope(objective, apart(world, size, signs))
-        yield Check(
-            f"direction, wrong by {2 * size:g} nats",
-            slope,
-            -1e-12,
-            "slope of the loss towards better completions",
-        )
+        yield Check(f"direction, wrong by {2 * size:g} nats", slope, -1e-12, SLOPE)
 
 
 def _slope(objective: Objective, world: TabularWorld) -> float:
@@ -57,8 +49,10 @@ def _slope(objective: Objective, world: TabularWorld) -> float:
     tokens = world.tokens().map(Tensor.detach)
     leaf = tokens.policy.requires_grad_()
     loss = reduced(objective, world, replace(tokens, policy=leaf))
-    found = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
-    return 0.0 if found is None else float((found.sum(-1) * world.better).sum())
+    if not loss.requires_grad:
+        return 0.0
+    (grad,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+    return 0.0 if grad is None else float((grad.sum(-1) * world.better).sum())
 
 
 def fields(objective: Objective) -> Iterator[Check]:
@@ -80,19 +74,23 @@ def _is_number(value: object) -> bool:
 
 
 def _matters(objective: Objective, name: str) -> bool:
+    """Whether a larger or a smaller value of the field `name` changes anything."""
     value = getattr(objective, name)
     if not _is_number(value):
         return False
-    steps = (
-        (value + 1, max(value - 1, 1))
-        if isinstance(value, int)
-        else (1.3 * value + 0.05, 0.7 * value)
-    )
-    for changed in steps:
+
+    if isinstance(value, int):
+        changes: tuple[float, float] = (value + 1, max(value - 1, 1))
+    else:
+        changes = (1.3 * value + 0.05, 0.7 * value)
+
+    for changed in changes:
         try:
             other = type(objective)(**{**objective.model_dump(), name: changed})
         except ValidationError:
             continue
+
+        # Statistics are functions and cannot be compared; what they compute enters the loss below.
         if replace(objective.plan, statistics={}) != replace(other.plan, statistics={}):
             return True
         mine, theirs = (
@@ -151,10 +149,12 @@ def optimum_error(objective: Objective, tree: Tree, seed: int = 0) -> float | No
     wanted = tree_optimum(objective, tree, reward, reference)
     if wanted is None:
         return None
-    found = minimise(
-        lambda theta: preference_loss(objective, tree, theta, reference, reward), reference
-    )
-    return float((tree.sequence_logps(found) - tree.sequence_logps(wanted)).abs().max())
+
+    def loss(theta: Tensor) -> Tensor:
+        return preference_loss(objective, tree, theta, reference, reward)
+
+    minimiser = minimise(loss, reference)
+    return float((tree.sequence_logps(minimiser) - tree.sequence_logps(wanted)).abs().max())
 
 
 def kl_gradient(objective: Objective) -> Iterator[Check]:

@@ -149,9 +149,8 @@ def _newton(
             - advantage @ (policy.diag() - policy.outer(policy)) / beta
         )
         direction = torch.linalg.solve(jacobian, value)
-        for scale in (
-            0.5**k for k in range(30)
-        ):  # every Newton direction descends, so some scale does
+        # Every Newton direction descends, so some scale of it does.
+        for scale in (0.5**k for k in range(30)):
             trial = logits - scale * direction
             trial_value = equation(trial)
             if trial_value.norm() < value.norm():
@@ -200,16 +199,15 @@ def _checked(beta: float, preference: Tensor, *policies: Tensor) -> tuple[Tensor
     """
     if not (0 < beta < float("inf")):
         raise ConfigError(f"beta must be a positive number, got {beta}")
+
     n = preference.shape[-1]
-    if (
-        preference.dim() < 2
-        or preference.shape[-2] != n
-        or any(p.dim() < 1 or p.shape[-1] != n for p in policies)
-    ):
+    square = preference.dim() >= 2 and preference.shape[-2] == n
+    if not square or any(policy.dim() < 1 or policy.shape[-1] != n for policy in policies):
         shapes = ", ".join(str(list(t.shape)) for t in (preference, *policies))
         raise ShapeError(
             f"want preference [..., n, n] and policies [..., n] over the same actions, got {shapes}"
         )
+
     if not bool(((preference >= 0) & (preference <= 1)).all()):
         raise ConfigError("preference: every entry must be a probability in [0, 1]")
     for policy in policies:
@@ -217,5 +215,6 @@ def _checked(beta: float, preference: Tensor, *policies: Tensor) -> tuple[Tensor
             raise ConfigError(
                 "policies must be probabilities that sum to 1 over the last axis (not logits or log-probs)"
             )
+
     wide = [policy.double() for policy in policies]
     return (preference.double(), *(policy / policy.sum(-1, keepdim=True) for policy in wide))

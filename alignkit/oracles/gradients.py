@@ -25,8 +25,8 @@ def gradient(value: Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
     out = value(leaf)
     if not out.requires_grad:
         return torch.zeros_like(theta)
-    found = torch.autograd.grad(out, leaf, allow_unused=True)[0]
-    return torch.zeros_like(theta) if found is None else found
+    (grad,) = torch.autograd.grad(out, leaf, allow_unused=True)
+    return torch.zeros_like(theta) if grad is None else grad
 
 
 def expected_gradient(losses: Callable[[Tensor], Tensor], theta: Tensor, weights: Tensor) -> Tensor:
@@ -105,19 +105,21 @@ class Population:
         plan = objective.plan
         policy = tree.logprobs(theta)
         reference = tree.logprobs(self.reference)
+
         extras = {
             name: statistic(
                 policy.flatten(0, 1), reference.flatten(0, 1), tree.tokens.flatten()
             ).reshape(tree.mask.shape)
             for name, statistic in plan.statistics.items()
         }
-        if plan.values:  # any function of the prefix will do: a baseline does not move the mean
+        # Any function of the prefix will do as a value head: a baseline does not move the mean.
+        if plan.values:
             extras["values"] = torch.linspace(-1, 1, tree.states, dtype=theta.dtype)[tree.prefixes]
+
         anchors = {name: tree.logps(self.reference) for name in plan.anchors}
         tokens = TokenLogps(tree.logps(theta), anchors, tree.mask, tree.logps(self.theta), extras)
-        return RolloutBatch(
-            tokens.select(self.rows), scores[self.rows], torch.arange(len(self.rows)) // 2
-        )
+        groups = torch.arange(len(self.rows)) // 2
+        return RolloutBatch(tokens.select(self.rows), scores[self.rows], groups)
 
     def delivered(self, objective: Objective, scores: Tensor, at: Tensor | None = None) -> Tensor:
         """Expected gradient of the objective's whole way, credit, loss and reduction: scores [n] ->
@@ -143,15 +145,15 @@ class Population:
         return gradient(reduced, self.theta if at is None else at)
 
 
-def misalignment(found: Tensor, wanted: Tensor) -> float:
-    """0 where `found` is a positive multiple of `wanted`, else the part of it that is not, relative
-    to its size (up to 1).
+def misalignment(delivered: Tensor, wanted: Tensor) -> float:
+    """0 where `delivered` is a positive multiple of `wanted`, else the part of it that is not,
+    relative to its size (up to 1).
     """
-    scale = (found * wanted).sum() / (wanted**2).sum()
-    size = found.norm()
+    scale = (delivered * wanted).sum() / (wanted**2).sum()
+    size = delivered.norm()
     if size == 0 or scale <= 0:
         return 1.0
-    return float((found - scale * wanted).norm() / size)
+    return float((delivered - scale * wanted).norm() / size)
 
 
 def kl_misalignment(objective: Objective) -> dict[str, float]:
@@ -161,18 +163,17 @@ def kl_misalignment(objective: Objective) -> dict[str, float]:
     The KL part is what is left when all scores are 0.
     """
     population = Population.build()
-    found = population.delivered(
-        objective, torch.zeros(len(population.tree.tokens), dtype=torch.float64)
-    )
+    no_scores = torch.zeros(len(population.tree.tokens), dtype=torch.float64)
+    delivered = population.delivered(objective, no_scores)
+
     result = {}
     for credit, value in (("sequence", sequence_kl), ("token", token_kl)):
         for direction in ("reverse", "forward"):
             exact_value = partial(
                 value, population.tree, reference=population.reference, direction=direction
             )
-            result[f"{credit} {direction}"] = misalignment(
-                found, gradient(exact_value, population.theta)
-            )
+            wanted = gradient(exact_value, population.theta)
+            result[f"{credit} {direction}"] = misalignment(delivered, wanted)
     return result
 
 
@@ -183,10 +184,11 @@ def check_kl_gradient(objective: Objective, tolerance: float = 1e-8) -> None:
     claim = getattr(objective, "kl_gradient", None)
     if claim is None:
         return
-    found = kl_misalignment(objective)
+    distances = kl_misalignment(objective)
     name = " ".join(claim)
-    nearest = min(found, key=found.__getitem__)
-    assert found[name] < tolerance, (
-        f"{type(objective).__name__} documents the gradient of the {name} KL but delivers something {found[name]:.1e} away; "
-        f"nearest is the {nearest} KL ({found[nearest]:.1e}). alignkit.kl says which estimator has which gradient"
+    nearest = min(distances, key=distances.__getitem__)
+    assert distances[name] < tolerance, (
+        f"{type(objective).__name__} documents the gradient of the {name} KL but delivers "
+        f"something {distances[name]:.1e} away; nearest is the {nearest} KL "
+        f"({distances[nearest]:.1e}). alignkit.kl says which estimator has which gradient"
     )

@@ -60,17 +60,15 @@ def finite(objective: Objective) -> Iterator[Check]:
     for dtype in (torch.float32, torch.bfloat16):
         broken = 0
         largest = 0.0
+
         for size in (0.0, *EXTREMES):
             for signs in PATTERNS:
                 loss, grad = solved(objective, apart(world, size, signs).credited(objective), dtype)
                 broken += int(not (loss.isfinite() and grad.isfinite().all()))
                 largest = max(largest, float(grad.abs().max()))
-        yield Check(
-            f"finite, {str(dtype)[6:]}",
-            broken,
-            0,
-            f"log-ratios to 1e4; largest gradient {largest:.1e}",
-        )
+
+        detail = f"log-ratios to 1e4; largest gradient {largest:.1e}"
+        yield Check(f"finite, {str(dtype)[6:]}", broken, 0, detail)
 
 
 def differentiated(objective: Objective) -> Iterator[Check]:
@@ -103,14 +101,14 @@ def _slope_error(value: Callable[[Tensor], Tensor], point: Tensor, step: float =
     errors = []
     leaf = point.detach().requires_grad_()
     out = value(leaf)
-    found = torch.autograd.grad(out, leaf, allow_unused=True)[0] if out.requires_grad else None
+    grad = torch.autograd.grad(out, leaf, allow_unused=True)[0] if out.requires_grad else None
+
     for _ in range(5):
         direction = torch.randn(point.shape, generator=noise, dtype=point.dtype)
-        slope = (value(point + step * direction) - value(point - step * direction)).detach() / (
-            2 * step
-        )
-        mine = slope.new_zeros(()) if found is None else (found * direction).sum()
-        errors.append(float((mine - slope).abs() / slope.abs().clamp(min=1)))
+        rise = value(point + step * direction) - value(point - step * direction)
+        slope = rise.detach() / (2 * step)
+        from_autograd = slope.new_zeros(()) if grad is None else (grad * direction).sum()
+        errors.append(float((from_autograd - slope).abs() / slope.abs().clamp(min=1)))
     return max(errors)
 
 
@@ -122,27 +120,20 @@ def invariant(objective: Objective) -> Iterator[Check]:
     yield Check("padding", distance((loss, grad[:, : -3 or None]), whole), EXACT)
 
     order = list(range(len(world.bundles)))[::-1]
-    index = torch.cat(
-        [
-            torch.arange(len(world.better)).split([len(b.completions) for b in world.bundles])[i]
-            for i in order
-        ]
-    )
+    sizes = [len(bundle.completions) for bundle in world.bundles]
+    rows_of_bundles = torch.arange(len(world.better)).split(sizes)
+    index = torch.cat([rows_of_bundles[i] for i in order])
     loss, grad = solved(objective, world.select(order))
     yield Check("permutation", distance((loss, grad), (whole[0], whole[1][index])), EXACT)
 
     parts = [[0], list(range(1, len(world.bundles)))]
-    split = (
-        _coupled_parts(objective, world, parts)
-        if objective.plan.coupled
-        else _parts(objective, world, parts)
-    )
-    yield Check(
-        "micro-batches",
-        distance(split, whole),
-        EXACT,
-        "through leaves, as the loop does" if objective.plan.coupled else "",
-    )
+    if objective.plan.coupled:
+        split = _coupled_parts(objective, world, parts)
+        detail = "through leaves, as the loop does"
+    else:
+        split = _parts(objective, world, parts)
+        detail = ""
+    yield Check("micro-batches", distance(split, whole), EXACT, detail)
 
 
 def _parts(
@@ -171,25 +162,20 @@ def _coupled_parts(
     loss = reduced(objective, world, tokens)
     names = ["policy", *extras]
     leaves = [tokens.get(name) for name in names]
-    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     pulls = {
-        name: torch.zeros_like(leaf) if g is None else g
-        for name, leaf, g in zip(names, leaves, found)
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for name, leaf, grad in zip(names, leaves, gradients)
     }
+
     grads = []
     at = 0
     for chosen in parts:
         part = trained(world.select(chosen))
         mine = part.tokens()
         rows = slice(at, at := at + len(part.better))
-        grads.append(
-            gradient(
-                torch.stack(
-                    [(mine.get(name) * pull[rows]).sum() for name, pull in pulls.items()]
-                ).sum(),
-                part,
-            )
-        )
+        products = [(mine.get(name) * pull[rows]).sum() for name, pull in pulls.items()]
+        grads.append(gradient(torch.stack(products).sum(), part))
     return loss.detach(), torch.cat(grads)
 
 
@@ -200,8 +186,8 @@ def anchored(objective: Objective) -> Iterator[Check]:
     world = replace(world, anchors=frozen, behavior=world.behavior.detach().requires_grad_())
     leaves = [*frozen.values(), world.behavior]
     loss = reduced(objective, world, world.tokens())
-    found = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else ()
-    leaked = max((float(g.abs().max()) for g in found if g is not None), default=0.0)
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else ()
+    leaked = max((float(grad.abs().max()) for grad in grads if grad is not None), default=0.0)
     yield Check("no gradient into an anchor", leaked, 0)
 
 

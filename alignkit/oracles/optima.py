@@ -33,8 +33,8 @@ def optimum(objective: Objective, reward: Tensor, reference: Tensor) -> Tensor |
         raise ConfigError(
             "optimum: `reference` must be probabilities: not negative, with sum 1 over the last axis"
         )
-    found = objective.optimum(reward, reference.log())
-    return None if found is None else found.exp()
+    log_policy = objective.optimum(reward, reference.log())
+    return None if log_policy is None else log_policy.exp()
 
 
 def tree_optimum(
@@ -55,13 +55,15 @@ def tree_optimum(
         chosen = tree.tokens[:, t]
         table = torch.zeros_like(reference)
         table[states[live], chosen[live]] = values[live]
+
         backed = objective.backup(table, reference)
-        found = objective.optimum(table, reference)
-        if backed is None or found is None:
+        next_token = objective.optimum(table, reference)
+        if backed is None or next_token is None:
             flat = objective.optimum(reward, tree.sequence_logps(reference))
             return None if flat is None else tree.conditionals(flat)
+
         here = states[live].unique()
-        policy[here] = found[here]
+        policy[here] = next_token[here]
         values = torch.where(live, backed[states], values)
     return policy
 

@@ -54,17 +54,14 @@ def _ranked(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
 def _labelled(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
     label = torch.tensor([i % 2 == 0])
     matched = Draft(2.0 * label - 1, {"label": label})
-    return (
-        [matched, Draft(torch.zeros(1), {"label": label}, mismatched=True)]
-        if plan.mismatched
-        else [matched]
-    )
+    if not plan.mismatched:
+        return [matched]
+    return [matched, Draft(torch.zeros(1), {"label": label}, mismatched=True)]
 
 
 def _rollout(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
-    score = torch.randn(
-        sum(d.n or GROUP for d in plan.samples if d.scored), generator=noise, dtype=torch.float64
-    )
+    count = sum(draw.n or GROUP for draw in plan.samples if draw.scored)
+    score = torch.randn(count, generator=noise, dtype=torch.float64)
     return [Draft(score - score.mean(), {"score": score})]
 
 
@@ -83,11 +80,8 @@ def _game(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
     aside = any(not d.scored for d in plan.samples)
     preference = torch.rand(count, generator=noise, dtype=torch.float64) if aside else table[:, -1]
     if plan.feedback != "table":
-        return [
-            Draft(
-                preference - (0.5 if count == 1 else preference.mean()), {"preference": preference}
-            )
-        ]
+        average = 0.5 if count == 1 else preference.mean()
+        return [Draft(preference - average, {"preference": preference})]
     mean = table.mean(-1)
     return [Draft(mean - mean.mean(), {"preference": mean, "table": table})]
 
@@ -116,9 +110,7 @@ class TabularWorld:
     values: Tensor  # [N, T] what the value head says
     labels: Tensor  # [N, T] int64
     mask: Tensor  # [N, T] bool
-    better: (
-        Tensor  # [N] > 0 where training should raise a completion's probability, < 0 where lower it
-    )
+    better: Tensor  # [N] above 0 where training should make a completion more likely, below: less
 
     @classmethod
     def build(cls, plan: Plan, seed: int = 0) -> "TabularWorld":
@@ -176,17 +168,19 @@ class TabularWorld:
         if self.plan.values:
             extras["values"] = self.values
 
-        def kept(x: Tensor) -> Tensor:
-            x = x.reshape(self.mask.shape)
-            return torch.where(self.mask, x, x.new_zeros(())).to(dtype or x.dtype)
+        def masked(values: Tensor) -> Tensor:
+            values = values.reshape(self.mask.shape)
+            return torch.where(self.mask, values, values.new_zeros(())).to(dtype or values.dtype)
 
-        def taken(x: Tensor) -> Tensor:
-            return kept(x.gather(-1, self.labels.unsqueeze(-1)).squeeze(-1))
+        def of_labels(logprobs: Tensor) -> Tensor:
+            return masked(logprobs.gather(-1, self.labels.unsqueeze(-1)).squeeze(-1))
 
-        old = taken(behavior) if FAMILIES[self.plan.data].sampled else None
-        figures = {k: kept(v) for k, v in extras.items()}
         return TokenLogps(
-            taken(policy), {k: taken(v) for k, v in logprobs.items()}, self.mask, old, figures
+            policy=of_labels(policy),
+            anchors={name: of_labels(values) for name, values in logprobs.items()},
+            mask=self.mask,
+            behavior=of_labels(behavior) if FAMILIES[self.plan.data].sampled else None,
+            extras={name: masked(values) for name, values in extras.items()},
         )
 
     def credited(self, objective: Objective) -> "TabularWorld":
@@ -198,7 +192,7 @@ class TabularWorld:
         tokens = self.tokens().map(Tensor.detach)
         rollout = RolloutBatch.build(self.bundles, tokens)
         batch, _ = objective.credit(rollout, objective.init_state())
-        found = {
+        channels = {
             "advantages": batch.advantages,
             "returns": batch.returns,
             "values": tokens.extras.get("values"),
@@ -208,9 +202,9 @@ class TabularWorld:
         for bundle in self.bundles:
             lengths = [len(ids) for ids in bundle.completions]
             rows = {
-                k: [v[at + i, :n] for i, n in enumerate(lengths)]
-                for k, v in found.items()
-                if v is not None
+                name: [values[at + i, :length] for i, length in enumerate(lengths)]
+                for name, values in channels.items()
+                if values is not None
             }
             bundles.append(replace(bundle, tokens={**bundle.tokens, **rows}))
             at += len(lengths)
@@ -232,11 +226,15 @@ class TabularWorld:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "TabularWorld":
         """`fn` applied to every tensor with axes [N, T, ...]."""
-        anchors = {name: fn(logits) for name, logits in self.anchors.items()}
-        fields = {
-            k: fn(getattr(self, k)) for k in ("policy", "behavior", "values", "labels", "mask")
-        }
-        return replace(self, anchors=anchors, **fields)
+        return replace(
+            self,
+            policy=fn(self.policy),
+            anchors={name: fn(logits) for name, logits in self.anchors.items()},
+            behavior=fn(self.behavior),
+            values=fn(self.values),
+            labels=fn(self.labels),
+            mask=fn(self.mask),
+        )
 
 
 def reduced(
@@ -282,10 +280,12 @@ def trained(world: TabularWorld) -> TabularWorld:
 def gradient(loss: Tensor, world: TabularWorld) -> Tensor:
     """Gradient of `loss` with respect to the world's logits and values, [N, T, V + 1]."""
     leaves = (world.policy, world.values)
-    found = (
-        torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else (None, None)
+    gradients: tuple[Tensor | None, ...] = (None, None)
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    logits, values = (
+        torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, gradients)
     )
-    logits, values = (torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found))
     return torch.cat([logits, values.unsqueeze(-1)], -1)
 
 
