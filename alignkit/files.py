@@ -57,15 +57,37 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
-def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """`write_text` of one JSON object per line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_jsonl(
+    path: Path, rows: Sequence[Mapping[str, Any]], *, ensure_ascii: bool = False
+) -> None:
+    """`write_text` of one JSON object per line. With `ensure_ascii`, other characters are written
+    as escapes: text that is not valid Unicode needs that.
+    """
+    lines = [json.dumps(row, ensure_ascii=ensure_ascii) + "\n" for row in rows]
+    write_text(path, "".join(lines))
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
     """Append one JSON object as a line."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file that this package wrote; none where there is no file.
+
+    A process that is killed may leave half a line at the end. Reading stops there.
+    """
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 @contextmanager
@@ -77,19 +99,25 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     first; an exception leaves `folder` as it was. OSError where the disk refuses.
     """
     temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    previous = folder.with_name(f".tmp-{folder.name}-old")
+    for left_over in (temporary, previous):
+        shutil.rmtree(left_over, ignore_errors=True)
+
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         for path in temporary.rglob("*"):
             fsync(path)
         fsync(temporary)
+
+        # Moved aside and not deleted in place: nobody ever sees half of it.
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(previous)
         temporary.rename(folder)
         fsync(folder.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left_over in (temporary, previous):
+            shutil.rmtree(left_over, ignore_errors=True)
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from online_world import more_wanted, online_job, share_of_wanted
 from world import make_job, pairs, save_model
 
 from alignkit.config.model import TargetConfig
+from alignkit.files import read_jsonl
 from alignkit.objectives import OBJECTIVES, locate
 from alignkit.training.loop import train
-from alignkit.training.run_folder import read_lines
 
 FIXED = {
     "sequence": {"k": 1},
@@ -74,7 +74,7 @@ def run(made, resume=None):
     with made.run:
         train(made, resume)
     rows = [
-        {k: v for k, v in row.items() if k != "time"} for row in read_lines(made.run.metrics_file)
+        {k: v for k, v in row.items() if k != "time"} for row in read_jsonl(made.run.metrics_file)
     ]
     return made.pair.state(), rows
 

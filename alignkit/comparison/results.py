@@ -27,7 +27,7 @@ from alignkit.comparison.run_state import read_run_state
 from alignkit.config.recipe import Recipe, shipped_recipes
 from alignkit.evaluation.exact import Listed
 from alignkit.evaluation.measurements import Measured
-from alignkit.files import write_json
+from alignkit.files import read_jsonl, write_json
 from alignkit.metrics.completions import (
     length_controlled_win_rate,
     majority_at_k,
@@ -37,7 +37,6 @@ from alignkit.metrics.completions import (
 )
 from alignkit.metrics.frontier import efficiency
 from alignkit.metrics.intervals import mean_interval
-from alignkit.training.run_folder import read_lines
 
 SHOWN_PROMPTS = 8
 TRAINING_PLACES = 100  # places of a training curve
@@ -239,7 +238,7 @@ def _training_curve(point: Point) -> Row:
     """One metric over the steps, thinned by means: the first that the run logged of reward, KL,
     margin and loss.
     """
-    rows = read_lines(Path(point.recipe.output_dir) / "metrics.jsonl")
+    rows = read_jsonl(Path(point.recipe.output_dir) / "metrics.jsonl")
     names = ("reward", "kl", "rewards/margins", "loss")
     name = next((name for name in names if rows and name in rows[-1]), None)
     if name is None:

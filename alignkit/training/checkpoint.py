@@ -6,7 +6,6 @@ sees a whole checkpoint or none. Files that do not match their manifest are name
 before them is used.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alignkit import files
 from alignkit.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -48,29 +48,6 @@ class Verdict:
     best: bool = False
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Flush a file or a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside `path` and rename it into place: readers see the old text or the new one."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text)
-    fsync(beside)
-    beside.replace(path)
-
-
 def save(
     folder: Path,
     step: int,
@@ -84,53 +61,45 @@ def save(
     A checkpoint of the same step (an earlier run came this far; it may be damaged) is replaced.
     """
     final = folder / f"step-{step}"
-    beside = folder / f".tmp-step-{step}-{os.getpid()}"
-    replaced = folder / f"{beside.name}-old"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        for group, content in tensors.items():
-            # clones: safetensors refuses views that share memory (tied or expanded tensors)
-            save_file(
-                {k: v.detach().cpu().clone().contiguous() for k, v in content.items()},
-                beside / f"{group}.safetensors",
-            )
-        (beside / "state.json").write_text(json.dumps(state))
-        files = {
-            p.name: {"sha256": sha256(p), "bytes": p.stat().st_size}
-            for p in sorted(beside.iterdir())
-        }
-        versions = {name: version(name) for name in ("torch", "transformers", "safetensors")}
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "files": files,
-            "identity": dict(identity),
-            "versions": versions,
-        }
-        (beside / MANIFEST).write_text(
-            json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)
-        )
-        for path in beside.iterdir():
-            fsync(path)
-        fsync(beside)
-        if final.exists():
-            final.rename(replaced)
-        beside.rename(final)
-        fsync(folder)
-        fsync(folder.parent)
-    except (
-        OSError,
-        SafetensorError,
-    ) as error:  # safetensors has an error of its own for a full disk
-        shutil.rmtree(beside, ignore_errors=True)
+        with files.replaced_folder(final) as temporary:
+            for group, content in tensors.items():
+                save_file(_own_tensors(content), temporary / f"{group}.safetensors")
+            (temporary / "state.json").write_text(json.dumps(state))
+            _write_manifest(temporary, step, identity)
+        files.fsync(folder.parent)  # `folder` itself may be new
+    except (OSError, SafetensorError) as error:
+        # safetensors has an error of its own for a full disk
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"could not write checkpoint step-{step} to {folder}: {getattr(error, 'strerror', None) or error}; "
+            f"could not write checkpoint step-{step} to {folder}: {reason}; "
             "free space or mend the disk, then go on with --resume auto (older checkpoints are untouched)"
         ) from error
-    shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+def _own_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU. safetensors refuses views that share memory, such as tied or expanded
+    tensors.
+    """
+    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+
+
+def _write_manifest(folder: Path, step: int, identity: Mapping[str, Any]) -> None:
+    """Write size and hash of every file in `folder`, with a hash of the manifest itself."""
+    entries = {
+        file.name: {"sha256": files.sha256_of_file(file), "bytes": file.stat().st_size}
+        for file in sorted(folder.iterdir())
+    }
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "files": entries,
+        "identity": dict(identity),
+        "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
+    }
+    signed = {**manifest, "sha256": files.sha256_of_json(manifest)}
+    (folder / MANIFEST).write_text(json.dumps(signed, indent=1))
 
 
 def steps(folder: Path) -> list[int]:
@@ -145,22 +114,29 @@ def check(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] > FORMAT:
             return f"format {manifest['format']} is newer than this version reads ({FORMAT})"
-        if manifest.pop("sha256") != _digest(manifest):
+        if manifest.pop("sha256") != files.sha256_of_json(manifest):
             return f"{MANIFEST} does not match its own SHA-256"
-        for name, entry in manifest["files"].items():
-            file = path / name
-            if Path(name).name != name:
-                return f"manifest names a file outside the folder: {name}"
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != entry["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}"
-            if sha256(file) != entry["sha256"]:
-                return f"{name} does not match its SHA-256"
+
+        reasons = (_check_file(path, name, entry) for name, entry in manifest["files"].items())
+        return next((reason for reason in reasons if reason), None)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
+
+
+def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with one file of a manifest, if anything is."""
+    if Path(name).name != name:
+        return f"manifest names a file outside the folder: {name}"
+
+    file = folder / name
+    if not file.is_file():
+        return f"{name} is missing"
+    if file.stat().st_size != entry["bytes"]:
+        return f"{name} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}"
+    if files.sha256_of_file(file) != entry["sha256"]:
+        return f"{name} does not match its SHA-256"
     return None
 
 
@@ -225,9 +201,9 @@ def best_step(folder: Path) -> int | None:
 
 
 def mark_best(folder: Path, step: int) -> None:
-    """Say which step an evaluation found best. CheckpointError where the disk refuses."""
+    """Record which step an evaluation found best. CheckpointError where the disk refuses."""
     try:
-        write_text(folder / BEST, json.dumps({"step": step}))
+        files.write_text(folder / BEST, json.dumps({"step": step}))
     except OSError as error:
         raise CheckpointError(
             f"could not write {folder / BEST}: {error.strerror}; free space, then --resume auto"
@@ -244,13 +220,9 @@ def prune(folder: Path, step: int, keep: int) -> None:
     for old in set(past) - {*past[-keep:], best_step(folder)}:
         path = folder / f"step-{old}"
         if (path / MANIFEST).is_file():
-            # gone at once: none is ever seen half deleted
+            # Renamed first, so that nobody ever sees half a checkpoint.
             path.rename(folder / f".tmp-step-{old}-{os.getpid()}-old")
-    for left in folder.glob(
-        ".tmp-step-*"
-    ):  # those, and what a killed run left; the lock says nobody writes now
-        shutil.rmtree(left, ignore_errors=True)
 
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    # Those, and what a killed run left: the run's lock says that nobody else writes here now.
+    for left_over in folder.glob(".tmp-step-*"):
+        shutil.rmtree(left_over, ignore_errors=True)

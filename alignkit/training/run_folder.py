@@ -2,16 +2,14 @@
 card.
 """
 
-import fcntl
-import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from alignkit import files
 from alignkit.errors import CheckpointError, ConfigError, ResourceError
 from alignkit.training import checkpoint
 
@@ -28,29 +26,26 @@ class RunFolder:
         self.samples_file = self.path / "samples.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
-        self._lock: int | None = None
+        self._lock = ExitStack()
 
     def __enter__(self) -> "RunFolder":
-        if self.writes:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.__exit__()
-                raise ResourceError(
-                    f"{self.path} is in use by another run; wait for it, stop it, or choose another output_dir"
-                ) from None
-            except OSError as error:
-                raise ResourceError(
-                    f"cannot write to {self.path}: {error.strerror}; choose another output_dir"
-                ) from error
+        if not self.writes:
+            return self
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(files.locked(self.path / ".lock", wait=False))
+        except BlockingIOError:
+            raise ResourceError(
+                f"{self.path} is in use by another run; wait for it, stop it, or choose another output_dir"
+            ) from None
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write to {self.path}: {error.strerror}; choose another output_dir"
+            ) from error
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.close()
 
     @property
     def finished(self) -> bool:
@@ -59,7 +54,7 @@ class RunFolder:
 
     def last_step(self) -> int:
         """The last step that is logged, 0 where none is."""
-        rows = read_lines(self.path / "metrics.jsonl")
+        rows = files.read_jsonl(self.path / "metrics.jsonl")
         return rows[-1]["step"] if rows else 0
 
     def refuse_to_overwrite(self) -> None:
@@ -72,29 +67,30 @@ class RunFolder:
     def find(
         self, resume: str | None, identity: Mapping[str, Any]
     ) -> tuple[checkpoint.Checkpoint | None, list[str]]:
-        """The checkpoint that `resume` (None, "auto" or a folder) names, and what to tell about the
-        search.
+        """The checkpoint that `resume` (None, "auto" or a folder) names, with lines for the user
+        about the search.
 
         CheckpointError if it belongs to another run: every difference from `identity` is named.
         """
         if resume is None:
             self.refuse_to_overwrite()
             return None, []
-        skipped: list[checkpoint.Verdict] = []
+        damaged: list[checkpoint.Verdict] = []
         if resume == "auto":
-            found, skipped = checkpoint.newest(self.checkpoints)
+            newest, damaged = checkpoint.newest(self.checkpoints)
         else:
-            found = checkpoint.load(Path(resume).expanduser())
-        notes = [f"skipped damaged checkpoint {v.path.name}: {v.reason}" for v in skipped]
-        if found is None:
+            newest = checkpoint.load(Path(resume).expanduser())
+        if newest is None:
             return None, ["no checkpoint yet: starting from the beginning"]
-        differences = compare(found.identity, identity)
+
+        differences = compare(newest.identity, identity)
         if differences and not self.finished:
             raise CheckpointError(
-                f"checkpoint {found.path.name} belongs to another run: {'; '.join(differences)}. Undo the change, or start "
+                f"checkpoint {newest.path.name} belongs to another run: {'; '.join(differences)}. Undo the change, or start "
                 "without --resume in another output_dir"
             )
-        return found, [*notes, f"resumed from {found.path.name}"]
+        notes = [f"skipped damaged checkpoint {v.path.name}: {v.reason}" for v in damaged]
+        return newest, [*notes, f"resumed from {newest.path.name}"]
 
     def last_good(self) -> str:
         """Where a run that stopped can be taken up, in words."""
@@ -108,10 +104,11 @@ class RunFolder:
         if not self.writes:
             return
         try:
-            checkpoint.write_text(self.path / "recipe.yaml", recipe)
+            files.write_text(self.path / "recipe.yaml", recipe)
             for file in (self.metrics_file, self.samples_file):
-                kept = [line for line in read_lines(file) if line["step"] <= step and step > 0]
-                checkpoint.write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
+                rows = files.read_jsonl(file) if step > 0 else []
+                past = [row for row in rows if row["step"] <= step]
+                files.write_jsonl(file, past, ensure_ascii=True)
         except OSError as error:
             raise ResourceError(
                 f"cannot write to {self.path}: {error.strerror}; free space or mend the disk"
@@ -127,57 +124,41 @@ class RunFolder:
             self._append(self.samples_file, row)
 
     def _append(self, file: Path, row: Mapping[str, Any]) -> None:
-        if self.writes:
-            try:
-                with file.open("a") as out:
-                    out.write(json.dumps(row) + "\n")
-            except OSError as error:
-                raise ResourceError(
-                    f"cannot write {file}: {error.strerror}; free space, then go on with --resume auto"
-                ) from error
+        if not self.writes:
+            return
+        try:
+            files.append_jsonl(file, row)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write {file}: {error.strerror}; free space, then go on with --resume auto"
+            ) from error
 
     def save_model(self, write: Callable[[Path], None], card: str) -> None:
         """Write the finished model and the run's card; `model/` appears whole or not at all."""
         if not self.writes:
             return
-        beside = self.path / ".tmp-model"
-        shutil.rmtree(beside, ignore_errors=True)
         try:
-            write(beside)
-            (self.path / "README.md").write_text(card)
-            (beside / "README.md").write_text(card)
-            for file in beside.iterdir():
-                checkpoint.fsync(file)
-            beside.rename(self.model)
-            checkpoint.fsync(self.path)
+            with files.replaced_folder(self.model) as temporary:
+                write(temporary)
+                (temporary / "README.md").write_text(card)
+                files.write_text(self.path / "README.md", card)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(beside, ignore_errors=True)
             reason = getattr(error, "strerror", None) or error
             raise ResourceError(
                 f"cannot write {self.model}: {reason}; free space, then --resume auto"
             ) from error
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file that this package wrote; a torn last line (a killed run) is left out."""
-    rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
 def compare(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Every leaf in which two nested mappings differ, as "name: old -> new"."""
-    found = []
+    differences = []
     for key in sorted({*old, *new}):
-        a = old.get(key)
-        b = new.get(key)
+        before = old.get(key)
+        after = new.get(key)
         name = f"{prefix}{key}"
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += compare(a, b, f"{name}.")
-        elif a != b:
-            found.append(f"{name}: {a} -> {b}")
-    return found
+
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            differences += compare(before, after, f"{name}.")
+        elif before != after:
+            differences.append(f"{name}: {before} -> {after}")
+    return differences

@@ -19,6 +19,7 @@ from statistics import median
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.config import build_objective, load_recipe
+from alignkit.files import read_jsonl
 from alignkit.metrics.completions import pass_at_k
 from alignkit.rollout.generate import OneModel, generate
 from alignkit.runs.launch import run_recipe
@@ -26,7 +27,6 @@ from alignkit.tasks import resolve
 from alignkit.tasks.arithmetic import WORLDS as SUMS
 from alignkit.tasks.exact import figures, folder_logps, outcome_rewards
 from alignkit.tasks.reviews import WORLDS
-from alignkit.training.run_folder import read_lines
 
 HERE = Path(__file__).resolve().parent
 STORIES = HERE.parents[2] / "shared" / "data"
@@ -76,7 +76,7 @@ def trained(name: str, folder: Path, *overrides: str) -> dict[str, float]:
     wall = time.monotonic()
     cpu = time.process_time()
     run_recipe(load_recipe(name, [f"output_dir={folder}/run", *overrides]))
-    steps = read_lines(folder / "run" / "metrics.jsonl")[-1]["step"]
+    steps = read_jsonl(folder / "run" / "metrics.jsonl")[-1]["step"]
     return {"steps": steps, "wall": time.monotonic() - wall, "cpu": time.process_time() - cpu}
 
 

@@ -25,11 +25,11 @@ from alignkit.config.model import ModelConfig, ReferenceConfig
 from alignkit.config.plugins import load_object
 from alignkit.config.recipe import load_recipe
 from alignkit.data.load import load_prompts
+from alignkit.files import read_jsonl
 from alignkit.objectives.rollout_base import exact_kl
 from alignkit.policies.load import load_pair
 from alignkit.rollout.hf import HFSampler
 from alignkit.runs.launch import run_recipe
-from alignkit.training.run_folder import read_lines
 
 HERE = Path(__file__).resolve().parent
 SCORE = f"{HERE.parents[1] / 'examples' / 'stories.py'}:happiness"
@@ -131,7 +131,7 @@ def figures(name: str, stories: Path, run: Path) -> dict[str, float]:
         quiet = [f"output_dir={run}", "train.save_every=0", "train.log_samples_every=0"]
         run_recipe(load_recipe(f"{name}_stories", [*paths, judge, *quiet]))
     found = measure(stories / "stories260k", run / "model", data / "prompts_test.jsonl")
-    last = read_lines(run / "metrics.jsonl")[-1]
+    last = read_jsonl(run / "metrics.jsonl")[-1]
     return found | {"steps": last["step"], "seconds": last["time"]}
 
 

@@ -15,7 +15,7 @@ from world import pair_rows, run, save_model, write_rows
 
 from alignkit.cli.main import main
 from alignkit.config.recipe import load_recipe, shipped_recipes
-from alignkit.training.run_folder import read_lines
+from alignkit.files import read_jsonl
 
 COMMANDS = [
     "",
@@ -128,8 +128,8 @@ def test_exit_0_a_run_leaves_its_folder(finished):
     assert sorted(p.name for p in finished.iterdir() if not p.name.startswith(".")) == [
         "README.md", "checkpoints", "metrics.jsonl", "model", "recipe.yaml", "samples.jsonl",
     ]  # fmt: skip
-    assert [row["step"] for row in read_lines(finished / "metrics.jsonl")] == [1, 2, 3, 4, 5]
-    assert {row["step"] for row in read_lines(finished / "samples.jsonl")} == {0, 3, 5}
+    assert [row["step"] for row in read_jsonl(finished / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert {row["step"] for row in read_jsonl(finished / "samples.jsonl")} == {0, 3, 5}
     assert "-log sigmoid" in (finished / "README.md").read_text()
 
 

@@ -14,8 +14,8 @@ from two_processes import on_two_processes
 from world import save_model
 
 from alignkit.errors import ConfigError
+from alignkit.files import read_jsonl
 from alignkit.training import checkpoint
-from alignkit.training.run_folder import read_lines
 
 SAME = (
     "loss",
@@ -48,12 +48,12 @@ def test_two_processes_are_one(finished, case):
     """Losses to 1e-6 (shards: 1e-5); weights to 1e-6 with SGD, as Adam enlarges rounding."""
     _, one, two = finished
     tolerance = 1e-5 if case.startswith("fsdp") else 1e-6
-    rows, others = (read_lines(out / case / "metrics.jsonl") for out in (one, two))
+    rows, others = (read_jsonl(out / case / "metrics.jsonl") for out in (one, two))
     for a, b in zip(rows, others, strict=True):
         for name in set(SAME) & a.keys():
             relative = 0 if name == "loss" else 1e-5
             assert b[name] == pytest.approx(a[name], abs=tolerance, rel=relative), (name, a["step"])
-    drawn, others = (read_lines(out / case / "samples.jsonl") for out in (one, two))
+    drawn, others = (read_jsonl(out / case / "samples.jsonl") for out in (one, two))
     assert [row["step"] for row in drawn] == [row["step"] for row in others] == [0, 4]
     assert others[0]["logit"] == pytest.approx(drawn[0]["logit"], abs=1e-5)
     if ddp_worker.CASES[case][1].get("optimizer") == "sgd":
@@ -63,7 +63,7 @@ def test_two_processes_are_one(finished, case):
 
 
 def losses(folder):
-    return {row["step"]: row["loss"] for row in read_lines(folder / "metrics.jsonl")}
+    return {row["step"]: row["loss"] for row in read_jsonl(folder / "metrics.jsonl")}
 
 
 @pytest.mark.parametrize("case", ["adamw", "fsdp_dpo", "fsdp_rpg"])
@@ -88,7 +88,7 @@ def test_a_rank_whose_whole_rollout_is_dropped_takes_part(finished):
     dropped in each step.
     """
     _, _, two = finished
-    assert [row["rollout/dropped"] for row in read_lines(two / "dropped" / "metrics.jsonl")] == [
+    assert [row["rollout/dropped"] for row in read_jsonl(two / "dropped" / "metrics.jsonl")] == [
         0.8
     ] * 4
 
@@ -105,7 +105,7 @@ def test_resume_in_the_middle_of_a_rollout_is_bit_equal_on_two_processes(finishe
 def test_two_processes_sample_and_learn_as_one(finished):
     online = finished[2] / "online"
     for one, two in zip(
-        *(read_lines(online / name / "metrics.jsonl") for name in ("alone", "whole")), strict=True
+        *(read_jsonl(online / name / "metrics.jsonl") for name in ("alone", "whole")), strict=True
     ):
         for name in ("reward", "completions/mean_length", "loss", "grad_norm", "credit/beta"):
             assert two[name] == pytest.approx(one[name], abs=2e-6, rel=1e-5), (name, one["step"])

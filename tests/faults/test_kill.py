@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from world import pair_rows, save_model, write_rows
 
+from alignkit.files import read_jsonl
 from alignkit.training import checkpoint
-from alignkit.training.run_folder import read_lines
 
 REPEATS = int(os.environ.get("ALIGNKIT_KILLS", "5"))
 KILLS = 3  # at most, in one repeat
@@ -124,7 +124,7 @@ def whole(world, zygote):
 def outcome(out):
     """What has to be equal to the bit: weights, and every logged figure but the time."""
     rows = [
-        {k: v for k, v in row.items() if k != "time"} for row in read_lines(out / "metrics.jsonl")
+        {k: v for k, v in row.items() if k != "time"} for row in read_jsonl(out / "metrics.jsonl")
     ]
     return (out / "model" / "model.safetensors").read_bytes(), rows
 

@@ -8,8 +8,8 @@ import pytest
 from two_processes import run_to_its_end
 from world import pair_rows, run, save_model, write_rows
 
+from alignkit.files import read_jsonl
 from alignkit.training import checkpoint
-from alignkit.training.run_folder import read_lines
 
 MINE = """
 import os, signal
@@ -77,6 +77,6 @@ def test_a_rank_that_dies_and_a_signal_end_the_run_and_it_goes_on(train, tmp_pat
     assert train("run", "--resume", "auto") == 0  # on one process
     assert f"resumed from step-{step}" in capsys.readouterr().err
     assert train("whole") == 0
-    rows, others = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "run"))
+    rows, others = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "run"))
     assert [row["step"] for row in others] == list(range(1, 8))
     assert [row["loss"] for row in others] == pytest.approx([row["loss"] for row in rows], abs=1e-6)

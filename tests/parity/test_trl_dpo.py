@@ -18,12 +18,13 @@ from alignkit.config.data import DataConfig
 from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig
 from alignkit.config.train import TrainConfig
 from alignkit.data.load import load_bundles
+from alignkit.files import read_jsonl
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.policies.load import load_pair
 from alignkit.sources.dataset import DatasetSource
 from alignkit.training.job import Job
 from alignkit.training.loop import train
-from alignkit.training.run_folder import RunFolder, read_lines
+from alignkit.training.run_folder import RunFolder
 
 STEPS, BATCH, RATE = 20, 2, 2e-5
 
@@ -118,6 +119,6 @@ def test_losses_and_gradient_norms_equal_trl(shared, tmp_path, accumulation, lor
                 micro_batch_tokens=budget,
             )
         )
-    found = [(r["loss"], r["grad_norm"]) for r in read_lines(tmp_path / "run" / "metrics.jsonl")]
+    found = [(r["loss"], r["grad_norm"]) for r in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
     assert len(bundles) == len(rows)
     assert torch.tensor(found) == pytest.approx(torch.tensor(expected), abs=1e-5, rel=1e-5)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from vllm_env import ENV
 from wide_heads import widened
 
+from alignkit.files import read_jsonl
 from alignkit.tasks import resolve
-from alignkit.training.run_folder import read_lines
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +104,7 @@ def train(*arguments):
 
 
 def rewards(out):
-    return [row["reward"] for row in read_lines(out / "metrics.jsonl")]
+    return [row["reward"] for row in read_jsonl(out / "metrics.jsonl")]
 
 
 def test_the_reward_curve_is_the_transformers_engines(model, url, tmp_path, capsys):
@@ -125,7 +125,7 @@ def test_the_reward_curve_is_the_transformers_engines(model, url, tmp_path, caps
             statistics.mean(tail) > statistics.mean(curves[e][:3]) + 0.5
             for e, tail in zip(curves, tails)
         )
-        rows = read_lines(tmp_path / f"vllm{seed}" / "metrics.jsonl")
+        rows = read_jsonl(tmp_path / f"vllm{seed}" / "metrics.jsonl")
         worst = max([worst, *(row["sampling/logp_difference_max"] for row in rows)])
         drift = max([drift, *(row["sampling/mismatch_kl"] for row in rows)])
         assert all(row["sampling/importance_mean"] == pytest.approx(1, abs=1e-3) for row in rows)
@@ -150,7 +150,7 @@ def test_a_killed_server_stops_the_run_which_goes_on_with_another(model, url, tm
         run = subprocess.Popen(
             command(model, out, address, *settings), stderr=subprocess.PIPE, text=True
         )
-        while run.poll() is None and len(read_lines(out / "metrics.jsonl")) < 6:
+        while run.poll() is None and len(read_jsonl(out / "metrics.jsonl")) < 6:
             time.sleep(0.02)
         server.send_signal(signal.SIGKILL)
         _, err = run.communicate(timeout=60)
@@ -189,7 +189,7 @@ def test_two_processes_share_a_server(model, url, tmp_path, sharded):
     assert two == pytest.approx(one, abs=0.2)
     assert all(
         row["sampling/logp_difference_max"] < 1e-4
-        for row in read_lines(tmp_path / "two" / "metrics.jsonl")
+        for row in read_jsonl(tmp_path / "two" / "metrics.jsonl")
     )
 
 
@@ -203,7 +203,7 @@ def test_an_adapter_is_served_folded_in(model, url, tmp_path):
         "train.learning_rate=1e-2",
     )
     assert code == 0, err
-    rows = read_lines(tmp_path / "run" / "metrics.jsonl")
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["kl/policy_reference_exact"] > 1e-3
     assert all(row["sampling/logp_difference_max"] < 1e-4 for row in rows)
 

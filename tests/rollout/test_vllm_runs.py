@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from small_server import TransformersEngine, serving
 from world import run, save_model
 
-from alignkit.training.run_folder import read_lines
+from alignkit.files import read_jsonl
 
 WORDS = "def wanted(prompts, completions, **columns): return [c.split().count('w5') / 6 for c in completions]\n"
 
@@ -61,7 +61,7 @@ def test_a_run_learns_and_tells_the_mismatch(world, train, tmp_path):
             )[0]
             == 0
         )
-    rows = read_lines(tmp_path / "run" / "metrics.jsonl")
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert sum(row["reward"] for row in rows[-5:]) > sum(row["reward"] for row in rows[:5]) + 1
     for row in rows:
         assert 0 <= row["sampling/mismatch_kl"] < 1e-9
@@ -110,7 +110,7 @@ def test_a_killed_server_stops_the_run_which_goes_on_with_another(world, train, 
     )
     assert all((resumed[name] == value).all() for name, value in whole.items())
     rewards = [
-        [row["reward"] for row in read_lines(tmp_path / name / "metrics.jsonl")[4:]]
+        [row["reward"] for row in read_jsonl(tmp_path / name / "metrics.jsonl")[4:]]
         for name in ("whole", "broken")
     ]
     assert rewards[0] == rewards[1]
@@ -125,7 +125,7 @@ def test_a_server_that_is_a_little_off_is_corrected_for(world, train, tmp_path):
     engine.continuations = lambda rows: true([replace(row, temperature=0.9) for row in rows])
     with serving(engine) as url:
         assert train(tmp_path / "run", url, "train.steps=2", "rollout.max_importance=1.5")[0] == 0
-    for row in read_lines(tmp_path / "run" / "metrics.jsonl"):
+    for row in read_jsonl(tmp_path / "run" / "metrics.jsonl"):
         assert row["sampling/mismatch_kl"] > 1e-3
         # of the policy over the trainer's log-probs: no update yet
         assert row["importance"] == pytest.approx(1, abs=1e-5)

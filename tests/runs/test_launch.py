@@ -11,9 +11,9 @@ from world import pair_rows, save_model, write_rows
 import alignkit
 from alignkit.config import build_objective, load_recipe, shipped_recipes
 from alignkit.errors import ConfigError
+from alignkit.files import read_jsonl
 from alignkit.runs.launch import make_accelerator, run_recipe
 from alignkit.runs.model_card import model_card
-from alignkit.training.run_folder import read_lines
 
 HELPERS = """
 def score(prompts, completions, **columns):
@@ -61,7 +61,7 @@ def test_an_online_recipe_with_a_reward_of_ones_own(world, tmp_path, capsys, obj
     result = run_recipe(
         recipe(world, tmp_path / "run", "prompts.jsonl", f"objective={{name: {objective}}}", own)
     )
-    rows = read_lines(tmp_path / "run" / "metrics.jsonl")
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert result.step == len(rows) == 3
     assert all(0 <= row["reward"] <= 5 + 9 for row in rows)
     assert (
@@ -119,7 +119,7 @@ def test_evaluation_epochs_and_the_card(world, tmp_path):
     result = run_recipe(recipe(world, tmp_path / "run", "pairs.jsonl", weighted, *changes))
     assert result.step == 5  # 2 epochs of 10 pairs by 4
     assert [
-        row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in row
+        row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in row
     ] == [2, 4, 5]
     card = (tmp_path / "run" / "README.md").read_text()
     front, _, body = card.removeprefix("---\n").partition("\n---\n")
@@ -175,7 +175,7 @@ def test_trackers_get_every_row(world, tmp_path, monkeypatch):
     )
     run_recipe(recipe(world, tmp_path / "run", "pairs.jsonl"))
     assert sent == [
-        (row["step"], row["loss"]) for row in read_lines(tmp_path / "run" / "metrics.jsonl")
+        (row["step"], row["loss"]) for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")
     ]
 
 
@@ -201,7 +201,7 @@ def test_every_shipped_recipe_runs_on_its_task(name, tmp_path):
     writes = not build_objective(
         recipe.objective
     ).plan.outputs  # reward and preference models score, they write nothing
-    assert [row["step"] for row in read_lines(tmp_path / name / "samples.jsonl")][::4] == (
+    assert [row["step"] for row in read_jsonl(tmp_path / name / "samples.jsonl")][::4] == (
         [0, 2] if writes else []
     )
 

@@ -13,11 +13,12 @@ from world import make_job, pair_rows, pairs, save_model, write_rows
 
 from alignkit.config.recipe import load_recipe
 from alignkit.errors import CheckpointError, ResourceError
+from alignkit.files import read_jsonl
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.runs.launch import run_recipe
 from alignkit.training import checkpoint
 from alignkit.training.loop import train
-from alignkit.training.run_folder import RunFolder, read_lines
+from alignkit.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,7 @@ def test_logs_and_models_that_cannot_be_written_are_said(model, tmp_path):
             folder.log({"step": 1})
 
         def full(path):
-            path.mkdir()
+            (path / "half").touch()
             raise SafetensorError("I/O error: No space left on device (os error 28)")
 
         with pytest.raises(ResourceError, match=r"cannot write .*model: .*No space left on device"):
@@ -188,6 +189,6 @@ def test_a_clock_that_jumps_changes_nothing(model, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: random.Random().uniform(-1e9, 1e10))
     _, weights = run(make_job(model, tmp_path / "b", DPO(), pairs(8), save_every=2))
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
-    rows, others = (read_lines(tmp_path / name / "metrics.jsonl") for name in "ab")
+    rows, others = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in "ab")
     assert [r["loss"] for r in rows] == [r["loss"] for r in others]
     assert all(row["time"] < 60 for row in others)

@@ -12,6 +12,7 @@ from online_world import WANTED, more_wanted, online_job
 from world import save_model
 
 from alignkit.errors import DataError, NumericsError
+from alignkit.files import read_jsonl
 from alignkit.objectives.online.grpo import GRPO
 from alignkit.objectives.online.kl_ppo import KLPPO
 from alignkit.objectives.online.rloo import RLOO
@@ -21,7 +22,6 @@ from alignkit.objectives.self_play.nash_md import NashMD
 from alignkit.oracles import optimum
 from alignkit.training import checkpoint
 from alignkit.training.loop import train
-from alignkit.training.run_folder import read_lines
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 def run(job, resume=None):
     with job.run:
         train(job, resume)
-    return job.pair.state(), read_lines(job.run.metrics_file)
+    return job.pair.state(), read_jsonl(job.run.metrics_file)
 
 
 @pytest.mark.parametrize(

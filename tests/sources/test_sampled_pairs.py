@@ -8,13 +8,13 @@ from world import make_job, pairs, save_model
 
 from alignkit import DRPO, HyPO
 from alignkit.config.model import ModelConfig, ReferenceConfig
+from alignkit.files import read_jsonl
 from alignkit.judges import Verdict
 from alignkit.policies.load import load_pair
 from alignkit.rollout.hf import HFSampler
 from alignkit.sources.dataset import DatasetSource
 from alignkit.sources.sampled_pairs import SampledPairs
 from alignkit.training.loop import train
-from alignkit.training.run_folder import read_lines
 
 
 def test_samples_are_the_same_for_any_number_of_processes(tmp_path):
@@ -81,6 +81,6 @@ def test_hypo_trains_with_samples_of_its_own_policy(tmp_path):
     )
     with job.run:
         train(job)
-    kl = [row["kl/policy_reference_k1"] for row in read_lines(job.run.metrics_file)]
+    kl = [row["kl/policy_reference_k1"] for row in read_jsonl(job.run.metrics_file)]
     assert abs(kl[0]) < 1e-6  # of the first step's samples: the policy is still the reference
     assert all(abs(value) > 1e-4 for value in kl[1:])

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import alignkit
+from alignkit import files
 from alignkit.errors import CheckpointError
 from alignkit.training import checkpoint
 from alignkit.training.snapshot import load_optimizer_state, optimizer_state
@@ -111,7 +112,7 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
     del manifest["sha256"]
     # forged throughout
     (path / "manifest.json").write_text(
-        json.dumps({**manifest, "sha256": checkpoint._digest(manifest)})
+        json.dumps({**manifest, "sha256": files.sha256_of_json(manifest)})
     )
     assert "outside the folder" in checkpoint.check(path)
 
@@ -197,7 +198,7 @@ except checkpoint.CheckpointError as error:
     ("owner", "name", "number", "words"),
     [
         (Path, "mkdir", errno.EROFS, "Read-only file system"),
-        (checkpoint, "fsync", errno.ENOSPC, "No space left on device"),
+        (files, "fsync", errno.ENOSPC, "No space left on device"),
     ],
     ids=["read-only", "full when it is synced"],
 )

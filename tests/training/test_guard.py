@@ -11,12 +11,12 @@ import torch
 from world import make_job, pairs, save_model
 
 from alignkit.errors import NumericsError, ResourceError
+from alignkit.files import read_jsonl
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.objectives.preference.hinge import Hinge
 from alignkit.objectives.preference.kto import KTO
 from alignkit.training import checkpoint
 from alignkit.training.loop import train
-from alignkit.training.run_folder import read_lines
 from alignkit.training.snapshot import random_state, seed_everything, set_random_state
 
 BAD = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
@@ -138,7 +138,7 @@ def test_skipping_is_a_policy_with_a_cap(model, tmp_path):
 
     two = spoil(job(tmp_path / "a", max_skipped_steps=2), [2, 4], put("reference", torch.nan, 0))
     assert run(two).step == 6
-    rows = read_lines(two.run.metrics_file)
+    rows = read_jsonl(two.run.metrics_file)
     assert [row.get("skipped") for row in rows] == [None, 1, None, 2, None, None]
     assert [("loss" in row, "grad_norm" in row) for row in rows[:2]] == [
         (True, True),
@@ -177,7 +177,7 @@ def test_out_of_memory_halves_the_micro_batches_and_changes_no_gradient(model, t
     job.pair.logps = small
     run(job)
     assert "train.micro_batch_tokens is" in caplog.text
-    for row, other in zip(*(read_lines(j.run.metrics_file) for j in (expected, job)), strict=True):
+    for row, other in zip(*(read_jsonl(j.run.metrics_file) for j in (expected, job)), strict=True):
         assert other["loss"] == pytest.approx(row["loss"], abs=1e-6)
         assert other["tokens"] == row["tokens"]
     for key, value in expected.pair.state().items():

@@ -13,11 +13,11 @@ from world import save_model
 
 from alignkit.config.recipe import load_recipe
 from alignkit.errors import DataError
+from alignkit.files import read_jsonl
 from alignkit.rollout.generate import OneModel, generate
 from alignkit.rollout.hf import HFSampler
 from alignkit.runs.launch import run_recipe
 from alignkit.training.held_out_reward import HeldOut
-from alignkit.training.run_folder import read_lines
 
 REWARD = """
 def score(prompts, completions, **columns):
@@ -58,7 +58,7 @@ output_dir: {out}
 def test_held_out_reward_is_that_of_the_model_at_that_step(folder, tmp_path):
     loaded = recipe(folder, tmp_path / "run", "score")
     run_recipe(loaded)
-    rows = read_lines(tmp_path / "run" / "metrics.jsonl")
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert all("eval_reward" in row and "eval_completions/mean_length" in row for row in rows)
     model = tmp_path / "run" / "model"
     models = OneModel(

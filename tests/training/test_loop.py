@@ -11,13 +11,13 @@ from world import make_job, pairs, save_model
 from alignkit.batches import LossTerms, PairBatch, Plan, Term
 from alignkit.config.train import TrainConfig
 from alignkit.errors import CheckpointError, ConfigError, NumericsError, ResourceError
+from alignkit.files import read_jsonl
 from alignkit.objectives.base import Objective
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.objectives.preference.sft import SFT
 from alignkit.training import checkpoint
 from alignkit.training.loop import train
 from alignkit.training.optimizer import learning_rate
-from alignkit.training.run_folder import read_lines
 from alignkit.training.signals import Interrupted
 
 
@@ -29,7 +29,7 @@ def model(tmp_path_factory):
 def run(job, resume=None):
     with job.run:
         result = train(job, resume)
-    return result, job.pair.state(), read_lines(job.run.metrics_file)
+    return result, job.pair.state(), read_jsonl(job.run.metrics_file)
 
 
 def same(a, b):
