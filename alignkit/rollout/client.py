@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from alignkit.errors import ConfigError, ModelError, ResourceError
 from alignkit.rollout.wire import PROTOCOL, TOKEN_ENV, VERSION_HEADER, chunks
 
-SAY_EVERY = 20.0  # seconds between two words about a server that is not there yet
+WARN_EVERY = 20.0  # seconds between two warnings about a server that does not answer yet
 RESUME = "start it again, then go on with --resume auto"
 log = logging.getLogger("alignkit")
 
@@ -26,7 +26,8 @@ class Unreachable(ResourceError):
 
 
 class Client:
-    """A sampling server at `url`. Raises ResourceError where it is gone, slow or talks nonsense.
+    """A sampling server at `url`. Raises ResourceError where it is gone or slow, or its answer is
+    malformed.
 
     http goes to loopback addresses alone; https goes anywhere and needs the token. No redirect is
     followed, no proxy is used.
@@ -47,36 +48,35 @@ class Client:
 
     def wait(self, patience: float) -> dict[str, Any]:
         """The server's hello; a server that is still loading its model has `patience` seconds."""
-        began = said = time.monotonic()
+        began = time.monotonic()
+        warned = began
         while True:
             try:
                 return self.hello()
             except Unreachable as error:
                 now = time.monotonic()
-                if now - began >= patience:
+                waited = now - began
+                if waited >= patience:
                     raise Unreachable(
                         f"{error} within rollout.start_timeout ({patience:g} s); start one with "
                         "`python -m alignkit.rollout.vllm_server MODEL` in vLLM's environment"
                     ) from error
-                if now - said >= SAY_EVERY:
-                    log.warning(
-                        "waiting for the sampling server at %s: %.0f of %g s",
-                        self.url,
-                        now - began,
-                        patience,
-                    )
-                    said = now
+
+                if now - warned >= WARN_EVERY:
+                    waiting = "waiting for the sampling server at %s: %.0f of %g s"
+                    log.warning(waiting, self.url, waited, patience)
+                    warned = now
                 time.sleep(min(1.0, patience / 10))
 
     def hello(self) -> dict[str, Any]:
         """What the server holds. ModelError for a server of another kind."""
-        found = self._ask("GET", "/hello", most=1 << 16)
-        if found.get("protocol") != PROTOCOL:
+        about = self._ask("GET", "/hello", most=1 << 16)
+        if about.get("protocol") != PROTOCOL:
             raise ModelError(
-                f"rollout.url: {self.url} speaks protocol {found.get('protocol')}, not {PROTOCOL}; "
+                f"rollout.url: {self.url} speaks protocol {about.get('protocol')}, not {PROTOCOL}; "
                 "start one with `python -m alignkit.rollout.vllm_server MODEL`"
             )
-        return found
+        return about
 
     def push(self, file: Path, version: str) -> None:
         """Give the server weights."""
@@ -98,31 +98,35 @@ class Client:
         *,
         most: int,
     ) -> dict[str, Any]:
+        bearer = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         connection = self._connection()
         try:
             connection.putrequest(method, path)
-            bearer = {"Authorization": f"Bearer {self.token}"} if self.token else {}
             for name, value in {**bearer, **(headers or {})}.items():
                 connection.putheader(name, value)
             connection.endheaders()
             for block in body:
                 connection.send(block)
+
             response = connection.getresponse()
             status = response.status
-            data = response.read(most + 1)
+            data = response.read(most + 1)  # one byte more shows that the answer is too long
         except TimeoutError as error:
             raise Unreachable(
                 f"rollout.url: {self.url} did not answer in {self.timeout:g} s; {RESUME}"
             ) from error
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable(
-                f"rollout.url: no sampling server answers at {self.url} ({type(error).__name__}: {error}); {RESUME}"
+                f"rollout.url: no sampling server answers at {self.url} "
+                f"({type(error).__name__}: {error}); {RESUME}"
             ) from error
         finally:
             connection.close()
+
         if len(data) > most:
             raise ResourceError(
-                f"rollout.url: the answer of {self.url} is longer than the {most} bytes that were asked for"
+                f"rollout.url: the answer of {self.url} is longer than the {most} bytes that were "
+                "asked for"
             )
         return self._checked(method, path, status, data)
 
@@ -140,15 +144,18 @@ class Client:
             answer = None
         if not isinstance(answer, dict):
             raise ResourceError(
-                f"rollout.url: {self.url} answered {path} with {status} and no JSON object; is it the right port?"
+                f"rollout.url: {self.url} answered {path} with {status} and no JSON object; "
+                "is it the right port?"
             )
         if status == 200:
             return answer
+
         reason = str(answer.get("error", ""))[:500]
         if status == 409:
             raise ResourceError(
-                f"rollout.url: stale weights: the server at {self.url} has others than this run gave it ({reason}); it was "
-                "started again, or another run uses it. Give each run its own server, then go on with --resume auto"
+                f"rollout.url: stale weights: the server at {self.url} has others than this run "
+                f"gave it ({reason}); it was started again, or another run uses it. Give each run "
+                "its own server, then go on with --resume auto"
             )
         if status == 422:
             raise ModelError(

@@ -25,15 +25,16 @@ def make_sampler(
     have no importance weight at all. A server on this machine gets its weights from the first
     process of the machine, one elsewhere from the first of all. Raises ConfigError.
     """
-    from alignkit.rollout.hf import HFSampler
-
     for name in ("temperature", "top_p"):
         if exact and getattr(config, name) != 1:
             raise ConfigError(
-                f"rollout.{name}: {getattr(config, name)} samples from another distribution than the one that the policy's "
-                "log-probs describe; training needs 1.0"
+                f"rollout.{name}: {getattr(config, name)} samples from another distribution than "
+                "the one that the policy's log-probs describe; training needs 1.0"
             )
+
     if config.engine == "hf":
+        from alignkit.rollout.hf import HFSampler
+
         return HFSampler(
             models,
             max_new_tokens=config.max_new_tokens,
@@ -41,14 +42,14 @@ def make_sampler(
             top_p=config.top_p,
             seed=seed,
         )
+
     from alignkit.rollout.vllm import VLLMSampler
 
     if accelerator is None:
         return VLLMSampler(models, config, seed=seed)
+
+    # http means a server on this machine, of which each machine has one.
     assert config.url is not None
-    first = (
-        accelerator.is_main_process
-        if config.url.startswith("https:")
-        else accelerator.is_local_main_process
-    )
+    elsewhere = config.url.startswith("https:")
+    first = accelerator.is_main_process if elsewhere else accelerator.is_local_main_process
     return VLLMSampler(models, config, seed=seed, pushes=first)

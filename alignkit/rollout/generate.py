@@ -20,8 +20,8 @@ Prompt = str | Sequence[dict[str, Any]]  # plain text, or the messages of a chat
 
 @dataclass(frozen=True)
 class OneModel:
-    """A loaded causal language model and its tokenizer where a sampler wants `Models`; every name
-    means this model.
+    """A loaded causal language model and its tokenizer, in the place of `Models`: every name means
+    this model.
     """
 
     network: nn.Module
@@ -69,30 +69,36 @@ def generate(
 
 def prompt_ids(prompt: Prompt, tokenizer: Any) -> Tensor:
     """Token ids [P] that a completion continues: a text without the end token that some tokenizers
-    add, a chat with the header of the assistant's turn.
+    add, a chat with the header of the assistant's turn. ConfigError for a chat without a template,
+    DataError where there is no token to start from.
     """
-    if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
-        if ids and ids[-1] == tokenizer.eos_token_id:
-            ids.pop()
-        ids = (
-            ids
-            or [
-                token
-                for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
-                if token is not None
-            ][:1]
-        )
-    else:
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                "the prompt is a chat but the tokenizer has no chat template; give plain text"
-            )
-        ids = tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+    ids = _text_ids(prompt, tokenizer) if isinstance(prompt, str) else _chat_ids(prompt, tokenizer)
     if not ids:
         raise DataError(
             "the prompt is empty and the tokenizer has neither a BOS nor an EOS token to start from"
         )
     return tensor(ids)
+
+
+def _text_ids(prompt: str, tokenizer: Any) -> list[int]:
+    ids = list(tokenizer(prompt)["input_ids"])
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    if ids:
+        return ids
+
+    # An empty prompt starts from the token that stands between texts.
+    start_tokens = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return [token for token in start_tokens if token is not None][:1]
+
+
+def _chat_ids(messages: Sequence[dict[str, Any]], tokenizer: Any) -> list[int]:
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "the prompt is a chat but the tokenizer has no chat template; give plain text"
+        )
+    return list(
+        tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    )

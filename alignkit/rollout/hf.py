@@ -1,37 +1,38 @@
-"""Sampling with a transformers model: one prefill per prompt, a plain decode loop over the model's
-own cache.
+"""Sampling with a transformers model: each prompt is read once, then a plain loop draws one token
+per row and step over the model's own cache.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignkit.batches import Draw
-from alignkit.errors import ConfigError, ModelError, NumericsError
-from alignkit.policies.module import causal_lm, context_length
-from alignkit.rollout.kv_cache import RoomyLayer, roomy_cache
+from alignkit.errors import ConfigError, NumericsError
+from alignkit.rollout.cached_model import CachedModel, mixed_logits
 from alignkit.rollout.noise import gumbel, row_keys
-from alignkit.rollout.packed_weights import PackedWeights
-from alignkit.rollout.prompt_cache import BranchingLayer, branching, can_branch
 from alignkit.rollout.protocol import Models, Sample, check_request, stop_tokens
 
-# logits that a processor samples from at a time: the work buffers stay in its cache
-_CHUNK = 1 << 16
-_COMPACT_AT = 0.75  # finished rows leave once this share is left: dropping them copies the cache
+# Logits that a processor samples from at a time: the work buffers stay in its cache.
+_LOGITS_AT_A_TIME = 1 << 16
+
+# Finished rows leave the batch once this share of it is left: removing them copies the cache.
+_COMPACT_AT = 0.75
 
 
 class HFSampler:
     """Samples by argmax(log-probs / temperature + Gumbel noise); see `Sampler` for the contract.
 
-    models          a PolicyPair or OneModel max_new_tokens  cap on the tokens of a completion, the
-    end token included temperature     divides the logits, after mixing; 0 takes the most likely
-    token (its log-probs are those of temperature 1) top_p           nucleus mass; the recorded
-    log-probs are those of the renormalised nucleus token_budget    prompt and completion tokens of
-    one batch (a single row may exceed it): bounds memory, not results
+    models          a PolicyPair or OneModel
+    max_new_tokens  cap on the tokens of a completion, the end token included
+    temperature     divides the logits, after mixing; 0 takes the most likely token (its log-probs
+                    are those of temperature 1)
+    top_p           nucleus mass; the recorded log-probs are those of the renormalised nucleus
+    seed            of the noise
+    token_budget    prompt and completion tokens of one batch (a single row may exceed it): bounds
+                    the memory and does not change the samples
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class HFSampler:
     ):
         if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
             raise ConfigError(
-                f"sampling: max_new_tokens {max_new_tokens} (at least 1), temperature {temperature} (at least 0), "
-                f"top_p {top_p} (in (0, 1]): one of them is out of its range"
+                f"sampling: max_new_tokens {max_new_tokens} (at least 1), temperature "
+                f"{temperature} (at least 0), top_p {top_p} (in (0, 1]): one of them is out of "
+                "its range"
             )
         self.models = models
         self.max_new_tokens = max_new_tokens
@@ -64,19 +66,14 @@ class HFSampler:
         ModelError, NumericsError.
         """
         n = check_request(prompts, draw, prompt_ids)
-        halves = [_Half(self.models, name, weight) for name, weight in _weights(draw)]
+        drawn_from = [CachedModel(self.models, name, weight) for name, weight in _weights(draw)]
         samples: list[list[Sample]] = [[] for _ in prompts]
-        # the two of a mixture may be one network with its adapter on and off: each enters for its
-        # own forwards alone
-        with halves[0].entered() if len(halves) == 1 else nullcontext():
+
+        # One model is entered for the whole call. The two of a mixture may be one network with its
+        # adapter on and off: each of them is entered for its own forwards alone.
+        with drawn_from[0].entered() if len(drawn_from) == 1 else nullcontext():
             for batch in self._batches(prompts, n):
-                unique = list(dict.fromkeys(prompt for prompt, _ in batch))
-                owner = torch.tensor([unique.index(prompt) for prompt, _ in batch])
-                ids = torch.tensor([prompt_ids[prompt] for prompt, _ in batch])
-                completions = torch.tensor([k for _, k in batch])
-                rows = self._decode(
-                    halves, [prompts[i] for i in unique], owner, (step, ids, completions)
-                )
+                rows = self._sample_batch(drawn_from, prompts, batch, step, prompt_ids)
                 for (prompt, _), sample in zip(batch, rows, strict=True):
                     samples[prompt].append(sample)
         return samples
@@ -92,67 +89,77 @@ class HFSampler:
         for prompt in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
             # the longest so far: all rows are padded to it
             width = len(prompts[prompt]) + self.max_new_tokens
-            for k in range(n):
+            for completion in range(n):
                 if batch and (len(batch) + 1) * width > self.token_budget:
                     yield batch
                     batch = []
-                batch.append((prompt, k))
+                batch.append((prompt, completion))
         if batch:
             yield batch
 
-    def _decode(
+    def _sample_batch(
         self,
-        halves: "list[_Half]",
-        prompts: list[Tensor],
-        owner: Tensor,
-        noise: tuple[int, Tensor, Tensor],
+        drawn_from: list[CachedModel],
+        prompts: Sequence[Tensor],
+        batch: list[tuple[int, int]],
+        step: int,
+        prompt_ids: Sequence[int],
     ) -> list[Sample]:
-        """One sample per row. `owner` [R]: the prompt a row continues; `noise`: step, prompt ids
-        [R], completions [R].
+        """One sample for each (prompt, completion) of the batch. Each prompt is read once, however
+        many of its completions the batch has.
         """
-        logits = _mixed([half.prefill(prompts, self.max_new_tokens) for half in halves], halves)
-        step, ids, completions = noise
+        unique = list(dict.fromkeys(prompt for prompt, _ in batch))
+        room = self.max_new_tokens
+        logits = mixed_logits(
+            drawn_from, [model.prefill([prompts[i] for i in unique], room) for model in drawn_from]
+        )
         device = logits.device
-        cap = self.max_new_tokens
-        rows = len(owner)
-        owner = owner.to(device)
-        ids = ids.to(device)
-        completions = completions.to(device)
-        stop = torch.tensor(stop_tokens(self.models), device=device)
-        tokens = torch.zeros((rows, cap), dtype=torch.int64, device=device)
-        logps = torch.zeros((rows, cap), dtype=torch.float32, device=device)
-        lengths = torch.full((rows,), cap, device=device)
-        ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        live = torch.arange(rows, device=device)
-        running = torch.ones(rows, dtype=torch.bool, device=device)
-        logits = logits[owner]
-        for half in halves:
-            half.select(owner)
-        for t in range(cap):
-            keys = row_keys(self.seed, step, ids[live], completions[live], torch.full_like(live, t))
-            chosen, logp = self._choose(logits, keys)
-            tokens[live, t] = chosen
-            logps[live, t] = logp.float()
-            stopped = running & torch.isin(chosen, stop)
-            lengths[live[stopped]] = t + 1
-            ended[live[stopped]] = True
+
+        owner = torch.tensor([unique.index(prompt) for prompt, _ in batch]).to(device)
+        rows = _Rows(
+            step,
+            torch.tensor([prompt_ids[prompt] for prompt, _ in batch]).to(device),
+            torch.tensor([completion for _, completion in batch]).to(device),
+        )
+        for model in drawn_from:
+            model.select(owner)
+        return self._decode(drawn_from, logits[owner], rows)
+
+    def _decode(self, drawn_from: list[CachedModel], logits: Tensor, rows: "_Rows") -> list[Sample]:
+        """One sample per row, token by token, from the logits [R, V] of the first token on.
+
+        The rows that the models still advance are the live ones. A row that has ended stays among
+        them, its further tokens unread, until enough rows have ended for removing them to pay.
+        """
+        drawn = _Drawn(len(logits), self.max_new_tokens, logits.device)
+        stop = torch.tensor(stop_tokens(self.models), device=logits.device)
+        live = torch.arange(len(logits), device=logits.device)  # [L] into the R rows
+        running = torch.ones_like(live, dtype=torch.bool)  # [L]: has not ended
+
+        for position in range(self.max_new_tokens):
+            tokens, logps = self._choose(logits, rows.keys(self.seed, live, position))
+            stopped = running & torch.isin(tokens, stop)
+            drawn.put(live, position, tokens, logps)
+            drawn.end(live[stopped], position)
+
             running = running & ~stopped
             left = int(running.sum())
-            if left == 0 or t + 1 == cap:
+            if left == 0 or position + 1 == self.max_new_tokens:
                 break
+
             if left <= _COMPACT_AT * len(running):
-                kept = running.nonzero()[:, 0]
-                live = live[kept]
-                chosen = chosen[kept]
-                running = running[kept]
-                for half in halves:
-                    half.select(kept)
-            logits = _mixed([half.advance(chosen) for half in halves], halves)
-        return _samples(tokens, logps, lengths, ended)
+                unfinished = running.nonzero()[:, 0]
+                live = live[unfinished]
+                tokens = tokens[unfinished]
+                running = running[unfinished]
+                for model in drawn_from:
+                    model.select(unfinished)
+            logits = mixed_logits(drawn_from, [model.advance(tokens) for model in drawn_from])
+        return drawn.samples()
 
     def _choose(self, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and their log-probs: logits [R, V], noise keys [R] -> [R], [R]."""
-        rows = len(logits) if logits.is_cuda else max(1, _CHUNK // logits.shape[-1])
+        rows = len(logits) if logits.is_cuda else max(1, _LOGITS_AT_A_TIME // logits.shape[-1])
         parts = [
             self._choose_rows(*part)
             for part in zip(logits.split(rows), keys.split(rows), strict=True)
@@ -166,91 +173,70 @@ class HFSampler:
             wide = wide / self.temperature
         logprobs = wide.log_softmax(-1)
         if self.top_p < 1:
-            ordered, index = logprobs.sort(dim=-1, descending=True)
-            # mass before this token
-            outside = ordered.exp().cumsum(-1) - ordered.exp() >= self.top_p
-            logprobs = logprobs.masked_fill(
-                outside.scatter(-1, index, outside), -torch.inf
-            ).log_softmax(-1)
-        noisy = (
-            logprobs if self.temperature == 0 else gumbel(keys, logprobs.shape[-1]).add_(logprobs)
+            logprobs = _nucleus(logprobs, self.top_p)
+
+        # The Gumbel-max trick: the argmax of log-probs plus Gumbel noise is a sample of them.
+        if self.temperature == 0:
+            tokens = logprobs.argmax(-1)
+        else:
+            tokens = gumbel(keys, logprobs.shape[-1]).add_(logprobs).argmax(-1)
+        return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the noise of R rows depends on, beside the seed and the position."""
+
+    step: int
+    prompt_ids: Tensor  # [R]
+    completions: Tensor  # [R]: the number of the completion among its prompt's
+
+    def keys(self, seed: int, live: Tensor, position: int) -> Tensor:
+        """Noise keys of the rows `live` [L] at one position: [L]."""
+        return row_keys(
+            seed,
+            self.step,
+            self.prompt_ids[live],
+            self.completions[live],
+            torch.full_like(live, position),
         )
-        chosen = noisy.argmax(-1)
-        return chosen, logprobs.gather(-1, chosen[:, None])[:, 0]
 
 
-class _Half:
-    """One model of a draw, with its cache. A mixture has two, a plain draw one."""
+class _Drawn:
+    """The tokens of R rows as they are drawn, `cap` at most of each."""
 
-    products: PackedWeights | None = None
-    network: nn.Module | None = None  # the model while it is entered
+    def __init__(self, rows: int, cap: int, device: torch.device) -> None:
+        self.tokens = torch.zeros((rows, cap), dtype=torch.int64, device=device)
+        self.logps = torch.zeros((rows, cap), dtype=torch.float32, device=device)
+        self.lengths = torch.full((rows,), cap, device=device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
 
-    def __init__(self, models: Models, name: str, weight: float):
-        self.models = models
-        self.name = name
-        self.weight = weight
+    def put(self, rows: Tensor, position: int, tokens: Tensor, logps: Tensor) -> None:
+        """The tokens [L] of these rows at a position, with their log-probs."""
+        self.tokens[rows, position] = tokens
+        self.logps[rows, position] = logps.float()
 
-    @contextmanager
-    def entered(self) -> Iterator[nn.Module]:
-        """The model, ready to decode; entering again inside costs nothing."""
-        if self.network is not None:
-            yield self.network
-            return
-        with self.models.model(self.name) as model:
-            self.products = self.products or PackedWeights(model)
-            self.branches = can_branch(causal_lm(model))
-            with (
-                self.products.used(),
-                branching(causal_lm(model)) if self.branches else nullcontext(),
-            ):
-                self.network = model
-                try:
-                    yield model
-                finally:
-                    self.network = None
+    def end(self, rows: Tensor, position: int) -> None:
+        """The token at this position is the last of these rows."""
+        self.lengths[rows] = position + 1
+        self.ended[rows] = True
 
-    def prefill(self, prompts: list[Tensor], new_tokens: int) -> Tensor:
-        """Next-token logits [U, V] after each prompt, padded on the left; fills the cache."""
-        with self.entered() as model:
-            device = next(model.parameters()).device
-            width = max(len(prompt) for prompt in prompts)
-            _check_context(model, width, new_tokens)
-            ids = torch.stack([nn.functional.pad(p, (width - len(p), 0)) for p in prompts]).to(
-                device
-            )
-            lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-            self.mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-            self.cache = roomy_cache(model.config, BranchingLayer if self.branches else RoomyLayer)
-            self.arguments = _forward_arguments(model)
-            self.next_position = lengths
-        return self._forward(ids, (self.mask.cumsum(-1) - 1).clamp(min=0))
+    def samples(self) -> list[Sample]:
+        """One sample per row. NumericsError where log-probs are not finite."""
+        tokens = self.tokens.cpu()
+        logps = self.logps.cpu()
+        ends = zip(self.lengths.tolist(), self.ended.tolist(), strict=True)
 
-    def advance(self, tokens: Tensor) -> Tensor:
-        """Next-token logits [R, V] after one more token per row [R]."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones((len(tokens), 1))], dim=1)
-        logits = self._forward(tokens[:, None], self.next_position[:, None])
-        self.next_position = self.next_position + 1
-        return logits
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order; a row may be taken more than once."""
-        self.cache.reorder_cache(rows)
-        self.mask = self.mask[rows]
-        self.next_position = self.next_position[rows]
-
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        offered = {"position_ids": positions, "logits_to_keep": 1}
-        accepted = {name: value for name, value in offered.items() if name in self.arguments}
-        with self.entered() as model:
-            output = model(
-                input_ids=ids,
-                attention_mask=self.mask,
-                past_key_values=self.cache,
-                use_cache=True,
-                return_dict=True,
-                **accepted,
-            )
-        return output.logits[:, -1]
+        samples = []
+        for row, (length, ended) in enumerate(ends):
+            sample = Sample(tokens[row, :length].clone(), logps[row, :length].clone(), ended)
+            if not bool(torch.isfinite(sample.logps).all()):
+                raise NumericsError(
+                    "sampling: the model's log-probs are not finite; its weights or its logits "
+                    "hold nan or inf"
+                )
+            samples.append(sample)
+        return samples
 
 
 def _weights(draw: Draw) -> list[tuple[str, float]]:
@@ -261,51 +247,11 @@ def _weights(draw: Draw) -> list[tuple[str, float]]:
     return [(name, weight) for name, weight in pairs if weight > 0]
 
 
-def _mixed(logits: list[Tensor], halves: list[_Half]) -> Tensor:
-    """Weighted sum of next-token logits [R, V]; its log-softmax is the token-level mixture (Munos
-    et al. 2023, arXiv:2312.00886): the normaliser of each half is constant over the vocabulary and
-    cancels.
+def _nucleus(logprobs: Tensor, top_p: float) -> Tensor:
+    """Log-probs [R, V] of the smallest set of tokens with at least `top_p` of the mass,
+    renormalised; -inf outside it (Holtzman et al. 2020, arXiv:1904.09751).
     """
-    if len({part.shape[-1] for part in logits}) > 1:
-        sizes = ", ".join(
-            f"{half.name} {part.shape[-1]}" for half, part in zip(halves, logits, strict=True)
-        )
-        raise ModelError(
-            f"a mixture needs one vocabulary, got sizes {sizes}; take a reference with the policy's tokenizer"
-        )
-    if len(halves) == 1:
-        return logits[0]
-    return torch.stack(
-        [half.weight * part.float() for half, part in zip(halves, logits, strict=True)]
-    ).sum(0)
-
-
-def _samples(tokens: Tensor, logps: Tensor, lengths: Tensor, ended: Tensor) -> list[Sample]:
-    tokens = tokens.cpu()
-    logps = logps.cpu()
-    rows = []
-    for row, (length, end) in enumerate(zip(lengths.tolist(), ended.tolist(), strict=True)):
-        sample = Sample(tokens[row, :length].clone(), logps[row, :length].clone(), end)
-        if not bool(torch.isfinite(sample.logps).all()):
-            raise NumericsError(
-                "sampling: the model's log-probs are not finite; its weights or its logits hold nan or inf"
-            )
-        rows.append(sample)
-    return rows
-
-
-def _check_context(model: Any, prompt: int, new_tokens: int) -> None:
-    limit = context_length(model)
-    if prompt + new_tokens > limit:
-        raise ConfigError(
-            f"a prompt of {prompt} tokens and {new_tokens} new tokens exceed the model's context of {limit}; "
-            "lower max_new_tokens (rollout.max_new_tokens of a recipe) or data.max_length"
-        )
-
-
-def _forward_arguments(model: Any) -> set[str]:
-    """Names that the innermost model's forward takes (peft's wrapper takes everything and hands it
-    on).
-    """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return set(inspect.signature(inner.forward).parameters)
+    ordered, index = logprobs.sort(dim=-1, descending=True)
+    mass_before = ordered.exp().cumsum(-1) - ordered.exp()
+    outside = mass_before >= top_p
+    return logprobs.masked_fill(outside.scatter(-1, index, outside), -torch.inf).log_softmax(-1)

@@ -1,5 +1,5 @@
-"""An engine that samples with other arithmetic than the trainer: how far its log-probs are off, and
-what is done about it.
+"""What is done where an engine samples with other arithmetic than the trainer: its log-probs are
+compared with the trainer's, and completions are weighted by the difference.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,19 +15,23 @@ from alignkit.tensors import masked_sum
 
 
 def mismatch(tokens: TokenLogps, accelerator: Accelerator) -> dict[str, float]:
-    """How far the engine's log-probs are from the trainer's, over all ranks: logged always, because
-    drift ends in collapse.
+    """How far the engine's log-probs are from the trainer's, over all ranks: the largest difference
+    of a token and the mean KL(engine || trainer) per token. Empty without the engine's log-probs.
+
+    It is logged always, because a drift of the two ends in collapse.
     """
     if tokens.behavior is None:
         return {}
     gap = (tokens.policy - tokens.behavior)[tokens.mask].double()
-    k3 = torch.expm1(gap) - gap  # KL(engine || trainer), per token
-    own = torch.stack(
-        [torch.cat([gap.new_zeros(1), gap.abs()]).max(), k3.sum(), gap.new_tensor(gap.numel())]
-    )
-    largest, total, count = accelerator.gather(own[None]).T
-    kl = float(total.sum() / count.sum().clamp(min=1))
-    return {"sampling/logp_difference_max": float(largest.max()), "sampling/mismatch_kl": kl}
+    kl = torch.expm1(gap) - gap  # the k3 estimate of KL(engine || trainer), per token
+
+    largest = torch.cat([gap.new_zeros(1), gap.abs()]).max()  # this rank may have no token
+    own = torch.stack([largest, kl.sum(), gap.new_tensor(gap.numel())])
+    maxima, sums, counts = accelerator.gather(own[None]).T
+    return {
+        "sampling/logp_difference_max": float(maxima.max()),
+        "sampling/mismatch_kl": float(sums.sum() / counts.sum().clamp(min=1)),
+    }
 
 
 @dataclass(frozen=True)
@@ -39,51 +43,48 @@ class Correction:
     cap: float
     limit: float  # KL(engine || trainer) per token above which the engine holds other weights
 
-    def check(self, figures: Mapping[str, float]) -> None:
-        """ResourceError where `mismatch` found more than the limit; its figures are global, so all
-        ranks agree.
+    def check(self, metrics: Mapping[str, float]) -> None:
+        """ResourceError where the result of `mismatch` exceeds the limit. It is the same on all
+        ranks, so all of them raise or none does.
         """
-        drift = figures["sampling/mismatch_kl"]
+        drift = metrics["sampling/mismatch_kl"]
         if not drift <= self.limit:
             raise ResourceError(
-                f"the sampling server's log-probs are {drift:.3g} nats per token from the trainer's, more than "
-                f"rollout.max_mismatch {self.limit}: it computes another model. Check its model and --dtype"
+                f"the sampling server's log-probs are {drift:.3g} nats per token from the "
+                f"trainer's, more than rollout.max_mismatch {self.limit}: it computes another "
+                "model. Check its model and --dtype"
             )
 
     def weigh(
         self, bundles: Sequence[Bundle], tokens: TokenLogps, accelerator: Accelerator
     ) -> tuple[list[Bundle], dict[str, float]]:
         """The bundles of the N completions in `tokens` with one weight for each (row `importance`),
-        and figures of all ranks.
+        and metrics of all ranks: the mean weight and the share of weights at the cap.
         """
-        ratio = clamp_log_ratio(
-            masked_sum(tokens.policy - tokens.get("behavior"), tokens.mask)
-        ).exp()
+        log_ratio = masked_sum(tokens.policy - tokens.get("behavior"), tokens.mask)  # [N]
+        ratio = clamp_log_ratio(log_ratio).exp()
         weights = ratio.clamp(max=self.cap)
-        capped = ratio > self.cap
-        sums = torch.stack(
-            [
-                weights.double().sum(),
-                capped.double().sum(),
-                weights.new_tensor(len(weights)).double(),
-            ]
-        )
-        total, beyond, count = accelerator.reduce(sums).tolist()
+
         parts = weights.cpu().split([len(bundle.completions) for bundle in bundles])
         weighed = [
-            replace(b, rows={**b.rows, "importance": part})
-            for b, part in zip(bundles, parts, strict=True)
+            replace(bundle, rows={**bundle.rows, "importance": part})
+            for bundle, part in zip(bundles, parts, strict=True)
         ]
-        figures = {
-            "sampling/importance_mean": total / max(count, 1),
-            "sampling/importance_capped": beyond / max(count, 1),
+
+        capped = ratio > self.cap
+        wide = weights.double()
+        own = torch.stack([wide.sum(), capped.double().sum(), wide.new_tensor(len(wide))])
+        weight_sum, capped_sum, completions = accelerator.reduce(own).tolist()
+        metrics = {
+            "sampling/importance_mean": weight_sum / max(completions, 1),
+            "sampling/importance_capped": capped_sum / max(completions, 1),
         }
-        return weighed, figures
+        return weighed, metrics
 
 
 def weighted(out: LossTerms, bundles: Sequence[Bundle]) -> LossTerms:
-    """Loss terms times the importance of the completions they are about; without importance as they
-    are.
+    """Loss terms times the importance of the completions they are about; unchanged where the
+    bundles have none.
 
     Values of one completion ([N], [N, T]) take its weight, those of one bundle ([B]) the product
     over its completions.
@@ -91,12 +92,13 @@ def weighted(out: LossTerms, bundles: Sequence[Bundle]) -> LossTerms:
     if not all("importance" in bundle.rows for bundle in bundles):
         return out
     parts = [bundle.rows["importance"] for bundle in bundles]
-    single = torch.cat(parts)
-    joint = torch.stack([part.prod() for part in parts])
+    per_completion = torch.cat(parts)
+    per_bundle = torch.stack([part.prod() for part in parts])
 
-    def term(term: Term) -> Term:
-        weights = single if len(term.values) == len(single) else joint
-        weights = weights.to(term.values).view(-1, *[1] * (term.values.dim() - 1))
-        return replace(term, values=weights * term.values)
+    def times_importance(term: Term) -> Term:
+        of_completions = len(term.values) == len(per_completion)
+        weights = (per_completion if of_completions else per_bundle).to(term.values)
+        columns = [1] * (term.values.dim() - 1)
+        return replace(term, values=weights.view(-1, *columns) * term.values)
 
-    return replace(out, terms=[term(t) for t in out.terms])
+    return replace(out, terms=[times_importance(term) for term in out.terms])

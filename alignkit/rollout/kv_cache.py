@@ -2,10 +2,10 @@
 token, this one seldom.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 _ROOM = 64  # tokens of spare room at least; it doubles with the length
@@ -31,30 +31,39 @@ class RoomyLayer(DynamicLayer):
         """Append [B, H, new, D] to both; returns all keys and values so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.keys.shape[-2] if self.keys.numel() else 0
+        keys, values = self.filled()
+        start = keys.shape[-2] if keys.numel() else 0
         end = start + key_states.shape[-2]
+
         if self.buffers is None or end > self.buffers[0].shape[-2]:
-            self.buffers = (
-                self._grown(self.keys, key_states, end),
-                self._grown(self.values, value_states, end),
-            )
-        keys, values = self.buffers
-        keys[..., start:end, :] = key_states
-        values[..., start:end, :] = value_states
-        self.keys = keys[..., :end, :]
-        self.values = values[..., :end, :]
+            self.buffers = (_grown(keys, key_states, end), _grown(values, value_states, end))
+        key_buffer, value_buffer = self.buffers
+        key_buffer[..., start:end, :] = key_states
+        value_buffer[..., start:end, :] = value_states
+
+        self.keys = key_buffer[..., :end, :]
+        self.values = value_buffer[..., :end, :]
+        return self.keys, self.values
+
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """Keys and values so far, [B, H, L, D] each."""
+        assert self.keys is not None
+        assert self.values is not None
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take these rows, repeats allowed."""
-        super().reorder_cache(beam_idx)
-        self.buffers = None
+        super().reorder_cache(cast(LongTensor, beam_idx))
+        self.buffers = None  # the rows taken are a copy of their own
 
-    def _grown(self, old: Tensor, new: Tensor, end: int) -> Tensor:
-        rows, heads, _, width = new.shape
-        room = torch.empty(
-            (rows, heads, end + max(_ROOM, end // 2), width), dtype=new.dtype, device=new.device
-        )
-        if old.numel():
-            room[..., : old.shape[-2], :] = old
-        return room
+
+def _grown(old: Tensor, new: Tensor, end: int) -> Tensor:
+    """A buffer for `end` tokens and more, in the shape and dtype of `new` [B, H, new, D], that
+    begins with `old`.
+    """
+    rows, heads, _, width = new.shape
+    shape = (rows, heads, end + max(_ROOM, end // 2), width)
+    buffer = torch.empty(shape, dtype=new.dtype, device=new.device)
+    if old.numel():
+        buffer[..., : old.shape[-2], :] = old
+    return buffer

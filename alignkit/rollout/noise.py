@@ -12,11 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# multipliers of the 32-bit finaliser "lowbias32" (Wellons 2018), as int32
-_ODD = (
-    0x7FEB352D,
-    0x846CA68B - (1 << 32),
-)
+# Multipliers of the 32-bit finaliser "lowbias32" (Wellons 2018), as int32.
+_FIRST_MULTIPLIER = 0x7FEB352D
+_SECOND_MULTIPLIER = 0x846CA68B - (1 << 32)
 
 
 def row_keys(
@@ -39,9 +37,15 @@ def uniform(keys: Tensor, size: int) -> Tensor:
     """
     low = (keys & 0xFFFFFFFF).to(torch.int32)[:, None]
     high = (keys >> 32).to(torch.int32)[:, None]
-    words = _xorshift(_indices(size, keys.device) ^ low, 16).mul_(_ODD[0]).add_(high)
-    words = _xorshift(_xorshift(words, 15).mul_(_ODD[1]), 16)
-    return words.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+
+    # The finaliser of (hashed index ^ low half of the key); the high half enters in its middle, so
+    # that keys with the same low half still differ.
+    words = _xorshift(_indices(size, keys.device) ^ low, 16).mul_(_FIRST_MULTIPLIER).add_(high)
+    words = _xorshift(_xorshift(words, 15).mul_(_SECOND_MULTIPLIER), 16)
+
+    # 31 bits to the middles of 2^31 intervals; rounded to float32 the last of them would be 1.
+    bits = words.bitwise_and_(0x7FFFFFFF)
+    return bits.float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
 
 
 def gumbel(keys: Tensor, size: int) -> Tensor:
@@ -49,7 +53,7 @@ def gumbel(keys: Tensor, size: int) -> Tensor:
     samples the log-probs.
     """
     # -log(-log(1 - u)): the large values, which decide the argmax, come from small u, where float32
-    # is dense
+    # is dense.
     return uniform(keys, size).neg_().log1p_().neg_().log_().neg_()
 
 
@@ -70,8 +74,9 @@ def _mix64(x: Tensor) -> Tensor:
 @lru_cache(maxsize=4)
 def _indices(size: int, device: torch.device) -> Tensor:
     """Hashed vocabulary indices, int32 [size]: the same for every row."""
-    words = _xorshift(torch.arange(size, dtype=torch.int32, device=device), 16).mul_(_ODD[0])
-    return _xorshift(_xorshift(words, 15).mul_(_ODD[1]), 16)
+    words = _xorshift(torch.arange(size, dtype=torch.int32, device=device), 16)
+    words = _xorshift(words.mul_(_FIRST_MULTIPLIER), 15)
+    return _xorshift(words.mul_(_SECOND_MULTIPLIER), 16)
 
 
 def _xorshift(x: Tensor, bits: int) -> Tensor:

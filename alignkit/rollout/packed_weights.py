@@ -1,6 +1,6 @@
 """Matrix products with weights packed beforehand, for sampling on a CPU.
 
-A decode step multiplies few rows with every weight. Called plainly, the product packs the weight
+A sampling step multiplies few rows with every weight. Called plainly, the product packs the weight
 anew each time, which for a dozen rows takes as long as the multiplication and for one row far
 longer; oneDNN takes weights that are packed already.
 """
@@ -23,8 +23,8 @@ class PackedWeights:
     """A model's large linear layers, packed as its weights are now, in the dtype that autocast
     computes in.
 
-    They take the weights' memory once more. Empty where the product is not oneDNN's to do: another
-    device, processor or dtype.
+    They take the weights' memory once more. Layers stay as they are where oneDNN does not compute
+    the product: on another device or processor, or in another dtype.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,24 +46,27 @@ class PackedWeights:
 
 def _packed(module: nn.Module) -> partial[Tensor] | None:
     """The forward of a linear layer with its weight packed, None for what stays as it is."""
-    # a forward of the instance's own is a wrapper's (offloading, say), which must see every call
-    if (
-        type(module) is not nn.Linear
-        or "forward" in vars(module)
-        or module.weight.numel() < SMALLEST
-    ):
+    if type(module) is not nn.Linear or module.weight.numel() < SMALLEST:
         return None
+    # A forward of the instance's own is a wrapper's (offloading, say), which must see every call.
+    if "forward" in vars(module):
+        return None
+
     weight = module.weight.data
-    bias = None if module.bias is None else module.bias.data
-    if weight.device.type != "cpu" or not ONEDNN:
-        return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-    if dtype != torch.float32 and not (
-        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    ):
+    if weight.device.type != "cpu" or not ONEDNN or not _multiplies(dtype):
         return None
+
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous())
-    return partial(_product, packed, None if bias is None else bias.to(dtype))
+    bias = None if module.bias is None else module.bias.data.to(dtype)
+    return partial(_product, packed, bias)
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies in this dtype on this processor."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
 
 
 def _product(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A prompt's keys and values once for all of its completions, while sampling on a CPU.
 
-Attention of a decode step waits for what it reads from the cache. Completions of one prompt see the
-same keys there, so all their queries meet them in one product.
+Attention to one new token per row is as slow as reading the cache. Completions of one prompt attend
+to the same keys, so all their queries are multiplied with them at once and the keys are read once.
 """
 
 from collections.abc import Iterator
@@ -21,58 +21,66 @@ KERNEL = "alignkit_branches"  # the name under which transformers knows the atte
 
 
 class Prompts:
-    """Keys and values [U, H, P, D] of prompts, and the row of each completion (`owner` [R], into
-    U).
+    """Keys and values [U, H, P, D] of U prompts, and the prompt of each of R completions (`owner`
+    [R], into U). Prompts without a completion are dropped.
 
     Queries of one prompt are laid side by side, as many places for each prompt as the one with most
     completions needs.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, owner: Tensor) -> None:
-        kept, self.owner, counts = owner.unique(return_inverse=True, return_counts=True)
-        whole = len(kept) == len(keys)
-        self.keys, self.values = (keys, values) if whole else (keys[kept], values[kept])
-        order = self.owner.argsort(stable=True)
+        owned, self.owner, counts = owner.unique(return_inverse=True, return_counts=True)
+        all_owned = len(owned) == len(keys)
+        self.keys = keys if all_owned else keys[owned]
+        self.values = values if all_owned else values[owned]
+
+        # Number the completions of each prompt: sorted by prompt, a completion's number is its
+        # place less the place at which its prompt begins.
         self.places = int(counts.max())
-        rank = torch.empty_like(order)
-        rank[order] = (
-            torch.arange(len(order), device=order.device)
-            - (counts.cumsum(0) - counts)[self.owner[order]]
+        by_prompt = self.owner.argsort(stable=True)
+        first = counts.cumsum(0) - counts  # [U]: where each prompt begins
+        number = torch.empty_like(by_prompt)
+        number[by_prompt] = (
+            torch.arange(len(owner), device=owner.device) - first[self.owner[by_prompt]]
         )
-        self.slots = self.owner * self.places + rank  # [R] into U * places
-        self.in_order = len(order) == len(kept) * self.places and torch.equal(order, self.slots)
+        self.slots = self.owner * self.places + number  # [R] into U * places
+
+        # Where the completions fill all places in their own order, nothing has to be moved.
+        all_filled = len(owner) == len(owned) * self.places
+        self.in_order = all_filled and torch.equal(by_prompt, self.slots)
 
     def taken(self, rows: Tensor) -> "Prompts":
         """The prompts of these completions."""
         return Prompts(self.keys, self.values, self.owner[rows])
 
-    def grouped(self, figures: Tensor) -> Tensor:
+    def grouped(self, per_completion: Tensor) -> Tensor:
         """[R, H, G, E] -> [U, H, places * G, E], 0 at places without a completion."""
-        placed = figures
+        placed = per_completion
         if not self.in_order:
-            placed = figures.new_zeros(len(self.keys) * self.places, *figures.shape[1:])
-            placed[self.slots] = figures
+            shape = (len(self.keys) * self.places, *per_completion.shape[1:])
+            placed = per_completion.new_zeros(shape)
+            placed[self.slots] = per_completion
         return placed.unflatten(0, (-1, self.places)).transpose(1, 2).flatten(2, 3)
 
-    def single(self, figures: Tensor) -> Tensor:
-        """The other way: [U, H, places * G, E] -> [R, H, G, E]."""
-        placed = figures.unflatten(2, (self.places, -1)).transpose(1, 2).flatten(0, 1)
+    def single(self, per_prompt: Tensor) -> Tensor:
+        """The inverse of `grouped`: [U, H, places * G, E] -> [R, H, G, E]."""
+        placed = per_prompt.unflatten(2, (self.places, -1)).transpose(1, 2).flatten(0, 1)
         return placed if self.in_order else placed[self.slots]
 
 
 class BranchKeys(Tensor):
-    """Keys [R, H, t, D] of the completions, where a model hands keys to its attention; `prompt` has
-    the rest.
+    """Keys [R, H, t, D] of the completions' own tokens; those of their prompts are in `prompt`.
+
+    The model hands on whatever keys its cache returns, so this is how `attend` learns of prompts.
     """
 
     prompt: Prompts
 
 
 class BranchingLayer(RoomyLayer):
-    """A cache layer of prompts from which completions branch off: then `keys` and `values` are the
-    completions' own.
-
-    The first `reorder_cache` that takes more rows than there are prompts begins the branches.
+    """A cache layer of prompts from which completions branch off. The first `reorder_cache` that
+    takes more rows than there are prompts begins the branches; from then on `keys` and `values`
+    hold the completions' own tokens.
     """
 
     prompt: Prompts | None = None
@@ -89,21 +97,29 @@ class BranchingLayer(RoomyLayer):
 
     def get_seq_length(self) -> int:
         """Tokens that the next one sees, the prompt's included."""
-        return super().get_seq_length() + (0 if self.prompt is None else self.prompt.keys.shape[-2])
+        of_prompt = 0 if self.prompt is None else self.prompt.keys.shape[-2]
+        return super().get_seq_length() + of_prompt
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take these rows, repeats allowed."""
-        if self.prompt is not None:
-            self.prompt = self.prompt.taken(beam_idx)
-        elif len(beam_idx) > len(self.keys):
-            self.prompt = Prompts(self.keys, self.values, beam_idx)
-            self.keys, self.values = (
-                old.new_empty(len(beam_idx), old.shape[1], 0, old.shape[3])
-                for old in (self.keys, self.values)
-            )
+        keys, values = self.filled()
+        if self.prompt is None and len(beam_idx) > len(keys):
+            # The branches begin: what is cached so far belongs to the prompts.
+            self.prompt = Prompts(keys, values, beam_idx)
+            self.keys = _without_tokens(keys, len(beam_idx))
+            self.values = _without_tokens(values, len(beam_idx))
             self.buffers = None
             return
+
+        if self.prompt is not None:
+            self.prompt = self.prompt.taken(beam_idx)
         super().reorder_cache(beam_idx)
+
+
+def _without_tokens(cached: Tensor, rows: int) -> Tensor:
+    """[U, H, P, D] -> [rows, H, 0, D]."""
+    _, heads, _, width = cached.shape
+    return cached.new_empty(rows, heads, 0, width)
 
 
 def attend(
@@ -116,35 +132,36 @@ def attend(
     position_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention: of one query per completion [R, heads, 1, D] to its prompt and
-    itself; else its SDPA kernel.
+    """An attention kernel for transformers. With `BranchKeys`, the query of each completion
+    [R, heads, 1, D] attends to its prompt and to the completion's own tokens; any other keys go to
+    the SDPA kernel of transformers.
 
     `attention_mask` is boolean [R, 1, 1, L] or None, `position_bias` [.., heads or 1, 1, L] is
-    added to the scores.
+    added to the scores; L counts the prompt's tokens and the completion's.
     """
     if not isinstance(key, BranchKeys):
         options |= {"scaling": scaling, "position_bias": position_bias}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
     prompt = key.prompt
-    own = key.as_subclass(Tensor)
+    own_keys = key.as_subclass(Tensor)
     rows, heads, _, width = query.shape
-    queries = query.reshape(rows, own.shape[1], -1, width) * (
-        width**-0.5 if scaling is None else scaling
-    )
-    scores = torch.cat(
-        [
-            prompt.single(prompt.grouped(queries) @ prompt.keys.transpose(2, 3)),
-            (own @ queries.transpose(2, 3)).transpose(2, 3),
-        ],
-        -1,
-    ).reshape(rows, heads, 1, -1)
+    key_heads = own_keys.shape[1]
+    scale = width**-0.5 if scaling is None else scaling
+
+    # Query heads that share a key head stand side by side, so that their keys are read once.
+    queries = query.reshape(rows, key_heads, -1, width) * scale
+    of_prompt = prompt.single(prompt.grouped(queries) @ prompt.keys.transpose(2, 3))
+    of_own = (own_keys @ queries.transpose(2, 3)).transpose(2, 3)
+    scores = torch.cat([of_prompt, of_own], -1).reshape(rows, heads, 1, -1)
     if position_bias is not None:
         scores = scores + position_bias
     if attention_mask is not None:
         scores = scores.masked_fill_(~attention_mask, -torch.inf)
-    weights = scores.softmax(-1).reshape(rows, own.shape[1], heads // own.shape[1], -1)
-    before, after = weights.split([prompt.keys.shape[2], own.shape[2]], -1)
-    mixed = prompt.single(prompt.grouped(before) @ prompt.values) + after @ value
+
+    weights = scores.softmax(-1).reshape(rows, key_heads, heads // key_heads, -1)
+    on_prompt, on_own = weights.split([prompt.keys.shape[2], own_keys.shape[2]], -1)
+    mixed = prompt.single(prompt.grouped(on_prompt) @ prompt.values) + on_own @ value
     return mixed.reshape(rows, 1, heads, -1), None
 
 
@@ -152,7 +169,7 @@ AttentionInterface.register(KERNEL, attend)
 AttentionMaskInterface.register(KERNEL, sdpa_mask)
 
 
-def can_branch(model: nn.Module) -> bool:
+def can_branch(model: Any) -> bool:
     """Whether a transformers model takes `BranchKeys` while `branching`, and gains by it.
 
     Not in half precision, where the scores above would be rounded; the SDPA kernel keeps them in
@@ -161,12 +178,12 @@ def can_branch(model: nn.Module) -> bool:
     exact = model.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
     wide = model.config.get_text_config().hidden_size >= NARROW
     on_cpu = model.device.type == "cpu" and kernel_of(model.config) == "sdpa"
-    return exact and wide and on_cpu and model._can_set_attn_implementation()
+    return bool(exact and wide and on_cpu and model._can_set_attn_implementation())
 
 
 @contextmanager
-def branching(model: nn.Module) -> Iterator[None]:
-    """Inside, the model attends by the kernel above."""
+def branching(model: Any) -> Iterator[None]:
+    """Inside, a transformers model attends by the kernel above."""
     usual = model.config._attn_implementation
     model.config._attn_implementation = KERNEL
     try:

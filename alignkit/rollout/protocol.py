@@ -1,5 +1,5 @@
-"""What samplers exchange with the rest: the `Sampler` protocol and its `Sample`. Engines are made
-in `rollout.engines`.
+"""What the rest of alignkit knows of samplers: the `Sampler` protocol and its `Sample`. Engines are
+made in `rollout.engines`.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,9 @@ class Sample:
 
 
 class Sampler(Protocol):
-    """Draws completions; the noise depends on (seed, step, prompt id, completion, position) alone."""
+    """Draws completions. The noise depends on (seed, step, prompt id, completion, position) and on
+    nothing else.
+    """
 
     def sample(
         self, prompts: Sequence[Tensor], draw: Draw, *, step: int, prompt_ids: Sequence[int]
@@ -38,7 +40,7 @@ class Sampler(Protocol):
 
     def sync(self) -> None:
         """Draw from the policy as it is now, from here on. Called on every process before a
-        rollout; they meet afterwards.
+        rollout; the processes wait for each other afterwards.
         """
         ...
 
@@ -64,7 +66,8 @@ def check_request(prompts: Sequence[Tensor], draw: Draw, prompt_ids: Sequence[in
         raise ConfigError(f"sampling: {draw.n} completions per prompt; at least 1")
     if len(prompts) != len(prompt_ids):
         raise ConfigError(
-            f"sampling: {len(prompts)} prompts but {len(prompt_ids)} prompt ids; give one id per prompt"
+            f"sampling: {len(prompts)} prompts but {len(prompt_ids)} prompt ids; "
+            "give one id per prompt"
         )
     if any(len(prompt) == 0 for prompt in prompts):
         raise DataError("sampling: a prompt has no tokens; give it at least one (a BOS token)")
@@ -78,6 +81,5 @@ def stop_tokens(models: Models) -> list[int]:
     with models.model("policy") as model:
         configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     several = configured if isinstance(configured, list) else [configured]
-    return sorted(
-        {token for token in (*several, models.tokenizer.eos_token_id) if token is not None}
-    )
+    tokens = {*several, models.tokenizer.eos_token_id}
+    return sorted(token for token in tokens if token is not None)

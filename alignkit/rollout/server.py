@@ -78,7 +78,7 @@ class Job:
     version: str
     rows: Sequence[Row] = ()
     weights: Path | None = None
-    done: Future = field(default_factory=Future)
+    done: Future[Mapping[str, Any]] = field(default_factory=Future)
 
 
 class Worker:
@@ -98,6 +98,8 @@ class Worker:
             waiting = [self.jobs.get()]
             while not self.jobs.empty():
                 waiting.append(self.jobs.get())
+
+            # In the order they came: loads one by one, the samples between two of them together.
             for loads, jobs in groupby(waiting, key=lambda job: job.weights is not None):
                 for part in [[job] for job in jobs] if loads else [list(jobs)]:
                     self._settle(part, self._load if loads else self._sample)
@@ -105,7 +107,7 @@ class Worker:
     def _settle(self, jobs: list[Job], work: Callable[[list[Job]], None]) -> None:
         try:
             work(jobs)
-        except Exception as error:  # an engine raises anything; the one who asked is told
+        except Exception as error:  # an engine raises anything; it goes to those who asked
             for job in jobs:
                 if not job.done.done():
                     job.done.set_exception(error)
@@ -167,6 +169,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(
                     401, f"the token is missing or wrong: set {TOKEN_ENV} to the server's"
                 )
+
             status = 200
             body = act(int(self.headers.get("Content-Length", 0)))
         except Refused as error:
@@ -178,8 +181,9 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:
             status = 500
             body = {"error": f"{type(error).__name__}: {error}"}
+
         data = json.dumps(body).encode()
-        with suppress(ConnectionError):  # the client went away: there is nobody to tell
+        with suppress(ConnectionError):  # the client went away: nobody waits for the answer
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
@@ -192,10 +196,12 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(
                     507, f"{length} bytes of weights do not fit on the disk of {folder}; set TMPDIR"
                 )
+
             file = Path(folder) / "model.safetensors"
             with file.open("wb") as out:
                 while length and (block := self.rfile.read(min(CHUNK, length))):
                     length -= out.write(block)
+
             version = version_of(file)
             if version != self.headers.get(VERSION_HEADER):
                 raise Refused(
@@ -204,12 +210,12 @@ class Handler(BaseHTTPRequestHandler):
             return self._done(Job(version, weights=Path(folder)))
 
     def _sample(self, length: int) -> Mapping[str, Any]:
-        if (
-            self.headers.get("Content-Type") != "application/json"
-        ):  # which a web page cannot send here
+        # A web page that a user of this machine visits cannot send this content type here.
+        if self.headers.get("Content-Type") != "application/json":
             raise Refused(415, "send application/json")
         if length > LARGEST_REQUEST:
             raise Refused(413, f"{length} bytes are too many for one request")
+
         asked = json.loads(self.rfile.read(length))
         shared = [asked[name] for name in ("max_new_tokens", "temperature", "top_p", "stop")]
         pairs = zip(asked["prompts"], asked["seeds"], strict=True)
@@ -221,11 +227,13 @@ class Handler(BaseHTTPRequestHandler):
         return job.done.result()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: prompts and completions are nobody's business."""
+        """Log nothing: prompts and completions stay private."""
 
 
 class Server(ThreadingHTTPServer):
-    """On 127.0.0.1 and no other address; port 0 takes a free one. `token` None: the environment's."""
+    """Listens on 127.0.0.1 and no other address; port 0 takes a free one. Without a `token` the
+    environment's is used.
+    """
 
     daemon_threads = True
 

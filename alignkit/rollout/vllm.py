@@ -100,12 +100,15 @@ class VLLMSampler:
         room = self.about["max_length"] - max(len(prompt) for prompt in prompts)
         if room < self.config.max_new_tokens:
             raise ConfigError(
-                f"rollout.max_new_tokens: a prompt leaves room for {room} of {self.config.max_new_tokens} tokens in the server's "
-                f"{self.about['max_length']}; lower it or data.max_length, or start the server with a larger --max-model-len"
+                f"rollout.max_new_tokens: a prompt leaves room for {room} of "
+                f"{self.config.max_new_tokens} tokens in the server's {self.about['max_length']}; "
+                "lower it or data.max_length, or start the server with a larger --max-model-len"
             )
+
         ids = torch.tensor(prompt_ids).repeat_interleave(n)
         completions = torch.arange(n).repeat(len(prompts))
         keys = row_keys(self.seed, step, ids, completions, torch.zeros_like(ids)) & SEEDS
+
         return {
             "version": self.version,
             "max_new_tokens": self.config.max_new_tokens,
@@ -117,7 +120,7 @@ class VLLMSampler:
         }
 
     def _answer(self, asked: Mapping[str, Any], total: int) -> Answer:
-        """The server's answer, every figure checked: what it says is trained on."""
+        """The server's answer with every number in it checked: the trainer learns from them."""
         most = (1 << 16) + total * (128 + BYTES_PER_TOKEN * self.config.max_new_tokens)
         try:
             answer = Answer.model_validate(self.client.sample(asked, most))
@@ -127,10 +130,13 @@ class VLLMSampler:
             raise ResourceError(
                 f"rollout.url: {self.config.url} gave a malformed answer at {place}: {fault['msg']}"
             ) from None
+
         if answer.version != self.version:
             raise ResourceError(
-                f"rollout.url: {self.config.url} sampled with stale weights: {answer.version[:12]}, not {self.version[:12]}"
+                f"rollout.url: {self.config.url} sampled with stale weights: "
+                f"{answer.version[:12]}, not {self.version[:12]}"
             )
+
         rows = answer.completions
         cap = asked["max_new_tokens"]
         vocabulary = self.about["shape"]["vocab_size"]
@@ -138,15 +144,16 @@ class VLLMSampler:
             len(row.ids) > cap or max(row.ids) >= vocabulary for row in rows
         ):
             raise ResourceError(
-                f"rollout.url: {self.config.url} did not give the {total} completions that were asked for, of at most {cap} "
-                f"tokens below {vocabulary} each"
+                f"rollout.url: {self.config.url} did not give the {total} completions that were "
+                f"asked for, of at most {cap} tokens below {vocabulary} each"
             )
         return answer
 
     def _sample(self, row: Completion) -> Sample:
         if not all(map(math.isfinite, row.logps)):
             raise NumericsError(
-                "sampling: the server's log-probs are not finite; the policy's weights hold nan or inf"
+                "sampling: the server's log-probs are not finite; the policy's weights hold nan "
+                "or inf"
             )
         return Sample(
             torch.tensor(row.ids), torch.tensor(row.logps, dtype=torch.float32), row.ended
@@ -161,20 +168,23 @@ class VLLMSampler:
                     f"cannot write weights to {folder}: {error.strerror}; set TMPDIR"
                 ) from error
             self.version = version_of(file)
-            if (
-                self.client.hello()["version"] != self.version
-            ):  # it may have them, or have lost them
+
+            # The server may have these weights already, or have lost them since the last step.
+            if self.client.hello()["version"] != self.version:
                 self.client.push(file, self.version)
 
     def _check_model(self) -> None:
         """ModelError unless the server's tokens and architecture are the policy's."""
-        told = f"rollout.url: the server at {self.config.url} holds {self.about.get('model')}"
+        holds = f"rollout.url: the server at {self.config.url} holds {self.about.get('model')}"
         if self.about.get("vocabulary") != vocabulary_hash(self.models.tokenizer.get_vocab()):
             raise ModelError(
-                f"{told}, whose tokenizer is not the policy's; start it with the model that is trained"
+                f"{holds}, whose tokenizer is not the policy's; start it with the model that is "
+                "trained"
             )
+
         with self.models.model("policy") as model:
-            own = shape_of(model.config.get_text_config())
+            config: Any = model.config
+            own = shape_of(config.get_text_config())
         theirs = self.about.get("shape") or {}
         wrong = [
             f"{name} {theirs.get(name)} for {value}"
@@ -183,20 +193,23 @@ class VLLMSampler:
         ]
         if wrong:
             raise ModelError(
-                f"{told}, another architecture ({', '.join(wrong)}); start it with the model that is trained"
+                f"{holds}, another architecture ({', '.join(wrong)}); start it with the model "
+                "that is trained"
             )
+
         if self.about.get("dtype") not in DTYPES or type(self.about.get("max_length")) is not int:
-            raise ModelError(f"{told} in {self.about.get('dtype')}; allowed: {', '.join(DTYPES)}")
+            raise ModelError(f"{holds} in {self.about.get('dtype')}; allowed: {', '.join(DTYPES)}")
 
 
 def check_draw(draw: Draw) -> None:
     """ConfigError for what a server that holds the policy alone cannot draw."""
     if draw.mix:
         raise ConfigError(
-            "rollout.engine: vllm cannot sample the token-level mixture of policy and reference that this objective asks for; "
-            "use rollout.engine: hf"
+            "rollout.engine: vllm cannot sample the token-level mixture of policy and reference "
+            "that this objective asks for; use rollout.engine: hf"
         )
     if draw.source != "policy":
         raise ConfigError(
-            f"rollout.engine: vllm holds the policy alone; this objective draws from its `{draw.source}`: use rollout.engine: hf"
+            "rollout.engine: vllm holds the policy alone; this objective draws from its "
+            f"`{draw.source}`: use rollout.engine: hf"
         )

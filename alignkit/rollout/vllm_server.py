@@ -65,9 +65,8 @@ class VLLMEngine:
             for row in rows
         ]
         prompts = [{"prompt_token_ids": list(row.prompt)} for row in rows]
-        found = [
-            output.outputs[0] for output in self.llm.generate(prompts, settings, use_tqdm=False)
-        ]
+        outputs = self.llm.generate(prompts, settings, use_tqdm=False)
+        completions = [output.outputs[0] for output in outputs]
         return [
             {
                 "ids": list(one.token_ids),
@@ -77,7 +76,7 @@ class VLLMEngine:
                 ],
                 "ended": one.finish_reason == "stop",
             }
-            for one in found
+            for one in completions
         ]
 
 

@@ -127,7 +127,7 @@ def test_samples_and_log_probs_are_those_of_separate_rows(family, monkeypatch):
     )
     found = drawn()
     assert bool(used) == (family in ("llama", "gemma3", "gpt2", "opt"))
-    monkeypatch.setattr("alignkit.rollout.hf.can_branch", lambda _: False)
+    monkeypatch.setattr("alignkit.rollout.cached_model.can_branch", lambda _: False)
     used.clear()
     expected = drawn()
     assert not used

@@ -293,7 +293,7 @@ def test_a_server_that_hangs_breaks_or_is_gone(folder, engine):
 
 
 def test_a_server_that_is_still_starting_is_waited_for(folder, engine, caplog, monkeypatch):
-    monkeypatch.setattr("alignkit.rollout.client.SAY_EVERY", 0.1)
+    monkeypatch.setattr("alignkit.rollout.client.WARN_EVERY", 0.1)
     with serving(engine) as url:
         port = int(url.rpartition(":")[2])
     with pytest.raises(

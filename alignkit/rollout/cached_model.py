@@ -1,0 +1,152 @@
+"""A transformers model with a key-value cache, advanced by one token per row and step."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import LongTensor, Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from alignkit.errors import ConfigError, ModelError
+from alignkit.policies.module import causal_lm, context_length
+from alignkit.rollout.kv_cache import RoomyLayer, roomy_cache
+from alignkit.rollout.packed_weights import PackedWeights
+from alignkit.rollout.prompt_cache import BranchingLayer, branching, can_branch
+from alignkit.rollout.protocol import Models
+
+
+class CachedModel:
+    """One model of a draw with the cache of its rows: `prefill`, then `select` and `advance`.
+
+    models  where the model is found by its `name`
+    weight  of its logits in a mixture
+    """
+
+    # filled by `prefill`
+    cache: DynamicCache
+    mask: Tensor  # [R, tokens so far] int64: 0 at the padding before a prompt
+    next_position: Tensor  # [R]: where the next token stands
+
+    def __init__(self, models: Models, name: str, weight: float) -> None:
+        self.models = models
+        self.name = name
+        self.weight = weight
+        self.entered_model: nn.Module | None = None
+        self.packed_weights: PackedWeights | None = None
+        self.branches = False
+
+    @contextmanager
+    def entered(self) -> Iterator[nn.Module]:
+        """The model, ready to sample; entering again inside costs nothing."""
+        if self.entered_model is not None:
+            yield self.entered_model
+            return
+
+        with self.models.model(self.name) as model:
+            inner = causal_lm(model)
+            self.branches = can_branch(inner)
+            if self.packed_weights is None:
+                self.packed_weights = PackedWeights(model)
+
+            with (
+                self.packed_weights.used(),
+                branching(inner) if self.branches else nullcontext(),
+            ):
+                self.entered_model = model
+                try:
+                    yield model
+                finally:
+                    self.entered_model = None
+
+    def prefill(self, prompts: list[Tensor], new_tokens: int) -> Tensor:
+        """Next-token logits [P, V] after each of P prompts; fills the cache, one row per prompt.
+
+        ConfigError where a prompt and `new_tokens` exceed the model's context.
+        """
+        width = max(len(prompt) for prompt in prompts)
+        with self.entered() as model:
+            _check_context(model, width, new_tokens)
+            device = next(model.parameters()).device
+            layer = BranchingLayer if self.branches else RoomyLayer
+            self.cache = roomy_cache(model.config, layer)
+            self.optional_arguments = _forward_arguments(model)
+
+        # Padding stands on the left, so that all rows go on from the same column.
+        padded = [nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts]
+        ids = torch.stack(padded).to(device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+        self.next_position = lengths
+        return self._forward(ids, (self.mask.cumsum(-1) - 1).clamp(min=0))
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Next-token logits [R, V] after one more token per row [R]."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones((len(tokens), 1))], dim=1)
+        logits = self._forward(tokens[:, None], self.next_position[:, None])
+        self.next_position = self.next_position + 1
+        return logits
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order; a row may be taken more than once."""
+        self.cache.reorder_cache(cast(LongTensor, rows))
+        self.mask = self.mask[rows]
+        self.next_position = self.next_position[rows]
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits [R, V] at the last of the tokens `ids` [R, T], which stand at `positions`."""
+        optional = {"position_ids": positions, "logits_to_keep": 1}
+        accepted = {
+            name: value for name, value in optional.items() if name in self.optional_arguments
+        }
+        with self.entered() as model:
+            output = model(
+                input_ids=ids,
+                attention_mask=self.mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                return_dict=True,
+                **accepted,
+            )
+        return output.logits[:, -1]
+
+
+def mixed_logits(models: Sequence[CachedModel], logits: Sequence[Tensor]) -> Tensor:
+    """Weighted sum of the models' next-token logits [R, V].
+
+    Its log-softmax is the token-level mixture (Munos et al. 2023, arXiv:2312.00886): the normaliser
+    of each model is constant over the vocabulary and cancels. ModelError where the vocabularies
+    differ in size.
+    """
+    if len(models) == 1:
+        return logits[0]
+
+    if len({part.shape[-1] for part in logits}) > 1:
+        sizes = ", ".join(
+            f"{model.name} {part.shape[-1]}" for model, part in zip(models, logits, strict=True)
+        )
+        raise ModelError(
+            f"a mixture needs one vocabulary, got sizes {sizes}; take a reference with the "
+            "policy's tokenizer"
+        )
+    weighted = [model.weight * part.float() for model, part in zip(models, logits, strict=True)]
+    return torch.stack(weighted).sum(0)
+
+
+def _check_context(model: nn.Module, prompt: int, new_tokens: int) -> None:
+    limit = context_length(model)
+    if prompt + new_tokens > limit:
+        raise ConfigError(
+            f"a prompt of {prompt} tokens and {new_tokens} new tokens exceed the model's context "
+            f"of {limit}; lower max_new_tokens (rollout.max_new_tokens of a recipe) or "
+            "data.max_length"
+        )
+
+
+def _forward_arguments(model: Any) -> set[str]:
+    """Names that the innermost model's forward takes (peft's wrapper takes everything and hands it
+    on).
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(inner.forward).parameters)
