@@ -26,26 +26,32 @@ def checked(
     values = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise DataError(
-            f"reward {name} returned {_short(values)} ({type(values).__name__}); it should return a list with one number or "
-            f"None for each of the {len(completions)} completions"
+            f"reward {name} returned {_short(values)} ({type(values).__name__}); it should return "
+            f"a list with one number or None for each of the {len(completions)} completions"
         )
     if len(values) != len(completions):
         raise DataError(
-            f"reward {name} returned {len(values)} values for {len(completions)} completions; it should return one for each"
+            f"reward {name} returned {len(values)} values for {len(completions)} completions; "
+            "it should return one for each"
         )
+
     numbers = [_number(name, value, row, prompts, completions) for row, value in enumerate(values)]
-    bad = [
+    bad_rows = [
         row
         for row, number in enumerate(numbers)
         if number is not None and not math.isfinite(number)
     ]
-    if bad and not drop:
-        kinds = " and ".join(sorted({str(numbers[row]) for row in bad}))
+    if bad_rows and not drop:
+        kinds = " and ".join(sorted({str(numbers[row]) for row in bad_rows}))
+        first = bad_rows[0]
         raise NumericsError(
-            f"reward {name} returned {kinds} for {len(bad)} of {len(numbers)} completions (rows {_rows(bad)}); first: "
-            f"{quoted(prompts[bad[0]], completions[bad[0]])}; mend the function, or set `on_bad: drop` to set such rows aside"
+            f"reward {name} returned {kinds} for {len(bad_rows)} of {len(numbers)} completions "
+            f"(rows {_rows(bad_rows)}); first: {quoted(prompts[first], completions[first])}; mend "
+            "the function, or set `on_bad: drop` to set such rows aside"
         )
-    return [None if row in set(bad) else number for row, number in enumerate(numbers)], bad
+
+    aside = set(bad_rows)
+    return [None if row in aside else number for row, number in enumerate(numbers)], bad_rows
 
 
 def _number(
@@ -59,8 +65,8 @@ def _number(
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         raise DataError(
-            f"reward {name} returned {_short(value)} ({type(value).__name__}) for row {row}; each value should be a number or "
-            f"None; {quoted(prompts[row], completions[row])}"
+            f"reward {name} returned {_short(value)} ({type(value).__name__}) for row {row}; each "
+            f"value should be a number or None; {quoted(prompts[row], completions[row])}"
         ) from None
 
 
@@ -68,8 +74,8 @@ def within(seconds: float, what: str, call: Callable[[], T]) -> T:
     """The result of `call`, run in a thread of its own without gradients. ResourceError when it
     takes longer.
 
-    A thread cannot be killed: a function that hangs stops the run; what may hang on a completion
-    belongs into a verifier.
+    A thread cannot be killed, so a function that hangs stops the run. A reward that may hang on a
+    single completion is better written as a verifier.
     """
     box: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
@@ -85,8 +91,8 @@ def within(seconds: float, what: str, call: Callable[[], T]) -> T:
         result, error = box.get(timeout=seconds)
     except queue.Empty:
         raise ResourceError(
-            f"{what} did not return within {seconds:g} s; raise its `timeout`, or mend it (a reward that can hang on a single "
-            "completion should be a `verifier`)"
+            f"{what} did not return within {seconds:g} s; raise its `timeout`, or mend it (a "
+            "reward that can hang on a single completion should be a `verifier`)"
         ) from None
     if error is not None:
         raise error

@@ -45,25 +45,23 @@ class Reward:
         for exceptions, ResourceError for a hang; each names the function and the rows.
         """
         self.metrics = {}
-        plain = {name: column for name, column in columns.items() if name not in CONTEXT}
         totals: list[float | None] = [None] * len(completions)
         aside: set[int] = set()
+
         for part in self.parts:
-            raw = part.call(
-                prompts,
-                completions,
-                **(columns if isinstance(part.call, FunctionReward) else plain),
-            )
-            values, bad = checked(part.name, raw, prompts, completions, drop=part.drop)
-            if bad and len(bad) == len(values):
+            raw = part.call(prompts, completions, **_columns_for(part, columns))
+            values, bad_rows = checked(part.name, raw, prompts, completions, drop=part.drop)
+            if bad_rows and len(bad_rows) == len(values):
                 raise DataError(
-                    f"reward {part.name} has no finite value for any of the {len(values)} completions"
+                    f"reward {part.name} has no finite value for any of the {len(values)} "
+                    "completions"
                 )
-            aside.update(bad)
+
+            aside.update(bad_rows)
             for row, value in enumerate(values):
                 if value is not None:
                     totals[row] = (totals[row] or 0.0) + part.weight * value
-            self._describe(part, values, bad)
+            self._describe(part, values, set_aside=len(bad_rows))
         return [None if row in aside else total for row, total in enumerate(totals)]
 
     def close(self) -> None:
@@ -72,7 +70,7 @@ class Reward:
             if hasattr(part.call, "close"):
                 part.call.close()
 
-    def _describe(self, part: Part, values: Sequence[float | None], bad: Sequence[int]) -> None:
+    def _describe(self, part: Part, values: Sequence[float | None], *, set_aside: int) -> None:
         applicable = [value for value in values if value is not None]
         if applicable:
             self.metrics |= {
@@ -80,8 +78,15 @@ class Reward:
                 f"rewards/{part.name}/std": pstdev(applicable),
             }
         if part.drop:
-            self.metrics[f"rewards/{part.name}/set_aside"] = len(bad)
+            self.metrics[f"rewards/{part.name}/set_aside"] = set_aside
         self.metrics |= {
             f"rewards/{part.name}/{name}": value
             for name, value in getattr(part.call, "metrics", {}).items()
         }
+
+
+def _columns_for(part: Part, columns: dict[str, Any]) -> dict[str, Any]:
+    """What a part is called with: only users' functions get the trainer's state and its logging."""
+    if isinstance(part.call, FunctionReward):
+        return columns
+    return {name: column for name, column in columns.items() if name not in CONTEXT}

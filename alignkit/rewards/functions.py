@@ -11,12 +11,7 @@ from alignkit.errors import AlignkitError, DataError
 from alignkit.rewards.checks import quoted, within
 
 Values = Sequence[float | None]
-# what TRL hands a reward function beside its columns
-CONTEXT = (
-    "trainer_state",
-    "log_metric",
-    "log_extra",
-)
+CONTEXT = ("trainer_state", "log_metric", "log_extra")  # what TRL hands over beside the columns
 log = logging.getLogger("alignkit")
 
 
@@ -46,20 +41,16 @@ class FunctionReward:
         named, or set aside (`drop`).
         """
         self.metrics = {}
+        what = f"reward {self.name}"
         try:
-            return within(
-                self.timeout,
-                f"reward {self.name}",
-                lambda: self._call(prompts, completions, columns),
-            )
+            return within(self.timeout, what, lambda: self._call(prompts, completions, columns))
         except AlignkitError:
             raise
         except Exception as error:
-            whole = error  # the name in the clause ends with it
+            of_batch = error  # Python unbinds `error` at the end of the clause
+
         return within(
-            self.timeout,
-            f"reward {self.name}",
-            lambda: self._row_by_row(prompts, completions, columns, whole),
+            self.timeout, what, lambda: self._row_by_row(prompts, completions, columns, of_batch)
         )
 
     def _call(
@@ -70,13 +61,11 @@ class FunctionReward:
             "log_metric": self._log_metric,
             "log_extra": lambda column, values: None,
         }
-        offered = {**own, **columns, "prompts": prompts, "completions": completions}
-        given = (
-            offered
-            if self.takes_all
-            else {name: value for name, value in offered.items() if name in self.named}
-        )
-        result = self.function(**given)
+        arguments = {**own, **columns, "prompts": prompts, "completions": completions}
+        if not self.takes_all:
+            arguments = {name: value for name, value in arguments.items() if name in self.named}
+
+        result = self.function(**arguments)
         return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
 
     def _row_by_row(
@@ -84,8 +73,9 @@ class FunctionReward:
         prompts: Sequence[Any],
         completions: Sequence[Any],
         columns: dict[str, Any],
-        whole: Exception,
+        of_batch: Exception,
     ) -> Any:
+        """Values from one call per row, after the call with all rows raised `of_batch`."""
         values: list[Any] = []
         failed = 0
         for row in range(len(completions)):
@@ -97,23 +87,25 @@ class FunctionReward:
             except Exception as again:
                 failed += 1
                 if not self.drop:
-                    # where in the user's code
+                    # The log shows where in the user's code it happened.
                     log.error("reward %s raised on row %d:", self.name, row, exc_info=again)
                     raise DataError(
-                        f"reward {self.name} raised {type(again).__name__}: {again}; first on row {row} of {len(completions)}: "
-                        f"{quoted(prompts[row], completions[row])}"
+                        f"reward {self.name} raised {type(again).__name__}: {again}; first on row "
+                        f"{row} of {len(completions)}: {quoted(prompts[row], completions[row])}"
                     ) from again
                 values.append(float("nan"))  # set aside and counted by the caller
+
+        # No row can be blamed: the function fails on all of them, or only on the whole batch.
         if not failed or failed == len(completions):
-            log.error("reward %s raised:", self.name, exc_info=whole)
+            log.error("reward %s raised:", self.name, exc_info=of_batch)
+            on = (
+                f"each of the {failed} completions"
+                if failed
+                else f"the batch of {len(completions)}, on no single row"
+            )
             raise DataError(
-                f"reward {self.name} raised {type(whole).__name__}: {whole}; on "
-                + (
-                    f"each of the {failed} completions"
-                    if failed
-                    else f"the batch of {len(completions)}, on no single row"
-                )
-            ) from whole
+                f"reward {self.name} raised {type(of_batch).__name__}: {of_batch}; on {on}"
+            ) from of_batch
         return values
 
     def _log_metric(self, name: str, value: float) -> None:
@@ -121,7 +113,7 @@ class FunctionReward:
 
 
 class LengthPenalty:
-    """See `LengthReward`; needs `completion_ids`."""
+    """A penalty on long completions, as `LengthReward` describes it; needs `completion_ids`."""
 
     def __init__(self, max_tokens: int, buffer: int):
         self.max_tokens = max_tokens

@@ -31,15 +31,11 @@ def load_rewards(
     for number, entry in enumerate(parsed):
         name = _name(entry)
         seen[name] += 1
-        label = name if seen[name] == 1 else f"{name}_{seen[name]}"
-        parts.append(
-            Part(
-                label,
-                _call(entry, label, f"rewards.{number}", safe, device),
-                entry.weight,
-                entry.on_bad == "drop",
-            )
-        )
+        if seen[name] > 1:
+            name = f"{name}_{seen[name]}"
+
+        call = _call(entry, name, f"rewards.{number}", safe, device)
+        parts.append(Part(name, call, entry.weight, drop=entry.on_bad == "drop"))
     return Reward(parts)
 
 
@@ -54,7 +50,8 @@ def load_reward_model(
     if model.config.num_labels != 1 or kind != "reward":
         what = "is a `judge`" if kind != "reward" else "is no reward model"
         raise ModelError(
-            f"rewards.model: {name_or_path} has {model.config.num_labels} outputs and {what}; a reward model has num_labels=1"
+            f"rewards.model: {name_or_path} has {model.config.num_labels} outputs and {what}; "
+            "a reward model has num_labels=1"
         )
     return RewardModel(model, tokenizer)
 
@@ -77,6 +74,8 @@ def load_classifier(
     except Exception as error:  # loaders raise anything, from OSError to SafetensorError
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"{field}: {name_or_path} could not be loaded: {reason}") from error
+
+    # The classifier reads the last token that is not padding, so it must know its padding.
     config = model.config.get_text_config()
     if config.pad_token_id is None:
         config.pad_token_id = (
@@ -84,7 +83,8 @@ def load_classifier(
         )
     if config.pad_token_id is None:
         raise ModelError(
-            f"{field}: {name_or_path} has neither a pad nor an end token; set pad_token_id in its config"
+            f"{field}: {name_or_path} has neither a pad nor an end token; set pad_token_id in its "
+            "config"
         )
     return model.to(device), tokenizer
 
@@ -95,11 +95,11 @@ def _parsed(entry: RewardConfig | Mapping[str, Any], number: int) -> RewardConfi
     try:
         return RewardConfig.model_validate(dict(entry))
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(['rewards', str(number), *map(str, fault['loc'])])}: {fault['msg']} (got {fault['input']!r})"
-            for fault in error.errors(include_url=False)
-        )
-        raise ConfigError(faults) from None
+        faults = []
+        for fault in error.errors(include_url=False):
+            place = ".".join(["rewards", str(number), *map(str, fault["loc"])])
+            faults.append(f"{place}: {fault['msg']} (got {fault['input']!r})")
+        raise ConfigError("; ".join(faults)) from None
 
 
 def _name(entry: RewardConfig) -> str:
@@ -112,6 +112,7 @@ def _name(entry: RewardConfig) -> str:
 def _call(
     entry: RewardConfig, name: str, field: str, safe: bool, device: Any
 ) -> Callable[..., Any]:
+    """The callable of one entry; `field` is its place in the recipe, for errors."""
     drop = entry.on_bad == "drop"
     if entry.function is not None:
         function = load_object(entry.function, what=f"{field}.function", safe=safe)
@@ -120,13 +121,16 @@ def _call(
                 f"{field}.function: {entry.function} is a {type(function).__name__}, not a function"
             )
         return FunctionReward(name, function, timeout=entry.timeout or 600.0, drop=drop)
+
     if entry.verifier is not None:
         if safe:
             raise ConfigError(
-                f"{field}.verifier: `{entry.verifier}` would run code that the recipe names; --safe does not allow that"
+                f"{field}.verifier: `{entry.verifier}` would run code that the recipe names; "
+                "--safe does not allow that"
             )
         print(
-            f"alignkit: {field}.verifier runs code from {entry.verifier} in {entry.workers} processes",
+            f"alignkit: {field}.verifier runs code from {entry.verifier} in {entry.workers} "
+            "processes",
             file=sys.stderr,
         )
         return Verifier(
@@ -137,6 +141,7 @@ def _call(
             memory_mb=entry.memory_mb,
             drop=drop,
         )
+
     if entry.model is not None:
         return load_reward_model(entry.model, revision=entry.revision, device=device)
     if entry.length is not None:

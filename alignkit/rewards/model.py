@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alignkit.errors import DataError
 from alignkit.policies.module import context_length
+from alignkit.rollout.text import as_reply
 
 
 class TextScorer:
@@ -30,12 +31,9 @@ class TextScorer:
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt + completion)["input_ids"]
         else:
-            if isinstance(completion, str):
-                turns = [{"role": "assistant", "content": completion}]
-            else:
-                turns = list(completion)
+            reply = as_reply(prompt, completion) if isinstance(completion, str) else completion
             ids = self.tokenizer.apply_chat_template(
-                [*prompt, *turns], tokenize=True, return_dict=False
+                [*prompt, *reply], tokenize=True, return_dict=False
             )
         return self.within_context(ids)
 

@@ -26,16 +26,9 @@ from alignkit.rewards.checks import quoted
 _START = 120.0  # seconds for a process to import the verifier
 _RECYCLE = 256  # completions after which a process is replaced
 _LONGEST = 1 << 20  # bytes of an answer
-# no tokens or keys in the environment
-_KEPT = (
-    "PATH",
-    "HOME",
-    "LANG",
-    "LC_ALL",
-    "TMPDIR",
-    "VIRTUAL_ENV",
-    "SYSTEMROOT",
-)
+
+# The environment of the processes; the tokens and keys of the run's own stay outside.
+_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
 log = logging.getLogger("alignkit")
 
 
@@ -82,12 +75,14 @@ class Verifier:
             for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
         answers = list(self._threads.map(self._ask, questions))
+
         failures = [answer["failed"] for answer in answers if "failed" in answer]
         if failures and len(failures) == len(answers):
             raise ResourceError(
-                f"verifier {self.name} failed on each of the {len(answers)} completions ({failures[0]}); raise its `timeout` or "
-                "`memory_mb`, or mend it"
+                f"verifier {self.name} failed on each of the {len(answers)} completions "
+                f"({failures[0]}); raise its `timeout` or `memory_mb`, or mend it"
             )
+
         self.metrics = {"failed": len(failures)}
         return [
             self._value(answer, question, row)
@@ -113,9 +108,11 @@ class Verifier:
             return answer["value"]
         if self.drop:
             return float("nan")  # set aside and counted by the caller
+
         log.error("verifier %s, row %d:\n%s", self.name, row, answer["traceback"])
         raise DataError(
-            f"verifier {self.name} raised {answer['error']} on row {row}: {quoted(**_text(question))}"
+            f"verifier {self.name} raised {answer['error']} on row {row}: "
+            f"{quoted(question['prompt'], question['completion'])}"
         )
 
 
@@ -135,16 +132,18 @@ class _Process:
         if self.child is None or self.asked >= _RECYCLE:
             self.stop()
             self._start()
-        self.asked += 1
         assert self.child is not None
         assert self.child.stdin is not None
+
+        self.asked += 1
         try:
             self.child.stdin.write(json.dumps(question, default=str).encode() + b"\n")
             self.child.stdin.flush()
             answer = self._read(self.timeout)
         except BrokenPipeError:
             answer = {"failed": "its process ended"}
-        if "failed" in answer:
+
+        if "failed" in answer:  # whatever it still does must not reach the next completion
             self.stop()
         return answer
 
@@ -159,18 +158,13 @@ class _Process:
         self.unread = b""
 
     def _start(self) -> None:
-        environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        command = [
-            sys.executable,
-            "-m",
-            "alignkit.rewards.worker",
-            self.spec,
-            str(self.timeout),
-            str(self.memory_mb),
-        ]
+        settings = [self.spec, str(self.timeout), str(self.memory_mb)]
+
+        # A session of its own: `stop` then ends everything that the verifier has started, too.
         self.child = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "alignkit.rewards.worker", *settings],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -179,9 +173,8 @@ class _Process:
         first = self._read(_START)
         if "ready" not in first:
             self.stop()
-            raise ConfigError(
-                f"rewards.verifier: {self.spec} cannot be loaded: {first.get('broken') or first['failed']}"
-            )
+            reason = first.get("broken") or first["failed"]
+            raise ConfigError(f"rewards.verifier: {self.spec} cannot be loaded: {reason}")
 
     def _read(self, seconds: float) -> dict[str, Any]:
         """The next line of the worker as JSON, or {"failed": why}."""
@@ -189,22 +182,22 @@ class _Process:
         assert self.child.stdout is not None
         deadline = time.monotonic() + seconds
         descriptor = self.child.stdout.fileno()
+
+        # Read piece by piece: a worker that writes half a line and hangs is over its time as well.
         while b"\n" not in self.unread:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([descriptor], [], [], left)[0]:
                 return {"failed": f"no answer within {seconds:g} s"}
+
             chunk = os.read(descriptor, 65536)
             if not chunk:
                 return {"failed": "its process ended"}
             self.unread += chunk
             if len(self.unread) > _LONGEST:
                 return {"failed": f"an answer of more than {_LONGEST} bytes"}
+
         line, _, self.unread = self.unread.partition(b"\n")
         return json.loads(line)
-
-
-def _text(question: dict[str, Any]) -> dict[str, Any]:
-    return {"prompt": question["prompt"], "completion": question["completion"]}
 
 
 def _stop_all(processes: Sequence[_Process]) -> None:

@@ -22,10 +22,13 @@ def main(spec: str, timeout: float, memory_mb: int) -> None:
     """Answer {"prompt", "completion", "columns"} with {"value"} or {"error", "traceback"} until the
     input ends.
     """
+    # Questions and answers go over the pipes that the process began with. The verifier gets
+    # others: what it prints must not look like an answer, and it must not read the questions.
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the verifier prints must not look like an answer
+    os.dup2(2, 1)
     questions = sys.stdin
     sys.stdin = io.StringIO()
+
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the parent has announced the code
             function: Any = load_object(spec, what="rewards.verifier")
@@ -34,6 +37,7 @@ def main(spec: str, timeout: float, memory_mb: int) -> None:
     except Exception as error:
         _send(replies, {"broken": f"{type(error).__name__}: {error}"})
         return
+
     _send(replies, {"ready": True})
     for line in questions:
         question = json.loads(line)
