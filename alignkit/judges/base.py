@@ -10,8 +10,8 @@ from torch import Tensor
 
 from alignkit.errors import ConfigError, DataError
 
-# One order, one answer per query: the probability that the first wins; anything else (None, -1,
-# nan, text) is no verdict.
+# Answers in one order, one per query: the probability that the first completion wins; anything else
+# (None, -1, nan, text) is no verdict.
 Ask = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Sequence[Any]]
 _GRID = 2.0**53  # probabilities are multiples of 2^-53, so that P(a, b) + P(b, a) = 1 holds exactly
 
@@ -37,10 +37,10 @@ class Judge(Protocol):
 
 
 class BothOrders:
-    """A judge from one-order answers: P = 1/2 [p(first | a, b) + 1 - p(first | b, a)]; identical
+    """A judge from answers in one order: P = 1/2 [p(first | a, b) + 1 - p(first | b, a)]; identical
     texts are exactly 1/2.
 
-    A verdict needs both orders; one invalid order makes it invalid. `symmetrise=False` asks in the
+    A verdict needs both orders; one invalid answer makes it invalid. `symmetrise=False` asks in the
     given order alone. `metrics` describes the last call: `judge/invalid` is the share of invalid
     verdicts.
     """
@@ -56,40 +56,34 @@ class BothOrders:
     ) -> Verdict:
         """See `Judge`. DataError when the answers are not one per query."""
         asked = _different(first, second)
-        forward = self._answers(
-            [prompts[i] for i in asked], [first[i] for i in asked], [second[i] for i in asked]
-        )
+        texts = [prompts[i] for i in asked]
+        a = [first[i] for i in asked]
+        b = [second[i] for i in asked]
+
         if self.symmetrise:
-            n = len(asked)
-            forward, backward = forward[:n], forward[n:]
+            # One call with both orders: a judge behind a network answers all of it at once.
+            answers = self._answers(texts * 2, a + b, b + a)
+            a_wins = answers[: len(asked)]
+            b_wins = answers[len(asked) :]
         else:
-            backward = 1 - forward
-        verdict = _verdict(len(first), asked, 0.5 * (forward - backward))
-        self.metrics = {
-            "judge/invalid": 1 - float(verdict.valid.double().mean()) if len(first) else 0.0
-        }
+            a_wins = self._answers(texts, a, b)
+            b_wins = 1 - a_wins
+
+        verdict = _verdict(len(first), asked, 0.5 * (a_wins - b_wins))
+        self.metrics = {"judge/invalid": _share_invalid(verdict)}
         return verdict
 
     def _answers(self, prompts: list[Any], first: list[Any], second: list[Any]) -> Tensor:
-        """Probabilities, nan for no verdict: [n], or [2n] with the swapped order behind when
-        symmetrising.
-        """
-        if self.symmetrise:
-            prompts, first, second = prompts * 2, first + second, second + first
+        """Probabilities [n] in the given order, nan for no verdict."""
         answers = self.ask(prompts, first, second) if prompts else []
         answers = answers.tolist() if hasattr(answers, "tolist") else answers
-        if (
-            isinstance(answers, str)
-            or not isinstance(answers, Sequence)
-            or len(answers) != len(prompts)
-        ):
-            given = (
-                f"{len(answers)} answers"
-                if isinstance(answers, list | tuple)
-                else f"a {type(answers).__name__}"
-            )
+
+        is_list = isinstance(answers, Sequence) and not isinstance(answers, str)
+        if not is_list or len(answers) != len(prompts):
+            given = f"{len(answers)} answers" if is_list else f"a {type(answers).__name__}"
             raise DataError(
-                f"judge {self.name} returned {given} for {len(prompts)} queries; it should return a list with one each"
+                f"judge {self.name} returned {given} for {len(prompts)} queries; it should return "
+                "a list with one each"
             )
         return torch.tensor([_probability(answer) for answer in answers], dtype=torch.float64)
 
@@ -120,13 +114,14 @@ class BradleyTerry:
             [math.nan if score is None else score for score in scores], dtype=torch.float64
         )
         gap = rewards[: len(asked)] - rewards[len(asked) :]
-        half = 0.5 * (
-            torch.tanh(gap / (2 * self.temperature)) if self.temperature else torch.sign(gap)
-        )
-        verdict = _verdict(len(first), asked, torch.where(gap.isnan(), gap, half))
-        self.metrics = {
-            "judge/invalid": 1 - float(verdict.valid.double().mean()) if len(first) else 0.0
-        }
+
+        # sigmoid(x) - 1/2 = tanh(x / 2) / 2; the sign of nan would be a tie, so nan is put back.
+        if self.temperature:
+            advantage = 0.5 * torch.tanh(gap / (2 * self.temperature))
+        else:
+            advantage = 0.5 * torch.sign(gap)
+        verdict = _verdict(len(first), asked, torch.where(gap.isnan(), gap, advantage))
+        self.metrics = {"judge/invalid": _share_invalid(verdict)}
         return verdict
 
 
@@ -142,6 +137,10 @@ def _probability(answer: Any) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return math.nan
     return number if 0 <= number <= 1 else math.nan
+
+
+def _share_invalid(verdict: Verdict) -> float:
+    return 1 - float(verdict.valid.double().mean()) if len(verdict.valid) else 0.0
 
 
 def _verdict(n: int, asked: Sequence[int], advantage: Tensor) -> Verdict:

@@ -22,9 +22,7 @@ _LONGEST_WAIT = 30.0  # seconds between two attempts
 
 
 class Unanswered(Exception):
-    """A request that failed for good, or a response that is no JSON: no verdict, and a reason
-    without secrets.
-    """
+    """A request that failed for good, or a response that is no JSON. Its text holds no secret."""
 
 
 class Endpoint:
@@ -78,6 +76,10 @@ class Endpoint:
         that is not allowed.
         """
         for attempt in range(self.retries + 1):
+            if attempt:
+                pause = min(_LONGEST_WAIT, self.backoff * 2 ** (attempt - 1))
+                time.sleep(pause * self.jitter.uniform(0.5, 1.5))
+
             try:
                 status, data = self._once(route, json.dumps(body).encode())
             except (OSError, http.client.HTTPException) as error:
@@ -86,14 +88,10 @@ class Endpoint:
                 if status == 200:
                     return _parsed(data)
                 if status not in _RETRIED:
-                    raise ResourceError(
-                        f"judge: {self.host} answered {_status(status)}; {_hint(status, self.api_key_env)}"
-                    )
+                    hint = _hint(status, self.api_key_env)
+                    raise ResourceError(f"judge: {self.host} answered {_status(status)}; {hint}")
                 reason = _status(status)
-            if attempt < self.retries:
-                time.sleep(
-                    min(_LONGEST_WAIT, self.backoff * 2**attempt) * self.jitter.uniform(0.5, 1.5)
-                )
+
         raise Unanswered(f"{self.host}: {reason}, after {self.retries + 1} attempts")
 
     def _once(self, route: str, body: bytes) -> tuple[int, bytes]:
@@ -105,7 +103,9 @@ class Endpoint:
         if self.api_key_env:
             headers["Authorization"] = f"Bearer {self._key()}"
         connection = _Pinned(self.host, self.port, self._address(), self.secure, self.timeout)
-        # a server that drips bytes never trips a socket's timeout
+
+        # A server that sends byte by byte never exceeds the timeout of a socket, which counts from
+        # one byte to the next; this one limits the whole request.
         deadline = threading.Timer(self.timeout, connection.cut)
         deadline.daemon = True
         deadline.start()
@@ -116,6 +116,7 @@ class Endpoint:
         finally:
             deadline.cancel()
             connection.close()
+
         if len(data) > self.max_bytes:
             raise Unanswered(f"{self.host}: a response of more than {self.max_bytes} bytes")
         if connection.was_cut:
@@ -129,17 +130,17 @@ class Endpoint:
         key = os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
         if self.api_key_env and not (key and key.isascii() and key.isprintable()):
             raise ConfigError(
-                f"judge.chat.api_key_env: the variable {self.api_key_env} is not set, or holds no key"
+                f"judge.chat.api_key_env: the variable {self.api_key_env} is not set, or holds no "
+                "key"
             )
         return key
 
     def _address(self) -> str:
-        """An address of the host, all of which are allowed."""
-        found = [
-            str(info[4][0])
-            for info in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        ]
-        for text in found:
+        """The first address of the host. ConfigError unless all of its addresses are allowed."""
+        resolved = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        texts = [str(info[4][0]) for info in resolved]
+
+        for text in texts:
             address = ipaddress.ip_address(text.partition("%")[0])
             address = getattr(address, "ipv4_mapped", None) or address
             if address.is_loopback or (
@@ -148,14 +149,16 @@ class Endpoint:
                 continue
             if not address.is_global or address.is_multicast:
                 raise ConfigError(
-                    f"judge.chat.url: {self.host} is the private, link-local or reserved address {address}; use a public or "
-                    "loopback address (a private one needs --allow-private-judge; link-local and reserved ones are never used)"
+                    f"judge.chat.url: {self.host} is the private, link-local or reserved address "
+                    f"{address}; use a public or loopback address (a private one needs "
+                    "--allow-private-judge; link-local and reserved ones are never used)"
                 )
             if not self.secure:
                 raise ConfigError(
-                    f"judge.chat.url: http would send prompts to {self.host} in the clear; use https"
+                    f"judge.chat.url: http would send prompts to {self.host} in the clear; "
+                    "use https"
                 )
-        return found[0]
+        return texts[0]
 
 
 class _Pinned(http.client.HTTPConnection):

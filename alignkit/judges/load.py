@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from alignkit.config.judges import ALLOW_PRIVATE, ChatConfig, JudgeConfig
 from alignkit.config.plugins import load_object
 from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError
-from alignkit.judges.base import BothOrders, BradleyTerry, Judge
+from alignkit.judges.base import Ask, BothOrders, BradleyTerry, Judge
 from alignkit.judges.chat import ChatJudge
 from alignkit.judges.endpoint import Endpoint
 from alignkit.judges.preference import PreferenceJudge
@@ -35,54 +35,62 @@ def load_judge(
     """
     config = section if isinstance(section, JudgeConfig) else _parsed(section)
     if config.rewards is not None:
-        return BradleyTerry(
-            load_rewards(config.rewards, safe=safe, device=device), temperature=config.temperature
-        )
+        reward = load_rewards(config.rewards, safe=safe, device=device)
+        return BradleyTerry(reward, temperature=config.temperature)
     if config.model is not None:
-        return _trained(config, device)
+        return _trained(config.model, config, device)
+
     if config.chat is not None:
-        allow_private = allow_private or bool(os.environ.get(ALLOW_PRIVATE))
-        return BothOrders(
-            _chat(config.chat, allow_private), name=config.chat.model, symmetrise=config.both_orders
-        )
-    spec, field = (
-        (config.function, "function") if config.function is not None else (config.trl or "", "trl")
-    )
-    found: Any = load_object(spec, what=f"judge.{field}", safe=safe)
+        ask: Ask = _chat(config.chat, allow_private or bool(os.environ.get(ALLOW_PRIVATE)))
+        name = config.chat.model
+    elif config.function is not None:
+        ask, name = _function(config.function, config.timeout, safe)
+    else:
+        assert config.trl is not None
+        ask, name = _trl(config.trl, config.timeout, safe)
+    return BothOrders(ask, name=name, symmetrise=config.both_orders)
+
+
+def _function(spec: str, timeout: float, safe: bool) -> tuple[Ask, str]:
+    """The user's function and its name."""
+    function: Any = load_object(spec, what="judge.function", safe=safe)
+    if not callable(function):
+        raise ConfigError(f"judge.function: {spec} is a {type(function).__name__}, not a function")
     name = spec.rpartition(":")[2]
-    if field == "trl":
-        found = found() if isinstance(found, type) else found
-        if not hasattr(found, "judge"):
-            raise ConfigError(
-                f"judge.trl: {spec} has no method `judge`; give an object or class with TRL's signature"
-            )
-        found = from_trl_judge(found)
-    if not callable(found):
-        raise ConfigError(f"judge.function: {spec} is a {type(found).__name__}, not a function")
-    return BothOrders(
-        _guarded(found, name, config.timeout), name=name, symmetrise=config.both_orders
-    )
+    return _guarded(function, name, timeout), name
 
 
-def _trained(config: JudgeConfig, device: Any) -> Judge:
+def _trl(spec: str, timeout: float, safe: bool) -> tuple[Ask, str]:
+    """The user's judge in TRL's signature, an object or its class, and its name."""
+    judge: Any = load_object(spec, what="judge.trl", safe=safe)
+    if isinstance(judge, type):
+        judge = judge()
+    if not hasattr(judge, "judge"):
+        raise ConfigError(
+            f"judge.trl: {spec} has no method `judge`; give an object or class with TRL's signature"
+        )
+    name = spec.rpartition(":")[2]
+    return _guarded(from_trl_judge(judge), name, timeout), name
+
+
+def _trained(name: str, config: JudgeConfig, device: Any) -> Judge:
     """Bradley-Terry of a reward model, or a preference model asked in both orders."""
-    name = str(config.model)
     model, tokenizer = load_classifier(name, device=device, field="judge.model")
-    kind = getattr(
-        model.config, "alignkit_outputs", "reward" if model.config.num_labels == 1 else None
-    )
+    kind_of_others = "reward" if model.config.num_labels == 1 else None
+    kind = getattr(model.config, "alignkit_outputs", kind_of_others)
+
     if kind == "reward":
         return BradleyTerry(RewardModel(model, tokenizer), temperature=config.temperature)
     if kind not in ("embedding", "joined"):
         raise ModelError(
-            f"judge.model: {name} is neither a reward model (num_labels=1) nor trained by `preference_model`"
+            f"judge.model: {name} is neither a reward model (num_labels=1) nor trained by "
+            "`preference_model`"
         )
-    return BothOrders(
-        PreferenceJudge(model, tokenizer).ask, name=name, symmetrise=config.both_orders
-    )
+    ask = PreferenceJudge(model, tokenizer).ask
+    return BothOrders(ask, name=name, symmetrise=config.both_orders)
 
 
-def _guarded(function: Callable[..., Any], name: str, timeout: float) -> Callable[..., Any]:
+def _guarded(function: Callable[..., Any], name: str, timeout: float) -> Ask:
     """`function` under a wall-clock limit, its exceptions named."""
 
     def ask(prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> Any:
@@ -97,6 +105,7 @@ def _guarded(function: Callable[..., Any], name: str, timeout: float) -> Callabl
 
 
 def _chat(config: ChatConfig, allow_private: bool) -> ChatJudge:
+    """A chat model as judge; where prompts are sent to is announced."""
     endpoint = Endpoint(
         config.url,
         api_key_env=config.api_key_env,
@@ -107,6 +116,7 @@ def _chat(config: ChatConfig, allow_private: bool) -> ChatJudge:
         allow_private=allow_private,
     )
     print(f"alignkit: judge.chat sends prompts and completions to {endpoint.host}", file=sys.stderr)
+
     return ChatJudge(
         endpoint,
         config.model,
@@ -121,9 +131,9 @@ def _parsed(section: Mapping[str, Any]) -> JudgeConfig:
     try:
         return JudgeConfig.model_validate(dict(section))
     except ValidationError as error:
-        # without the values given: a key may have been put into the wrong place
-        faults = "; ".join(
-            ".".join(["judge", *map(str, f["loc"])]) + f": {f['msg']}"
-            for f in error.errors(include_url=False)
-        )
-        raise ConfigError(faults) from None
+        # The values given are left out: a key may have been put into the wrong place.
+        faults = [
+            f"{'.'.join(['judge', *map(str, fault['loc'])])}: {fault['msg']}"
+            for fault in error.errors(include_url=False)
+        ]
+        raise ConfigError("; ".join(faults)) from None

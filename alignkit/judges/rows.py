@@ -1,7 +1,7 @@
 """A judge's verdicts on the completions of each prompt, as rows of their bundles."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,30 +22,58 @@ def judged(
     means. Else each meets the first of `against`, or the last of its own where none was drawn:
     "preference" [K].
     """
-    if table:
-        queries = [
-            (i, row[j], row[k], (j, k))
-            for i, row in enumerate(texts)
-            for j in range(len(row))
-            for k in range(j)
-        ]
-    else:
-        queries = [
-            (i, a, (against[i] or row[-1:])[0], (j, None))
-            for i, row in enumerate(texts)
-            for j, a in enumerate(row if against[i] else row[:-1])
-        ]
+    matches = [
+        match
+        for prompt, own in enumerate(texts)
+        for match in (_all_pairs(prompt, own) if table else _one_each(prompt, own, against[prompt]))
+    ]
     verdict = judge(
-        [prompts[i] for i, *_ in queries], [q[1] for q in queries], [q[2] for q in queries]
+        [prompts[match.prompt] for match in matches],
+        [match.text for match in matches],
+        [match.other_text for match in matches],
     )
-    rows = [torch.full((len(row), len(row)) if table else (len(row),), 0.5) for row in texts]
-    valid = [True] * len(texts)
-    for (i, _, _, (j, k)), p, ok in zip(
-        queries, verdict.probability.tolist(), verdict.valid.tolist()
-    ):
-        valid[i] &= ok
-        rows[i][(j, k) if table else j] = p
+
+    # A completion that meets itself, or the last of its own, wins half of the time.
+    rows = [torch.full((len(own), len(own)) if table else (len(own),), 0.5) for own in texts]
+    all_valid = [True] * len(texts)
+    results = zip(matches, verdict.probability.tolist(), verdict.valid.tolist(), strict=True)
+    for match, probability, valid in results:
+        all_valid[match.prompt] &= valid
+        row = rows[match.prompt]
         if table:
-            rows[i][k, j] = 1 - p
-    found = [{"table": r, "preference": r.mean(-1)} if table else {"preference": r} for r in rows]
-    return [own if ok else None for own, ok in zip(found, valid)]
+            row[match.place, match.other_place] = probability
+            row[match.other_place, match.place] = 1 - probability
+        else:
+            row[match.place] = probability
+
+    return [_as_rows(row, table) if valid else None for row, valid in zip(rows, all_valid)]
+
+
+class _Match(NamedTuple):
+    """One question to the judge: does `text` beat `other_text`?"""
+
+    prompt: int  # index of the prompt
+    place: int  # of `text` among the prompt's completions
+    text: Any
+    other_place: int  # of `other_text`; -1: it is none of these completions
+    other_text: Any
+
+
+def _all_pairs(prompt: int, own: Texts) -> list[_Match]:
+    """Every completion against every earlier one."""
+    return [
+        _Match(prompt, place, text, other, own[other])
+        for place, text in enumerate(own)
+        for other in range(place)
+    ]
+
+
+def _one_each(prompt: int, own: Texts, against: Texts) -> list[_Match]:
+    """Every completion against one opponent; the last of its own is not asked about itself."""
+    opponent = (against or own[-1:])[:1]
+    asked = own if against else own[:-1]
+    return [_Match(prompt, place, text, -1, opponent[0]) for place, text in enumerate(asked)]
+
+
+def _as_rows(row: Tensor, table: bool) -> dict[str, Tensor]:
+    return {"table": row, "preference": row.mean(-1)} if table else {"preference": row}

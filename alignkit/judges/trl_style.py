@@ -57,6 +57,7 @@ class TRLStyleJudge:
             for pair, swap in zip(completions, swapped, strict=True)
         ]
         verdict = self.wrapped(prompts, [pair[0] for pair in shown], [pair[1] for pair in shown])
+
         ranks = []
         scores = []
         for p, valid, swap in zip(
