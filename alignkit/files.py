@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +17,14 @@ def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_parts(parts: Iterable[bytes]) -> str:
+    """SHA-256 of some bytes under one another, in hex."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def sha256_of_json(value: Any) -> str:
@@ -42,14 +50,8 @@ def write_text(path: Path, text: str) -> None:
     """Replace the content of `path`. Readers see the old text or the new one, whole; OSError where
     the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replaced_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        fsync(temporary)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
@@ -88,6 +90,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` when the block ends without an exception.
+
+    Readers see the old file or the new one, whole; an exception leaves `path` as it was. OSError
+    where the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        fsync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,15 +1,12 @@
-"""One reference pass for several runs: log-probs kept in a file, row by row.
+"""Reference log-probs on disk, so that several runs score each row only once between them.
 
-A file belongs to one set of weights, dtype, attention kernel and autocast; a row is found by its
-token ids and masks, whatever the order of the rows and the layout. So runs on the same data, or on
-parts of it, score each row once between them.
+A file belongs to one set of weights, dtype, attention kernel and autocast. A row in it is found by
+its token ids and masks, so neither the order of the rows nor the layout matters, and runs on parts
+of the same data share the rows they have in common.
 """
 
-import fcntl
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -18,104 +15,104 @@ from torch import Tensor
 
 from alignkit.batches import Bundle, Plan
 from alignkit.errors import ResourceError
+from alignkit.files import locked, replaced_file, sha256_of_parts
 from alignkit.policies.module import causal_lm
 from alignkit.policies.pair import PolicyPair
 
-# between stored and live log-probs; rows of another length round differently
+# Largest difference between stored and live log-probs; rows of another length round differently.
 TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.25
-Known = dict[bytes, list[Tensor]]  # row -> log-probs of its completions, K x [T_k]
+
+LogpsByRow = dict[bytes, list[Tensor]]  # key of a row -> log-probs of its completions, K x [T_k]
 
 
 def cached_in(
     folder: Path, pair: PolicyPair, bundles: Sequence[Bundle], plan: Plan
 ) -> list[Bundle]:
-    """As `pair.cached`, with a store: rows that `folder` knows are read, the others are scored and
+    """Like `pair.cached`, with a store: rows that `folder` has are read, the others are scored and
     added to it.
 
-    Processes that ask at the same time wait for each other, so no row is scored twice. Of what was
-    read, a few rows are scored live; `pair.notes` says how far that is from the store.
-    ResourceError where it is too far.
+    Processes that ask at the same time wait for each other, so no row is scored twice. If every
+    row was read, a few are scored live as well, and `pair.notes` says by how much they differ.
+    Raises ResourceError where that is too much.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{_weights_key(pair)}.safetensors"
     keys = [_row_key(bundle) for bundle in bundles]
-    with _locked(file.with_suffix(".lock")):
-        known = _read(file)
-        missing = {key: bundle for key, bundle in zip(keys, bundles) if key not in known}
+
+    with locked(file.with_suffix(".lock")):
+        stored = _read(file)
+        missing = {key: bundle for key, bundle in zip(keys, bundles) if key not in stored}
         if missing:
             scored = pair.cached(list(missing.values()), plan)
-            known |= {key: list(bundle.tokens["reference"]) for key, bundle in zip(missing, scored)}
-            _write(file, known)
-    found = [
-        replace(bundle, tokens={**bundle.tokens, "reference": known[key]})
+            for key, bundle in zip(missing, scored):
+                stored[key] = list(bundle.tokens["reference"])
+            _write(file, stored)
+
+    filled = [
+        replace(bundle, tokens={**bundle.tokens, "reference": stored[key]})
         for key, bundle in zip(keys, bundles)
     ]
-    if not missing and found:
-        worst = pair.rescored(found)
-        if not worst <= (
-            TOLERANCE if pair.parameters()[0].dtype == torch.float32 else HALF_TOLERANCE
-        ):
-            raise ResourceError(
-                f"reference.store: {file} differs from live log-probs by {worst:.1e}; it is damaged, delete it"
-            )
-        pair.notes.append(
-            f"reference log-probs of {len(found)} bundles read from {file}; those scored again differ by at most {worst:.1e}"
+    if not missing and filled:
+        _check(pair, filled, file)
+    return filled
+
+
+def _check(pair: PolicyPair, bundles: Sequence[Bundle], file: Path) -> None:
+    """Score a few bundles live; ResourceError where they differ too much from what was read."""
+    worst = pair.rescored(bundles)
+    exact = pair.parameters()[0].dtype == torch.float32
+    if not worst <= (TOLERANCE if exact else HALF_TOLERANCE):
+        raise ResourceError(
+            f"reference.store: {file} differs from live log-probs by {worst:.1e}; it is damaged, "
+            "delete it"
         )
-    return found
+    pair.notes.append(
+        f"reference log-probs of {len(bundles)} bundles read from {file}; those scored again "
+        f"differ by at most {worst:.1e}"
+    )
 
 
 def _weights_key(pair: PolicyPair) -> str:
-    with pair.model("policy") as model:
-        config = causal_lm(model).config
-        digest = sha256(
-            f"{config._attn_implementation} {torch.is_autocast_enabled(pair.device.type)}".encode()
-        )
+    """What a file belongs to: weights, dtypes, attention kernel and autocast, as 24 hex digits."""
+
+    def parts(model: torch.nn.Module) -> Iterator[bytes]:
+        kernel = causal_lm(model).config._attn_implementation
+        yield f"{kernel} {torch.is_autocast_enabled(pair.device.type)}".encode()
         for name, tensor in sorted(model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(
-                tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
-    return digest.hexdigest()[:24]
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+            flat = tensor.detach().cpu().contiguous().flatten()
+            yield flat.view(torch.uint8).numpy().tobytes()
+
+    with pair.model("policy") as model:
+        return sha256_of_parts(parts(model))[:24]
 
 
 def _row_key(bundle: Bundle) -> bytes:
-    digest = sha256(bundle.prompt.numpy().tobytes())
+    """What a row is found by: 16 bytes of the hash of its token ids and masks."""
+    parts = [bundle.prompt.numpy().tobytes()]
     for ids, mask in zip(bundle.completions, bundle.masks):
-        digest.update(b"|" + ids.numpy().tobytes() + b"/" + mask.numpy().tobytes())
-    return digest.digest()[:16]
+        parts += [b"|", ids.numpy().tobytes(), b"/", mask.numpy().tobytes()]
+    return bytes.fromhex(sha256_of_parts(parts))[:16]
 
 
-def _read(file: Path) -> Known:
+def _read(file: Path) -> LogpsByRow:
     if not file.exists():
         return {}
-    found = load_file(file)
-    rows = iter(found["logps"].split(found["lengths"].tolist()))
-    keys = found["keys"].numpy()
-    return {
-        key.tobytes(): [next(rows) for _ in range(k)]
-        for key, k in zip(keys, found["completions"].tolist())
+    content = load_file(file)
+    rows = iter(content["logps"].split(content["lengths"].tolist()))
+    keys = [key.tobytes() for key in content["keys"].numpy()]
+    counts = content["completions"].tolist()
+    return {key: [next(rows) for _ in range(count)] for key, count in zip(keys, counts)}
+
+
+def _write(file: Path, stored: Mapping[bytes, Sequence[Tensor]]) -> None:
+    rows = [row for completions in stored.values() for row in completions]
+    content = {
+        "keys": torch.tensor([list(key) for key in stored], dtype=torch.uint8),
+        "completions": torch.tensor([len(completions) for completions in stored.values()]),
+        "lengths": torch.tensor([len(row) for row in rows]),
+        "logps": torch.cat(rows),
     }
-
-
-def _write(file: Path, known: Mapping[bytes, Sequence[Tensor]]) -> None:
-    rows = [row for completions in known.values() for row in completions]
-    beside = file.with_suffix(".tmp")
-    save_file(
-        {
-            "keys": torch.tensor([list(key) for key in known], dtype=torch.uint8),
-            "completions": torch.tensor([len(completions) for completions in known.values()]),
-            "lengths": torch.tensor([len(row) for row in rows]),
-            "logps": torch.cat(rows),
-        },
-        beside,
-    )
-    beside.replace(file)
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """The operating system's lock: a process that dies gives it back."""
-    with file.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    with replaced_file(file) as temporary:
+        save_file(content, temporary)
