@@ -47,3 +47,9 @@ class ResourceError(AlignkitError, RuntimeError):
     """Memory, disk, a lock, an engine or an endpoint is not available."""
 
     exit_code = 7
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, or its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -14,22 +14,23 @@ def write_weights(model: nn.Module, folder: Path, *, dtype: torch.dtype) -> Path
     """Write `folder`/model.safetensors under a checkpoint's names, in `dtype`; a LoRA adapter is
     folded in. The model stays as it is, bit for bit.
     """
-    base, layers = _unwrapped(model)
+    base, lora_layers = _unwrapped(model)
     state: dict[str, Tensor] = {}
-    cast: dict[int, Tensor] = {}  # tied weights stay tied
+    converted: dict[int, Tensor] = {}  # by address, so that tied weights stay tied
+
     for name, value in _live(base).items():
         if ".lora_" in name:
-            continue
+            continue  # folded into the layer's own weight below
         name = name.replace(".base_layer.", ".")
-        kind = dtype if value.is_floating_point() else value.dtype
-        layer = layers.get(name.removesuffix(".weight"))
+        target_dtype = dtype if value.is_floating_point() else value.dtype
+        layer = lora_layers.get(name.removesuffix(".weight"))
         if layer is None:
-            state[name] = cast.setdefault(value.data_ptr(), value.to("cpu", kind))
+            state[name] = converted.setdefault(value.data_ptr(), value.to("cpu", target_dtype))
         else:
-            update = sum(
-                layer.get_delta_weight(a) for a in layer.active_adapters if a in layer.lora_A
-            )
-            state[name] = (value + update).to("cpu", kind)
+            adapters = [a for a in layer.active_adapters if a in layer.lora_A]
+            update = sum(layer.get_delta_weight(adapter) for adapter in adapters)
+            state[name] = (value + update).to("cpu", target_dtype)
+
     base.save_pretrained(folder, state_dict=state, max_shard_size="100TB")
     return folder / "model.safetensors"
 
@@ -60,7 +61,8 @@ def _unwrapped(model: Any) -> tuple[Any, dict[str, Any]]:
             or config.bias != "none"
         ):
             raise ModelError(
-                "model.adapter: DoRA, biases and whole modules of an adapter cannot be folded into a server's weights"
+                "model.adapter: DoRA, biases and whole modules of an adapter cannot be folded into "
+                "a server's weights"
             )
     base = model.get_base_model()
     return base, {

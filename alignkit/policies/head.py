@@ -1,23 +1,25 @@
-"""The language-model head on completion tokens only, in chunks: log-probs, entropies and statistics
-without [M, V] logits.
+"""The language-model head, on completion tokens only and in chunks.
 
-A chunk's logits live while the chunk is computed; backward computes them again. No more than one
-chunk [C, V] of each model is alive at a time, unless all of them together are small.
+Log-probs, entropies and statistics of M tokens over a vocabulary of V would need [M, V] logits,
+which are often larger than the model. Here a chunk's logits [C, V] live only while the chunk is
+computed, and backward computes them again. One chunk of each model is alive at a time, unless all
+chunks of a micro-batch are so few that keeping them is cheaper.
 """
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alignkit.batches import Statistic
 
-# of one [C, V] float32 matrix, a handful of which are alive; on the CPU near its cache's size
+# Size of one [C, V] float32 matrix, a handful of which are alive; on a CPU near its cache's size.
 CHUNK_BYTES = {"cpu": 8 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 64 * 2**20
-KEPT_CHUNKS = 4  # up to so many are kept for backward
+KEPT_CHUNKS = 4  # a micro-batch of at most so many chunks keeps them for backward
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
@@ -29,27 +31,25 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Head:
-    """A model's own head module with the scale and soft cap its config asks for."""
+    """A model's own head module with the scale and soft cap that its config sets."""
 
     module: nn.Module
     scale: float = 1.0
     soft_cap: float | None = None
-    # adapters off, where the head has some
-    context: Callable[[], AbstractContextManager] = field(default=nullcontext)
+    # Entered around the module: switches an adapter on the head off where the anchor has none.
+    context: Callable[[], AbstractContextManager[Any]] = field(default=nullcontext)
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Head":
+    def of(cls, model: Any) -> "Head":
         """The head of a transformers causal LM, adapters included."""
         config = model.config.get_text_config()
-        scale = (
-            getattr(config, "logit_scale", None)
-            or getattr(config, "lm_head_multiplier", None)
-            or 1.0
-        )
-        scale /= getattr(config, "logits_scaling", None) or 1.0
-        return cls(
-            model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None)
-        )
+
+        # Model families name the factor on the logits differently; one of them divides.
+        factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+        divisor = getattr(config, "logits_scaling", None)
+        scale = (factor or 1.0) / (divisor or 1.0)
+        soft_cap = getattr(config, "final_logit_softcapping", None)
+        return cls(model.get_output_embeddings(), scale, soft_cap)
 
     def logprobs(self, hidden: Tensor) -> Tensor:
         """Log-probs of the whole vocabulary, in float32 or wider: [C, H] -> [C, V]."""
@@ -72,7 +72,11 @@ class AnchorStates:
 
 @dataclass(frozen=True)
 class _Job:
-    """What one pass over the tokens computes."""
+    """What one pass over the tokens computes.
+
+    Its results are of two kinds: differentiable ones (the log-prob and the plan's statistics) and
+    detached ones (the entropy and the anchor's log-prob).
+    """
 
     head: Head
     labels: Tensor  # [M]
@@ -80,81 +84,103 @@ class _Job:
     anchor: AnchorStates | None
     entropy: bool
     rows: int  # tokens per chunk
-    keep: bool  # the chunks' graphs for backward, which otherwise computes them again
+    keep: bool  # keep the chunks' graphs for backward, instead of computing them again
 
     @property
-    def detached(self) -> list[str]:
-        """Names of the figures that carry no gradient."""
+    def detached_names(self) -> list[str]:
+        """Names of the results that carry no gradient."""
         return ["entropy"] * self.entropy + ["anchor"] * (self.anchor is not None)
 
     def chunk(self, hidden: Tensor, start: int, *, again: bool = False) -> tuple[Tensor, Tensor]:
-        """Differentiable figures [1 + S, C] (log-prob, statistics) and detached ones [D, C];
-        `again`: the former only.
+        """Results of the tokens from `start` on, whose hidden states are `hidden` [C, H].
+
+        Returns the differentiable results [1 + S, C] (log-prob, statistics) and the detached ones
+        [D, C]. With `again`, when backward computes the chunk a second time, the latter are empty.
         """
         part = slice(start, start + self.rows)
         labels = self.labels[part]
         logps = self.head.logprobs(hidden)
+
         anchor = None
         detached = []
         with torch.no_grad():
             if self.entropy and not again:
-                lowest = torch.finfo(logps.dtype).min  # impossible tokens (-inf): 0 log 0 = 0
+                # Impossible tokens have log-prob -inf; clamped, they count 0 log 0 = 0.
+                lowest = torch.finfo(logps.dtype).min
                 detached.append(-torch.linalg.vecdot(logps.exp(), logps.clamp(min=lowest)))
             if self.anchor is not None and (self.statistics or not again):
                 with self.anchor.head.context():
                     anchor = self.anchor.head.logprobs(self.anchor.hidden[part])
-                detached.append(anchor.gather(-1, labels[:, None])[:, 0].to(logps.dtype))
-        figures = [logps.gather(-1, labels[:, None])[:, 0]]
-        figures += [statistic(logps, anchor, labels) for statistic in self.statistics.values()]
-        return torch.stack(figures), torch.stack(
-            detached
-        ) if self.detached and not again else logps.new_zeros(0, len(labels))
+                detached.append(_at(anchor, labels).to(logps.dtype))
+
+        trained = [_at(logps, labels)]
+        trained += [statistic(logps, anchor, labels) for statistic in self.statistics.values()]
+        if again or not detached:
+            return torch.stack(trained), logps.new_zeros(0, len(labels))
+        return torch.stack(trained), torch.stack(detached)
+
+
+def _at(logprobs: Tensor, labels: Tensor) -> Tensor:
+    """The log-prob of each label: [C, V], [C] -> [C]."""
+    return logprobs.gather(-1, labels[:, None])[:, 0]
 
 
 class _Chunked(torch.autograd.Function):
-    """Runs the job chunk by chunk; backward goes through each, recomputed or kept, and sums the
-    parameters' gradients.
+    """Runs the job chunk by chunk. Backward goes through each chunk, computed again or kept, and
+    sums the gradients of the head's parameters.
     """
 
     @staticmethod
-    def forward(ctx, job: _Job, hidden: Tensor, *parameters: nn.Parameter) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, job: _Job, hidden: Tensor, *parameters: nn.Parameter
+    ) -> tuple[Tensor, Tensor]:
         ctx.job = job
         ctx.save_for_backward(hidden, *parameters)
         device = hidden.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        ctx.kept = []
-        parts = []
+        ctx.kept_chunks = []
+
+        # Each chunk starts from a leaf of its own, so that its graph ends there.
+        trained_parts = []
+        detached_parts = []
         for start in range(0, len(hidden), job.rows):
             leaf = hidden[start : start + job.rows].detach().requires_grad_(job.keep)
             with torch.set_grad_enabled(job.keep):
-                figures, detached = job.chunk(leaf, start)
-            ctx.kept += [(leaf, figures)] * job.keep
-            parts.append((figures.detach(), detached))
-        figures, detached = (torch.cat(outputs, -1) for outputs in zip(*parts))
-        ctx.mark_non_differentiable(detached)
-        return figures, detached
+                trained, detached = job.chunk(leaf, start)
+            if job.keep:
+                ctx.kept_chunks.append((leaf, trained))
+            trained_parts.append(trained.detach())
+            detached_parts.append(detached)
+
+        all_detached = torch.cat(detached_parts, -1)
+        ctx.mark_non_differentiable(all_detached)
+        return torch.cat(trained_parts, -1), all_detached
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *parameters = ctx.saved_tensors
         device, dtype, enabled = ctx.autocast
-        into_hidden = torch.zeros_like(hidden)
-        totals: list[Tensor | None] = [None] * len(parameters)
+        hidden_grad = torch.zeros_like(hidden)
+        parameter_grads: list[Tensor | None] = [None] * len(parameters)
+
         for start in range(0, len(hidden), ctx.job.rows):
             part = slice(start, start + ctx.job.rows)
-            if ctx.kept:
-                leaf, figures = ctx.kept.pop(0)
+            if ctx.kept_chunks:
+                leaf, trained = ctx.kept_chunks.pop(0)
             else:
                 leaf = hidden[part].detach().requires_grad_()
                 with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-                    figures, _ = ctx.job.chunk(leaf, start, again=True)
-            grads = torch.autograd.grad(
-                figures, [leaf, *parameters], grad[:, part], allow_unused=True
+                    trained, _ = ctx.job.chunk(leaf, start, again=True)
+
+            leaf_grad, *new_grads = torch.autograd.grad(
+                trained, [leaf, *parameters], grad[:, part], allow_unused=True
             )
-            into_hidden[part] = grads[0]
-            for i, new in enumerate(grads[1:]):
-                totals[i] = new if totals[i] is None or new is None else totals[i].add_(new)
-        return None, into_hidden, *totals
+            hidden_grad[part] = leaf_grad
+            # The first chunk's gradient becomes the sum, the others are added in place.
+            for i, new in enumerate(new_grads):
+                total = parameter_grads[i]
+                parameter_grads[i] = new if total is None or new is None else total.add_(new)
+        return None, hidden_grad, *parameter_grads
 
 
 def head_figures(
@@ -166,26 +192,30 @@ def head_figures(
     *,
     entropy: bool = True,
 ) -> dict[str, Tensor]:
-    """Figures of each token: hidden states [M, H], labels [M] -> {"policy", "entropy", statistics,
-    "anchor"}: [M] each.
+    """Log-probs, entropies and statistics of M tokens from their hidden states [M, H].
 
-    "entropy" (nats) carries no gradient: it takes two more passes over a chunk's log-probs, none
-    through the model. A statistic gets the anchor's log-probs, or None without one; "anchor" is the
-    anchor's log-prob of the label.
+    Returns one tensor [M] per name: "policy" is the log-prob of the label, "entropy" (nats,
+    detached) that of the policy at the token, each of `statistics` its value, and "anchor" the
+    anchor's log-prob of the label. Statistics get the anchor's log-probs, or None without one.
+    The entropy takes two more passes over a chunk's log-probs, but none through the model.
     """
-    vocabulary = (
-        getattr(head.module, "out_features", None) or next(head.module.parameters()).shape[0]
-    )
+    vocabulary = getattr(head.module, "out_features", None)
+    if vocabulary is None:
+        vocabulary = next(head.module.parameters()).shape[0]
     rows = chunk_rows(vocabulary, hidden.device)
     keep = torch.is_grad_enabled() and not statistics and len(labels) <= KEPT_CHUNKS * rows
     job = _Job(head, labels, statistics, anchor, entropy, rows, keep)
-    trained = [p for p in head.module.parameters() if p.requires_grad]
+
+    parameters = [p for p in head.module.parameters() if p.requires_grad]
     if len(labels):
-        figures, detached = _Chunked.apply(job, hidden, *trained)
-    else:  # nothing to train in these rows: empty figures that still depend on every parameter, as DDP wants
-        figures = sum((p.sum() for p in trained), hidden.sum()) * hidden.new_zeros(
-            1 + len(statistics), 0
-        )
-        detached = figures.new_zeros(len(job.detached), 0)
-    found = dict(zip(("policy", *statistics), figures))
-    return found | dict(zip(job.detached, detached))
+        trained, detached = _Chunked.apply(job, hidden, *parameters)  # type: ignore[no-untyped-call]
+    else:
+        # Nothing to train in these rows. The empty results still depend on every parameter, because
+        # DDP waits for the gradient of each.
+        nothing = hidden.new_zeros(1 + len(statistics), 0)
+        trained = sum((p.sum() for p in parameters), hidden.sum()) * nothing
+        detached = nothing.new_zeros(len(job.detached_names), 0)
+
+    results = dict(zip(("policy", *statistics), trained))
+    results.update(zip(job.detached_names, detached))
+    return results

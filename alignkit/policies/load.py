@@ -1,6 +1,13 @@
-"""Loading models and tokenizers, and checking at the start what would train wrongly later."""
+"""Loading models and tokenizers into what a run trains, with checks of what would go wrong later.
 
+`load_pair` gives the policy pair of a recipe, `load_scorer` a reward or preference model to train,
+and `merge` folds a trained adapter into its base model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,43 +20,44 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from alignkit import files
-from alignkit.batches import Bundle, Plan
+from alignkit.batches import Plan
 from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig, TargetConfig
-from alignkit.errors import ConfigError, ModelError
-from alignkit.policies.layout import Layout, build_rows
+from alignkit.errors import ConfigError, ModelError, first_line
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.pair import PolicyPair
+from alignkit.policies.probe import check_head, choose_layout, probe_bundle
 from alignkit.policies.reference import KINDS, START_ADAPTER, Anchor, frozen, resolve_kind
 from alignkit.policies.scorer import TrainedScorer
 
-AGREE = 1e-4  # largest difference of log-probs between the two layouts, float32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def _check_source(name: str, field: str = "model.name_or_path") -> None:
+    """ModelError for a path that holds no model; names on the hub are left to the hub."""
     path = Path(name).expanduser()
     if path.is_file():
         raise ModelError(
             f"{field}: {name} is a file; give the folder that holds config.json, or a hub name"
         )
+
     if path.is_dir():
         if not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
             raise ModelError(
-                f"{field}: the folder {name} holds no config.json; give a folder written by save_pretrained"
+                f"{field}: the folder {name} holds no config.json; give a folder written by "
+                "save_pretrained"
             )
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
-            f"{field}: there is no folder {name}; check the path, or give a hub name such as Qwen/Qwen3-0.6B"
+            f"{field}: there is no folder {name}; check the path, or give a hub name such as "
+            "Qwen/Qwen3-0.6B"
         )
 
 
-def load_tokenizer(model: ModelConfig):
-    """The model's tokenizer, with a pad token. A tokenizer without one pads with its unknown or end
-    token: harmless here, because masks come from lengths and never from ids. Raises ModelError.
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The model's tokenizer, with a pad token.
+
+    A tokenizer without one pads with its unknown or end token. That is harmless here, because masks
+    come from lengths and never from ids. Raises ModelError.
     """
     _check_source(model.name_or_path)
     try:
@@ -58,43 +66,56 @@ def load_tokenizer(model: ModelConfig):
         )
     except Exception as error:  # tokenizers raise a bare Exception for a damaged file
         raise ModelError(
-            f"model.name_or_path: no tokenizer could be loaded from {model.name_or_path}: {_first_line(error)}"
+            f"model.name_or_path: no tokenizer could be loaded from {model.name_or_path}: "
+            f"{first_line(error)}"
         ) from error
+
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ModelError(
-            f"model.name_or_path: the tokenizer of {model.name_or_path} has no pad, unknown or end token; add one "
-            "(tokenizer.add_special_tokens({'pad_token': '<pad>'})) and save it beside the model"
+            f"model.name_or_path: the tokenizer of {model.name_or_path} has no pad, unknown or end "
+            "token; add one (tokenizer.add_special_tokens({'pad_token': '<pad>'})) and save it "
+            "beside the model"
         )
     return tokenizer
 
 
 def load_model(
     model: ModelConfig, *, device: torch.device | str, dtype: str = "float32", outputs: int = 0
-) -> tuple[nn.Module, dict[str, float]]:
-    """A causal LM without dropout, in evaluation mode, and the dropout rates its config had. With
-    `outputs` its backbone under a fresh head of so many numbers per text, as a sequence classifier.
+) -> tuple[Any, dict[str, float]]:
+    """A causal LM without dropout, in evaluation mode, and the dropout rates its config had.
+
+    With `outputs`, a sequence classifier instead: the model's backbone under a fresh head of that
+    many numbers per text. Raises ModelError.
     """
     _check_source(model.name_or_path)
-    transformers_logging.disable_progress_bar()  # a bar per load would tear the run's own display
+    # A bar per load would disturb the run's own display.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     kernel = {} if model.attention == "auto" else {"attn_implementation": model.attention}
     weights = DTYPES[dtype if model.dtype == "auto" else model.dtype]
-    shared = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    shared: dict[str, Any] = {
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+    }
     try:
         config = AutoConfig.from_pretrained(model.name_or_path, **shared)
         if getattr(config, "alignkit_outputs", None) and not outputs:
             raise ModelError(
-                "it is a reward or preference model, which writes nothing; name it under `rewards` or `judge`"
+                "it is a reward or preference model, which writes nothing; name it under `rewards` "
+                "or `judge`"
             )
+
+        # Dropout would make the policy differ from its own reference.
         rates = {
-            k: v
-            for k, v in config.to_dict().items()
-            if k.endswith(("dropout", "_pdrop")) and isinstance(v, float) and v > 0
+            name: value
+            for name, value in config.to_dict().items()
+            if name.endswith(("dropout", "_pdrop")) and isinstance(value, float) and value > 0
         }
         for name in rates:
             setattr(config, name, 0.0)
-        auto = AutoModelForSequenceClassification if outputs else AutoModelForCausalLM
+
+        auto: Any = AutoModelForSequenceClassification if outputs else AutoModelForCausalLM
         if outputs:
             config.num_labels = outputs
         loaded = auto.from_pretrained(
@@ -102,159 +123,97 @@ def load_model(
         )
     except Exception as error:  # loaders raise anything, from OSError to SafetensorError
         raise ModelError(
-            f"model.name_or_path: {model.name_or_path} could not be loaded: {_first_line(error)}"
+            f"model.name_or_path: {model.name_or_path} could not be loaded: {first_line(error)}"
         ) from error
+
     if not outputs and loaded.get_output_embeddings() is None:
         raise ModelError(
-            f"model.name_or_path: {model.name_or_path} has no language-model head; give a causal language model"
+            f"model.name_or_path: {model.name_or_path} has no language-model head; give a causal "
+            "language model"
         )
     return loaded.to(device).eval(), rates
 
 
-def same_vocabulary(first, second) -> bool:
+def same_vocabulary(first: Any, second: Any) -> bool:
     """Whether two tokenizers give every token the same id."""
     return vocabulary_hash(first) == vocabulary_hash(second)
 
 
-def vocabulary_hash(tokenizer) -> str:
+def vocabulary_hash(tokenizer: Any) -> str:
     """Hash of a tokenizer's vocabulary, ids included."""
     return files.vocabulary_hash(tokenizer.get_vocab())
 
 
-def check_vocabulary(model: nn.Module, tokenizer, name: str) -> None:
-    """Every token the tokenizer can make has a row in the model's embedding."""
+def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+    """ModelError unless every token of the tokenizer has a row in the model's embedding."""
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ModelError(
-            f"model.name_or_path: the tokenizer of {name} makes token ids up to {largest}, its model has {rows} embeddings; use "
-            "the tokenizer the model was trained with, or enlarge the model (resize_token_embeddings) and save both"
+            f"model.name_or_path: the tokenizer of {name} makes token ids up to {largest}, its "
+            f"model has {rows} embeddings; use the tokenizer the model was trained with, or "
+            "enlarge the model (resize_token_embeddings) and save both"
         )
 
 
 def _reference_model(
-    path: str, policy: nn.Module, tokenizer, model: ModelConfig, device, dtype: str
+    path: str,
+    policy: nn.Module,
+    tokenizer: Any,
+    model: ModelConfig,
+    device: torch.device | str,
+    dtype: str,
 ) -> PolicyModule:
-    """The reference at a path, refused unless its tokens mean what the policy's mean."""
+    """The reference at a path; ModelError unless its tokens mean what the policy's mean."""
     source = model.model_copy(update={"name_or_path": path, "revision": None, "adapter": None})
     _check_source(path, "reference.kind")
     other = load_tokenizer(source)
     if not same_vocabulary(other, tokenizer):
         raise ModelError(
-            f"reference.kind: the tokenizer of {path} ({len(other)} tokens) is not the policy's ({len(tokenizer)} tokens): "
-            "log-probs of different tokens cannot be compared; choose a reference from the same family"
+            f"reference.kind: the tokenizer of {path} ({len(other)} tokens) is not the policy's "
+            f"({len(tokenizer)} tokens): log-probs of different tokens cannot be compared; choose "
+            "a reference from the same family"
         )
+
     loaded, _ = load_model(source, device=device, dtype=dtype)
     own, theirs = (causal_lm(m).config.get_text_config().vocab_size for m in (policy, loaded))
     if own != theirs:
         raise ModelError(
-            f"reference.kind: {path} has a vocabulary of {theirs}, the policy one of {own}; they must be the same"
+            f"reference.kind: {path} has a vocabulary of {theirs}, the policy one of {own}; they "
+            "must be the same"
         )
     return frozen(PolicyModule(loaded))
 
 
-def add_adapter(model: nn.Module, adapter: AdapterConfig, *, seed: int) -> nn.Module:
-    """The model with a LoRA adapter: a new one, or one to train on, whose frozen twin stays as the
-    reference.
+def add_adapter(model: Any, adapter: AdapterConfig, *, seed: int) -> Any:
+    """The model with a LoRA adapter: a new one, or one to train on, of which a frozen copy stays as
+    the reference. Raises ModelError.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if adapter.path is None:
-            targets = adapter.target_modules
             settings = LoraConfig(
                 r=adapter.r,
                 lora_alpha=adapter.alpha,
                 lora_dropout=adapter.dropout,
-                target_modules=targets,
+                target_modules=adapter.target_modules,
                 task_type="CAUSAL_LM",
             )
             try:
                 return get_peft_model(model, settings)
             except ValueError as error:
-                raise ModelError(f"model.adapter.target_modules: {_first_line(error)}") from error
+                raise ModelError(f"model.adapter.target_modules: {first_line(error)}") from error
+
         if not (Path(adapter.path) / "adapter_config.json").exists():
             raise ModelError(
-                f"model.adapter.path: there is no adapter_config.json in {adapter.path}; give a folder written by peft"
+                f"model.adapter.path: there is no adapter_config.json in {adapter.path}; give a "
+                "folder written by peft"
             )
         loaded = PeftModel.from_pretrained(model, adapter.path, is_trainable=True)
         loaded.load_adapter(adapter.path, START_ADAPTER, is_trainable=False)
         return loaded
-
-
-def probe_bundle(vocab: int, window: int | None, limit: int | None) -> Bundle:
-    """A bundle that shows whether a model can branch: three completions, longer than the sliding
-    window where there is one.
-    """
-    length = (window or 0) + 8
-    if limit is not None:
-        length = min(length, limit - 8)
-    rng = torch.Generator().manual_seed(0)
-    prompt, *completions = (
-        torch.randint(vocab, (n,), generator=rng) for n in (max(1, length), 5, 1, 4)
-    )
-    return Bundle(prompt, completions, [torch.ones(len(c), dtype=torch.bool) for c in completions])
-
-
-@torch.no_grad()
-def check_head(module: PolicyModule, bundle: Bundle) -> None:
-    """Our head on one row against the model's own logits."""
-    rows = build_rows([bundle], "padded", next(module.parameters()).device)
-    lm = causal_lm(module.model)
-    logits = lm(input_ids=rows.input_ids, attention_mask=torch.ones_like(rows.input_ids)).logits
-    expected = (
-        logits.flatten(0, 1)[rows.sources]
-        .float()
-        .log_softmax(-1)
-        .gather(-1, rows.labels[:, None])[:, 0]
-    )
-    difference = float((module(rows)["policy"].float() - expected).abs().max())
-    # half-precision logits are rounded in another order
-    tolerance = 1e-3 if logits.dtype == torch.float32 else 0.25
-    if not difference <= tolerance:
-        raise ModelError(
-            f"the head of {type(lm).__name__} gives log-probs that differ from the model's own by {difference:.1e}: it does "
-            "something after its head module that alignkit does not know; please report the model's name"
-        )
-
-
-@torch.no_grad()
-def choose_layout(module: PolicyModule, wanted: str, bundle: Bundle) -> tuple[Layout, str]:
-    """Shared-prefix rows where the model gives the same log-probs for them, else padded rows; and
-    why, for the notes.
-    """
-    if wanted == "padded":
-        return "padded", ""
-    device = next(module.parameters()).device
-    figures = {}
-    try:
-        for layout in ("padded", "shared_prefix"):
-            rows = build_rows([bundle], layout, device, packing=module.packing)
-            figures[layout] = rows.scatter(module(rows)["policy"].float())
-        difference = float((figures["padded"] - figures["shared_prefix"]).abs().max())
-        half = next(module.parameters()).dtype != torch.float32
-        why = (
-            ""
-            if difference <= (0.25 if half else AGREE)
-            else f"its log-probs differ by {difference:.1e} from separate rows"
-        )
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        NotImplementedError,
-        IndexError,
-    ) as error:
-        why = f"it refuses the mask ({_first_line(error)})"
-    if not why:
-        return "shared_prefix", ""
-    message = f"this model cannot branch completions off one prompt: {why}"
-    if wanted == "shared_prefix":
-        raise ModelError(f"model.layout: {message}; use model.layout=auto or padded")
-    return "padded", f"padded rows: {message}"
 
 
 def load_pair(
@@ -276,8 +235,10 @@ def load_pair(
     """
     if model.attention == "flex_attention" and torch.device(device).type == "cpu":
         raise ConfigError(
-            "model.attention: flex_attention cannot train on a CPU (torch has no backward for it there); use sdpa"
+            "model.attention: flex_attention cannot train on a CPU (torch has no backward for it "
+            "there); use sdpa"
         )
+
     tokenizer = load_tokenizer(model)
     loaded, dropout = load_model(model, device=device, dtype=dtype)
     check_vocabulary(loaded, tokenizer, model.name_or_path)
@@ -285,30 +246,32 @@ def load_pair(
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = loaded if model.adapter is None else add_adapter(loaded, model.adapter, seed=seed)
     base = PolicyModule(policy, values=plan.values).eval()
-    windows = [w for w in base.windows.values() if w]
+
+    # Compute a few log-probs both ways, before any time is spent on training.
     text = loaded.config.get_text_config()
-    bundle = probe_bundle(
-        text.vocab_size, max(windows, default=None), getattr(text, "max_position_embeddings", None)
-    )
+    window = max((w for w in base.windows.values() if w), default=None)
+    bundle = probe_bundle(text.vocab_size, window, getattr(text, "max_position_embeddings", None))
     check_head(base, bundle)
     layout, note = choose_layout(base, model.layout, bundle)
+
     anchors = {}
     kind = resolve_kind(
         reference.kind, plan, adapter=model.adapter is not None, fixed_data=fixed_data
     )
-    if kind != "none":
-        if kind in KINDS:
-            anchors["reference"] = Anchor.of(kind, base, reference)
-        else:
-            anchors["reference"] = Anchor(
-                "frozen", _reference_model(kind, loaded, tokenizer, model, device, dtype)
-            )
+    if kind in KINDS:
+        anchors["reference"] = Anchor.of(kind, base, reference)
+    elif kind != "none":
+        other = _reference_model(kind, loaded, tokenizer, model, device, dtype)
+        anchors["reference"] = Anchor("frozen", other)
+
+    # `previous` comes first: after a step it takes over from the target before the target moves.
     followed = target or TargetConfig()
-    if "previous" in plan.anchors:  # first: it takes over from the target before the target moves
+    if "previous" in plan.anchors:
         synced = Anchor.of(followed.kind, base, followed)
         anchors |= {"previous": Anchor.before(synced, base), "target": synced}
     elif "target" in plan.anchors:
         anchors["target"] = Anchor.of(followed.kind, base, followed)
+
     return PolicyPair(
         base, tokenizer, anchors, layout=layout, notes=[note] if note else [], save_config=dropout
     )
@@ -323,7 +286,7 @@ def load_scorer(
     seed: int = 0,
 ) -> TrainedScorer:
     """A model of `plan.outputs` numbers per text, ready to train: a language model's backbone and a
-    fresh head.
+    fresh head, initialised from `seed`.
 
     What the numbers mean is written into the config that is saved. Raises ModelError, and
     ConfigError for LoRA.
@@ -333,24 +296,32 @@ def load_scorer(
             "model.adapter: reward and preference models are trained whole; leave the adapter out"
         )
     tokenizer = load_tokenizer(model)
-    torch.manual_seed(seed)  # of the fresh head
-    told = transformers_logging.get_verbosity()
-    # that the head is new and the language model's is unused, as it should be
-    transformers_logging.set_verbosity_error()
-    try:
+    torch.manual_seed(seed)
+    with _without_warnings():
         loaded, dropout = load_model(model, device=device, dtype=dtype, outputs=plan.outputs)
-    finally:
-        transformers_logging.set_verbosity(told)
     check_vocabulary(loaded, tokenizer, model.name_or_path)
     if model.gradient_checkpointing:
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    loaded.config.get_text_config().pad_token_id = loaded.config.pad_token_id = (
-        tokenizer.pad_token_id
-    )
-    loaded.config.alignkit_outputs = (
-        "joined" if plan.joined else "reward" if plan.outputs == 1 else "embedding"
-    )
+
+    # The classifier finds the last token of a text by the pad token.
+    loaded.config.pad_token_id = tokenizer.pad_token_id
+    loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if plan.joined:
+        loaded.config.alignkit_outputs = "joined"
+    else:
+        loaded.config.alignkit_outputs = "reward" if plan.outputs == 1 else "embedding"
     return TrainedScorer(loaded, tokenizer, save_config=dropout)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence transformers' warning that a head is new and another unused, which is intended."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def merge(folder: Path | str, out: Path | str) -> None:
@@ -362,15 +333,20 @@ def merge(folder: Path | str, out: Path | str) -> None:
     from peft import PeftConfig, PeftModel
 
     source = Path(folder)
-    source = source / "model" if (source / "model" / "adapter_config.json").exists() else source
+    if (source / "model" / "adapter_config.json").exists():
+        source = source / "model"
     if not (source / "adapter_config.json").exists():
         raise ModelError(
             f"{folder} holds no adapter (adapter_config.json); only LoRA runs need merging"
         )
-    base = PeftConfig.from_pretrained(source).base_model_name_or_path
-    model, _ = load_model(ModelConfig(name_or_path=base or ""), device="cpu")
-    PeftModel.from_pretrained(model, source).merge_and_unload().save_pretrained(out)
-    tokenizer = source if (source / "tokenizer_config.json").exists() else Path(base)
-    load_tokenizer(ModelConfig(name_or_path=str(base))).from_pretrained(tokenizer).save_pretrained(
-        out
-    )
+
+    base = PeftConfig.from_pretrained(str(source)).base_model_name_or_path or ""
+    model, _ = load_model(ModelConfig(name_or_path=base), device="cpu")
+    adapted: Any = PeftModel.from_pretrained(model, source)
+    adapted.merge_and_unload().save_pretrained(out)
+
+    # The run's own tokenizer if it has one, else the base model's, as it was before `load_tokenizer`
+    # gave it a pad token.
+    loaded = load_tokenizer(ModelConfig(name_or_path=base))
+    own = (source / "tokenizer_config.json").exists()
+    loaded.from_pretrained(source if own else base).save_pretrained(out)

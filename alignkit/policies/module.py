@@ -5,6 +5,7 @@ Policy parameters are touched nowhere else, so that DDP and FSDP see every use o
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,29 +15,28 @@ from alignkit.policies.layout import Rows, attention_mask
 from alignkit.policies.packing import FLEX, packing_of, take_runs
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: Any) -> Any:
     """The transformers causal LM inside, without peft's wrapper (the adapters are in its layers)."""
-    return (
-        model.get_base_model()
-        if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-        else model
-    )
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model
 
 
-def context_length(model: nn.Module) -> int:
+def context_length(model: Any) -> int:
     """Tokens that a transformers model reads at once; a very large number where its config names no
     limit.
     """
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else 1 << 30
 
 
-def layer_windows(config) -> dict[str, int | None]:
+def layer_windows(config: Any) -> dict[str, int | None]:
     """Sliding window per layer type of a model's config; the single key "" for a model that takes
     one mask.
     """
-    config = config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None)
     if not types:
         return {"": window}
     return {name: window if name == "sliding_attention" else None for name in dict.fromkeys(types)}
@@ -47,7 +47,9 @@ class PolicyModule(nn.Module):
     hidden states.
     """
 
-    def __init__(self, model: nn.Module, *, values: bool = False) -> None:
+    model: Any  # the transformers model, maybe in peft's wrapper
+
+    def __init__(self, model: Any, *, values: bool = False) -> None:
         super().__init__()
         self.model = model
         take_runs(causal_lm(model))
@@ -57,7 +59,7 @@ class PolicyModule(nn.Module):
             first = next(model.parameters())
             width = model.config.get_text_config().hidden_size
             self.value_head = nn.Linear(width, 1, device=first.device)
-            # values start at 0: the first advantages are the plain returns
+            # Values start at 0, so the first advantages are the plain returns.
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
@@ -77,13 +79,14 @@ class PolicyModule(nn.Module):
         kernel = lm.config._attn_implementation
         additive = next(lm.parameters()).dtype if kernel == "eager" else None
         mask = attention_mask(rows, self.windows, additive=additive, blocks=kernel == FLEX)
-        # position_ids only where they say something: given without need, they send models down
-        # slower paths
+
+        # Position ids are given only where rows branch: models take slower paths with them.
         positions = {"position_ids": rows.position_ids} if rows.branched else {}
         output = lm.base_model(
             input_ids=rows.input_ids, attention_mask=mask, use_cache=False, **positions
         )
-        return output.last_hidden_state.flatten(0, 1)[rows.sources]
+        hidden: Tensor = output.last_hidden_state.flatten(0, 1)
+        return hidden[rows.sources]
 
     def forward(
         self,
@@ -94,8 +97,8 @@ class PolicyModule(nn.Module):
         hidden_only: bool = False,
         entropy: bool = True,
     ) -> dict[str, Tensor]:
-        """Figures of the trained tokens: {"policy", "entropy", statistics, "anchor", "values"}: [M]
-        each.
+        """Results of `head_figures` for the trained tokens, and "values" where there is a value
+        head: [M] each.
 
         `hidden_only` returns {"hidden": [M, H]} instead: an anchor's states for the policy's
         statistics.
@@ -103,17 +106,17 @@ class PolicyModule(nn.Module):
         hidden = self._hidden(rows)
         if hidden_only:
             return {"hidden": hidden}
-        figures = head_figures(
+
+        results = head_figures(
             self.head, hidden, rows.labels, statistics or {}, anchor, entropy=entropy
         )
         if self.value_head is not None:
-            figures["values"] = self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
-        return figures
+            results["values"] = self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
+        return results
 
-    def adapter_disabled(self) -> AbstractContextManager:
+    def adapter_disabled(self) -> AbstractContextManager[Any]:
         """The model without its adapter; nothing to do for a model that has none."""
-        return (
-            self.model.disable_adapter()
-            if hasattr(self.model, "disable_adapter")
-            else nullcontext()
-        )
+        if not hasattr(self.model, "disable_adapter"):
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.model.disable_adapter()
+        return context

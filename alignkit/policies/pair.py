@@ -1,9 +1,15 @@
-"""The policy and its anchors: the one thing the loop asks for log-probs."""
+"""The policy pair: the trained policy with its anchors, the one object that gives log-probs.
+
+The training loop, sampling and evaluation go through `PolicyPair` and never touch the models
+themselves. It scores completions, stores the reference's log-probs, lends a model for generation,
+and knows what a checkpoint has to hold.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +31,7 @@ from alignkit.policies.sharding import (
 )
 
 SCORING_BUDGET = 8192  # tokens per forward without gradient
-RESCORED = 4  # bundles whose stored log-probs are held against live ones
+RESCORED = 4  # bundles whose stored log-probs are compared with live ones
 ANCHOR_PREFIX = "anchor."
 
 
@@ -35,7 +41,7 @@ class PolicyPair:
     def __init__(
         self,
         base: PolicyModule,
-        tokenizer,
+        tokenizer: Any,
         anchors: Mapping[str, Anchor],
         *,
         layout: Layout = "shared_prefix",
@@ -43,15 +49,14 @@ class PolicyPair:
         save_config: Mapping[str, object] | None = None,
     ) -> None:
         self.base = base  # the PolicyModule itself
-        self.module: nn.Module = base  # the same, or what accelerate made of it
+        self.module: nn.Module = base  # the same, or accelerate's wrapper around it
         self.tokenizer = tokenizer
         self.anchors = dict(anchors)
         self.layout: Layout = layout
         self.notes = list(notes)
-        # config fields that loading changed and saving restores
-        self._save_config = dict(save_config or {})
-        self._autocast: Callable = nullcontext
-        self._whole = False  # whether `whole` is entered
+        self._save_config = dict(save_config or {})  # config fields that loading had changed
+        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._is_whole = False  # inside `whole`
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +66,8 @@ class PolicyPair:
     @property
     def vocab_size(self) -> int:
         """Rows of the head: V."""
-        return causal_lm(self.base.model).config.get_text_config().vocab_size
+        size: int = causal_lm(self.base.model).config.get_text_config().vocab_size
+        return size
 
     @property
     def reference_kind(self) -> str:
@@ -74,7 +80,7 @@ class PolicyPair:
 
     def prepare(
         self,
-        accelerator,
+        accelerator: Any,
         make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
         *,
         sharded: bool = False,
@@ -82,27 +88,32 @@ class PolicyPair:
         """Spread the policy over the processes, move the anchors to its device, and return the
         optimiser of its parameters.
 
-        `sharded` asks for FSDP2 over torch's own `fully_shard`; else accelerate wraps the policy as
-        it was launched to (DDP, FSDP2). ConfigError where accelerate was asked for shards and there
-        are none.
+        `sharded` means FSDP2 by torch's own `fully_shard`; otherwise accelerate wraps the policy in
+        what it was launched for (DDP, FSDP2). Raises ConfigError where accelerate was launched for
+        shards and did not make them.
         """
         self._autocast = accelerator.autocast
         for anchor in self.anchors.values():
             if anchor.module is not None:
                 anchor.module.to(accelerator.device)
         check_launch(accelerator)
+
         if sharded and accelerator.num_processes > 1:
             shard(self.base, accelerator.num_processes)
             # FSDP2 wants its root to run first, and generation enters the model further down.
             with torch.no_grad():
                 self.forward([stand_in()], Plan("sequence", anchors=()))
-            return accelerator.prepare(make_optimizer(self.parameters()))
+            optimizer: torch.optim.Optimizer = accelerator.prepare(
+                make_optimizer(self.parameters())
+            )
+            return optimizer
+
         self.module, optimizer = accelerator.prepare(self.base, make_optimizer(self.parameters()))
         check_sharded(self.base)
         return optimizer
 
     def forward(self, bundles: Sequence[Bundle], plan: Plan) -> TokenLogps | Outputs:
-        """What the objective of `plan` sees of the completions: for a language model, `logps`."""
+        """What the objective of `plan` is given for these completions: a policy's `logps`."""
         return self.logps(bundles, plan)
 
     def logps(self, bundles: Sequence[Bundle], plan: Plan, *, anchors: bool = True) -> TokenLogps:
@@ -113,36 +124,40 @@ class PolicyPair:
         statistics.
         """
         rows = self._rows(bundles)
-        figures: dict[str, Tensor] = {}
+
+        # Statistics compare whole vocabularies, so the first anchor only lends its hidden states:
+        # the policy's head computes its log-probs chunk by chunk beside the policy's own.
+        anchor_logps: dict[str, Tensor] = {}
         states = None
         for name in plan.anchors if anchors else ():
             if plan.statistics and name == plan.anchors[0]:
                 states = self._states(name, rows)
             elif all(name in bundle.tokens for bundle in bundles):
-                figures[name] = self._stored(bundles, name, rows)
+                anchor_logps[name] = self._stored(bundles, name, rows)
             else:
-                figures[name] = rows.scatter(self._score(name, rows))
+                anchor_logps[name] = rows.scatter(self._score(name, rows))
+
         self.module.train(torch.is_grad_enabled())
         with self._autocast():
-            found = self.module(rows, plan.statistics if anchors else {}, states)
-        extras = {name: rows.scatter(values) for name, values in found.items()}
+            results = self.module(rows, plan.statistics if anchors else {}, states)
+        extras = {name: rows.scatter(values) for name, values in results.items()}
         if states is not None:
-            figures[plan.anchors[0]] = extras.pop("anchor")
+            anchor_logps[plan.anchors[0]] = extras.pop("anchor")
+
         behavior = None
         if all("behavior" in bundle.tokens for bundle in bundles):
             behavior = self._stored(bundles, "behavior", rows)
-        return TokenLogps(extras.pop("policy"), figures, rows.mask, behavior, extras)
+        return TokenLogps(extras.pop("policy"), anchor_logps, rows.mask, behavior, extras)
 
     @property
     def packing(self) -> float | None:
-        """The policy's, if its attention and every anchor's take trees end to end; see
-        `build_rows`.
+        """The `packing` of `build_rows`: the policy's, if every anchor's attention can take packed
+        rows too.
         """
-        modules = [
-            self.base,
-            *(anchor.module for anchor in self.anchors.values() if anchor.module is not None),
-        ]
-        return self.base.packing if all(module.packing for module in modules) else None
+        others = [a.module for a in self.anchors.values() if a.module is not None]
+        if not all(module.packing for module in [self.base, *others]):
+            return None
+        return self.base.packing
 
     def _rows(self, bundles: Sequence[Bundle]) -> Rows:
         return build_rows(bundles, self.layout, self.device, packing=self.packing)
@@ -154,7 +169,7 @@ class PolicyPair:
         return micro_batches(bundles, budget, self.layout, packing=self.packing)
 
     def _stored(self, bundles: Sequence[Bundle], name: str, rows: Rows) -> Tensor:
-        """Stored figures of the completions, [N, T], 0 outside the mask."""
+        """Log-probs that the bundles carry under `name`, [N, T], 0 outside the mask."""
         flat = torch.zeros(rows.shape)
         stored = (values for bundle in bundles for values in bundle.tokens[name])
         for row, values in zip(flat, stored, strict=True):
@@ -165,7 +180,8 @@ class PolicyPair:
     def _score(self, name: str, rows: Rows) -> Tensor:
         """An anchor's log-probs of the labels [M]."""
         with self._active(name) as module, self._autocast():
-            return module.eval()(rows, entropy=False)["policy"].float()
+            logps: Tensor = module.eval()(rows, entropy=False)["policy"]
+            return logps.float()
 
     @torch.no_grad()
     def _states(self, name: str, rows: Rows) -> AnchorStates:
@@ -175,11 +191,13 @@ class PolicyPair:
         anchor = self.anchors[name]
         if anchor.module is not None:
             return AnchorStates(hidden, anchor.module.head)
-        return AnchorStates(
-            hidden, replace(self.base.head, context=lambda: anchor.active(self.base, self.base))
-        )
 
-    def _active(self, name: str):
+        # This anchor lives inside the policy: its head is the policy's, with the anchor's adapter.
+        head = replace(self.base.head, context=lambda: anchor.active(self.base, self.base))
+        return AnchorStates(hidden, head)
+
+    def _active(self, name: str) -> AbstractContextManager[nn.Module]:
+        """The module of an anchor, inside the block. ModelError where the run has no such anchor."""
         if name not in self.anchors:
             known = ", ".join(["policy", *self.anchors])
             raise ModelError(
@@ -196,33 +214,39 @@ class PolicyPair:
         A few bundles are scored a second time by themselves; the largest difference goes to
         `notes`. `progress` is called with the number of bundles done.
         """
-        out = list(bundles)
+        filled = list(bundles)
         done = 0
         for group in self.micro_batches(bundles, SCORING_BUDGET):
-            for index, tokens in zip(group, self._reference_tokens([bundles[i] for i in group])):
-                out[index] = replace(
-                    bundles[index], tokens={**bundles[index].tokens, "reference": tokens}
-                )
+            scored = self._reference_tokens([bundles[i] for i in group])
+            for index, logps in zip(group, scored):
+                tokens = {**bundles[index].tokens, "reference": logps}
+                filled[index] = replace(bundles[index], tokens=tokens)
             done += len(group)
             if progress is not None:
                 progress(done)
-        worst = self.rescored(out)
+
+        worst = self.rescored(filled)
         self.notes.append(
-            f"reference log-probs stored for {len(out)} bundles; scored again one by one they differ by at most {worst:.1e}"
+            f"reference log-probs stored for {len(filled)} bundles; scored again one by one they "
+            f"differ by at most {worst:.1e}"
         )
-        return out
+        return filled
 
     def rescored(self, bundles: Sequence[Bundle]) -> float:
-        """The largest difference between what a few bundles have stored and live scores; call it
-        before the policy moves.
+        """The largest difference between stored and live log-probs of a few bundles; call it before
+        the policy moves.
         """
         worst = 0.0
-        for bundle in bundles[:: -(-len(bundles) // RESCORED) or 1]:
-            pairs = zip(self._reference_tokens([bundle])[0], bundle.tokens["reference"])
-            worst = max([worst, *(float((a - b).abs().max()) for a, b in pairs if len(a))])
+        step = -(-len(bundles) // RESCORED) or 1
+        for bundle in bundles[::step]:
+            live = self._reference_tokens([bundle])[0]
+            for one, other in zip(live, bundle.tokens["reference"]):
+                if len(one):
+                    worst = max(worst, float((one - other).abs().max()))
         return worst
 
     def _reference_tokens(self, bundles: Sequence[Bundle]) -> list[list[Tensor]]:
+        """The reference's log-probs of each completion of each bundle, K x [T_k]."""
         rows = self._rows(bundles)
         scored = iter(rows.scatter(self._score("reference", rows)).cpu())
         return [
@@ -231,15 +255,20 @@ class PolicyPair:
 
     @contextmanager
     def rewound(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """At exit parameters and optimiser state are bit for bit what they were; new state is
-        deleted. RNG is untouched.
+        """Take steps inside the block that are undone at its end.
+
+        Parameters and optimiser state are then bit for bit what they were; state that did not exist
+        is deleted. Random number generators are left alone.
         """
         parameters = self.parameters()
         weights = [p.detach().clone() for p in parameters]
-        state = {p: _cloned(optimizer.state[p]) for p in parameters if p in optimizer.state}
-        groups = [
+        state: dict[Tensor, Any] = {
+            p: _cloned(optimizer.state[p]) for p in parameters if p in optimizer.state
+        }
+        settings = [
             {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
         ]
+
         try:
             yield
         finally:
@@ -249,40 +278,37 @@ class PolicyPair:
             for parameter in parameters:
                 optimizer.state.pop(parameter, None)
             optimizer.state.update(state)
-            for group, kept in zip(optimizer.param_groups, groups):
-                group.update(kept)
+            for group, earlier in zip(optimizer.param_groups, settings):
+                group.update(earlier)
 
     @contextmanager
     def model(self, name: str = "policy") -> Iterator[nn.Module]:
         """A transformers causal LM for generation, in evaluation mode: "policy" or an anchor. Only
         valid inside the block.
         """
-        if (
-            name != "policy"
-            and self.anchors.get(name, Anchor("")).kind == "cached"
-            and self.anchors[name].moved
-        ):
+        anchor = self.anchors.get(name)
+        if anchor is not None and anchor.kind == "cached" and anchor.moved:
             raise ModelError(
                 "reference.kind: a cached reference cannot generate; set reference.kind=frozen"
             )
         active = nullcontext(self.base) if name == "policy" else self._active(name)
         with self.whole(), active as module, self._autocast():
-            base = self.base if module is self.module else module
+            base: Any = self.base if module is self.module else module
             base.eval()
             yield base.model
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside, a sharded policy is whole on every process and each may call it as often as it
-        likes; all have to enter.
+        """Inside the block a sharded policy is whole on every process, and each may call it as often
+        as it likes. Every process has to enter.
         """
-        outer = self._whole
-        self._whole = True
+        outer = self._is_whole
+        self._is_whole = True
         try:
             with nullcontext() if outer else whole(self.base):
                 yield
         finally:
-            self._whole = outer
+            self._is_whole = outer
 
     def after_step(self, step: int) -> None:
         """Tell the anchors that optimiser step `step` (counted from 1) is done."""
@@ -291,13 +317,13 @@ class PolicyPair:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Live tensors a checkpoint covers: trainable parameters and moving anchors."""
-        found = {name: p for name, p in self.base.named_parameters() if p.requires_grad}
+        tensors: dict[str, Tensor] = {
+            name: p for name, p in self.base.named_parameters() if p.requires_grad
+        }
         for name, anchor in self.anchors.items():
-            found |= {
-                f"{ANCHOR_PREFIX}{name}.{key}": value
-                for key, value in anchor.state(self.base).items()
-            }
-        return found
+            for key, value in anchor.state(self.base).items():
+                tensors[f"{ANCHOR_PREFIX}{name}.{key}"] = value
+        return tensors
 
     def state(self, *, keep: bool = True) -> dict[str, Tensor]:
         """Trainable parameters and moving anchors, whole, copied to the CPU.
@@ -314,7 +340,8 @@ class PolicyPair:
         wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
         if wrong:
             raise CheckpointError(
-                f"the checkpoint does not fit this model and reference: {len(wrong)} tensors differ, e.g. {wrong[0]}"
+                f"the checkpoint does not fit this model and reference: {len(wrong)} tensors "
+                f"differ, e.g. {wrong[0]}"
             )
         for name, tensor in own.items():
             assign(tensor, state[name])
@@ -334,20 +361,21 @@ class PolicyPair:
         A sharded policy needs `state`, its `whole_state`.
         """
         model = self.base.model
-        config = causal_lm(self.base.model).config
-        changed = {name: getattr(config, name) for name in self._save_config}
+        adapters = {}
+        if hasattr(model, "peft_config"):
+            adapters["selected_adapters"] = [a for a in model.peft_config if a != START_ADAPTER]
+
+        # Loading switched dropout off; the saved config has the rates it came with.
+        config = causal_lm(model).config
+        during_training = {name: getattr(config, name) for name in self._save_config}
         for name, value in self._save_config.items():
             setattr(config, name, value)
-        only = (
-            {"selected_adapters": [a for a in model.peft_config if a != START_ADAPTER]}
-            if hasattr(model, "peft_config")
-            else {}
-        )
         try:
-            model.save_pretrained(folder, state_dict=state, **only)
+            model.save_pretrained(folder, state_dict=state, **adapters)
         finally:
-            for name, value in changed.items():
+            for name, value in during_training.items():
                 setattr(config, name, value)
+
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 

@@ -1,5 +1,7 @@
-"""What anchors the KL: a frozen copy, the policy without its adapter, its starting adapter, a
-cache, or a moving average.
+"""Anchors: the policies that the trained one is compared with, first of all the KL's reference.
+
+An anchor is a frozen copy, the policy without its adapter, the policy with the adapter it started
+from, stored log-probs, a moving average of the policy, or a copy that is renewed every few steps.
 """
 
 import copy
@@ -22,16 +24,21 @@ START_ADAPTER = "reference"  # the frozen twin of a pretrained adapter that is t
 
 
 def resolve_kind(kind: str, plan: Plan, *, adapter: bool, fixed_data: bool) -> str:
-    """What `reference.kind` means for this run; "none" where nothing asks for a reference, else one
-    of KINDS or a path.
+    """The kind of reference that `reference.kind` means for this run: one of KINDS but "auto", a
+    path, or "none" where the objective needs no reference.
+
+    Raises ConfigError for a kind that this run cannot have.
     """
     sampled = any(draw.source == "reference" or draw.mix for draw in plan.samples)
     if "reference" not in plan.anchors and not plan.statistics and not sampled:
         return "none"
     if kind == "adapter_off" and not adapter:
         raise ConfigError(
-            "reference.kind: adapter_off needs a LoRA adapter; set model.adapter, or reference.kind=frozen"
+            "reference.kind: adapter_off needs a LoRA adapter; set model.adapter, or "
+            "reference.kind=frozen"
         )
+
+    # Log-probs can be stored once if every completion is known before training starts.
     reasons = {
         "completions are sampled during the run": not fixed_data or sampled,
         "its loss reads the reference's whole vocabulary": bool(plan.statistics),
@@ -40,8 +47,10 @@ def resolve_kind(kind: str, plan: Plan, *, adapter: bool, fixed_data: bool) -> s
     why = next((reason for reason, holds in reasons.items() if holds), "")
     if kind == "cached" and why:
         raise ConfigError(
-            f"reference.kind: cached does not work for this objective ({why}); use auto, frozen or adapter_off"
+            f"reference.kind: cached does not work for this objective ({why}); use auto, frozen or "
+            "adapter_off"
         )
+
     if kind != "auto":
         return kind
     if not why:
@@ -55,10 +64,10 @@ class Anchor:
 
     kind: str
     module: PolicyModule | None = None
-    decay: float = 0.99  # ema
-    every: int = 64  # synced
-    moved: bool = False  # cached: the policy is no longer what it was at the start
-    # lagged: the synced anchor of which this one is the copy before the present one
+    decay: float = 0.99  # kind ema: the share of itself that a step leaves
+    every: int = 64  # kind synced: steps between two copies of the policy
+    moved: bool = False  # kind cached: the policy is no longer what it was at the start
+    # Kind lagged: the synced anchor whose previous copy this one holds.
     follows: "Anchor | None" = None
 
     @classmethod
@@ -73,7 +82,8 @@ class Anchor:
         """What `target` was before its last copy of the policy."""
         if target.kind != "synced":
             raise ConfigError(
-                f"target.kind: this objective compares two past policies, which only `synced` has; got {target.kind}"
+                "target.kind: this objective compares two past policies, which only `synced` has; "
+                f"got {target.kind}"
             )
         return cls("lagged", frozen(copy.deepcopy(policy)), every=target.every, follows=target)
 
@@ -87,10 +97,13 @@ class Anchor:
         elif self.kind == "cached":
             if self.moved:
                 raise ModelError(
-                    "reference.kind: a cached reference was asked for log-probs it has not stored, and the policy has moved "
-                    "since; score all bundles before training, or set reference.kind=frozen"
+                    "reference.kind: a cached reference was asked for log-probs it has not stored, "
+                    "and the policy has moved since; score all bundles before training, or set "
+                    "reference.kind=frozen"
                 )
             yield policy
+
+        # The policy's weights stay where they are; only its adapter is changed or switched off.
         elif START_ADAPTER in base.model.peft_config:
             trained = base.model.active_adapter
             base.model.set_adapter(START_ADAPTER, inference_mode=True)
@@ -106,16 +119,21 @@ class Anchor:
     def after_step(self, step: int, base: PolicyModule) -> None:
         """Move towards the policy after optimiser step `step` (counted from 1)."""
         self.moved = True
-        if (
-            self.module is None
-            or self.kind not in MOVING
-            or (self.kind != "ema" and step % self.every)
-        ):
+        if self.module is None or self.kind not in MOVING:
             return
-        ahead = self.follows and {name: value for name, value, _ in self.follows._trained(base)}
+        if self.kind != "ema" and step % self.every:
+            return
+
+        # A lagged anchor takes over what the synced one holds, which is renewed after it.
+        followed: dict[str, Tensor] = {}
+        if self.follows is not None:
+            followed = {name: value for name, value, _ in self.follows._trained(base)}
         for name, own, trained in self._trained(base):
-            new = ahead[name] if ahead else full(trained)
-            own.lerp_(new.to(own.dtype), 1 - self.decay) if self.kind == "ema" else own.copy_(new)
+            new = followed[name] if followed else full(trained)
+            if self.kind == "ema":
+                own.lerp_(new.to(own.dtype), 1 - self.decay)
+            else:
+                own.copy_(new)
 
     def _trained(self, base: PolicyModule) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, own tensor and the policy's tensor of each weight that the policy trains."""
@@ -128,7 +146,9 @@ class Anchor:
 
     def state(self, base: PolicyModule) -> dict[str, Tensor]:
         """What a checkpoint has to keep: the weights of a moving anchor."""
-        return {name: own for name, own, _ in self._trained(base)} if self.kind in MOVING else {}
+        if self.kind not in MOVING:
+            return {}
+        return {name: own for name, own, _ in self._trained(base)}
 
 
 def frozen(module: PolicyModule) -> PolicyModule:

@@ -1,10 +1,13 @@
-"""Weights sharded over the processes by torch's `fully_shard` (FSDP2), and made whole where
-something needs them whole.
+"""Weights spread over the processes by torch's `fully_shard` (FSDP2).
+
+Each process holds a shard of every parameter. Sampling, saving and checkpoints need parameters
+whole: `whole` and `gathered` make them so, and every process has to take part.
 """
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +20,10 @@ from alignkit.policies.module import PolicyModule, causal_lm
 
 
 def shard(module: PolicyModule, processes: int) -> None:
-    """Shard parameters, gradients and (through them) moments over all processes: the model's blocks
-    one by one, then the rest.
+    """Shard parameters, gradients and with them the optimiser's moments over all processes: the
+    model's blocks one by one, then the rest.
 
-    The module's forward is the only way in from here on, except inside `whole`.
+    From here on only the module's forward may use the parameters, except inside `whole`.
     """
     mesh = init_device_mesh(next(module.parameters()).device.type, (processes,))
     language_model = causal_lm(module.model)
@@ -28,11 +31,13 @@ def shard(module: PolicyModule, processes: int) -> None:
     blocks = [m for m in language_model.modules() if type(m).__name__ in names]
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    # the root too, against torch's default: what a forward without gradient left whole would be
-    # stale after the next update
+
+    # The root is sharded again after its forward too, against torch's default: what a forward
+    # without gradient left whole would be stale after the next update.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    # the order of gathering in backward is said, not recorded: what processes sample in between may
-    # differ between them
+
+    # The order in which backward gathers blocks is fixed here. Torch would record it from the
+    # forwards, which may differ between processes when they sample in between.
     for later, earlier in zip([module, *blocks[::-1]], [*blocks[::-1], *blocks[:1]]):
         later.set_modules_to_backward_prefetch([earlier])
 
@@ -42,29 +47,29 @@ def is_sharded(module: nn.Module) -> bool:
     return all(isinstance(p, DTensor) for p in module.parameters() if p.requires_grad)
 
 
-def check_launch(accelerator) -> None:
-    """ConfigError for launchers whose states no checkpoint of ours can gather."""
+def check_launch(accelerator: Any) -> None:
+    """ConfigError for launchers whose optimiser states alignkit cannot checkpoint."""
     if str(accelerator.distributed_type).endswith(("DEEPSPEED", "MEGATRON_LM")):
         raise ConfigError(
-            "accelerate was launched for DeepSpeed or Megatron, which alignkit cannot checkpoint; use train.shard"
+            "accelerate was launched for DeepSpeed or Megatron, which alignkit cannot checkpoint; "
+            "use train.shard"
         )
 
 
 def check_sharded(module: nn.Module) -> None:
-    """ConfigError where accelerate was asked for shards and wrapped the policy otherwise, without a
-    word.
-    """
+    """ConfigError where accelerate was launched for FSDP but silently left the policy unsharded."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not is_sharded(module):
         raise ConfigError(
-            "accelerate was launched for FSDP but did not shard the policy (it does not on CPUs, nor with FSDP version 1); "
-            "set train.shard=true and launch without FSDP, or set fsdp_version: 2"
+            "accelerate was launched for FSDP but did not shard the policy (it does not on CPUs, "
+            "nor with FSDP version 1); set train.shard=true and launch without FSDP, or set "
+            "fsdp_version: 2"
         )
 
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
-    """Every parameter whole on every process, however often its parts are called; nothing to do for
-    a module without shards.
+    """Inside the block every parameter is whole on every process, however often its parts are
+    called. A module without shards stays as it is.
     """
     parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
     for part in parts:
@@ -89,15 +94,16 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole copies on the CPU of tensors and shards; without `keep` only the part in the gathering,
-    and nothing to return.
+    """Whole copies of tensors and shards, on the CPU.
+
+    Every process has to take part; one without `keep` gets an empty dict.
     """
-    found = {}
+    copies = {}
     for name, tensor in tensors.items():
         complete = full(tensor.detach())
         if keep:
-            found[name] = complete.cpu().clone()
-    return found
+            copies[name] = complete.cpu().clone()
+    return copies
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:

@@ -26,21 +26,28 @@ class Tree:
     @classmethod
     def build(cls, vocab: int, depth: int, *, eos: bool = True) -> "Tree":
         """Enumerate the responses; depth 1 is a bandit with `vocab` arms."""
-        paths: list[list[tuple[int, int]]] = [[]]  # (prefix, token) pairs
-        done = []
+        # A path lists (prefix, token) for each of its tokens; a prefix is a row of theta.
+        unfinished: list[list[tuple[int, int]]] = [[]]
+        finished: list[list[tuple[int, int]]] = []
         states = 0
         for t in range(depth):
-            grown = []
-            for path in paths:
-                grown += [[*path, (states, token)] for token in range(vocab)]
+            longer = []
+            for path in unfinished:
+                longer += [[*path, (states, token)] for token in range(vocab)]
                 states += 1
-            ended = [path for path in grown if t == depth - 1 or (eos and path[-1][1] == vocab - 1)]
-            paths = [path for path in grown if path not in ended]
-            done += ended
-        padded = torch.tensor([path + [(0, 0)] * (depth - len(path)) for path in done])
-        lengths = torch.tensor([len(path) for path in done])
+            unfinished = []
+            for path in longer:
+                ends = t == depth - 1 or (eos and path[-1][1] == vocab - 1)
+                (finished if ends else unfinished).append(path)
+
+        padded = torch.tensor([path + [(0, 0)] * (depth - len(path)) for path in finished])
+        lengths = torch.tensor([len(path) for path in finished])
         return cls(
-            padded[..., 1], torch.arange(depth) < lengths[:, None], padded[..., 0], states, vocab
+            tokens=padded[..., 1],
+            mask=torch.arange(depth) < lengths[:, None],
+            prefixes=padded[..., 0],
+            states=states,
+            vocab=vocab,
         )
 
     def logprobs(self, theta: Tensor) -> Tensor:
@@ -61,12 +68,8 @@ class Tree:
         constant.
         """
         flat = (self.prefixes * self.vocab + self.tokens)[self.mask]
-        weights = (
-            (response_logps - response_logps.max())
-            .exp()
-            .unsqueeze(-1)
-            .expand_as(self.mask)[self.mask]
-        )
+        relative = (response_logps - response_logps.max()).exp()  # [n], no overflow
+        weights = relative.unsqueeze(-1).expand_as(self.mask)[self.mask]
         total = weights.new_zeros(self.states * self.vocab).index_add(0, flat, weights)
         return total.reshape(self.states, self.vocab).log().log_softmax(-1)
 
@@ -76,11 +79,12 @@ class Tree:
         """
         policy = self.logprobs(theta)
         anchor = self.logprobs(anchors[plan.anchors[0]]).flatten(0, 1) if plan.anchors else None
+
         extras = {}
         for name, statistic in plan.statistics.items():
-            values = statistic(policy.flatten(0, 1), anchor, self.tokens.flatten()).reshape(
-                self.mask.shape
-            )
+            flat = statistic(policy.flatten(0, 1), anchor, self.tokens.flatten())
+            values = flat.reshape(self.mask.shape)
             extras[name] = torch.where(self.mask, values, values.new_zeros(()))
-        found = {name: self.logps(anchors[name]).detach() for name in plan.anchors}
-        return TokenLogps(self.logps(theta), found, self.mask, extras=extras)
+
+        anchor_logps = {name: self.logps(anchors[name]).detach() for name in plan.anchors}
+        return TokenLogps(self.logps(theta), anchor_logps, self.mask, extras=extras)

@@ -13,14 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from alignkit.batches import Plan
 from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig
 from alignkit.errors import ModelError
-from alignkit.policies.load import (
-    check_head,
-    choose_layout,
-    load_pair,
-    load_tokenizer,
-    probe_bundle,
-)
+from alignkit.policies.load import load_pair, load_tokenizer
 from alignkit.policies.module import PolicyModule
+from alignkit.policies.probe import check_head, choose_layout, probe_bundle
 
 PAIRS = Plan("pair")
 
