@@ -9,14 +9,15 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from alignkit.batches import Draw, Plan, RolloutBatch, Statistic, Term, TokenLogps
-from alignkit.credit import group_advantages
+from alignkit.batches import Draw, LossTerms, Plan, RolloutBatch, Statistic, Term, TokenLogps
+from alignkit.credit import gae, group_advantages, whiten
 from alignkit.errors import ConfigError, ShapeError
 from alignkit.kl import Direction, exact, k3_forward
-from alignkit.objectives.base import Objective
+from alignkit.objectives.base import Objective, State
+from alignkit.objectives.surrogates import value_loss
 from alignkit.tensors import masked_mean, masked_sum
 
 Aggregation = Literal["token_mean", "sequence_sum", "sequence_mean", "constant"]
@@ -62,9 +63,16 @@ class RolloutObjective(Objective):
         """Scored completions of each prompt, as many as the recipe's `rollout.completions`;
         `epochs` x `minibatches` steps.
         """
-        found = statistics or {}
-        rhythm = (self.epochs, self.minibatches)
-        return Plan("rollout", found, anchors, (Draw(),), "reward", values, *rhythm)
+        return Plan(
+            "rollout",
+            statistics=statistics or {},
+            anchors=anchors,
+            samples=(Draw(),),
+            feedback="reward",
+            values=values,
+            epochs=self.epochs,
+            minibatches=self.minibatches,
+        )
 
     def term(self, name: str, values: Tensor, tokens: TokenLogps, *, weight: float = 1.0) -> Term:
         """A loss term from `values` per token [N, T] (by `aggregation`) or per completion [N]
@@ -77,9 +85,8 @@ class RolloutObjective(Objective):
         if values.dim() == 1:
             return Term(name, values, "rows", weight)
         if self.aggregation == "token_mean":
-            return Term(
-                name, torch.where(tokens.mask, values, values.new_zeros(())), "tokens", weight
-            )
+            trained = torch.where(tokens.mask, values, values.new_zeros(()))
+            return Term(name, trained, "tokens", weight)
         if self.aggregation == "sequence_mean":
             return Term(name, masked_mean(values, tokens.mask), "rows", weight)
         if self.aggregation == "constant" and self.length is None:
@@ -105,6 +112,61 @@ class ClippedObjective(RolloutObjective):
         """The bounds, as losses take them."""
         return {"clip_low": self.clip_low, "clip_high": self.clip_high}
 
+    def metrics(self, tokens: TokenLogps, ratio: Tensor) -> dict[str, Tensor]:
+        """`ratio_metrics` for importance `ratio` [N, T] or [N] and this objective's bounds."""
+        return ratio_metrics(tokens, ratio, self.clip_low, self.clip_high)
+
+
+class GroupObjective(ClippedObjective):
+    """The completions of a prompt are each other's baseline, as in GRPO."""
+
+    scale_by_std: bool = Field(True, description="divide by the group's standard deviation")
+
+    def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
+        """One advantage per completion: its score minus the group's mean, with `scale_by_std` over
+        the standard deviation; exactly 0 in a group whose scores are all equal.
+        """
+        advantages = group_advantages(
+            rollout.scores, rollout.groups, kind="mean", scale=self.scale_by_std
+        )
+        return replace(rollout, advantages=spread(advantages, rollout.tokens)), state
+
+
+class ValueObjective(ClippedObjective):
+    """A value head estimates the reward that is still to come at each token, as in PPO."""
+
+    gamma: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="discount")
+    lam: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="GAE lambda; below 1 trades bias for variance"
+    )
+    value_clip: ClipWidth | None = Field(
+        0.2, description="how far the value head moves per rollout; null = off"
+    )
+    value_weight: NonNegativeFloat = Field(0.1, description="weight of the value loss")
+    whiten_rewards: bool = Field(
+        False, description="divide token rewards by their global standard deviation"
+    )
+    whiten_advantages: bool = Field(
+        True, description="mean 0 and variance 1 over the global rollout"
+    )
+
+    def estimate(self, rewards: Tensor, tokens: TokenLogps) -> tuple[Tensor, Tensor]:
+        """Advantages and returns of token rewards [N, T] by GAE: [N, T] each. Advantages are not
+        whitened yet.
+        """
+        if self.whiten_rewards:
+            rewards = whiten(rewards, tokens.mask, shift_mean=False)
+        values = tokens.extras["values"]
+        return gae(rewards, values, tokens.mask, gamma=self.gamma, lam=self.lam)
+
+    def value_terms(self, batch: RolloutBatch) -> LossTerms:
+        """The value head's squared error, a term of weight `value_weight`."""
+        values, returns = filled(batch, "values", "returns")
+        tokens = batch.tokens
+        errors = value_loss(tokens.extras["values"], values, returns, clip=self.value_clip)
+        term = self.term("value", errors, tokens, weight=self.value_weight)
+        return LossTerms([term], {"value_error": errors.detach()[tokens.mask]})
+
 
 def exact_kl(policy_logprobs: Tensor, anchor_logprobs: Tensor | None, labels: Tensor) -> Tensor:
     """The plan's statistic KL(policy || reference) over the whole vocabulary: [C, V], [C, V], [C]
@@ -119,13 +181,19 @@ def exact_kl(policy_logprobs: Tensor, anchor_logprobs: Tensor | None, labels: Te
 
 def filled(batch: RolloutBatch, *names: Literal["advantages", "returns", "values"]) -> list[Tensor]:
     """The named results of `credit`, [N, T] each. ConfigError where one is missing."""
-    found = [(name, getattr(batch, name)) for name in names]
-    missing = [name for name, value in found if value is None]
+    results = {name: getattr(batch, name) for name in names}
+    missing = [name for name, value in results.items() if value is None]
     if missing:
         raise ConfigError(
-            f"this rollout has no {', '.join(missing)}; call the objective's `credit` on the global rollout first"
+            f"this rollout has no {', '.join(missing)}; "
+            "call the objective's `credit` on the global rollout first"
         )
-    return [value for _, value in found]
+    return list(results.values())
+
+
+def advantages_of(batch: RolloutBatch) -> Tensor:
+    """The advantages [N, T] that `credit` left in the batch. ConfigError where it was not called."""
+    return filled(batch, "advantages")[0]
 
 
 def spread(values: Tensor, tokens: TokenLogps) -> Tensor:
@@ -138,14 +206,6 @@ def unspread(values: Tensor, tokens: TokenLogps) -> Tensor:
     return masked_mean(values, tokens.mask)
 
 
-def grouped(rollout: RolloutBatch, *, scale: bool) -> RolloutBatch:
-    """The rollout with one advantage per completion: score minus the group's mean, with `scale`
-    over its standard deviation; exactly 0 in a group whose scores are all equal.
-    """
-    advantages = group_advantages(rollout.scores, rollout.groups, kind="mean", scale=scale)
-    return replace(rollout, advantages=spread(advantages, rollout.tokens))
-
-
 def ratio_metrics(
     tokens: TokenLogps, ratio: Tensor, low: float | None, high: float | None
 ) -> dict[str, Tensor]:
@@ -153,19 +213,21 @@ def ratio_metrics(
     [N, T] or [N].
     """
     used = ratio.detach()[tokens.mask] if ratio.dim() == 2 else ratio.detach()
-    outside = (used < 1 - (torch.inf if low is None else low)) | (
-        used > 1 + (torch.inf if high is None else high)
-    )
+    smallest = -torch.inf if low is None else 1 - low
+    largest = torch.inf if high is None else 1 + high
+    outside = (used < smallest) | (used > largest)
+
     drift = k3_forward((tokens.policy - tokens.get("behavior")).detach())
     metrics = {
         "importance": used,
         "clip_ratio/region_mean": outside.to(used.dtype),
         "kl/behavior_policy_k3": masked_sum(drift, tokens.mask),
     }
+
+    # What the head and the plan provide.
     if "entropy" in tokens.extras:
         metrics["entropy"] = tokens.extras["entropy"].detach()[tokens.mask]
     if "reference" in tokens.anchors:
-        metrics["kl/behavior_reference_k1"] = (
-            tokens.sequence("behavior") - tokens.sequence("reference")
-        ).detach()
+        log_ratio = tokens.sequence("behavior") - tokens.sequence("reference")
+        metrics["kl/behavior_reference_k1"] = log_ratio.detach()
     return metrics

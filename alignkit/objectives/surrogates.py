@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit.kl import clamp_log_ratio, importance
+from alignkit.kl import LOSS_ESTIMATORS, clamp_log_ratio, importance
 from alignkit.tensors import check_same_shape
 
 Divergence = Literal["forward_kl", "reverse_kl", "forward_ukl", "reverse_ukl"]
 Estimator = Literal["differentiable", "reinforce"]
+KLEstimator = Literal["k2", "k3", "k3_stopped", "k1_weighted", "k3_weighted", "k3_straight_through"]
 
 
 def ppo_loss(
@@ -43,11 +44,43 @@ def ppo_loss(
     high = None if clip_high is None else 1 + clip_high
     clipped = ratio if low is None and high is None else ratio.clamp(low, high)
     loss = torch.maximum(-ratio * advantages, -clipped * advantages)
-    return (
-        loss
-        if dual_clip is None
-        else torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    if dual_clip is None:
+        return loss
+    bounded = torch.minimum(loss, -dual_clip * advantages)
+    return torch.where(advantages < 0, bounded, loss)
+
+
+def grpo_loss(
+    policy_logps: Tensor,
+    behavior_logps: Tensor,
+    reference_logps: Tensor,
+    advantages: Tensor,
+    *,
+    beta: float,
+    kl: KLEstimator = "k3_weighted",
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """Clipped surrogate + beta * KL estimate per token: [N, T] x 4 -> [N, T].
+
+    What the penalty's gradient is depends on `kl` (`alignkit.kl`): k3, as published, is the forward
+    KL's; k3_weighted the reverse KL's. Shao et al. 2024, arXiv:2402.03300, eq. 3; weighted:
+    DeepSeek-V3.2, arXiv:2512.02556.
+    """
+    check_same_shape(policy_logps=policy_logps, reference_logps=reference_logps)
+    surrogate = ppo_loss(
+        policy_logps,
+        behavior_logps,
+        advantages,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
     )
+    estimate = LOSS_ESTIMATORS[kl][0]
+    log_ratio = policy_logps - reference_logps.detach()
+    log_importance = policy_logps - behavior_logps.detach()
+    return surrogate + beta * estimate(log_ratio, log_importance)
 
 
 def value_loss(
@@ -99,6 +132,7 @@ def rpg_loss(
     log_w = clamp_log_ratio(policy_logps - behavior_logps.detach())
     advantages = advantages.detach()
     w = log_w.exp()
+
     # divergence: (KL part of the weight w A', KL part of the differentiable loss), both over beta
     penalties = {
         "forward_kl": (torch.ones_like(w), -policy_logps),
@@ -111,11 +145,15 @@ def rpg_loss(
         raise ConfigError(
             f"rpg_loss: divergence {divergence!r}, estimator {estimator!r}; allowed are {allowed}"
         )
+
     in_weight, in_loss = penalties[divergence]
     weight = (w * advantages + beta * in_weight).detach()
+    differentiable = -w * advantages + beta * in_loss
+    loss = differentiable if estimator == "differentiable" else -weight * policy_logps
+
+    # A sample outside of the bounds keeps its value and loses its gradient.
     low, high, top = (
         bound if bound is not None else torch.inf for bound in (clip_low, clip_high, dual_clip)
     )
     keep = torch.where(weight >= 0, w < 1 + high, (w > 1 - low) & (w < top))
-    loss = -weight * policy_logps if estimator == "reinforce" else -w * advantages + beta * in_loss
     return mass * torch.where(keep, loss, loss.detach())

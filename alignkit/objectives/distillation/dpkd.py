@@ -35,9 +35,9 @@ def dpkd_loss(
     chosen, rejected = pair_log_ratios(
         policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
     )
-    return -logsigmoid(
-        beta * (chosen / chosen_lengths.clamp(min=1) - rejected / rejected_lengths.clamp(min=1))
-    )
+    chosen_mean = chosen / chosen_lengths.clamp(min=1)
+    rejected_mean = rejected / rejected_lengths.clamp(min=1)
+    return -logsigmoid(beta * (chosen_mean - rejected_mean))
 
 
 class DPKD(PairObjective):
@@ -76,11 +76,9 @@ class DPKD(PairObjective):
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """teacher * exp(reward / beta) for the sum form alone."""
-        return (
-            DPO(beta=self.beta).optimum(reward, reference)
-            if self.form == "sum" and not self.lm_weight
-            else None
-        )
+        if self.form == "mean" or self.lm_weight:
+            return None
+        return DPO(beta=self.beta).optimum(reward, reference)
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:

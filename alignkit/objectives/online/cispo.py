@@ -9,14 +9,8 @@ from torch import Tensor
 
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.kl import importance
-from alignkit.objectives.base import Objective, State
-from alignkit.objectives.rollout_base import (
-    ClipWidth,
-    RolloutObjective,
-    filled,
-    grouped,
-    ratio_metrics,
-)
+from alignkit.objectives.base import Objective
+from alignkit.objectives.rollout_base import ClipWidth, GroupObjective, advantages_of
 from alignkit.tensors import check_same_shape
 
 
@@ -42,7 +36,7 @@ def cispo_loss(
     return -(weight * advantages).detach() * policy_logps
 
 
-class CISPO(RolloutObjective):
+class CISPO(GroupObjective):
     """CISPO (MiniMax-M1 2025, arXiv:2506.13585). Bounds are distances from 1, as elsewhere here."""
 
     paper: ClassVar[str] = "MiniMax-M1 2025, arXiv:2506.13585, eq. 4 and 5"
@@ -50,7 +44,6 @@ class CISPO(RolloutObjective):
         "L = -clip(w) A log pi per token, the weight without gradient; A = (score - mean) / std"
     )
 
-    scale_by_std: bool = Field(True, description="divide by the group's standard deviation")
     clip_low: ClipWidth | None = Field(
         None, description="the weight is at least 1 - this; null = off, as published"
     )
@@ -73,18 +66,10 @@ class CISPO(RolloutObjective):
             cls(clip_low=0.2, clip_high=0.28, scale_by_std=False, aggregation="constant", length=4),
         ]
 
-    def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
-        """One advantage per completion from its group; exactly 0 in a group whose scores are all
-        equal.
-        """
-        return grouped(rollout, scale=self.scale_by_std), state
-
     def loss(self, batch: RolloutBatch) -> LossTerms:
-        tokens, (advantages,) = batch.tokens, filled(batch, "advantages")
+        tokens = batch.tokens
         logps = tokens.policy
         old = tokens.get("behavior")
-        clip = {"clip_low": self.clip_low, "clip_high": self.clip_high}
-        metrics = ratio_metrics(tokens, importance(logps, old), *clip.values())
-        return LossTerms(
-            [self.term("cispo", cispo_loss(logps, old, advantages, **clip), tokens)], metrics
-        )
+        values = cispo_loss(logps, old, advantages_of(batch), **self.clip)
+        metrics = self.metrics(tokens, importance(logps, old))
+        return LossTerms([self.term("cispo", values, tokens)], metrics)

@@ -18,8 +18,7 @@ from alignkit.objectives.rollout_base import Aggregation, ClipWidth
 
 
 def overlong_penalty(lengths: Tensor, *, limit: int, buffer: int) -> Tensor:
-    """0 up to `limit` - `buffer` tokens, then linearly down to -1 at `limit`, -1 beyond: [N] ->
-    [N].
+    """0 up to `limit` - `buffer` tokens, linearly down to -1 at `limit`, -1 beyond: [N] -> [N].
 
     Yu et al. 2025, arXiv:2503.14476, eq. 13.
     """
@@ -58,17 +57,8 @@ class DAPO(GRPO):
     @classmethod
     def examples(cls) -> Sequence[Objective]:
         wide = {"clip_low": 0.6, "clip_high": 1.0, "dual_clip": 3.0}
-        return [
-            cls(),
-            cls(
-                beta=0.1,
-                overlong_limit=6,
-                overlong_buffer=3,
-                aggregation="constant",
-                length=4,
-                **wide,
-            ),
-        ]
+        overlong = {"overlong_limit": 6, "overlong_buffer": 3}
+        return [cls(), cls(beta=0.1, aggregation="constant", length=4, **overlong, **wide)]
 
     @classmethod
     def limits(cls) -> Sequence[tuple[Objective, Objective]]:
@@ -80,17 +70,17 @@ class DAPO(GRPO):
         """
         lengths = rollout.tokens.lengths
         if self.overlong_limit is not None:
-            penalty = overlong_penalty(
-                lengths, limit=self.overlong_limit, buffer=self.overlong_buffer
-            )
-            rollout = replace(rollout, scores=rollout.scores + penalty)
+            limits = {"limit": self.overlong_limit, "buffer": self.overlong_buffer}
+            scores = rollout.scores + overlong_penalty(lengths, **limits)
+            rollout = replace(rollout, scores=scores)
+
         credited, state = super().credit(rollout, state)
         if not self.drop_constant or credited.advantages is None:
             return credited, state
-        weights = (lengths if self.aggregation == "token_mean" else torch.ones_like(lengths)).to(
-            rollout.scores
-        )
-        kept = weights[~constant_groups(rollout.scores, rollout.groups)].sum()
-        return replace(
-            credited, advantages=credited.advantages * (weights.sum() / kept.clamp(min=1))
-        ), state
+
+        # The loop divides by the count of all completions; this makes it that of the ones left.
+        counts = lengths if self.aggregation == "token_mean" else torch.ones_like(lengths)
+        weights = counts.to(rollout.scores)
+        differing = weights[~constant_groups(rollout.scores, rollout.groups)].sum()
+        scale = weights.sum() / differing.clamp(min=1)
+        return replace(credited, advantages=credited.advantages * scale), state

@@ -1,63 +1,25 @@
 """Group-relative policy optimisation."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field, NonNegativeFloat
-from torch import Tensor
 
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.kl import LOSS_ESTIMATORS, Direction, importance
-from alignkit.objectives.base import Objective, State
+from alignkit.objectives.base import Objective
 from alignkit.objectives.rollout_base import (
     Aggregation,
-    ClippedObjective,
     Credit,
     DualClip,
-    filled,
-    grouped,
-    ratio_metrics,
+    GroupObjective,
+    advantages_of,
 )
-from alignkit.objectives.surrogates import ppo_loss
-from alignkit.tensors import check_same_shape, masked_sum
-
-KLEstimator = Literal["k2", "k3", "k3_stopped", "k1_weighted", "k3_weighted", "k3_straight_through"]
+from alignkit.objectives.surrogates import KLEstimator, grpo_loss
+from alignkit.tensors import masked_sum
 
 
-def grpo_loss(
-    policy_logps: Tensor,
-    behavior_logps: Tensor,
-    reference_logps: Tensor,
-    advantages: Tensor,
-    *,
-    beta: float,
-    kl: KLEstimator = "k3_weighted",
-    clip_low: float | None = None,
-    clip_high: float | None = None,
-    dual_clip: float | None = None,
-) -> Tensor:
-    """Clipped surrogate + beta * KL estimate per token: [N, T] x 4 -> [N, T].
-
-    What the penalty's gradient is depends on `kl` (`alignkit.kl`): k3, as published, is the forward
-    KL's; k3_weighted the reverse KL's. Shao et al. 2024, arXiv:2402.03300, eq. 3; weighted:
-    DeepSeek-V3.2, arXiv:2512.02556.
-    """
-    check_same_shape(policy_logps=policy_logps, reference_logps=reference_logps)
-    surrogate = ppo_loss(
-        policy_logps,
-        behavior_logps,
-        advantages,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-    )
-    penalty = LOSS_ESTIMATORS[kl][0](
-        policy_logps - reference_logps.detach(), policy_logps - behavior_logps.detach()
-    )
-    return surrogate + beta * penalty
-
-
-class GRPO(ClippedObjective):
+class GRPO(GroupObjective):
     """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300). No value head: the
     group is the baseline.
     """
@@ -105,28 +67,23 @@ class GRPO(ClippedObjective):
             cls(beta=0, scale_by_std=False, aggregation="constant", length=4, **wide),
         ]
 
-    def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
-        """One advantage per completion from its group; exactly 0 in a group whose scores are all
-        equal.
-        """
-        return grouped(rollout, scale=self.scale_by_std), state
-
     def loss(self, batch: RolloutBatch) -> LossTerms:
-        tokens, (advantages,) = batch.tokens, filled(batch, "advantages")
+        tokens = batch.tokens
         logps = tokens.policy
         old = tokens.get("behavior")
-        reference = tokens.reference if self.beta else tokens.policy
+        reference = tokens.reference if self.beta else logps
         values = grpo_loss(
             logps,
             old,
             reference,
-            advantages,
+            advantages_of(batch),
             beta=self.beta,
             kl=self.kl,
             dual_clip=self.dual_clip,
             **self.clip,
         )
-        metrics = ratio_metrics(tokens, importance(logps, old), *self.clip.values())
+
+        metrics = self.metrics(tokens, importance(logps, old))
         if self.beta:
             penalty = LOSS_ESTIMATORS[self.kl][0](logps - reference, logps - old).detach()
             metrics[f"kl/policy_reference_{self.kl}"] = masked_sum(penalty, tokens.mask)

@@ -10,15 +10,8 @@ from torch import Tensor
 
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.kl import importance
-from alignkit.objectives.base import Objective, State
-from alignkit.objectives.rollout_base import (
-    ClippedObjective,
-    ClipWidth,
-    filled,
-    grouped,
-    ratio_metrics,
-    unspread,
-)
+from alignkit.objectives.base import Objective
+from alignkit.objectives.rollout_base import ClipWidth, GroupObjective, advantages_of, unspread
 from alignkit.objectives.surrogates import ppo_loss
 from alignkit.tensors import masked_mean
 
@@ -42,7 +35,7 @@ def gspo_loss(
     return ppo_loss(logps, old, advantages, clip_low=clip_low, clip_high=clip_high)
 
 
-class GSPO(ClippedObjective):
+class GSPO(GroupObjective):
     """Group sequence policy optimisation (Zheng et al. 2025, arXiv:2507.18071). The mean ratio
     varies little, so the clip is a thousand times narrower than GRPO's. `aggregation` has nothing
     to do: a completion is one term.
@@ -53,7 +46,6 @@ class GSPO(ClippedObjective):
         "L = max(-s A, -clip(s) A), s = (pi/pi_old)(y)^(1/|y|); A = (score - group mean) / group std"
     )
 
-    scale_by_std: bool = Field(True, description="divide by the group's standard deviation")
     clip_low: ClipWidth | None = Field(
         3e-4, description="no gain from a ratio below 1 - this; null = off"
     )
@@ -69,24 +61,12 @@ class GSPO(ClippedObjective):
     def examples(cls) -> Sequence[Objective]:
         return [cls(), cls(clip_low=0.2, clip_high=0.3, scale_by_std=False)]
 
-    def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
-        """One advantage per completion from its group; exactly 0 in a group whose scores are all
-        equal.
-        """
-        return grouped(rollout, scale=self.scale_by_std), state
-
     def loss(self, batch: RolloutBatch) -> LossTerms:
-        tokens, (advantages,) = batch.tokens, filled(batch, "advantages")
-        values = gspo_loss(
-            tokens.policy,
-            tokens.get("behavior"),
-            unspread(advantages, tokens),
-            tokens.mask,
-            **self.clip,
-        )
-        ratio = importance(
-            *(masked_mean(tokens.get(name), tokens.mask) for name in ("policy", "behavior"))
-        )
-        return LossTerms(
-            [self.term("gspo", values, tokens)], ratio_metrics(tokens, ratio, *self.clip.values())
-        )
+        tokens = batch.tokens
+        mask = tokens.mask
+        logps = tokens.policy
+        old = tokens.get("behavior")
+        values = gspo_loss(logps, old, unspread(advantages_of(batch), tokens), mask, **self.clip)
+
+        ratio = importance(masked_mean(logps, mask), masked_mean(old, mask))
+        return LossTerms([self.term("gspo", values, tokens)], self.metrics(tokens, ratio))

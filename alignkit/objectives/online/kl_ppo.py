@@ -2,29 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from alignkit.batches import LossTerms, Plan, RolloutBatch
-from alignkit.credit import adapt_beta, gae, shaped_rewards, whiten
+from alignkit.credit import adapt_beta, shaped_rewards, whiten
 from alignkit.kl import Direction, importance
 from alignkit.objectives.base import Objective, State
-from alignkit.objectives.rollout_base import (
-    ClippedObjective,
-    ClipWidth,
-    Credit,
-    DualClip,
-    filled,
-    ratio_metrics,
-)
-from alignkit.objectives.surrogates import ppo_loss, value_loss
+from alignkit.objectives.rollout_base import Credit, DualClip, ValueObjective, advantages_of
+from alignkit.objectives.surrogates import ppo_loss
+from alignkit.objectives.surrogates import value_loss as value_loss  # exported by the registry
 from alignkit.tensors import masked_sum
 
 
-class KLPPO(ClippedObjective):
+class KLPPO(ValueObjective):
     """PPO on rewards with the KL inside (Ziegler et al. 2019, arXiv:1909.08593; Ouyang et al. 2022,
     arXiv:2203.02155).
     """
@@ -49,22 +43,8 @@ class KLPPO(ClippedObjective):
         "sequence",
         description="full gradient; token = partial, no credit for divergence caused later",
     )
-    gamma: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="discount")
-    lam: Annotated[float, Field(ge=0, le=1)] = Field(
-        1.0, description="GAE lambda; below 1 trades bias for variance"
-    )
     dual_clip: DualClip | None = Field(
         None, description="largest ratio that counts where the advantage is negative"
-    )
-    value_clip: ClipWidth | None = Field(
-        0.2, description="how far the value head moves per rollout; null = off"
-    )
-    value_weight: NonNegativeFloat = Field(0.1, description="weight of the value loss")
-    whiten_rewards: bool = Field(
-        False, description="divide token rewards by their global standard deviation"
-    )
-    whiten_advantages: bool = Field(
-        True, description="mean 0 and variance 1 over the global rollout"
     )
 
     @property
@@ -73,82 +53,58 @@ class KLPPO(ClippedObjective):
 
     @property
     def kl_gradient(self) -> tuple[Credit, Direction] | None:
-        return (
-            (self.kl_credit, "reverse")
-            if self.gamma == self.lam == 1 and not self.whiten_rewards
-            else None
-        )
+        unbiased = self.gamma == self.lam == 1 and not self.whiten_rewards
+        return (self.kl_credit, "reverse") if unbiased else None
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:
-        wide = {
-            "clip_low": 0.6,
-            "clip_high": 1.0,
-            "dual_clip": 3.0,
-            "value_clip": 0.5,
-            "aggregation": "sequence_mean",
-        }
-        other = cls(
-            whiten_rewards=True, gamma=0.9, lam=0.9, kl_credit="token", kl_target=0.6, **wide
-        )
-        return [cls(), cls(aggregation="constant", length=4), other]
+        wide = {"clip_low": 0.6, "clip_high": 1.0, "dual_clip": 3.0, "value_clip": 0.5}
+        estimate = {"whiten_rewards": True, "gamma": 0.9, "lam": 0.9}
+        other = {"kl_credit": "token", "kl_target": 0.6, "aggregation": "sequence_mean"}
+        return [cls(), cls(aggregation="constant", length=4), cls(**wide, **estimate, **other)]
 
     def init_state(self) -> State:
         return {"beta": torch.tensor(self.beta, dtype=torch.float64)}
 
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
-        """KL-shaped rewards, GAE, whitening; with `kl_target` the next coefficient. Needs `values`
-        among the extras.
-        """
+        """Rewards with the KL inside, GAE, whitening; with `kl_target` the next coefficient."""
         tokens = rollout.tokens
-        beta = state["beta"].to(rollout.scores)
         kl = tokens.log_ratio
-        values = tokens.extras["values"]
-        shaped = self.kl_credit == "sequence"
-        rewards = shaped_rewards(rollout.scores, kl, tokens.mask, beta=beta if shaped else 0.0)
-        if self.whiten_rewards:
-            rewards = whiten(rewards, tokens.mask, shift_mean=False)
-        advantages, returns = gae(rewards, values, tokens.mask, gamma=self.gamma, lam=self.lam)
-        if not shaped:
+        beta = state["beta"].to(rollout.scores)
+
+        # Inside the rewards a token pays for the KL that it causes later; outside for its own alone.
+        inside = self.kl_credit == "sequence"
+        rewards = shaped_rewards(rollout.scores, kl, tokens.mask, beta=beta if inside else 0.0)
+        advantages, returns = self.estimate(rewards, tokens)
+        if not inside:
             advantages = torch.where(tokens.mask, advantages - beta * kl, 0.0)
         if self.whiten_advantages:
             advantages = whiten(advantages, tokens.mask)
+
         if self.kl_target is not None:
             mean = masked_sum(kl, tokens.mask).mean()
-            samples = len(kl)
-            state = {
-                "beta": adapt_beta(
-                    beta, mean, target=self.kl_target, horizon=self.kl_horizon, samples=samples
-                )
-            }
+            beta = adapt_beta(
+                beta, mean, target=self.kl_target, horizon=self.kl_horizon, samples=len(kl)
+            )
+            state = {"beta": beta}
+
+        values = tokens.extras["values"]
         return replace(rollout, advantages=advantages, returns=returns, values=values), state
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
-        tokens, (advantages, returns, values) = (
-            batch.tokens,
-            filled(batch, "advantages", "returns", "values"),
-        )
+        tokens = batch.tokens
         logps = tokens.policy
         old = tokens.get("behavior")
-        policy = self.term(
-            "policy",
-            ppo_loss(logps, old, advantages, dual_clip=self.dual_clip, **self.clip),
-            tokens,
-        )
-        errors = value_loss(tokens.extras["values"], values, returns, clip=self.value_clip)
-        value = self.term("value", errors, tokens, weight=self.value_weight)
-        metrics = ratio_metrics(tokens, importance(logps, old), *self.clip.values())
-        return LossTerms([policy, value], metrics | {"value_error": errors.detach()[tokens.mask]})
+        losses = ppo_loss(logps, old, advantages_of(batch), dual_clip=self.dual_clip, **self.clip)
+        metrics = self.metrics(tokens, importance(logps, old))
+        policy = LossTerms([self.term("policy", losses, tokens)], metrics)
+        return policy + self.value_terms(batch)
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """ref * exp(reward / beta), normalised; none where beta adapts, the discount bites or later
         KL is not credited.
         """
-        if (
-            self.kl_target is not None
-            or self.whiten_rewards
-            or self.gamma < 1
-            or self.kl_credit == "token"
-        ):
+        adapts = self.kl_target is not None
+        if adapts or self.whiten_rewards or self.gamma < 1 or self.kl_credit == "token":
             return None
         return (reference + reward / self.beta).log_softmax(-1)

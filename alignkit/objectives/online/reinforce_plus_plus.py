@@ -13,7 +13,7 @@ from alignkit.batches import LossTerms, RolloutBatch
 from alignkit.credit import group_baseline, reward_to_go, shaped_rewards, whiten
 from alignkit.kl import Direction, importance, k2
 from alignkit.objectives.base import Objective, State
-from alignkit.objectives.rollout_base import ClippedObjective, Credit, filled, ratio_metrics, spread
+from alignkit.objectives.rollout_base import ClippedObjective, Credit, advantages_of, spread
 from alignkit.objectives.surrogates import ppo_loss
 from alignkit.tensors import masked_sum
 
@@ -59,11 +59,12 @@ class ReinforcePlusPlus(ClippedObjective):
         return replace(rollout, advantages=whiten(credit, tokens.mask)), state
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
-        tokens, (advantages,) = batch.tokens, filled(batch, "advantages")
+        tokens = batch.tokens
         logps = tokens.policy
         old = tokens.get("behavior")
-        values = ppo_loss(logps, old, advantages, **self.clip)
-        metrics = ratio_metrics(tokens, importance(logps, old), *self.clip.values())
+        values = ppo_loss(logps, old, advantages_of(batch), **self.clip)
+        metrics = self.metrics(tokens, importance(logps, old))
+
         if self.baseline == "group":
             penalty = k2(logps - tokens.reference.detach())
             values = values + self.beta * penalty

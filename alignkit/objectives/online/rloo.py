@@ -14,8 +14,7 @@ from alignkit.objectives.base import Objective, State
 from alignkit.objectives.rollout_base import (
     ClippedObjective,
     Credit,
-    filled,
-    ratio_metrics,
+    advantages_of,
     spread,
     unspread,
 )
@@ -71,14 +70,12 @@ class RLOO(ClippedObjective):
         return replace(rollout, advantages=spread(advantages, tokens)), state
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
-        tokens, (advantages,) = batch.tokens, filled(batch, "advantages")
+        tokens = batch.tokens
         logps = tokens.sequence()
         old = tokens.sequence("behavior")
-        values = rloo_loss(logps, old, unspread(advantages, tokens), **self.clip)
-        return LossTerms(
-            [self.term("rloo", values, tokens)],
-            ratio_metrics(tokens, importance(logps, old), *self.clip.values()),
-        )
+        values = rloo_loss(logps, old, unspread(advantages_of(batch), tokens), **self.clip)
+        metrics = self.metrics(tokens, importance(logps, old))
+        return LossTerms([self.term("rloo", values, tokens)], metrics)
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """ref * exp(reward / beta), normalised."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import ClassVar, Literal, Self, get_args
 
 from pydantic import Field, PositiveFloat, model_validator
@@ -13,19 +12,18 @@ from alignkit.credit import Baseline, group_baseline, reward_to_go
 from alignkit.kl import Direction, importance
 from alignkit.objectives.base import Objective, State
 from alignkit.objectives.rollout_base import (
+    ClippedObjective,
     ClipWidth,
     Credit,
     DualClip,
-    RolloutObjective,
+    advantages_of,
     exact_kl,
-    filled,
-    ratio_metrics,
     unspread,
 )
 from alignkit.objectives.surrogates import Divergence, Estimator, rpg_loss
 
 
-class RPG(RolloutObjective):
+class RPG(ClippedObjective):
     """Regularised policy gradient (Zhang et al. 2025, arXiv:2505.17508).
 
     Anchor "behavior" is the paper's iterative reference: KL to the sampler. Anchor "reference"
@@ -76,19 +74,14 @@ class RPG(RolloutObjective):
 
     @property
     def plan(self) -> Plan:
-        return (
-            self.rollout_plan(anchors=())
-            if self.anchor == "behavior"
-            else self.rollout_plan(statistics={"kl": exact_kl})
-        )
+        if self.anchor == "behavior":
+            return self.rollout_plan(anchors=())
+        return self.rollout_plan(statistics={"kl": exact_kl})
 
     @property
     def kl_gradient(self) -> tuple[Credit, Direction] | None:
-        return (
-            (self.kl_credit, "reverse")
-            if self.anchor == "reference" and self.baseline != "mean"
-            else None
-        )
+        unbiased = self.anchor == "reference" and self.baseline != "mean"
+        return (self.kl_credit, "reverse") if unbiased else None
 
     @property
     def surrogate(self) -> bool:
@@ -112,39 +105,39 @@ class RPG(RolloutObjective):
         gain = rollout.scores.unsqueeze(-1).expand_as(tokens.policy)
         if self.anchor == "reference" and self.kl_credit == "sequence":
             kl = tokens.extras["kl"]
-            gain = gain - self.beta * (
-                reward_to_go(kl, tokens.mask) - kl.where(tokens.mask, kl.new_zeros(()))
-            )
+            own = kl.where(tokens.mask, kl.new_zeros(()))
+            gain = gain - self.beta * (reward_to_go(kl, tokens.mask) - own)
         gain = gain - group_baseline(gain, rollout.groups, kind=self.baseline)
         return replace(rollout, advantages=gain.where(tokens.mask, gain.new_zeros(()))), state
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
-        tokens, (advantages,) = batch.tokens, filled(batch, "advantages")
+        tokens = batch.tokens
         logps = tokens.policy
         old = tokens.get("behavior")
+        advantages = advantages_of(batch)
+
+        # The theorem's form: one ratio and one advantage per completion.
         fixed = self.anchor == "reference"
-        if (
-            self.kl_credit == "sequence" and not fixed
-        ):  # the theorem's form: one ratio and one advantage per completion
+        if self.kl_credit == "sequence" and not fixed:
             logps = tokens.sequence()
             old = tokens.sequence("behavior")
             advantages = unspread(advantages, tokens)
-        form = partial(
-            rpg_loss,
-            divergence=self.divergence,
-            estimator=self.estimator,
-            beta=0.0 if fixed else self.beta,
-        )
-        values = form(
+
+        values = rpg_loss(
             logps,
             old,
             advantages,
+            beta=0.0 if fixed else self.beta,
+            divergence=self.divergence,
+            estimator=self.estimator,
             clip_low=self.clip_low,
             clip_high=self.clip_high,
             dual_clip=self.dual_clip,
         )
         terms = [self.term("policy", values, tokens)]
-        metrics = ratio_metrics(tokens, importance(logps, old), self.clip_low, self.clip_high)
+        metrics = self.metrics(tokens, importance(logps, old))
+
+        # Against a fixed reference the KL is a term of its own, exact at every token.
         if fixed:
             terms.append(self.term("kl", tokens.extras["kl"], tokens, weight=self.beta))
             metrics[self.kl_metric] = tokens.sequence("kl").detach()
@@ -152,8 +145,6 @@ class RPG(RolloutObjective):
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """ref * exp(reward / beta), normalised, for a fixed reference with full credit."""
-        return (
-            (reference + reward / self.beta).log_softmax(-1)
-            if self.kl_gradient == ("sequence", "reverse")
-            else None
-        )
+        if self.kl_gradient != ("sequence", "reverse"):
+            return None
+        return (reference + reward / self.beta).log_softmax(-1)

@@ -16,7 +16,7 @@ from alignkit.objectives.base import Objective, State
 from alignkit.objectives.rollout_base import (
     Aggregation,
     RolloutObjective,
-    filled,
+    advantages_of,
     ratio_metrics,
     spread,
 )
@@ -47,16 +47,15 @@ def alol_loss(
         raise ConfigError(
             f"alol_loss: ratio is {ratio!r}; it must be 'sequence', 'token' or 'none'"
         )
+
     if ratio == "sequence":
-        w = importance(masked_sum(policy_logps, mask), masked_sum(behavior_logps, mask)).unsqueeze(
-            -1
-        )
+        sums = (masked_sum(policy_logps, mask), masked_sum(behavior_logps, mask))
+        w = importance(*sums).unsqueeze(-1)
+    elif ratio == "token":
+        w = importance(policy_logps, behavior_logps)
     else:
-        w = (
-            importance(policy_logps, behavior_logps)
-            if ratio == "token"
-            else torch.ones_like(policy_logps)
-        )
+        w = torch.ones_like(policy_logps)
+
     weight = w.clamp(1 - clip, 1 + clip) * advantages.clamp(min=0)
     return torch.where(mask, -weight.detach() * policy_logps, 0.0)
 
@@ -105,9 +104,10 @@ class ALoL(RolloutObjective):
         return replace(rollout, advantages=spread(advantages, rollout.tokens)), state
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
-        tokens, (advantages,) = batch.tokens, filled(batch, "advantages")
+        tokens = batch.tokens
         logps = tokens.policy
         old = tokens.get("behavior")
-        values = alol_loss(logps, old, advantages, tokens.mask, clip=self.clip, ratio=self.ratio)
+        inputs = (logps, old, advantages_of(batch), tokens.mask)
+        values = alol_loss(*inputs, clip=self.clip, ratio=self.ratio)
         metrics = ratio_metrics(tokens, importance(logps, old), self.clip, self.clip)
         return LossTerms([self.term("alol", values, tokens)], metrics)

@@ -61,13 +61,15 @@ class DRPO(PairObjective):
 
     def loss(self, batch: PairBatch) -> LossTerms:
         chosen, rejected, *reference = batch.sequence_logps()
-        # held-out pairs are not judged
         wins = chosen.new_ones(len(chosen))
+
+        # Held-out pairs are not judged.
         judged = chosen.new_full((len(chosen),), 0.5)
         if batch.table is not None:
             judged = batch.table[:, 0, 1].to(chosen)
         better = drpo_loss(chosen, reference[0], wins, judged, clip=self.clip)
         worse = drpo_loss(rejected, reference[1], 1 - wins, 1 - judged, clip=self.clip)
+
         terms = batch.rows("labels", (better + worse) / 2)
         if batch.sampled is None or batch.table is None:
             return terms
@@ -76,14 +78,15 @@ class DRPO(PairObjective):
         )
         win_rate = batch.table[:, 2:, :2].mean(-1).to(own)  # against the data, [B, S]
         judgement = -((win_rate - 0.5) * own).mean(-1)
-        found = [
+        sampled = [
             Term("judge", judgement),
             Term("kl", sampled_kl_loss(own, anchor), weight=self.beta),
         ]
-        return terms + LossTerms(
-            found,
-            {"rewards/probabilities": win_rate, "kl/policy_reference_k1": (own - anchor).detach()},
-        )
+        metrics = {
+            "rewards/probabilities": win_rate,
+            "kl/policy_reference_k1": (own - anchor).detach(),
+        }
+        return terms + LossTerms(sampled, metrics)
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:

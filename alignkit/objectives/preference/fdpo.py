@@ -68,17 +68,16 @@ class FDPO(PairObjective):
     @property
     def resolved(self) -> Divergence:
         """The divergence with its parameter."""
-        return divergences.get(
-            self.divergence, **({} if self.alpha is None else {"alpha": self.alpha})
-        )
+        parameters = {} if self.alpha is None else {"alpha": self.alpha}
+        return divergences.get(self.divergence, **parameters)
 
     def loss(self, batch: PairBatch) -> LossTerms:
-        f_prime = self.resolved.f_prime
-        losses = fdpo_loss(*batch.sequence_logps(), beta=self.beta, divergence=self.resolved)
-        chosen, rejected = pair_log_ratios(*batch.sequence_logps())
-        return batch.rows(
-            "fdpo", losses, rewards=(self.beta * f_prime(chosen), self.beta * f_prime(rejected))
+        logps = batch.sequence_logps()
+        losses = fdpo_loss(*logps, beta=self.beta, divergence=self.resolved)
+        chosen, rejected = (
+            self.beta * self.resolved.f_prime(ratio) for ratio in pair_log_ratios(*logps)
         )
+        return batch.rows("fdpo", losses, rewards=(chosen, rejected))
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """ref * f'^-1((reward - c) / beta) with the c that normalises it."""

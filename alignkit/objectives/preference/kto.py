@@ -55,11 +55,16 @@ class KTO(Objective):
         policy = batch.tokens.sequence()
         reference = batch.tokens.sequence("reference")
         baseline = self._baseline(batch)
-        weights = {
-            "desirable_weight": self.desirable_weight,
-            "undesirable_weight": self.undesirable_weight,
-        }
-        losses = kto_loss(policy, reference, batch.labels, baseline, beta=self.beta, **weights)
+        losses = kto_loss(
+            policy,
+            reference,
+            batch.labels,
+            baseline,
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
+        )
+
         rewards = self.beta * (policy - reference).detach()
         metrics = {
             "rewards/chosen": rewards[batch.labels],

@@ -28,15 +28,16 @@ def robust_dpo_loss(
     Unbounded below for a single pair, as an unbiased estimate has to be: negative values are right.
     Ray Chowdhury et al. 2024, arXiv:2403.00409.
     """
-    logps = (
+    as_labelled = dpo_loss(
         policy_chosen_logps,
         policy_rejected_logps,
         reference_chosen_logps,
         reference_rejected_logps,
+        beta=beta,
     )
-    kept = dpo_loss(*logps, beta=beta)
     if label_smoothing == 0:  # DPO to the last bit
-        return kept
+        return as_labelled
+
     flipped = dpo_loss(
         policy_rejected_logps,
         policy_chosen_logps,
@@ -44,7 +45,8 @@ def robust_dpo_loss(
         reference_chosen_logps,
         beta=beta,
     )
-    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+    estimate = (1 - label_smoothing) * as_labelled - label_smoothing * flipped
+    return estimate / (1 - 2 * label_smoothing)
 
 
 class RobustDPO(PairObjective):

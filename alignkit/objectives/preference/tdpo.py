@@ -42,13 +42,15 @@ def tdpo_loss(
     )
     if version not in (1, 2) or (version == 2 and alpha is None):
         raise ConfigError(
-            f"tdpo_loss: version is {version!r}, alpha {alpha!r}; give version=1, or version=2 and an alpha"
+            f"tdpo_loss: version is {version!r}, alpha {alpha!r}; "
+            "give version=1, or version=2 and an alpha"
         )
+
     if version == 1 or alpha is None:
-        return -logsigmoid(beta * (chosen - rejected) - beta * (rejected_kl - chosen_kl))
-    return -logsigmoid(
-        beta * (chosen - rejected) - alpha * beta * (rejected_kl - chosen_kl.detach())
-    )
+        kl_gap = rejected_kl - chosen_kl
+    else:
+        kl_gap = alpha * (rejected_kl - chosen_kl.detach())
+    return -logsigmoid(beta * (chosen - rejected) - beta * kl_gap)
 
 
 def forward_kl(
@@ -93,10 +95,11 @@ class TDPO(PairObjective):
             *logps, chosen, rejected, beta=self.beta, alpha=self.alpha, version=self.version
         )
         rewards = (self.beta * (ratios[0] + chosen), self.beta * (ratios[1] + rejected))
-        terms = batch.rows(name, losses, rewards=rewards)
-        return terms + LossTerms(
-            [], {f"{statistic}/chosen": chosen.detach(), f"{statistic}/rejected": rejected.detach()}
-        )
+        metrics = {
+            f"{statistic}/chosen": chosen.detach(),
+            f"{statistic}/rejected": rejected.detach(),
+        }
+        return batch.rows(name, losses, rewards=rewards) + LossTerms([], metrics)
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """Of one token: ref * exp(reward / beta), normalised. Version 2 has no closed form."""

@@ -64,13 +64,12 @@ class TREG(PairObjective):
     def loss(self, batch: PairBatch) -> LossTerms:
         chosen, rejected, *reference = batch.sequence_logps()
         wrong = (self.beta * (rejected - reference[1] - chosen + reference[0])).sigmoid().detach()
-        found = batch.rows(
-            "dpo", dpo_loss(chosen, rejected, *reference, beta=self.beta), scale=self.beta
-        )
+        losses = dpo_loss(chosen, rejected, *reference, beta=self.beta)
+
+        # The token rewards count as much as DPO's own gradient does: most where a pair is wrong.
         token_losses = self._token_loss(batch.chosen) + self._token_loss(batch.rejected)
-        return found + LossTerms(
-            [Term("tokens", self.beta * wrong * token_losses, weight=self.alpha)]
-        )
+        tokens = Term("tokens", self.beta * wrong * token_losses, weight=self.alpha)
+        return batch.rows("dpo", losses, scale=self.beta) + LossTerms([tokens])
 
     def _token_loss(self, tokens: TokenLogps) -> Tensor:
         return treg_loss(tokens.policy, tokens.get("better"), tokens.get("worse"), tokens.mask)

@@ -52,8 +52,7 @@ class OnlineIPO(Objective):
     )
 
     beta: PositiveFloat = Field(
-        0.1,
-        description="strength of the reverse KL to the reference, per completion (`mean`: token)",
+        0.1, description="strength of the reverse KL to the reference, per completion (mean: token)"
     )
     form: Literal["sum", "mean"] = Field(
         "sum", description="a completion's log-prob: its tokens' sum, or mean (another game)"
@@ -89,16 +88,14 @@ class OnlineIPO(Objective):
         first, second = batch.completions
         policy = (self.reduced(first, "policy"), self.reduced(second, "policy"))
         anchor = (self.anchor(first), self.anchor(second))
-        losses = online_ipo_loss(
-            *policy, *anchor, preference_gap=self.gap(batch), beta=self.temperature
-        )
+        losses = online_ipo_loss(*policy, *anchor, self.gap(batch), beta=self.temperature)
+
         ratios = [t.sequence().detach() - t.sequence("reference") for t in (first, second)]
         metrics = {
             "rewards/margins": self.beta * (ratios[0] - ratios[1]),
             "rewards/probabilities": batch.preference[:, 0],
         }
-        if not any(
-            draw.mix for draw in self.plan.samples if draw.scored
-        ):  # else the samples are not the policy's
+        # Samples of a mixture say nothing about the policy's own KL.
+        if not any(draw.mix for draw in self.plan.samples if draw.scored):
             metrics["kl"] = (ratios[0] + ratios[1]) / 2
         return LossTerms([Term("online_ipo", losses)], metrics)

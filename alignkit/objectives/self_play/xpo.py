@@ -34,7 +34,5 @@ class XPO(OnlineDPO):
         return [(cls(alpha=0), OnlineDPO())]
 
     def loss(self, batch: GameBatch) -> LossTerms:
-        found = super().loss(batch)
-        return found + LossTerms(
-            [Term("optimism", batch.completions[1].sequence(), weight=self.alpha)]
-        )
+        optimism = Term("optimism", batch.completions[1].sequence(), weight=self.alpha)
+        return super().loss(batch) + LossTerms([optimism])
