@@ -4,7 +4,7 @@ An objective sees tensors only: no model, no tokenizer, no device, no recipe.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -29,6 +29,11 @@ class Objective(BaseModel):
 
     paper: ClassVar[str] = ""  # "Rafailov et al. 2023, arXiv:2305.18290, eq. 7"
     equation: ClassVar[str] = ""  # the loss in one line of plain maths, for the model card
+
+    # Where a step of descent favours the better completion, for `alignkit verify`: everywhere; near
+    # the reference (the loss is bounded, so that its gradient vanishes far from it); or not
+    # everywhere (the published loss moves the wrong way somewhere, as the docstring then says).
+    favours_better: ClassVar[Literal["always", "near", "not everywhere"]] = "always"
 
     @property
     def plan(self) -> Plan:
