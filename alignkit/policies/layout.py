@@ -288,11 +288,8 @@ def stand_in() -> Bundle:
     """The smallest possible bundle, for a rank that has to take part in a forward without rows of
     its own.
     """
-    return Bundle(
-        torch.zeros(1, dtype=torch.long),
-        [torch.zeros(1, dtype=torch.long)],
-        [torch.ones(1, dtype=torch.bool)],
-    )
+    token = torch.zeros(1, dtype=torch.long)
+    return Bundle(token, [token], [torch.ones(1, dtype=torch.bool)])
 
 
 def micro_batches(

@@ -9,6 +9,7 @@ from alignkit.config.model import AdapterConfig, ModelConfig
 from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.policies.load import load_scorer
 from alignkit.policies.scorer import joined
+from alignkit.training.guard import Guard
 
 THREE = Plan("ranked", anchors=(), outputs=3)
 
@@ -44,6 +45,15 @@ def test_the_loop_gets_outputs_and_nobody_gets_log_probs(scorer):
     assert isinstance(batch, ScoredBatch)
     assert batch.sizes.tolist() == [len(one.completions) for one in bundles]
     assert torch.equal(batch.outputs, seen.values)
+
+
+def test_outputs_that_are_not_finite_are_counted():
+    guard = Guard(torch.device("cpu"))
+    bundles = [bundle([3], [[4], [5]])]
+    guard.watch_outputs(Outputs(torch.zeros(2, 3)), bundles)
+    assert float(guard.broken) == 0
+    guard.watch_outputs(Outputs(torch.tensor([[0.0, 1.0], [2.0, float("nan")]])), bundles)
+    assert float(guard.broken) == 1
 
 
 def test_chosen_and_rejected_outputs():
