@@ -62,7 +62,7 @@ def test_rows_of_the_corpus(tokenizer, name, policy):
     if refusal:
         assert (refusal.exit_code in (3, 4), name in str(refusal)) == (True, True), refusal
     else:
-        assert len(found[0]) == found[1].kept > 0
+        assert len(found[0]) == found[1].usable > 0
 
 
 SCALARS = [

@@ -1,57 +1,75 @@
-"""`alignkit eval`: its options. What it does is in `alignkit.evaluation.evaluate`."""
+"""`alignkit eval`: finished models measured. What it does is in `alignkit.evaluation.evaluate`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from alignkit.cli.options import AllowPrivateJudge, Safe
+from alignkit.cli.options import AllowPrivateJudge, Safe, Seed
 from alignkit.errors import ConfigError
+
+# What is measured, and from where.
+Models = Annotated[
+    list[str], typer.Argument(metavar="RUN_OR_MODEL...", help="Run folders, models, or task:NAME.")
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(help="What KL is measured from; default: the model the runs started from."),
+]
+
+# The data: each option adds its own measurements.
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        help="Prompts: a file, or task:NAME; default: the run's data.eval, else its task's."
+    ),
+]
+Reward = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.py:NAME",
+        help="Score of a completion; default: the run's rewards, else its task's.",
+    ),
+]
+Pairs = Annotated[
+    str | None, typer.Option(help="Held-out pairs: accuracy and calibration of the preferences.")
+]
+HeldOutText = Annotated[
+    str | None, typer.Option(help="Held-out text (rows with `text`): perplexity.")
+]
+Unrelated = Annotated[
+    str | None, typer.Option(help="Prompts of another kind: KL on them means forgetting.")
+]
+Correct = Annotated[
+    float | None,
+    typer.Option(
+        help="A completion with at least this score is correct: adds pass@k and majority@k."
+    ),
+]
+
+# The sampling.
+Samples = Annotated[
+    int, typer.Option(min=2, help="Completions per prompt, with the same noise for every model.")
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Most tokens of a completion; default: the run's.")
+]
+To = Annotated[Path, typer.Option(help="File for the results.")]
 
 
 def evaluate(
-    models: Annotated[
-        list[str],
-        typer.Argument(metavar="RUN_OR_MODEL...", help="Run folders, models, or task:NAME."),
-    ],
-    reference: Annotated[
-        str | None,
-        typer.Option(help="What KL is measured from; default: what the runs started from."),
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(help="File, or task:NAME; default: the run's data.eval, else its task's."),
-    ] = None,
-    reward: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE.py:NAME",
-            help="Score of a completion; default: the run's rewards, else its task's.",
-        ),
-    ] = None,
-    pairs: Annotated[
-        str | None,
-        typer.Option(help="Held-out pairs: accuracy and calibration of the preferences."),
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option(help="Held-out text (rows with `text`): perplexity.")
-    ] = None,
-    unrelated: Annotated[
-        str | None, typer.Option(help="Prompts of another kind: KL there is forgetting.")
-    ] = None,
-    correct: Annotated[
-        float | None,
-        typer.Option(help="A completion with this score is right: adds pass@k and majority@k."),
-    ] = None,
-    samples: Annotated[
-        int,
-        typer.Option(min=2, help="Completions per prompt, with the same noise for every model."),
-    ] = 8,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Cap on their tokens; default: the run's.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling noise.")] = 0,
-    to: Annotated[Path, typer.Option(help="File for the results.")] = Path("eval.json"),
+    models: Models,
+    reference: Reference = None,
+    prompts: Prompts = None,
+    reward: Reward = None,
+    pairs: Pairs = None,
+    text: HeldOutText = None,
+    unrelated: Unrelated = None,
+    correct: Correct = None,
+    samples: Samples = 8,
+    max_new_tokens: MaxNewTokens = None,
+    seed: Seed = 0,
+    to: To = Path("eval.json"),
     safe: Safe = False,
     allow_private_judge: AllowPrivateJudge = False,
 ) -> None:
@@ -60,9 +78,11 @@ def evaluate(
     """
     if to.exists():
         raise ConfigError(f"{to} exists already; name another file with --to")
-    from alignkit.evaluation.evaluate import Request, evaluate_to_file
 
-    asked = Request(
+    from alignkit.evaluation.evaluate import evaluate_to_file
+    from alignkit.evaluation.request import Request
+
+    request = Request(
         models=models,
         reference=reference,
         prompts=prompts,
@@ -76,5 +96,5 @@ def evaluate(
         seed=seed,
         safe=safe,
     )
-    evaluate_to_file(asked, to)
+    evaluate_to_file(request, to)
     typer.echo(f"the figures are in {to}")

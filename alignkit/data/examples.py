@@ -1,28 +1,14 @@
-"""From a raw row to a checked example: a prompt and its completions, each a text or a list of
-messages.
-"""
+"""From a row to a checked example: a prompt and its completions, each text or a list of messages."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from alignkit.data.formats import NEEDS
+from alignkit.data.formats import COLUMNS
+from alignkit.data.messages import SHAPE, Message, Text, check_ending, checked_text, is_empty
 from alignkit.data.read import Row
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAPE = 'messages look like [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
-Message = dict[str, Any]
-Text = str | list[Message]
-
-
-class BadRow(Exception):
-    """A row that gets `verdict` and leaves the data."""
-
-    def __init__(self, verdict: str, detail: str = "") -> None:
-        super().__init__(detail)
-        self.verdict = verdict
-        self.detail = detail
+from alignkit.data.verdicts import BadRow
 
 
 @dataclass(frozen=True)
@@ -31,13 +17,13 @@ class Example:
     completions.
     """
 
-    number: int
+    number: int  # of the row
     uid: str
     prompt: Text | None
     completions: list[Text]
     label: bool | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)  # what is not ours: for rewards
-    template: Mapping[str, Any] = field(default_factory=dict)  # `tools` and `chat_template_kwargs`
+    columns: Mapping[str, Any] = field(default_factory=dict)  # the row's other ones, for rewards
+    template: Mapping[str, Any] = field(default_factory=dict)  # options of the chat template
 
     @property
     def chat(self) -> bool:
@@ -52,86 +38,102 @@ class Example:
         return json.dumps([self.prompt, completions, self.label], sort_keys=True, default=str)
 
 
-def example(row: Row, format: str, family: str | None, name: str) -> Example:
-    """The example in `row` of a source called `name`. Raises BadRow with the verdict."""
+def make_example(row: Row, format: str, family: str | None, source: str) -> Example:
+    """The example in `row` of `source` (its short name), whose columns have `format`. Raises BadRow
+    with the verdict.
+    """
     if row.values is None:
         raise BadRow("unreadable", row.problem)
+
     values = row.values
-    needs = NEEDS[format]
-    for column in needs:
+    for column in COLUMNS[format]:
         if column not in values:
-            raise BadRow(
-                "missing", f"no `{column}` among {', '.join(map(str, values)) or 'no columns'}"
-            )
+            there = ", ".join(map(str, values)) or "no columns"
+            raise BadRow("missing", f"no `{column}` among {there}")
+
     texts = {
-        column: _text(values[column], column)
-        for column in needs
+        column: checked_text(values[column], column)
+        for column in COLUMNS[format]
         if column not in ("label", "ranking")
     }
     if format == "ranking":
-        prompt = texts["prompt"]
+        prompt: Text | None = texts["prompt"]
         completions = _ranking(values["ranking"])
     else:
-        prompt, completions = _parts(texts, format, family)
-    if (
-        format != "implicit_pair"
-        and isinstance(prompt, list)
-        and prompt
-        and prompt[-1]["role"] == "assistant"
-    ):
+        prompt, completions = _prompt_and_completions(texts, format, family)
+    if format != "implicit_pair":
+        _check_prompt_ending(prompt)
+
+    example = Example(
+        number=row.number,
+        uid=f"{source}:{row.number}",
+        prompt=prompt,
+        completions=completions,
+        label=_label(values["label"]) if format == "labelled" else None,
+        columns={key: value for key, value in values.items() if key not in texts},
+        template=_template_options(values),
+    )
+    return _all_messages(example) if example.chat else example
+
+
+def _prompt_and_completions(
+    texts: Mapping[str, Text], format: str, family: str | None
+) -> tuple[Text | None, list[Text]]:
+    """Prompt and completions of a row whose columns are checked one by one. Raises BadRow for a row
+    that has nothing to learn from.
+    """
+    if format == "pair" and family == "sequence":  # sft on pairs learns the chosen completions
+        format = "completion"
+        texts = {"prompt": texts["prompt"], "completion": texts["chosen"]}
+
+    if format in ("pair", "implicit_pair"):
+        chosen = texts["chosen"]
+        rejected = texts["rejected"]
+        _check_pair(chosen, rejected)
+        if format == "implicit_pair" and isinstance(chosen, list) and isinstance(rejected, list):
+            return _split_dialogues(chosen, rejected, family)
+        return texts.get("prompt"), [chosen, rejected]
+
+    if format in ("completion", "labelled"):
+        completion = texts["completion"]
+        check_ending(completion, "completion")
+        if is_empty(completion):
+            raise BadRow("empty", "completion")
+        return texts["prompt"], [completion]
+
+    if format == "messages":
+        return _split_turns(texts["messages"])
+
+    if format == "text":
+        text = texts["text"]
+        if isinstance(text, list):
+            return _split_turns(text)
+        if is_empty(text):
+            raise BadRow("empty", "text")
+        return "", [text]
+
+    return texts["prompt"], []  # format `prompt`: the completions will be sampled
+
+
+def _check_pair(chosen: Text, rejected: Text) -> None:
+    check_ending(chosen, "chosen")
+    check_ending(rejected, "rejected")
+    if is_empty(chosen) and is_empty(rejected):
+        raise BadRow("both_empty")
+    if is_empty(chosen):
+        raise BadRow("empty", "chosen")
+    if is_empty(rejected):
+        raise BadRow("empty", "rejected")
+    if chosen == rejected:
+        raise BadRow("identical")
+
+
+def _check_prompt_ending(prompt: Text | None) -> None:
+    if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
         raise BadRow(
             "role",
             "the prompt ends with an assistant turn; it has to end with the user's (or a tool's)",
         )
-    label = _label(values["label"]) if format == "labelled" else None
-    columns = {key: value for key, value in values.items() if key not in texts}
-    made = Example(
-        row.number,
-        f"{name}:{row.number}",
-        prompt,
-        completions,
-        label,
-        columns,
-        _template_options(values),
-    )
-    return _as_chat(made) if made.chat else made
-
-
-def _parts(
-    texts: Mapping[str, Text], format: str, family: str | None
-) -> tuple[Text | None, list[Text]]:
-    """Prompt and completions of a row whose columns are checked one by one; degenerate rows raise."""
-    if format == "pair" and family == "sequence":  # sft on pairs learns the chosen completions
-        format = "completion"
-        texts = {"prompt": texts["prompt"], "completion": texts["chosen"]}
-    if format in ("pair", "implicit_pair"):
-        chosen = texts["chosen"]
-        rejected = texts["rejected"]
-        for completion, column in ((chosen, "chosen"), (rejected, "rejected")):
-            _check_ending(completion, column)
-        if not _filled(chosen) and not _filled(rejected):
-            raise BadRow("both_empty")
-        if not _filled(chosen) or not _filled(rejected):
-            raise BadRow("empty", "chosen" if not _filled(chosen) else "rejected")
-        if chosen == rejected:
-            raise BadRow("identical")
-        if format == "implicit_pair" and isinstance(chosen, list) and isinstance(rejected, list):
-            return _split_dialogues(chosen, rejected, family)
-        return texts.get("prompt"), [chosen, rejected]
-    if format in ("completion", "labelled"):
-        _check_ending(texts["completion"], "completion")
-        if not _filled(texts["completion"]):
-            raise BadRow("empty", "completion")
-        return texts["prompt"], [texts["completion"]]
-    if format == "messages":
-        return _split_turns(texts["messages"])
-    if format == "text":
-        if isinstance(texts["text"], list):
-            return _split_turns(texts["text"])
-        if not _filled(texts["text"]):
-            raise BadRow("empty", "text")
-        return "", [texts["text"]]
-    return texts["prompt"], []
 
 
 def _ranking(value: object) -> list[Text]:
@@ -142,10 +144,11 @@ def _ranking(value: object) -> list[Text]:
             "null" if value is None else "type",
             f"ranking is {given}, expected two or more completions, best first",
         )
-    completions = [_text(completion, "ranking") for completion in value]
+
+    completions = [checked_text(completion, "ranking") for completion in value]
     for completion in completions:
-        _check_ending(completion, "ranking")
-        if not _filled(completion):
+        check_ending(completion, "ranking")
+        if is_empty(completion):
             raise BadRow("empty", "ranking")
     if any(completion in completions[:i] for i, completion in enumerate(completions)):
         raise BadRow("identical", "a completion stands in the ranking twice")
@@ -163,118 +166,44 @@ def _split_dialogues(
 
 
 def _split_turns(messages: Text) -> tuple[Text, list[Text]]:
-    """A dialogue: the prompt ends before the first assistant turn, the rest is one completion with
-    holes in its mask.
+    """A dialogue: the prompt ends before the first assistant turn. The rest up to the last
+    assistant turn is one completion, of which only the assistant's turns are trained.
     """
     if isinstance(messages, str):
         raise BadRow("type", f"messages is a text; {SHAPE}")
-    first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
-    if first is None:
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
         raise BadRow("role", "no assistant turn to learn from")
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[:first], [messages[first : last + 1]]
+    return messages[: turns[0]], [messages[turns[0] : turns[-1] + 1]]
 
 
-def _as_chat(made: Example) -> Example:
-    """Text beside messages becomes a turn: a prompt the user's, a completion the assistant's; a
-    repeated prompt is cut.
+def _all_messages(example: Example) -> Example:
+    """Text beside messages becomes a turn: a prompt the user's, a completion the assistant's. A
+    completion that repeats the prompt loses it.
     """
-    prompt = made.prompt
+    prompt = example.prompt
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
+
     completions: list[Text] = []
-    for completion in made.completions:
-        turns = (
-            [{"role": "assistant", "content": completion}]
-            if isinstance(completion, str)
-            else completion
-        )
+    for completion in example.completions:
+        if isinstance(completion, str):
+            turns = [{"role": "assistant", "content": completion}]
+        else:
+            turns = completion
         if prompt and len(turns) > len(prompt) and turns[: len(prompt)] == prompt:
             turns = turns[len(prompt) :]
         completions.append(turns)
-    return Example(
-        made.number, made.uid, prompt, completions, made.label, made.columns, made.template
-    )
-
-
-def _text(value: object, column: str) -> Text:
-    if value is None:
-        raise BadRow("null", f"{column} is null")
-    if isinstance(value, list):
-        return [_message(message, column) for message in value]
-    if not isinstance(value, str):
-        raise BadRow(
-            "type",
-            f"{column} is {type(value).__name__} ({str(value)[:40]}), expected a text or a list of messages",
-        )
-    return check_unicode(value, column)
-
-
-def check_unicode(value: str, column: str) -> str:
-    """`value` itself; BadRow if it cannot be encoded."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        character = f"U+{ord(value[error.start]):04X}"
-        raise BadRow(
-            "surrogate",
-            f"{column} holds the lone surrogate {character} at character {error.start + 1}",
-        ) from None
-    return value
-
-
-def _message(message: object, column: str) -> Message:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        found = (
-            f"the keys {', '.join(map(str, message))}"
-            if isinstance(message, Mapping)
-            else type(message).__name__
-        )
-        raise BadRow("messages", f"{column} is a list with {found}; {SHAPE}")
-    # Arrow fills absent keys with null
-    made = {key: value for key, value in message.items() if value is not None}
-    if made.get("role") not in ROLES:
-        raise BadRow(
-            "role", f"{column} has the role {message['role']!r}; roles are {', '.join(ROLES)}"
-        )
-    content = made.get("content")
-    if isinstance(content, list) and all(
-        isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content
-    ):
-        content = "".join(part["text"] for part in content)
-    if content is None and "tool_calls" not in made:
-        raise BadRow("null", f"{column} has a message whose content is null")
-    if not isinstance(content, str | None):
-        raise BadRow(
-            "type",
-            f"{column} has a message whose content is {type(content).__name__}, expected a text",
-        )
-    return made | {"content": check_unicode(content or "", column)}
-
-
-def _check_ending(completion: Text, column: str) -> None:
-    if isinstance(completion, list) and completion and completion[-1]["role"] != "assistant":
-        raise BadRow(
-            "role",
-            f"{column} ends with a {completion[-1]['role']} turn; it has to end with an assistant turn",
-        )
-
-
-def _filled(completion: Text) -> bool:
-    if isinstance(completion, str):
-        return bool(completion.strip())
-    return bool(completion) and bool(
-        completion[-1]["content"].strip() or "tool_calls" in completion[-1]
-    )
+    return replace(example, prompt=prompt, completions=completions)
 
 
 def _template_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the columns `tools` and `chat_template_kwargs` hand to the chat template."""
     options = values.get("chat_template_kwargs") or {}
-    tools = values.get("tools")
     if not isinstance(options, Mapping):
-        raise BadRow(
-            "type", f"chat_template_kwargs is {type(options).__name__}, expected an object"
-        )
+        given = type(options).__name__
+        raise BadRow("type", f"chat_template_kwargs is {given}, expected an object")
+    tools = values.get("tools")
     return dict(options) | ({"tools": tools} if tools else {})
 
 

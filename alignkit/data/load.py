@@ -1,71 +1,58 @@
-"""The door of this room: load_bundles for fixed data, load_prompts for online objectives, check for
-the data doctor.
+"""The way from a source to bundles or prompts, all steps in order.
+
+`load_bundles` serves objectives that learn from fixed data, `load_prompts` those that sample, and
+`check` reports on data without raising (`alignkit data check`).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from alignkit.config.data import DataConfig
-from alignkit.data.examples import BadRow, Example, Text, example
-from alignkit.data.formats import detect
+from alignkit.data.examples import Example, make_example
+from alignkit.data.formats import detect_format
 from alignkit.data.read import Rows, Source, read_rows
 from alignkit.data.report import Report
+from alignkit.data.verdicts import BadRow
 from alignkit.errors import DataError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from alignkit.batches import Bundle
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt of an online objective."""
-
-    ids: (
-        "Tensor"  # [P] int64, at least one token; a chat's ends where the assistant begins to write
-    )
-    text: Text  # as it stood in the data: what rewards and judges see
-    uid: str
-    columns: Mapping[str, Any]  # the row's other columns: a reward's keyword arguments
+    from alignkit.data.prompts import Prompt
 
 
 def load_bundles(
     config: DataConfig, family: str, tokenizer: Any, *, source: Source | None = None
 ) -> tuple[list["Bundle"], Report]:
-    """Bundles for an objective of `family` (sequence, pair, labelled) from `source` (default:
-    config.train).
+    """Bundles for an objective of `family` (sequence, pair, labelled, ranked) from `source`
+    (default: config.train).
 
-    Errors: DataError for malformed rows (unless on_bad_row is drop) and for data that cannot teach
+    Raises DataError for malformed rows (unless on_bad_row is drop) and for data that cannot teach
     anything; ConfigError and ModelError for options the tokenizer cannot serve.
     """
-    report, examples = _examples(config, family, source)
-    if report.errors() and config.on_bad_row == "error":
-        raise report.malformed()
-    bundles = _tokenise(examples, config, tokenizer, report, family)
-    _refuse(report, config)
+    from alignkit.data.tokenise import tokenize_examples
+
+    report, examples = _read_examples(config, family, source)
+    _stop_on_malformed_rows(report, config)
+    bundles = tokenize_examples(examples, config, tokenizer, report, family)
+    report.usable = len(bundles)
+    _stop_on_useless_data(report, config)
     return bundles, report
 
 
 def load_prompts(
     config: DataConfig, tokenizer: Any, *, source: Source | None = None
-) -> tuple[list[Prompt], Report]:
-    """Prompts for online objectives; all other columns are kept for the rewards. Errors as in
-    load_bundles.
+) -> tuple[list["Prompt"], Report]:
+    """Prompts for online objectives; all other columns are kept for the rewards. Raises as
+    load_bundles does.
     """
-    from alignkit.data.prompts import tokenise_prompts
+    from alignkit.data.prompts import tokenize_prompts
 
-    report, examples = _examples(config, "rollout", source)
-    if report.errors() and config.on_bad_row == "error":
-        raise report.malformed()
-    ids = tokenise_prompts(examples, config, tokenizer, report)
-    prompts = [
-        Prompt(ids[e.number], e.prompt or "", e.uid, e.columns) for e in examples if e.number in ids
-    ]
-    report.kept = len(prompts)
-    _refuse(report, config)
+    report, examples = _read_examples(config, "rollout", source)
+    _stop_on_malformed_rows(report, config)
+    prompts = tokenize_prompts(examples, config, tokenizer, report)
+    report.usable = len(prompts)
+    _stop_on_useless_data(report, config)
     return prompts, report
 
 
@@ -79,15 +66,21 @@ def check(
     """Read every row and report; the error is what `load_bundles` would stop with. Without a
     tokenizer only text is checked.
     """
-    report, examples = _examples(config, family, source)
-    if tokenizer is not None and report.format == "prompt":
-        from alignkit.data.prompts import tokenise_prompts
+    report, examples = _read_examples(config, family, source)
 
-        report.kept = len(tokenise_prompts(examples, config, tokenizer, report))
+    if tokenizer is not None and report.format == "prompt":
+        from alignkit.data.prompts import tokenize_prompts
+
+        report.usable = len(tokenize_prompts(examples, config, tokenizer, report))
     elif tokenizer is not None:
-        _tokenise(examples, config, tokenizer, report, family or "")
-    stop = report.errors() and config.on_bad_row == "error"
-    return report, report.malformed() if stop else report.refusal(config.max_length)
+        from alignkit.data.tokenise import tokenize_examples
+
+        bundles = tokenize_examples(examples, config, tokenizer, report, family or "")
+        report.usable = len(bundles)
+
+    if report.errors() and config.on_bad_row == "error":
+        return report, report.malformed()
+    return report, report.refusal(config.max_length)
 
 
 def fingerprint(bundles: Sequence["Bundle"]) -> str:
@@ -96,81 +89,78 @@ def fingerprint(bundles: Sequence["Bundle"]) -> str:
     """
     digest = sha256()
     for bundle in bundles:
-        parts = [
-            bundle.prompt,
-            *bundle.completions,
-            *bundle.masks,
-            *(bundle.rows[name] for name in sorted(bundle.rows)),
-        ]
-        for part in parts:
-            digest.update(
-                f"{part.dtype}{tuple(part.shape)}".encode() + part.contiguous().numpy().tobytes()
-            )
+        labels = [bundle.rows[name] for name in sorted(bundle.rows)]
+        for tensor in (bundle.prompt, *bundle.completions, *bundle.masks, *labels):
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _examples(
+def _read_examples(
     config: DataConfig, family: str | None, source: Source | None
 ) -> tuple[Report, list[Example]]:
-    """All rows, each checked in the format that the columns of all rows decide."""
+    """All rows, each checked in the format that the columns of all rows decide. Malformed rows are
+    counted in the report.
+    """
     rows = read_rows(config, source)
     report = Report(rows.where, rows.name, total=len(rows.rows))
     if not rows.rows:
         raise DataError(f"{rows.where} has 0 rows")
+
     if not rows.columns:  # nothing could be read: there is no format to decide
         for row in rows.rows:
             report.add("unreadable" if row.values is None else "null", row.number, row.problem)
         raise report.malformed()
-    report.format = detect(rows.columns, config.format, family, rows.where)
-    examples = _checked(rows, report, family)
-    _compare(examples, report)
-    report.kept = len(examples)
+
+    report.format = detect_format(rows.columns, config.format, family, rows.where)
+    examples = _make_examples(rows, report, family)
+    _count_repetitions(examples, report)
+    report.usable = len(examples)
     return report, examples
 
 
-def _checked(rows: Rows, report: Report, family: str | None) -> list[Example]:
+def _make_examples(rows: Rows, report: Report, family: str | None) -> list[Example]:
     examples = []
     for row in rows.rows:
         try:
-            examples.append(example(row, report.format, family, rows.name))
+            examples.append(make_example(row, report.format, family, rows.name))
         except BadRow as bad:
-            report.add(bad.verdict, row.number, bad.detail)
+            report.add_bad(bad, row.number)
     return examples
 
 
-def _compare(examples: Sequence[Example], report: Report) -> None:
-    """Duplicates, and pairs that contradict an earlier one."""
-    seen: set[str] = set()
-    for made in examples:
-        key = made.key()
-        if key in seen:
-            report.add("duplicate", made.number)
-        if len(made.completions) == 2 and made.key(swapped=True) in seen:
-            report.add("contradictory", made.number)
-        texts = [text for text in (made.prompt, *made.completions) if isinstance(text, str)]
-        if (
-            len(texts) == 3
-            and texts[0].strip()
-            and all(text.startswith(texts[0]) for text in texts[1:])
-        ):
-            report.add("prompt_repeated", made.number)
-        seen.add(key)
+def _count_repetitions(examples: Sequence[Example], report: Report) -> None:
+    """Count rows that repeat an earlier one, pairs that contradict an earlier one, and completions
+    that repeat the prompt.
+    """
+    earlier: set[str] = set()
+    for example in examples:
+        key = example.key()
+        if key in earlier:
+            report.add("duplicate", example.number)
+        if len(example.completions) == 2 and example.key(swapped=True) in earlier:
+            report.add("contradictory", example.number)
+        if _repeats_the_prompt(example):
+            report.add("prompt_repeated", example.number)
+        earlier.add(key)
 
 
-def _tokenise(
-    examples: Sequence[Example], config: DataConfig, tokenizer: Any, report: Report, family: str
-) -> list["Bundle"]:
-    from alignkit.data.tokenise import tokenise
+def _repeats_the_prompt(example: Example) -> bool:
+    """Whether both completions of a pair of plain texts begin with the prompt."""
+    prompt = example.prompt
+    if example.chat or not isinstance(prompt, str) or not prompt.strip():
+        return False
+    pair = len(example.completions) == 2
+    return pair and all(str(text).startswith(prompt) for text in example.completions)
 
-    bundles = tokenise(examples, config, tokenizer, report, family)
-    report.kept = len(bundles)
-    return bundles
 
-
-def _refuse(report: Report, config: DataConfig) -> None:
-    if (
-        report.errors() and config.on_bad_row == "error"
-    ):  # found while tokenising: the chat template's refusals
+def _stop_on_malformed_rows(report: Report, config: DataConfig) -> None:
+    if report.errors() and config.on_bad_row == "error":
         raise report.malformed()
+
+
+def _stop_on_useless_data(report: Report, config: DataConfig) -> None:
+    # Tokenising may have counted more malformed rows: those that the chat template refuses.
+    _stop_on_malformed_rows(report, config)
     if error := report.refusal(config.max_length):
         raise error

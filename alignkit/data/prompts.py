@@ -1,6 +1,7 @@
-"""Prompts of online objectives as token ids."""
+"""From checked examples to prompts, for objectives that sample their completions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,51 +9,77 @@ from torch import Tensor
 
 from alignkit.config.data import DataConfig
 from alignkit.data.chat import Renderer, chat_template
-from alignkit.data.examples import BadRow, Example
+from alignkit.data.encode import Ids, TextEncoder
+from alignkit.data.examples import Example
+from alignkit.data.messages import Text
 from alignkit.data.report import Report
-from alignkit.data.tokenise import Tokeniser
+from alignkit.data.verdicts import BadRow
 
 
-def tokenise_prompts(
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of an online objective."""
+
+    ids: Tensor  # [P] int64, at least one; a chat's end where the assistant begins to write
+    text: Text  # as it stood in the data: what rewards and judges see
+    uid: str
+    columns: Mapping[str, Any]  # the row's other columns: a reward's keyword arguments
+
+
+def tokenize_prompts(
     examples: Sequence[Example], config: DataConfig, tokenizer: Any, report: Report
-) -> dict[int, Tensor]:
-    """Row number -> ids [P]; prompts that leave no room for a completion are dropped and counted in
-    `report`.
+) -> list[Prompt]:
+    """The prompts of `examples` in their order. A prompt that leaves no room for a completion
+    within `config.max_length` is dropped and counted in `report`.
     """
-    tokeniser = Tokeniser(tokenizer, config)
-    ids = {}
-    renderer = (
-        Renderer(tokenizer, chat_template(config)) if any(made.chat for made in examples) else None
-    )
+    encoder = TextEncoder(tokenizer, config)
+    ids: dict[int, Ids] = {}  # by row number
+
+    # Plain text and chats follow different rules for special tokens.
     for chat in (False, True):
-        texts: dict[int, str] = {}
-        for made in examples:
-            if made.chat != chat:
-                continue
+        texts = _texts([e for e in examples if e.chat == chat], encoder, report)
+        for number, encoded in zip(texts, encoder.encode(list(texts.values()), chat)):
             try:
-                texts[made.number] = _text(made, renderer)
+                ids[number] = _checked_ids(encoded, number, encoder, report)
             except BadRow as bad:
-                report.add(bad.verdict, made.number, bad.detail)
-        for number, encoded in zip(texts, tokeniser.encode(list(texts.values()), chat)):
-            tokens = tokeniser.bos_once(encoded)
-            report.prompt_lengths.append(len(tokens))
-            report.lengths.append(len(tokens))
-            if not tokens and tokeniser.stand_in is None:
-                report.add("no_prompt", number)
-            elif len(tokens) >= config.max_length:
-                report.add("overlong", number, f"the prompt has {len(tokens)} tokens")
-            else:
-                if not tokens:
-                    report.add(
-                        "empty_prompt",
-                        number,
-                        "BOS (or EOS, for a tokenizer without BOS) stands in for it",
-                    )
-                ids[number] = torch.tensor(tokens or [tokeniser.stand_in])
+                report.add_bad(bad, number)
+
+    return [
+        Prompt(torch.tensor(ids[e.number]), e.prompt or "", e.uid, e.columns)
+        for e in examples
+        if e.number in ids
+    ]
+
+
+def _texts(examples: Sequence[Example], encoder: TextEncoder, report: Report) -> dict[int, str]:
+    """Row number -> the prompt as text, for examples that are all plain or all chats."""
+    if not any(example.chat for example in examples):
+        return {example.number: str(example.prompt) for example in examples}
+
+    renderer = Renderer(encoder.tokenizer, chat_template(encoder.config))
+    texts = {}
+    for example in examples:
+        assert isinstance(example.prompt, list), "a chat's prompt is messages"
+        try:
+            options = dict(example.template)
+            texts[example.number] = renderer.text(example.prompt, options, prompt=True)
+        except BadRow as bad:
+            report.add_bad(bad, example.number)
+    return texts
+
+
+def _checked_ids(ids: Ids, number: int, encoder: TextEncoder, report: Report) -> Ids:
+    """The ids of a prompt with BOS once and at least one token. Raises BadRow."""
+    ids = encoder.without_second_bos(ids)
+    report.prompt_lengths.append(len(ids))
+    report.lengths.append(len(ids))
+
+    if not ids and encoder.stand_in is None:
+        raise BadRow("no_prompt")
+    if len(ids) >= encoder.config.max_length:
+        raise BadRow("overlong", f"the prompt has {len(ids)} tokens")
+    if not ids and encoder.stand_in is not None:
+        detail = "BOS (or EOS, for a tokenizer without BOS) stands in for it"
+        report.add("empty_prompt", number, detail)
+        return [encoder.stand_in]
     return ids
-
-
-def _text(made: Example, renderer: Renderer | None) -> str:
-    if renderer is None or not isinstance(made.prompt, list):
-        return str(made.prompt)
-    return renderer.text(made.prompt, dict(made.template), prompt=True)

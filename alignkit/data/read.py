@@ -39,47 +39,56 @@ class Rows:
     @property
     def columns(self) -> list[str]:
         """Columns that hold a value in at least one row, in the order of their first appearance."""
-        found: dict[str, None] = {}
+        names: dict[str, None] = {}  # an ordered set
         for row in self.rows:
-            found |= {key: None for key, value in (row.values or {}).items() if value is not None}
-        return list(found)
+            names |= {key: None for key, value in (row.values or {}).items() if value is not None}
+        return list(names)
 
 
 def read_rows(config: DataConfig, source: Source | None = None) -> Rows:
-    """Every row of `source` (default: config.train), with `config.columns` renamed. Errors:
-    DataError, ConfigError.
+    """Every row of `source` (default: config.train), with `config.columns` renamed.
+
+    Raises DataError for a source that does not exist or cannot be read, ConfigError for `task:`,
+    which only the command line can resolve. A row that cannot be read raises nothing: its `problem`
+    says why.
     """
     source = config.train if source is None else source
-    if not isinstance(source, str | Path):
-        return _renamed(Rows("rows", "the given rows", _numbered(source)), config.columns)
-    if str(source).startswith("task:"):
+    if isinstance(source, str | Path):
+        rows = _read_named(source, config)
+    else:
+        rows = Rows("rows", "the given rows", _numbered(source))
+    return _renamed(rows, config.columns)
+
+
+def _read_named(source: str | Path, config: DataConfig) -> Rows:
+    """The rows of a file, a folder, or else a dataset of the hub."""
+    name = str(source)
+    if name.startswith("task:"):
         raise ConfigError(
-            f"data: {source} is made by the command line; in Python pass the task's rows as `source`"
+            f"data: {name} is made by the command line; in Python pass the task's rows as `source`"
         )
+
     path = Path(source).expanduser()
     if path.is_file():
         try:
-            rows = Rows(path.name, str(path), list(_read_file(path, config)))
+            return Rows(path.name, str(path), list(_read_file(path, config)))
         except OSError as error:
             raise DataError(f"data: cannot read {path} ({error.strerror})") from None
-    elif path.is_dir():
-        rows = Rows(
-            path.name, f"{path} split {config.split}", _numbered(_read_folder(path, config))
-        )
-    elif path.suffix in SUFFIXES or path.is_absolute() or str(source).startswith((".", "~")):
-        near = get_close_matches(
-            path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [], n=1
-        )
-        raise DataError(
-            f"data: there is no file or folder {path}" + (f"; {near[0]} is there" if near else "")
-        )
-    else:
-        rows = Rows(
-            str(source),
-            f"dataset {source} split {config.split}",
-            _numbered(_read_hub(str(source), config)),
-        )
-    return _renamed(rows, config.columns)
+    if path.is_dir():
+        rows = _numbered(_read_folder(path, config))
+        return Rows(path.name, f"{path} split {config.split}", rows)
+
+    # Hub names look like paths; what can only be a path is not looked up on the hub.
+    if path.suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~")):
+        raise _no_such_path(path)
+    return Rows(name, f"dataset {name} split {config.split}", _numbered(_read_hub(name, config)))
+
+
+def _no_such_path(path: Path) -> DataError:
+    neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = get_close_matches(path.name, neighbours, n=1)
+    hint = f"; {close[0]} is there" if close else ""
+    return DataError(f"data: there is no file or folder {path}{hint}")
 
 
 def read_jsonl(path: Path, limit: int = MAX_LINE) -> Iterator[Row]:
@@ -113,10 +122,8 @@ def _parse_line(line: bytes, number: int) -> Row:
         return Row(number, None, f"not UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
         return Row(number, None, f"{error.msg} at column {error.colno}")
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits, brackets nested too deeply
+    except (ValueError, RecursionError) as error:
+        # a number of thousands of digits, brackets nested too deeply
         return Row(number, None, str(error))
     return _object_row(number, value)
 
@@ -142,7 +149,8 @@ def _read_file(path: Path, config: DataConfig) -> Iterable[Row]:
     if suffix == ".parquet":
         return _numbered(_read_parquet(path))
     raise DataError(
-        f"data: {path} ends in {suffix or 'no suffix'}; files that can be read end in {', '.join(SUFFIXES)}"
+        f"data: {path} ends in {suffix or 'no suffix'}; "
+        f"files that can be read end in {', '.join(SUFFIXES)}"
     )
 
 
@@ -157,11 +165,14 @@ def _read_json(path: Path, split: str) -> Iterable[Row]:
         raise DataError(f"{path}:{error.lineno}: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: {error}") from None
+
+    # An object holds the rows under the split's name or `data`, or it is the only row itself.
     if isinstance(value, dict):
         value = value.get(split, value.get("data", [value]))
     if not isinstance(value, list):
         raise DataError(
-            f"{path}: expected a JSON list of rows, or an object with such a list under `{split}` or `data`"
+            f"{path}: expected a JSON list of rows, "
+            f"or an object with such a list under `{split}` or `data`"
         )
     return _numbered(value)
 
@@ -195,9 +206,8 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 def _read_folder(path: Path, config: DataConfig) -> Iterable[object]:
     import datasets
 
-    if not any(
-        (path / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json")
-    ):
+    marks = ("dataset_info.json", "dataset_dict.json", "state.json")  # save_to_disk writes one
+    if not any((path / mark).exists() for mark in marks):
         return _read_hub(str(path), config)  # a folder of data files
     try:
         dataset = datasets.load_from_disk(str(path))
@@ -219,12 +229,11 @@ def _read_hub(name: str, config: DataConfig) -> Iterable[object]:
 
     try:
         dataset: Iterable[object] = datasets.load_dataset(name, config.subset, split=config.split)
-    except (
-        Exception
-    ) as error:  # the hub library has no common base class for what can go wrong here
-        advice = f"data.train is a file ending in {', '.join(SUFFIXES)}, a saved dataset folder, a hub name or task:NAME"
+    except Exception as error:  # the library has no common base class for what can go wrong here
         raise DataError(
-            f"data: cannot load `{name}` split `{config.split}` ({_one_line(error)}); {advice}"
+            f"data: cannot load `{name}` split `{config.split}` ({_one_line(error)}); "
+            f"data.train is a file ending in {', '.join(SUFFIXES)}, a saved dataset folder, "
+            "a hub name or task:NAME"
         ) from None
     return dataset
 
@@ -234,24 +243,27 @@ def _one_line(error: Exception) -> str:
 
 
 def _renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
+    """`rows` with the columns called what we call them; `columns` maps our name to theirs."""
     if not columns or not rows.rows:
         return rows
-    found = list(dict.fromkeys(key for row in rows.rows for key in row.values or ()))
+
+    there = list(dict.fromkeys(key for row in rows.rows for key in row.values or ()))
     for ours, theirs in columns.items():
-        if theirs not in found:
-            near = get_close_matches(theirs, found, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+        if theirs not in there:
+            close = get_close_matches(theirs, there, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
             raise DataError(
-                f"{rows.where}: data.columns.{ours}={theirs}, but the columns are {', '.join(found)}{hint}"
+                f"{rows.where}: data.columns.{ours}={theirs}, "
+                f"but the columns are {', '.join(there)}{hint}"
             )
 
+    # A column of the source that already has our name makes way for the one that is mapped to it.
+    taken = {*columns, *columns.values()}
+
     def rename(values: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {
-            key: value
-            for key, value in values.items()
-            if key not in columns.values() and key not in columns
-        }
-        return kept | {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
+        others = {key: value for key, value in values.items() if key not in taken}
+        mapped = {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
+        return others | mapped
 
     renamed = [
         Row(row.number, None if row.values is None else rename(row.values), row.problem)

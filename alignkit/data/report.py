@@ -1,77 +1,24 @@
-"""What was found in the rows: counts per verdict with the first row numbers, as plain lines or a
-rich table.
+"""What the rows of a source are like: counts per verdict with the first row numbers, as plain lines
+or a rich table.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from alignkit.data.verdicts import VERDICTS, BadRow, Severity
 from alignkit.errors import DataError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-Severity = Literal["error", "dropped", "warning", "note"]
-SHOWN = 5  # row numbers kept per verdict
-
-# verdict -> (severity, what it means and what to do). Errors stop the run, or drop the row when
-# on_bad_row=drop.
-VERDICTS: dict[str, tuple[Severity, str]] = {
-    "unreadable": (
-        "error",
-        "a line that is not one JSON object in UTF-8, or longer than the limit",
-    ),
-    "missing": ("error", "a needed column is missing"),
-    "null": ("error", "a needed value is null"),
-    "type": ("error", "a value has the wrong type"),
-    "messages": ("error", 'not a list of messages [{"role": "user", "content": "..."}]'),
-    "role": ("error", "an unknown role, or turns that end with the wrong role"),
-    "surrogate": ("error", "characters that are not valid Unicode"),
-    "both_empty": ("error", "chosen and rejected are both empty"),
-    "template": ("error", "the chat template refuses the conversation"),
-    "empty": ("dropped", "an empty completion"),
-    "identical": ("dropped", "chosen equals rejected"),
-    "overlong": ("dropped", "no completion token is left within data.max_length"),
-    "no_prompt": (
-        "dropped",
-        "an empty prompt, and the tokenizer has neither BOS nor EOS to stand in for it",
-    ),
-    "no_common_prefix": ("warning", "chosen and rejected of an implicit prompt share no beginning"),
-    "contradictory": ("warning", "the same pair occurs with chosen and rejected swapped"),
-    "truncated": ("warning", "completions cut at data.max_length"),
-    "special_tokens": (
-        "warning",
-        "special tokens inside the text; data.split_special_tokens=true reads them as plain text",
-    ),
-    "prompt_repeated": (
-        "warning",
-        "both completions begin with the prompt; data.format=implicit_pair reads it once",
-    ),
-    "beyond_context": (
-        "warning",
-        "longer than the tokenizer's model_max_length; lower data.max_length",
-    ),
-    "untrained_turn": (
-        "warning",
-        "an assistant turn that the chat template rewrites is left out of the loss",
-    ),
-    "no_end": (
-        "warning",
-        "the chat template ends the completion without a special token: the model is not taught to stop",
-    ),
-    "duplicate": ("note", "the row repeats an earlier one (kept)"),
-    "boundary": ("note", "a token spans the end of the prompt; it belongs to the completions"),
-    "bos_once": (
-        "note",
-        "the text began with BOS and the tokenizer added another; one was removed",
-    ),
-    "empty_prompt": ("note", "an empty prompt"),
-}
+SHOWN = 5  # row numbers remembered per verdict
+FEW = 0.05  # cut completions are worth a warning above this share of the rows
 
 
 @dataclass
 class Finding:
-    """How often a verdict was given, on which rows first, and what the first one said."""
+    """How often a verdict was given, on which rows first, and the detail of the first one."""
 
     count: int = 0
     rows: list[int] = field(default_factory=list)
@@ -80,19 +27,21 @@ class Finding:
 
 @dataclass
 class Report:
-    """The data doctor's findings on one source. Row numbers are line numbers in JSONL files,
-    positions from 1 elsewhere.
+    """The findings on one source. Row numbers are line numbers in JSONL files, positions from 1
+    elsewhere.
     """
 
     source: str
     name: str = "row"  # short form of source, for `name:row` in messages
     format: str = ""
-    total: int = 0
-    kept: int = 0
+    total: int = 0  # rows that were read
+    usable: int = 0  # rows that are left to train on
     findings: dict[str, Finding] = field(default_factory=dict)
-    # tokens, rows that were tokenised, dropped ones included
+
+    # In tokens, one entry per row that was tokenised, rows that were dropped later included. A
+    # length is that of the prompt and the longest completion, before the cut.
     prompt_lengths: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)  # prompt + longest completion, before the cut
+    lengths: list[int] = field(default_factory=list)
 
     def add(self, verdict: str, row: int, detail: str = "") -> None:
         """Count `verdict` for row number `row`."""
@@ -101,68 +50,80 @@ class Report:
         if len(finding.rows) < SHOWN:
             finding.rows.append(row)
 
+    def add_bad(self, bad: BadRow, row: int) -> None:
+        """Count the verdict with which row number `row` left the data."""
+        self.add(bad.verdict, row, bad.detail)
+
     def count(self, verdict: str) -> int:
         """Rows that got `verdict`."""
         return self.findings[verdict].count if verdict in self.findings else 0
 
     def share(self, verdict: str) -> float:
-        """Part of all rows that got `verdict`."""
+        """Part of all rows that got `verdict`, from 0 to 1."""
         return self.count(verdict) / max(self.total, 1)
 
     def errors(self) -> dict[str, Finding]:
         """Findings on malformed rows."""
         return {
-            name: found for name, found in self.findings.items() if VERDICTS[name][0] == "error"
+            verdict: finding
+            for verdict, finding in self.findings.items()
+            if VERDICTS[verdict][0] == "error"
         }
 
     def warnings(self) -> list[str]:
         """One sentence per warning that deserves attention (cut completions from 5 % on)."""
-        ratio = {name: self.share(name) for name in self.findings if VERDICTS[name][0] == "warning"}
-        serious = [name for name, share in ratio.items() if name != "truncated" or share > 0.05]
-        return [
-            f"{self.source}: {self._sentence(name)} ({ratio[name]:.1%} of rows)" for name in serious
-        ]
+        sentences = []
+        for verdict in self.findings:
+            share = self.share(verdict)
+            harmless = verdict == "truncated" and share <= FEW
+            if VERDICTS[verdict][0] == "warning" and not harmless:
+                sentences.append(f"{self.source}: {self._sentence(verdict)} ({share:.1%} of rows)")
+        return sentences
 
     def malformed(self) -> DataError:
         """The error that stops a run on malformed rows."""
-        lines = [f"  {self._sentence(name)}" for name in self.errors()]
-        count = sum(found.count for found in self.errors().values())
-        remedy = "correct them, or drop and count them with data.on_bad_row=drop"
+        count = sum(finding.count for finding in self.errors().values())
+        head = (
+            f"{self.source}: {count} of {self.total} rows are malformed; "
+            "correct them, or drop and count them with data.on_bad_row=drop"
+        )
         return DataError(
-            "\n".join(
-                [f"{self.source}: {count} of {self.total} rows are malformed; {remedy}", *lines]
-            )
+            "\n".join([head, *(f"  {self._sentence(name)}" for name in self.errors())])
         )
 
     def refusal(self, max_length: int) -> DataError | None:
         """The error for rows that are well formed but cannot teach anything, or None."""
         if not self.total:
             return DataError(f"{self.source} has 0 rows")
-        if self.kept and self.count("no_common_prefix") >= self.kept:
-            advice = "if there is no prompt, give the rows an empty `prompt`; otherwise map it with data.columns.prompt=NAME"
+
+        if self.usable and self.count("no_common_prefix") >= self.usable:
             return DataError(
-                f"{self.source}: chosen and rejected share no beginning in any row; {advice}"
+                f"{self.source}: chosen and rejected share no beginning in any row; "
+                "if there is no prompt, give the rows an empty `prompt`; "
+                "otherwise map it with data.columns.prompt=NAME"
             )
         if self.share("identical") > 0.5:
+            share = self.share("identical")
             return DataError(
-                f"{self.source}: chosen equals rejected in {self.share('identical'):.0%} of {self.total} rows"
+                f"{self.source}: chosen equals rejected in {share:.0%} of {self.total} rows"
             )
-        if self.kept:
+        if self.usable:
             return None
+
+        # Nothing is left. Where that is because of the length, a better one can be suggested.
         if self.share("overlong") > 0.5:
             return DataError(self._too_long(max_length))
-        return DataError(
-            "\n".join([f"{self.source}: none of {self.total} rows can be used", *self.lines()[1:]])
-        )
+        head = f"{self.source}: none of {self.total} rows can be used"
+        return DataError("\n".join([head, *self.lines()[1:]]))
 
     def lines(self) -> list[str]:
         """The report as plain text lines."""
-        head = f"{self.source}: {self.total} rows read, {self.kept} kept" + (
-            f", format {self.format}" if self.format else ""
-        )
+        head = f"{self.source}: {self.total} rows read, {self.usable} kept"
+        if self.format:
+            head += f", format {self.format}"
         body = [
-            f"  {severity:8}{count:>7}  {self._sentence(name)}"
-            for severity, name, count in self._ordered()
+            f"  {severity:8}{count:>7}  {self._sentence(verdict)}"
+            for severity, verdict, count in self._ordered()
         ]
         return [head, *body, *(f"  {text}" for text in self._token_lines())]
 
@@ -174,27 +135,30 @@ class Report:
         table = Table(title=escape(self.lines()[0]), caption=escape("\n".join(self._token_lines())))
         for column in ("", "verdict", "rows", "first rows", "meaning"):
             table.add_column(column, justify="right" if column == "rows" else "left")
-        for severity, name, count in self._ordered():
-            found = self.findings[name]
-            rows = ", ".join(map(str, found.rows))
-            table.add_row(
-                severity, name, str(count), rows, escape(found.detail or VERDICTS[name][1])
-            )
+
+        for severity, verdict, count in self._ordered():
+            finding = self.findings[verdict]
+            rows = ", ".join(map(str, finding.rows))
+            meaning = finding.detail or VERDICTS[verdict][1]
+            table.add_row(severity, verdict, str(count), rows, escape(meaning))
         return table
 
-    def _ordered(self) -> list[tuple[str, str, int]]:
+    def _ordered(self) -> list[tuple[Severity, str, int]]:
+        """Severity, verdict and count of every finding, in the order of VERDICTS."""
         return [
-            (VERDICTS[name][0], name, self.findings[name].count)
-            for name in VERDICTS
-            if name in self.findings
+            (severity, verdict, self.findings[verdict].count)
+            for verdict, (severity, _) in VERDICTS.items()
+            if verdict in self.findings
         ]
 
     def _sentence(self, verdict: str) -> str:
-        found = self.findings[verdict]
+        finding = self.findings[verdict]
+        plural = "s" if finding.count > 1 else ""
+        more = ", ..." if finding.count > len(finding.rows) else ""
+        rows = ", ".join(map(str, finding.rows)) + more
+        detail = f"; {self.name}:{finding.rows[0]}: {finding.detail}" if finding.detail else ""
         meaning = VERDICTS[verdict][1]
-        rows = ", ".join(map(str, found.rows)) + (", ..." if found.count > len(found.rows) else "")
-        detail = f"; {self.name}:{found.rows[0]}: {found.detail}" if found.detail else ""
-        return f"{verdict}: {found.count} row{'s' * (found.count > 1)} ({rows}): {meaning}{detail}"
+        return f"{verdict}: {finding.count} row{plural} ({rows}): {meaning}{detail}"
 
     def _token_lines(self) -> list[str]:
         if not self.lengths:
@@ -203,15 +167,17 @@ class Report:
         rows = sorted(self.lengths)
         middle = len(rows) // 2
         return [
-            f"tokens: prompt median {prompts[middle]}, max {prompts[-1]}; whole row median {rows[middle]}, max {rows[-1]}"
+            f"tokens: prompt median {prompts[middle]}, max {prompts[-1]}; "
+            f"whole row median {rows[middle]}, max {rows[-1]}"
         ]
 
     def _too_long(self, max_length: int) -> str:
         suggested = _round_up(_quantile(self.lengths, 0.95))
         histogram = "\n".join(f"  {line}" for line in histogram_lines(self.lengths))
         return (
-            f"{self.source}: every usable row is longer than data.max_length={max_length} before its completion begins\n"
-            f"tokens per row:\n{histogram}\ntry data.max_length={suggested}, which holds 95 % of the rows whole"
+            f"{self.source}: every usable row is longer than data.max_length={max_length} "
+            f"before its completion begins\ntokens per row:\n{histogram}\n"
+            f"try data.max_length={suggested}, which holds 95 % of the rows whole"
         )
 
 

@@ -16,7 +16,7 @@ from alignkit.evaluation.request import Request, checked, data_of, labels_of, ta
 from alignkit.runs.trained_model import find_finished, load_finished
 
 if TYPE_CHECKING:
-    from alignkit.data.load import Prompt
+    from alignkit.data.prompts import Prompt
     from alignkit.evaluation.exact import Listed
     from alignkit.evaluation.measure import Yardstick
     from alignkit.evaluation.measurements import Measured

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from alignkit.batches import Bundle, Draw, PairBatch, Plan, TokenLogps
 from alignkit.config.data import DataConfig
-from alignkit.data.load import Prompt, load_bundles
+from alignkit.data.load import load_bundles
+from alignkit.data.prompts import Prompt
 from alignkit.data.read import Source
 from alignkit.errors import ModelError
 from alignkit.evaluation.measurements import Measured

@@ -14,7 +14,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from alignkit.batches import Bundle, Draw
-from alignkit.data.load import Prompt, fingerprint, load_bundles, load_prompts
+from alignkit.data.load import fingerprint, load_bundles, load_prompts
+from alignkit.data.prompts import Prompt
 from alignkit.data.report import Report
 from alignkit.errors import ConfigError
 from alignkit.judges.load import load_judge

@@ -15,7 +15,8 @@ from torch import Generator, Tensor
 from alignkit import files
 from alignkit.batches import Draw
 from alignkit.config.data import DataConfig
-from alignkit.data.load import Prompt, load_prompts
+from alignkit.data.load import load_prompts
+from alignkit.data.prompts import Prompt
 from alignkit.errors import ConfigError, DataError, ResourceError
 from alignkit.rewards.call import RewardCall, Score, call_reward
 from alignkit.rewards.load import load_rewards

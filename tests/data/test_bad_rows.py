@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignkit.data import DataConfig, check, load_bundles, load_prompts
-from alignkit.data.report import VERDICTS
+from alignkit.data.verdicts import VERDICTS
 from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError
 
 GOOD = [{"prompt": f"hello {i}", "chosen": " world", "rejected": " there"} for i in range(3)]
@@ -110,7 +110,7 @@ def test_malformed_rows_stop_the_run_or_are_dropped_and_counted(refused, kinds, 
     bundles, report = load_bundles(
         DataConfig(on_bad_row="drop"), "pair", kinds["chat"], source=[*GOOD, bad]
     )
-    assert (len(bundles), report.kept, report.total) == (3, 3, 4)
+    assert (len(bundles), report.usable, report.total) == (3, 3, 4)
     assert sum(found.count for found in report.errors().values()) == 1
 
 
@@ -274,7 +274,7 @@ def test_check_reports_without_raising(write, kinds):
     path = write(*GOOD, row(chosen=None), row(rejected=" world"), GOOD[0])
     for tokenizer in (None, kinds["metaspace"]):
         report, error = check(DataConfig(), tokenizer, source=path)
-        assert (report.total, report.kept) == (6, 4)
+        assert (report.total, report.usable) == (6, 4)
         assert "1 of 6 rows are malformed" in str(error)
         lines = report.lines()
         assert lines[0] == f"{path}: 6 rows read, 4 kept, format pair"
@@ -288,7 +288,7 @@ def test_check_reports_without_raising(write, kinds):
     assert error is None
     assert report.table().row_count == 3
     report, error = check(DataConfig(), kinds["metaspace"], source=[{"prompt": "a [b]"}])
-    assert (report.format, report.kept, error) == ("prompt", 1, None)
+    assert (report.format, report.usable, error) == ("prompt", 1, None)
 
 
 def test_checking_text_needs_neither_torch_nor_datasets(write):
@@ -356,7 +356,7 @@ def test_any_rows_are_bundles_or_an_error_of_ours(kinds, source, max_length):
         for name, (severity, _) in VERDICTS.items()
         if severity in ("error", "dropped")
     )
-    assert len(bundles) == report.kept == report.total - left
+    assert len(bundles) == report.usable == report.total - left
     for bundle in bundles:
         assert len(bundle.prompt)
         assert all(

@@ -166,7 +166,7 @@ def test_the_cut_keeps_the_start_and_counts(kinds):
     assert tokenizer.eos_token_id not in made[0].completions[0]  # a cut completion has not ended
     assert report.findings["truncated"].rows == [1]
     assert report.findings["overlong"].rows == [5]
-    assert (report.total, report.kept) == (5, 4)
+    assert (report.total, report.usable) == (5, 4)
     # 20 % of the rows: above the 5 % that are passed over
     assert "truncated: 1 row (1)" in "\n".join(report.warnings())
     _, report = bundles(tokenizer, rows + [pair("hello ", short, "cat")] * 40, max_length=6)
@@ -243,12 +243,12 @@ def test_fingerprint_depends_on_tokens_order_and_masks(kinds):
 def test_real_pairs(tokenizers, shared):
     config = DataConfig(train=str(shared / "stories_sentiment" / "preferences_train.jsonl"))
     made, report = load_bundles(config, "pair", tokenizers["stories"])
-    assert (report.total, report.kept, len(made)) == (2101, 2101, 2101)
+    assert (report.total, report.usable, len(made)) == (2101, 2101, 2101)
     assert not report.findings
     assert made[16].uid == "preferences_train.jsonl:17"
     config = DataConfig(train=str(shared / "gsm8k" / "preferences_train.jsonl"), max_length=512)
     made, report = load_bundles(config, "pair", tokenizers["stories"])
-    assert len(made) == report.kept == 1704
+    assert len(made) == report.usable == 1704
     assert all(
         b.prompt[0] == 1 and max(len(b.prompt) + len(c) for c in b.completions) <= 512 for b in made
     )

@@ -165,7 +165,7 @@ def test_preferences_become_the_same_tokens_in_both(model, tmp_path, tokenizer, 
         for ids, keep, trained in zip(batch["input_ids"], real, batch["completion_mask"])
     ]
     bundles, report = load_bundles(DataConfig(), "pair", tokenizer, source=rows)
-    assert report.kept == len(rows)
+    assert report.usable == len(rows)
     ours = [
         (b.prompt.tolist() + ids.tolist(), [0] * len(b.prompt) + mask.int().tolist())
         for side in range(2)
@@ -218,7 +218,7 @@ def test_the_other_formats_load_as_they_are(tokenizer):
         bundles, report = load_bundles(DataConfig(), "sequence", tokenizer, source=[row])
         whole = bundles[0].prompt.tolist() + bundles[0].completions[0].tolist()
         assert whole[-len(ids(text)) :] == ids(text), json.dumps(row)
-        assert report.kept == 1
+        assert report.usable == 1
 
 
 @pytest.mark.parametrize("lora", [False, True])

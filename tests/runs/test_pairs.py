@@ -117,7 +117,7 @@ def test_the_file_trains_and_the_counts_add_up(world, capsys, monkeypatch):
         assert row["chosen"].startswith(" ")  # as it follows its prompt
     report, refusal = check(DataConfig(), source="out/pairs.jsonl", family="pair")
     assert refusal is None
-    assert (report.kept, report.format) == (len(rows), "pair")
+    assert (report.usable, report.format) == (len(rows), "pair")
 
 
 def test_the_same_seed_makes_the_same_file(world, monkeypatch):

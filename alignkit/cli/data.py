@@ -1,0 +1,50 @@
+"""`alignkit data`: look at data before training. What it does is in `alignkit.data.load`."""
+
+from typing import Annotated
+
+import typer
+
+from alignkit.cli.options import Overrides, Source
+
+app = typer.Typer(help="Look at data before training on them.", no_args_is_help=True)
+
+
+@app.command("check")
+def check_data(
+    source: Source,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option(help="Also count tokens, with this model's tokenizer.")
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(help="What the rows are for: sequence, pair, labelled, ranked or rollout."),
+    ] = None,
+) -> None:
+    """Read every row and count what is wrong, with row numbers. Exit 3 if training would refuse the
+    data.
+    """
+    from rich.console import Console
+
+    from alignkit.config.recipe import load_recipe
+    from alignkit.data.load import check
+    from alignkit.tasks import resolve
+
+    config = load_recipe("dpo", overrides or []).data  # any recipe: only its data section is used
+    tokenizer = None
+    if model is not None:
+        from alignkit.config.model import ModelConfig
+        from alignkit.policies.load import load_tokenizer
+
+        tokenizer = load_tokenizer(ModelConfig(name_or_path=model))
+
+    rows = resolve(source).rows(family or "pair") if source.startswith("task:") else source
+    report, refusal = check(config, tokenizer, family=family, source=rows)
+
+    console = Console()
+    if console.is_terminal and report.findings:
+        console.print(report.table())
+    else:
+        typer.echo("\n".join(report.lines()))
+    if refusal is not None:
+        raise refusal

@@ -1,0 +1,23 @@
+"""`alignkit verify`: objectives against exact oracles. What it does is in `alignkit.testing`."""
+
+from typing import Annotated
+
+import typer
+
+
+def verify(
+    objectives: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="OBJECTIVE",
+            help="Names, or module:Class and file.py:Class; default: all that ship with alignkit.",
+        ),
+    ] = None,
+    safe: Annotated[
+        bool, typer.Option("--safe", help="Refuse to run objectives from a module or file.")
+    ] = False,
+) -> None:
+    """Check objectives against exact oracles; exit 1 if a check fails."""
+    from alignkit.testing import verify as verify_objectives
+
+    raise typer.Exit(verify_objectives(objectives or [], safe=safe))

@@ -1,0 +1,73 @@
+"""Everything that can be wrong with a row, or worth a word.
+
+A row can get several verdicts. What follows from one depends on its severity: an error stops the
+run, or drops the row where `data.on_bad_row` is drop; a dropped row is always left out; rows with a
+warning or a note stay.
+"""
+
+from typing import Literal
+
+Severity = Literal["error", "dropped", "warning", "note"]
+
+# verdict -> (severity, what it means and what to do)
+VERDICTS: dict[str, tuple[Severity, str]] = {
+    "unreadable": (
+        "error",
+        "a line that is not one JSON object in UTF-8, or longer than the limit",
+    ),
+    "missing": ("error", "a needed column is missing"),
+    "null": ("error", "a needed value is null"),
+    "type": ("error", "a value has the wrong type"),
+    "messages": ("error", 'not a list of messages [{"role": "user", "content": "..."}]'),
+    "role": ("error", "an unknown role, or turns that end with the wrong role"),
+    "surrogate": ("error", "characters that are not valid Unicode"),
+    "both_empty": ("error", "chosen and rejected are both empty"),
+    "template": ("error", "the chat template refuses the conversation"),
+    "empty": ("dropped", "an empty completion"),
+    "identical": ("dropped", "chosen equals rejected"),
+    "overlong": ("dropped", "no completion token is left within data.max_length"),
+    "no_prompt": (
+        "dropped",
+        "an empty prompt, and the tokenizer has neither BOS nor EOS to stand in for it",
+    ),
+    "no_common_prefix": ("warning", "chosen and rejected of an implicit prompt share no beginning"),
+    "contradictory": ("warning", "the same pair occurs with chosen and rejected swapped"),
+    "truncated": ("warning", "completions cut at data.max_length"),
+    "special_tokens": (
+        "warning",
+        "special tokens inside the text; data.split_special_tokens=true reads them as plain text",
+    ),
+    "prompt_repeated": (
+        "warning",
+        "both completions begin with the prompt; data.format=implicit_pair reads it once",
+    ),
+    "beyond_context": (
+        "warning",
+        "longer than the tokenizer's model_max_length; lower data.max_length",
+    ),
+    "untrained_turn": (
+        "warning",
+        "an assistant turn that the chat template rewrites is left out of the loss",
+    ),
+    "no_end": (
+        "warning",
+        "the chat template ends the completion without a special token: "
+        "the model is not taught to stop",
+    ),
+    "duplicate": ("note", "the row repeats an earlier one (kept)"),
+    "boundary": ("note", "a token spans the end of the prompt; it belongs to the completions"),
+    "bos_once": (
+        "note",
+        "the text began with BOS and the tokenizer added another; one was removed",
+    ),
+    "empty_prompt": ("note", "an empty prompt"),
+}
+
+
+class BadRow(Exception):
+    """A row that gets `verdict`, a key of VERDICTS, and leaves the data."""
+
+    def __init__(self, verdict: str, detail: str = "") -> None:
+        super().__init__(detail)
+        self.verdict = verdict
+        self.detail = detail
