@@ -78,15 +78,12 @@ class DRPO(PairObjective):
         )
         win_rate = batch.table[:, 2:, :2].mean(-1).to(own)  # against the data, [B, S]
         judgement = -((win_rate - 0.5) * own).mean(-1)
-        sampled = [
-            Term("judge", judgement),
-            Term("kl", sampled_kl_loss(own, anchor), weight=self.beta),
-        ]
+        kl = Term("kl", sampled_kl_loss(own, anchor), weight=self.beta)
         metrics = {
             "rewards/probabilities": win_rate,
             "kl/policy_reference_k1": (own - anchor).detach(),
         }
-        return terms + LossTerms(sampled, metrics)
+        return terms + LossTerms([Term("judge", judgement), kl], metrics)
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:
