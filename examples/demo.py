@@ -1,10 +1,11 @@
 """What `make demo` runs: align a small film critic with DPO and check the result against the exact
 optimum.
 
+    python examples/demo.py [RECIPE] [section.field=value ...]
+
 The task `reviews` is small enough to list: every review the model can write has a probability we
-can compute, so nothing below is an estimate. Usage: python examples/demo.py [RECIPE]
-[section.field=value ...]; the recipe's task has to be one of the reviews worlds, its objective one
-with a beta and a closed-form optimum.
+can compute, so nothing below is an estimate. The recipe's task has to be one of the reviews worlds,
+its objective one with a beta and a closed-form optimum.
 """
 
 import sys
@@ -25,7 +26,7 @@ from alignkit.tasks.reviews import WORLDS, World
 def main(recipe: str = "dpo", *overrides: str) -> Figures:
     """Run the recipe on the reviews and print what it did."""
     console = Console(width=130)
-    began = time.monotonic()
+    start = time.monotonic()
     folder = f"output_dir=runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"
     loaded = load_recipe(recipe, [folder, *overrides])
     objective = build_objective(loaded.objective)
@@ -34,15 +35,14 @@ def main(recipe: str = "dpo", *overrides: str) -> Figures:
     # 1. The base model and its preference pairs: made on first use by alignkit's own `sft`, then
     # cached.
     task = world.task()
-    console.print(
-        f"base model and pairs: {task.model_folder.parent} ({time.monotonic() - began:.0f} s)",
-        soft_wrap=True,
-    )
+    seconds = time.monotonic() - start
+    place = task.model_folder.parent
+    console.print(f"base model and pairs: {place} ({seconds:.0f} s)", soft_wrap=True)
 
     # 2. The same as `alignkit train dpo` on the command line.
-    began = time.monotonic()
+    start = time.monotonic()
     run_recipe(loaded)
-    console.print(f"trained in {time.monotonic() - began:.0f} s")
+    console.print(f"trained in {time.monotonic() - start:.0f} s")
 
     # 3. The aligned model is an ordinary transformers model. Same noise for both: what differs is
     # the training.
@@ -51,10 +51,9 @@ def main(recipe: str = "dpo", *overrides: str) -> Figures:
 
     # 4. Probabilities of every review under both models, and the policy that the objective's
     # mathematics promises.
-    before, after = (
-        folder_logps(model, world.prompts, list(world.rewards))
-        for model in (task.model_folder, aligned)
-    )
+    completions = list(world.rewards)
+    before = folder_logps(task.model_folder, world.prompts, completions)
+    after = folder_logps(aligned, world.prompts, completions)
     rewards = outcome_rewards(list(world.rewards.values()), world.outside)
     optimum = objective.optimum(rewards, before)
     rows = [
@@ -62,6 +61,8 @@ def main(recipe: str = "dpo", *overrides: str) -> Figures:
         for policy in (before, after, optimum)
     ]
     show_figures(console, rows)
+
+    # 5. How much closer training came to that policy.
     fell = rows[0].kl_optimum / rows[1].kl_optimum
     console.print(
         f"KL to the closed-form optimum fell {fell:.0f} times; the model is in {aligned}",

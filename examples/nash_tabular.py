@@ -38,12 +38,9 @@ LABELS = {
     "egpo": "EGPO",
     "nash_mp": "Nash-MP",
 }
-# lie on mirror descent, online IPO and EGPO: other parametrisations of these
-ALIKE = (
-    "inpo",
-    "rspo",
-    "nash_mp",
-)
+# Other parametrisations of mirror descent, online IPO and EGPO: their curves lie on those, so they
+# are dashed.
+ALIKE = ("inpo", "rspo", "nash_mp")
 
 
 def main() -> None:
@@ -55,6 +52,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1000, help="judge questions per run")
     args = parser.parse_args()
 
+    # Thirteen curves need more colours than matplotlib's ten.
     game = random_games(10, 10, args.beta)
     plt.rc("axes", prop_cycle=plt.cycler(color=plt.get_cmap("tab20").colors))
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
@@ -63,9 +61,9 @@ def main() -> None:
         curve, step = tuned(game, name, args.questions)
         questions = torch.arange(len(curve)) * ALGORITHMS[name].queries
         print(f"{label:<16} {step:>8.3g} {int(questions[-1]):>10} {float(curve[-1]):>10.1e}")
-        axes.semilogy(
-            questions, curve, "--" if name in ALIKE else "-", label=f"{label}, step {step:.2g}"
-        )
+        line = "--" if name in ALIKE else "-"
+        axes.semilogy(questions, curve, line, label=f"{label}, step {step:.2g}")
+
     axes.set_xlabel("questions to the judge")
     axes.set_ylabel("duality gap, median of 10 games")
     axes.set_title(f"Ten random games of ten answers, beta = {args.beta}")

@@ -1,16 +1,15 @@
 """How much happier are the stories, and at what distance from the base model? VADER score and exact
 KL on held-out openings.
 
-    python examples/stories.py $STORIES runs/happy-0 runs/happy-1 runs/happy-2        # needs
-    vaderSentiment
+    python examples/stories.py $STORIES runs/happy-0 runs/happy-1 runs/happy-2
 
-`$STORIES` holds `stories260k/` and `stories_sentiment/prompts_{train,test}.jsonl`. Four samples of
+Needs vaderSentiment. `$STORIES` holds `stories260k/` and `stories_sentiment/prompts_{train,test}.jsonl`. Four samples of
 48 tokens for each opening, temperature 1, whole distribution. KL(policy || base) per completion:
 the exact KL of each token's distribution, summed along the sample (Rao-Blackwellised: unbiased,
 less noisy than log-ratios). With intervals and more figures, for any model and score:
 
-    alignkit eval runs/happy-0 --prompts prompts_test.jsonl --reward examples/stories.py:happiness
-    --samples 4 --max-new-tokens 48
+    alignkit eval runs/happy-0 --prompts prompts_test.jsonl \\
+        --reward examples/stories.py:happiness --samples 4 --max-new-tokens 48
 """
 
 import argparse
@@ -46,8 +45,9 @@ def evaluate(base: Path, model: Path, prompts: Path, last: int = 0) -> tuple[flo
     """
     pair = evaluation_pair(model, base)
     openings = load_prompts(DataConfig(), pair.tokenizer, source=prompts)[0][-last:]
-    found = Yardstick(openings, SAMPLES, TOKENS, reward=happiness).measure(pair, model.name)
-    return found.score.mean(), found.kl.mean()
+    yardstick = Yardstick(openings, SAMPLES, TOKENS, reward=happiness)
+    measured = yardstick.measure(pair, model.name)
+    return measured.score.mean(), measured.kl.mean()
 
 
 def main() -> None:
@@ -62,18 +62,25 @@ def main() -> None:
     )
     parser.add_argument("--openings", type=int, help="only the last so many")
     asked = parser.parse_args()
+
     base = asked.stories / "stories260k"
     prompts = asked.stories / "stories_sentiment" / f"prompts_{asked.split}.jsonl"
     last = asked.openings or (150 if asked.split == "train" else 0)
+
+    # The base model first: its KL to itself is 0, its score is where the runs start.
     print("| model | VADER score | KL to the base, nats per completion |\n|---|---|---|")
-    found = []
-    for name, model in [("base", base), *((run.name, run / "model") for run in asked.runs)]:
-        score, divergence = evaluate(base, model, prompts, last)
-        found.append({"score": score, "kl": divergence})
-        print(f"| {name} | {score:.3f} | {divergence:.2f} |", flush=True)
-    if len(found) > 2:
-        score, divergence = (median(f[key] for f in found[1:]) for key in ("score", "kl"))
-        print(f"| median of {len(found) - 1} | {score:.3f} | {divergence:.2f} |")
+    score, kl = evaluate(base, base, prompts, last)
+    print(f"| base | {score:.3f} | {kl:.2f} |", flush=True)
+
+    scores = []
+    kls = []
+    for run in asked.runs:
+        score, kl = evaluate(base, run / "model", prompts, last)
+        scores.append(score)
+        kls.append(kl)
+        print(f"| {run.name} | {score:.3f} | {kl:.2f} |", flush=True)
+    if len(scores) > 1:
+        print(f"| median of {len(scores)} | {median(scores):.3f} | {median(kls):.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """An objective of your own, in a few lines, on TRL's DPOTrainer (and the same class in `alignkit
 train`).
 
-python examples/trl_custom_objective.py MODEL PREFERENCES.jsonl OUT      # rows: prompt, chosen,
-rejected
+    python examples/trl_custom_objective.py MODEL PREFERENCES.jsonl OUT
+
+The rows of the file have the columns prompt, chosen and rejected.
 """
 
 import sys
@@ -26,14 +27,13 @@ class TemperedDPO(PairObjective):
     target: PositiveFloat = 2.0
 
     def loss(self, batch: PairBatch) -> LossTerms:
-        chosen, rejected = pair_log_ratios(*batch.sequence_logps())
-        return batch.rows(
-            "tempered", softplus(self.target - self.beta * (chosen - rejected)), scale=self.beta
-        )
+        chosen, rejected = pair_log_ratios(*batch.sequence_logps())  # [B] each
+        margins = self.beta * (chosen - rejected)
+        return batch.rows("tempered", softplus(self.target - margins), scale=self.beta)
 
 
+# Gradients, padding, micro-batches and extreme values are checked before a GPU hour is spent.
 objective = TemperedDPO(beta=0.1)
-# gradients, padding, micro-batches, extremes: before a GPU hour is spent
 check_objective(objective)
 
 model, data, out = sys.argv[1:4]

@@ -1,6 +1,8 @@
 """H-DPO inside an existing TRL script: one line changes, the trainer class.
 
-python examples/trl_hdpo.py MODEL PREFERENCES.jsonl OUT      # rows: prompt, chosen, rejected
+    python examples/trl_hdpo.py MODEL PREFERENCES.jsonl OUT
+
+The rows of the file have the columns prompt, chosen and rejected.
 """
 
 import sys

@@ -1,7 +1,9 @@
 """Ra-DPO with a LoRA adapter inside TRL: the risk is computed over the whole vocabulary, the
 reference is the base model.
 
-python examples/trl_radpo_lora.py MODEL PREFERENCES.jsonl OUT      # rows: prompt, chosen, rejected
+    python examples/trl_radpo_lora.py MODEL PREFERENCES.jsonl OUT
+
+The rows of the file have the columns prompt, chosen and rejected.
 """
 
 import sys

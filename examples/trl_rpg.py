@@ -1,7 +1,9 @@
 """Regularised policy gradient on TRL's GRPOTrainer: TRL samples, rewards and batches; the loss is
 alignkit's.
 
-python examples/trl_rpg.py MODEL PROMPTS.jsonl OUT      # rows: prompt
+    python examples/trl_rpg.py MODEL PROMPTS.jsonl OUT
+
+The rows of the file have the column prompt.
 """
 
 import sys
@@ -17,14 +19,12 @@ model, data, out = sys.argv[1:4]
 
 def happy(completions, **columns):
     """A reward in TRL's signature: how many words of joy."""
-    return [
-        float(sum(text.count(word) for word in ("happy", "smile", "love", "fun")))
-        for text in completions
-    ]
+    words = ("happy", "smile", "love", "fun")
+    return [float(sum(text.count(word) for word in words)) for text in completions]
 
 
-# anchor="behavior": the KL is to the sampler (the paper's iterative reference), so no second model
-# is loaded
+# With anchor="behavior" the KL is to the sampler (the paper's iterative reference), so no second
+# model is loaded.
 Trainer = as_trl_trainer(RPG(anchor="behavior", beta=1e-4), base=GRPOTrainer)
 
 trainer = Trainer(
