@@ -13,7 +13,15 @@ from alignkit.comparison.measurement import Measurement
 from alignkit.evaluation.exact import Listed
 from alignkit.metrics.baselines import Baseline, best_of_n, folklore_kl, tilted_optimum
 from alignkit.metrics.comparisons import compare_frontiers
-from alignkit.metrics.frontier import Curve, area, band, common_kl, efficiency
+from alignkit.metrics.frontier import (
+    Curve,
+    Scale,
+    band,
+    efficiency,
+    mean_gain,
+    spanned_range,
+    sqrt_scale,
+)
 from alignkit.metrics.intervals import Array, Interval, mean_interval
 
 DRAWS = 2000  # bootstrap replicates of an interval
@@ -75,11 +83,18 @@ def _means_per_prompt(measurement: Measurement, exact: bool) -> Array:
     return np.array([means["kl"], means["score"]])
 
 
+def scale_of(listed: Listed | None) -> Scale:
+    """How frontiers are interpolated between runs: by the efficiency where the optimum is known,
+    else by the gain in sqrt(KL).
+    """
+    return sqrt_scale if listed is None else listed.optimal.scale()
+
+
 def curve_row(curve: Curve, base_score: Array, listed: Listed | None) -> Row:
     """A curve's points in the order of their KL, and its band from KL 0 on."""
     kl, _ = curve.means()
     at = np.linspace(0, float(np.nanmax(kl)), PLACES)
-    shape = band(curve, base_score, draws=DRAWS, at=at)
+    shape = band(curve, base_score, draws=DRAWS, at=at, scale=scale_of(listed))
     return {
         "label": curve.name,
         "points": [_point_row(curve, setting, listed) for setting in np.argsort(kl)],
@@ -100,18 +115,33 @@ def _point_row(curve: Curve, setting: int, listed: Listed | None) -> Row:
     return row
 
 
-def verdict_rows(curves: Sequence[Curve], base_score: Array) -> Row:
-    """Mean gains along the frontiers, and pairs of objectives at matched KL."""
+def verdict_rows(curves: Sequence[Curve], base_score: Array, listed: Listed | None) -> Row:
+    """Pairs of objectives at matched KL, and mean gains from `low` to `kl` nats, the range that the
+    runs of all objectives span. Where there is no such range, `words` say why and no mean gain is
+    given.
+    """
     if not curves:
-        return {"pairs": [], "areas": [], "kl": None}
-    reach = common_kl(curves)
-    areas = [
-        {"label": curve.name, "area": interval_row(area(curve, base_score, reach, draws=DRAWS))}
-        for curve in curves
-    ]
-    comparisons = compare_frontiers(curves, base_score) if len(curves) > 1 else []
+        return {"pairs": [], "areas": [], "low": None, "kl": None, "words": ""}
+    scale = scale_of(listed)
+    comparisons = compare_frontiers(curves, base_score, scale=scale) if len(curves) > 1 else []
     pairs = [{**asdict(pair), "words": pair.verdict} for pair in comparisons]
-    return {"kl": reach, "areas": areas, "pairs": pairs}
+
+    low, high = spanned_range(curves)
+    if low > high:
+        first = max(curves, key=lambda curve: curve.span[0])
+        last = min(curves, key=lambda curve: curve.span[1])
+        words = (
+            "mean gains are not comparable, no KL is spanned by the runs of all objectives: "
+            f"no run of {first.name} below {low:.2g} nats, none of {last.name} above {high:.2g}"
+        )
+        return {"pairs": pairs, "areas": [], "low": None, "kl": None, "words": words}
+
+    gains = {
+        curve.name: mean_gain(curve, base_score, low, high, scale=scale, draws=DRAWS)
+        for curve in curves
+    }
+    areas = [{"label": label, "area": interval_row(gain)} for label, gain in gains.items()]
+    return {"pairs": pairs, "areas": areas, "low": low, "kl": high, "words": ""}
 
 
 def baseline_rows(counts: Sequence[int], base: Measurement, listed: Listed | None) -> Row:

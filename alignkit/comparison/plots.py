@@ -106,7 +106,7 @@ def frontier(results: Row) -> Figure | None:
     reach = 1.08 * max(point["kl"]["value"] for curve in curves for point in curve["points"])
     _draw_baselines(main, results, reach)
     for curve in curves:
-        _draw_curve(main, curve, results["base"]["score"]["value"], look[curve["label"]])
+        _draw_curve(main, curve, look[curve["label"]])
     main.set_title("what is gained at which distance", loc="left", fontsize=11)
     main.set(
         xlabel=KL_AXIS,
@@ -130,18 +130,29 @@ def frontier(results: Row) -> Figure | None:
     return figure
 
 
-def _draw_curve(axes: Axes, curve: Row, base_score: float, look: Mapping[str, Any]) -> None:
-    """One objective's runs, joined from the base model on, with their band."""
+def _draw_curve(axes: Axes, curve: Row, look: Mapping[str, Any]) -> None:
+    """One objective's runs and the line through them with its band; from the base model to the
+    first run, where no verdict is given, the line is thin.
+    """
     band = curve["band"]
-    axes.fill_between(
-        band["at"], band["low"], band["high"], color=look["color"], alpha=0.13, linewidth=0
-    )
+    at = np.array(band["at"])
+    line = np.array(band["score"])
+    axes.fill_between(at, band["low"], band["high"], color=look["color"], alpha=0.13, linewidth=0)
 
-    # The base model is where the line begins, but it is not one of the objective's runs.
-    kl = [0.0, *(point["kl"]["value"] for point in curve["points"])]
-    score = [base_score, *(point["score"]["value"] for point in curve["points"])]
-    runs = range(1, len(kl))
-    axes.plot(kl, score, label=curve["label"], linewidth=1.8, markersize=7, markevery=runs, **look)
+    kl = np.array([point["kl"]["value"] for point in curve["points"]])
+    score = np.array([point["score"]["value"] for point in curve["points"]])
+    before = at < kl[0]
+    approach = (np.append(at[before], kl[0]), np.append(line[before], score[0]))
+    axes.plot(*approach, color=look["color"], linewidth=0.8, linestyle=":")
+
+    # The line bends between the runs, and only the runs have markers.
+    x = np.concatenate([kl, at[~before]])
+    order = np.argsort(x, kind="stable")
+    y = np.concatenate([score, line[~before]])[order]
+    runs = [int(place) for place in np.flatnonzero(order < len(kl))]
+    axes.plot(
+        x[order], y, label=curve["label"], linewidth=1.8, markersize=7, markevery=runs, **look
+    )
 
 
 def _draw_baselines(axes: Axes, results: Row, reach: float) -> None:

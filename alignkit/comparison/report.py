@@ -19,8 +19,9 @@ EXACT = (
     "KL is larger. "
 )
 CAPTIONS = {
-    "frontier": "Score against KL to the base model. A curve joins one objective's runs, from the "
-    "base model on; bands are 95 % intervals from a bootstrap over prompts{seeds}.{best}",
+    "frontier": "Score against KL to the base model. A curve joins one objective's runs; dotted, "
+    "from the base model to the first of them. Bands are 95 % intervals from a bootstrap over "
+    "prompts{seeds}.{best}",
     "training": "One panel per objective, one line per run, means over a hundredth of the run.",
     "calibration": "How sure an objective's implicit reward is of held-out pairs, and how often it "
     "is right; of each objective the run with the smallest expected calibration error. Bins with "
@@ -60,21 +61,26 @@ def _blocks(results: Row, files: Mapping[str, str]) -> list[Block]:
 
 def _summary(results: Row) -> list[Block]:
     """What was compared, and the result in a few sentences."""
-    areas = results["verdicts"]["areas"]
-    pairs = results["verdicts"]["pairs"]
+    verdicts = results["verdicts"]
+    areas = verdicts["areas"]
+    pairs = verdicts["pairs"]
     runs = results["runs"]
     sentences = []
-    if areas:
+    if len(areas) > 1:
         best = max(areas, key=lambda row: row["area"]["value"])
-        reach = f"up to {results['verdicts']['kl']:.2g} nats, the KL that all curves reach"
+        where = f"{_range(verdicts)}, which the runs of all objectives span"
         sentences.append(
-            f"Highest mean gain over the base model {reach}: "
+            f"Highest mean gain over the base model {where}: "
             f"`{best['label']}`, {_with_span(best['area'])}."
         )
+    if verdicts["words"]:
+        sentences.append(_sentence(verdicts["words"]))
     if pairs:
+        compared = sum(pair["difference"] is not None for pair in pairs)
         shown = sum(_decided(pair) for pair in pairs)
         sentences.append(
-            f"Pairs of objectives at matched KL: {len(pairs)}; a difference is shown for {shown}."
+            f"Pairs of objectives: {len(pairs)}; comparable at matched KL: {compared}; "
+            f"a difference is shown for {shown}."
         )
     if results["exact"]:
         efficient = [
@@ -130,21 +136,24 @@ def _curve_table(results: Row) -> Table:
 
 def _verdict_part(results: Row) -> list[Block]:
     """Pairs of objectives at matched KL, the large differences first, and the mean gains."""
-    pairs = results["verdicts"]["pairs"]
-    areas = results["verdicts"]["areas"]
+    verdicts = results["verdicts"]
+    pairs = verdicts["pairs"]
     if not pairs:
         return []
     decided = [pair for pair in pairs if _decided(pair)]
     decided.sort(key=lambda pair: -abs(pair["difference"]["value"]))
-    undecided = [pair["words"] for pair in pairs if not _decided(pair)]
+    compared = [pair for pair in pairs if pair["difference"] is not None]
+    undecided = [pair["words"] for pair in compared if not _decided(pair)]
+    apart = [pair["words"] for pair in pairs if pair["difference"] is None]
 
+    line = "efficiency" if results["exact"] else "gain in sqrt(KL) (Gao et al. 2022)"
     blocks: list[Block] = [
         Heading("Verdicts at matched KL"),
         Text(
             "Difference of score where both frontiers have the same KL, the largest that both "
-            f"reach; paired by prompt, 95 % for the whole family of {len(pairs)} by Holm's "
-            "correction. Between its points a frontier is a straight line, below what a run there "
-            "would reach, so a curve is at a disadvantage far from its points."
+            f"reach; paired by prompt, 95 % for the whole family of {len(compared)} by Holm's "
+            f"correction. Between two runs the {line} is interpolated. There is no verdict "
+            "outside the KLs that the runs of both objectives span."
         ),
     ]
     if decided:
@@ -154,11 +163,15 @@ def _verdict_part(results: Row) -> list[Block]:
         blocks.append(Table(["no difference shown"], [[words] for words in undecided], summary))
     elif undecided:
         blocks.append(Items(undecided))
+    if apart:
+        blocks.append(Items(apart))
 
-    reach = results["verdicts"]["kl"]
-    blocks.append(Text(f"Mean gain over the base model along the frontier, KL 0 to {reach:.2g}:"))
-    gains = [[row["label"], _with_span(row["area"])] for row in areas]
-    blocks.append(Table(["objective", "mean gain"], gains))
+    if verdicts["areas"]:
+        text = f"Mean gain over the base model along the frontier, {_range(verdicts)}:"
+        gains = [[row["label"], _with_span(row["area"])] for row in verdicts["areas"]]
+        blocks += [Text(text), Table(["objective", "mean gain"], gains)]
+    elif verdicts["words"]:
+        blocks.append(Text(_sentence(verdicts["words"])))
     return blocks
 
 
@@ -325,9 +338,8 @@ def _method(results: Row) -> list[Block]:
     if results["exact"]:
         text += EXACT
     text += (
-        "Between two points the frontier is straight: choosing one of the two models at random is "
-        "at least as good. Efficiency is the gain over the base model divided by the best possible "
-        "gain at the same KL, from 0.1 nat on."
+        "Efficiency is the gain over the base model divided by the best possible gain at the same "
+        "KL, from 0.1 nat on."
     )
 
     # A run that was trained before its processor time was recorded has none.
@@ -340,10 +352,21 @@ def _method(results: Row) -> list[Block]:
 
 
 def _decided(pair: Row) -> bool:
-    """Whether the difference's interval leaves out 0."""
+    """Whether there is a difference and its interval leaves out 0."""
+    if pair["difference"] is None:
+        return False
     low = pair["difference"]["low"]
     high = pair["difference"]["high"]
     return low is not None and high is not None and (low > 0 or high < 0)
+
+
+def _range(verdicts: Row) -> str:
+    """The KLs over which gains are averaged."""
+    return f"from {verdicts['low']:.2g} to {verdicts['kl']:.2g} nats"
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:] + "."
 
 
 def _prompt(prompt: Any) -> str:

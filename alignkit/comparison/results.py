@@ -76,7 +76,7 @@ def gather(recipe: Recipe, points: Sequence[Point], measurer: Measurer, *, secon
         ],
         "curves": [curve_row(curve, base_score, listed) for curve in curves],
         "baselines": baseline_rows(section.best_of, base, listed),
-        "verdicts": verdict_rows(curves, base_score),
+        "verdicts": verdict_rows(curves, base_score, listed),
         "samples_shown": _shown_samples(points, measurements, base.measured),
         "pass_at_k": _pass_rows(points, measurements, base.measured, section.correct),
         "training": {point.name: _training_curve(point) for point in points},

@@ -1,16 +1,19 @@
 """Reward against KL: what objectives reached, with bands, and on worlds that can be listed the best
 that any policy can.
 
-Axes: B settings of one objective (its betas), S seeds, P prompts, G places on the KL axis. KL is
-KL(policy || reference) in nats per completion. The reference itself is the point (0, its score) of
-every frontier.
+Axes: B settings of one objective (its betas), S seeds, P prompts, R bootstrap replicates, G places
+on the KL axis. KL is KL(policy || reference) in nats per completion. The reference itself is the
+point (0, its score) of every frontier.
 
-Between two points the frontier is a straight line. That is a policy one can have: choosing one of
-the two models at random gives the mean of their scores at no more than the mean of their KLs (KL is
-convex). Beyond the last point it is flat.
+Between two runs a frontier is estimated: the gain over the reference is a straight line in a
+coordinate of the KL, the *scale*, in which gains are nearly straight. Where the optimum is known
+the scale is the best possible gain at that KL (`OptimalFrontier.scale`), which interpolates the
+efficiency; elsewhere it is sqrt(KL) (Gao et al. 2022, arXiv:2210.10760). Below its first run and
+beyond its last a frontier says nothing of what a run there would reach: it is drawn towards the
+reference and flat, but it is not compared (`spanned_range`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +31,13 @@ from alignkit.metrics.intervals import (
 )
 
 LEAST_KL = 0.1  # nats; below it efficiency divides noise by noise
+BEYOND = 1e-9  # slope of the optimal scale where the optimal gain no longer rises
+Scale = Callable[[Array], Array]  # KL [...] -> the coordinate [...] in which gains are straight
+
+
+def sqrt_scale(kl: Array) -> Array:
+    """The square root of the KL [...]: where no optimum is known (Gao et al. 2022)."""
+    return np.sqrt(np.maximum(kl, 0.0))
 
 
 @dataclass(frozen=True)
@@ -42,14 +52,11 @@ class Curve:
     def __post_init__(self) -> None:
         for field in ("kl", "score"):
             object.__setattr__(self, field, np.asarray(getattr(self, field), dtype=float))
-        if (
-            self.kl.ndim != 3
-            or self.kl.shape != self.score.shape
-            or len(self.kl) != len(self.settings)
-        ):
+        shape = self.kl.shape
+        if len(shape) != 3 or shape != self.score.shape or len(self.kl) != len(self.settings):
             raise ShapeError(
-                f"Curve {self.name}: {len(self.settings)} settings, kl {list(self.kl.shape)}, score {list(self.score.shape)}; "
-                "both have to be [settings, seeds, prompts]"
+                f"Curve {self.name}: {len(self.settings)} settings, kl {list(shape)}, "
+                f"score {list(self.score.shape)}; both have to be [settings, seeds, prompts]"
             )
 
     def means(self, weights: Weights | None = None) -> tuple[Array, Array]:
@@ -61,6 +68,12 @@ class Curve:
         kl = weighted_means(self.kl, used)
         score = weighted_means(self.score, used)
         return (kl[0], score[0]) if weights is None else (kl, score)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The smallest and the largest KL of its runs (means over prompts and seeds)."""
+        kl, _ = self.means()
+        return float(np.nanmin(kl)), float(np.nanmax(kl))
 
 
 @dataclass(frozen=True)
@@ -74,29 +87,39 @@ class Band:
     level: float = 0.95
 
 
-def score_at(kl: ArrayLike, score: ArrayLike, base: ArrayLike, at: ArrayLike) -> Array:
+def score_at(
+    kl: ArrayLike, score: ArrayLike, base: ArrayLike, at: ArrayLike, scale: Scale = sqrt_scale
+) -> Array:
     """Score of the frontier through the points (`kl`, `score`) [..., B] and (0, `base` [...]) at
     the KLs `at` [G]: [..., G].
 
+    It is a straight line in scale(KL) between neighbouring points, and flat beyond the last.
     Missing points (nan) are left out.
     """
-    x, y, start = (np.asarray(values, dtype=float)[..., None] for values in (kl, score, base))
-    x, y = (
-        np.concatenate([first, rest[..., 0]], -1)
-        for first, rest in ((np.zeros_like(start), x), (start, y))
-    )
+    start = np.asarray(base, dtype=float)[..., None]
+    y = np.concatenate([start, np.asarray(score, dtype=float)], -1)  # [..., B + 1]
+    x = np.concatenate([np.zeros_like(start), scale(np.asarray(kl, dtype=float))], -1)
     x = np.where(np.isnan(y), np.nan, x)
-    order = np.argsort(x, axis=-1, kind="stable")  # nan come last
+
+    # In the order of their KL; missing points come last.
+    order = np.argsort(x, axis=-1, kind="stable")
     x = np.take_along_axis(x, order, -1)[..., None, :]
     y = np.take_along_axis(y, order, -1)[..., None, :]
-    places = np.atleast_1d(np.asarray(at, dtype=float))[:, None]
+
+    # The neighbours of every place: the last point at or below it, and the one after that.
+    places = scale(np.atleast_1d(np.asarray(at, dtype=float)))[:, None]
     left = (x <= places).sum(-1, keepdims=True) - 1  # [..., G, 1]
-    right = np.minimum(left + 1, (~np.isnan(x)).sum(-1, keepdims=True) - 1)
-    (x0, x1), (y0, y1) = (
-        [np.take_along_axis(z, i, -1)[..., 0] for i in (left, right)] for z in (x, y)
-    )
-    share = np.where(x1 > x0, (places[:, 0] - x0) / np.where(x1 > x0, x1 - x0, 1.0), 0.0)
-    return y0 + share * (y1 - y0)
+    last = (~np.isnan(x)).sum(-1, keepdims=True) - 1
+    right = np.minimum(left + 1, last)
+
+    x_left = np.take_along_axis(x, left, -1)[..., 0]
+    x_right = np.take_along_axis(x, right, -1)[..., 0]
+    y_left = np.take_along_axis(y, left, -1)[..., 0]
+    y_right = np.take_along_axis(y, right, -1)[..., 0]
+    apart = x_right > x_left
+    width = np.where(apart, x_right - x_left, 1.0)
+    share = np.where(apart, (places[:, 0] - x_left) / width, 0.0)
+    return y_left + share * (y_right - y_left)
 
 
 def band(
@@ -104,6 +127,7 @@ def band(
     base: ArrayLike,
     *,
     at: ArrayLike | None = None,
+    scale: Scale = sqrt_scale,
     level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
@@ -113,16 +137,11 @@ def band(
     Default places: 101 from 0 to the curve's largest KL.
     """
     kl, score = curve.means()
-    places = (
-        np.linspace(0, np.nanmax(kl), 101)
-        if at is None
-        else np.atleast_1d(np.asarray(at, dtype=float))
-    )
-    replicates = frontier_replicates(curve, base, places, draws=draws, seed=seed)
+    start = np.asarray(base, dtype=float)
+    places = np.linspace(0, np.nanmax(kl), 101) if at is None else np.atleast_1d(at).astype(float)
+    replicates = frontier_replicates(curve, start, places, scale=scale, draws=draws, seed=seed)
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return Band(
-        places, score_at(kl, score, np.asarray(base, dtype=float).mean(), places), low, high, level
-    )
+    return Band(places, score_at(kl, score, start.mean(), places, scale), low, high, level)
 
 
 def frontier_replicates(
@@ -130,6 +149,7 @@ def frontier_replicates(
     base: ArrayLike,
     at: ArrayLike,
     *,
+    scale: Scale = sqrt_scale,
     draws: int = DRAWS,
     seed: int = 0,
     stream: int = 0,
@@ -140,33 +160,40 @@ def frontier_replicates(
     _, seeds, prompts = curve.kl.shape
     weights = bootstrap_weights(prompts, seeds, draws=draws, seed=seed, stream=stream)
     kl, score = curve.means(weights)
-    return score_at(kl, score, weights.prompts @ np.asarray(base, dtype=float), at)
+    return score_at(kl, score, weights.prompts @ np.asarray(base, dtype=float), at, scale)
 
 
-def area(
+def mean_gain(
     curve: Curve,
     base: ArrayLike,
-    to: float,
+    low: float,
+    high: float,
     *,
+    scale: Scale = sqrt_scale,
     level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
     places: int = 201,
 ) -> Interval:
-    """Mean gain over the reference along the frontier from KL 0 to `to` nats: the area under it,
-    divided by `to`.
+    """Mean gain over the reference along the frontier from KL `low` to `high` nats: the area
+    between the two, divided by the width; at one place the gain there.
+
+    `base` [P]: the reference's score on the same prompts. Only inside the curve's span does it
+    speak of runs.
     """
-    at = np.linspace(0, to, places)
+    at = np.linspace(low, high, places)
     start = np.asarray(base, dtype=float)
 
-    def gain(scores: Array) -> Array:
-        return ((scores[..., 1:] + scores[..., :-1]) / 2 - scores[..., :1]).mean(-1)
+    def mean_score(scores: Array) -> Array:
+        return ((scores[..., 1:] + scores[..., :-1]) / 2).mean(-1)
 
     kl, score = curve.means()
-    value = float(gain(score_at(kl, score, start.mean(), at)))
-    return interval(
-        value, gain(frontier_replicates(curve, start, at, draws=draws, seed=seed)), level=level
-    )
+    value = mean_score(score_at(kl, score, start.mean(), at, scale)) - start.mean()
+    # The base is resampled with the same prompts; its frontier at KL 0 is the base itself.
+    with_base = np.concatenate([[0.0], at])
+    replicates = frontier_replicates(curve, start, with_base, scale=scale, draws=draws, seed=seed)
+    gains = mean_score(replicates[:, 1:]) - replicates[:, 0]
+    return interval(float(value), gains, level=level)
 
 
 class OptimalFrontier:
@@ -222,17 +249,51 @@ class OptimalFrontier:
         at = np.linspace(0, self.max_kl if to is None else to, places)
         return at, self.score_at(at)
 
+    def scale(self, places: int = 401) -> Scale:
+        """The best possible gain at a KL, as a coordinate of the KL axis.
+
+        A gain that is a straight line in it from the reference on has the same efficiency
+        everywhere. The gain is tabulated at `places`, evenly in sqrt(KL), in which it is nearly
+        straight, because it is asked for in every bootstrap replicate.
+        """
+        roots = np.linspace(0, np.sqrt(self.max_kl), places)
+        gains = self.score_at(roots**2) - self.base_score
+
+        def best_gain(kl: Array) -> Array:
+            # The small slope keeps places beyond the largest KL apart, and in their order.
+            return np.interp(sqrt_scale(kl), roots, gains) + BEYOND * kl
+
+        return best_gain
+
 
 def efficiency(kl: ArrayLike, score: ArrayLike, optimal: OptimalFrontier) -> Array:
     """Gain over the reference divided by the optimal gain at the same KL: [...]; nan up to LEAST_KL
     nats.
     """
-    found = np.asarray(kl, dtype=float)
-    known = found > LEAST_KL
-    best = optimal.score_at(np.where(known, found, 1.0)) - optimal.base_score
+    distance = np.asarray(kl, dtype=float)
+    known = distance > LEAST_KL
+    best = optimal.score_at(np.where(known, distance, 1.0)) - optimal.base_score
     return np.where(known, (np.asarray(score, dtype=float) - optimal.base_score) / best, np.nan)
 
 
-def common_kl(curves: Sequence[Curve]) -> float:
-    """The largest KL that all curves reach."""
-    return float(min(np.nanmax(curve.means()[0]) for curve in curves))
+def spanned_range(curves: Sequence[Curve]) -> tuple[float, float]:
+    """The KLs that the runs of all `curves` span: from the largest first run to the smallest last.
+
+    The first number is above the second where there is no such KL.
+    """
+    firsts, lasts = zip(*(curve.span for curve in curves))
+    return max(firsts), min(lasts)
+
+
+def why_outside(curves: Sequence[Curve], kl: float) -> str:
+    """Why the curves cannot all be compared at `kl`: "no run of rpg below 1.2 nats"; empty where
+    the runs of all of them span it.
+    """
+    reasons = []
+    for curve in curves:
+        first, last = curve.span
+        if kl < first:
+            reasons.append(f"no run of {curve.name} below {first:.2g} nats")
+        if kl > last:
+            reasons.append(f"no run of {curve.name} above {last:.2g} nats")
+    return ", ".join(reasons)

@@ -23,7 +23,7 @@ from alignkit.config.recipe import load_recipe
 from alignkit.data.load import load_prompts
 from alignkit.evaluation.measure import Yardstick, evaluation_pair
 from alignkit.metrics.comparisons import compare_frontiers
-from alignkit.metrics.frontier import Curve, area, common_kl
+from alignkit.metrics.frontier import Curve, mean_gain, spanned_range
 from alignkit.metrics.intervals import mean_interval
 from alignkit.runs.launch import run_recipe
 from alignkit.runs.pairs import PairRequest, make_pairs
@@ -166,16 +166,17 @@ there are several).
 |---|---|---|---|---|
 {rows}
 
-Frontiers at the largest KL that both reach, paired by opening, 95 % for the three comparisons together (Holm):
+Frontiers at the largest KL that both reach, paired by opening, 95 % for the three comparisons together (Holm). Between two runs
+the gain is interpolated in sqrt(KL) (Gao et al. 2022, arXiv:2210.10760); outside the KLs that the runs of both span there is no
+verdict:
 
 {verdicts}
 
-And at {near} nats. Between its points a frontier is a straight line, below what a run there would reach; the iterative one has a
-point just there:
+And at {near} nats, where the iterative frontier has a point:
 
 {near_verdicts}
 
-Mean gain over the base model along the frontier, KL 0 to {reach:.1f} nats:
+Mean gain over the base model along the frontier, from {low:.1f} to {high:.1f} nats, which the runs of all three span:
 
 {areas}
 
@@ -189,35 +190,32 @@ data set's pairs, three such rounds went to a KL of 45 nats there: labels withou
 """
 
 
-def report(found: dict) -> str:
+def report(measured: dict) -> str:
     """The page from what was measured."""
-    base = np.array(found["base"]["score"])
-    curves = []
-    rows = []
-    for label, betas in BETAS.items():
-        runs = {
-            beta: [found["runs"][f"{label} beta={beta} seed={seed}"] for seed in SEEDS]
-            for beta in betas
-        }
-        kl, score = (
-            np.array([[run[name] for run in runs[beta]] for beta in betas])
-            for name in ("kl", "score")
-        )
-        curves.append(Curve(label, tuple(f"beta={beta}" for beta in betas), kl, score))
-        for beta, own_kl, own_score in zip(betas, kl, score):
-            figures = (
-                f"{i.value:.3f} [{i.low:.3f}, {i.high:.3f}]"
-                for i in map(mean_interval, (own_kl, own_score))
-            )
-            rows.append(
-                f"| {label} | {beta} | {' | '.join(figures)} | {np.mean([r['seconds'] for r in runs[beta]]):.0f} |"
-            )
+    base = np.array(measured["base"]["score"])
     start = mean_interval(base)
-    rows.insert(
-        0, f"| base model | | 0 | {start.value:.3f} [{start.low:.3f}, {start.high:.3f}] | |"
-    )
-    reach = min(common_kl([first, second]) for first in curves for second in curves)
-    gains = {curve.name: area(curve, base, reach) for curve in curves}
+    rows = [f"| base model | | 0 | {start.value:.3f} [{start.low:.3f}, {start.high:.3f}] | |"]
+    curves = []
+    for label, betas in BETAS.items():
+        kl = []
+        score = []
+        for beta in betas:
+            runs = [measured["runs"][f"{label} beta={beta} seed={seed}"] for seed in SEEDS]
+            kl.append([run["kl"] for run in runs])
+            score.append([run["score"] for run in runs])
+
+            # One row of the table: KL and score with their intervals, and the time.
+            cells = [
+                f"{mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}]"
+                for mean in (mean_interval(kl[-1]), mean_interval(score[-1]))
+            ]
+            seconds = np.mean([run["seconds"] for run in runs])
+            rows.append(f"| {label} | {beta} | {' | '.join(cells)} | {seconds:.0f} |")
+        settings = tuple(f"beta={beta}" for beta in betas)
+        curves.append(Curve(label, settings, np.array(kl), np.array(score)))
+
+    low, high = spanned_range(curves)
+    gains = {curve.name: mean_gain(curve, base, low, high) for curve in curves}
     return TEXT.format(
         rows="\n".join(rows),
         verdicts="\n".join(
@@ -231,9 +229,10 @@ def report(found: dict) -> str:
             f"- {name}: {gain.value:.3f} [{gain.low:.3f}, {gain.high:.3f}]"
             for name, gain in gains.items()
         ),
-        reach=reach,
-        offline=found["pairs"]["offline"],
-        at_once=found["pairs"]["at once"],
+        low=low,
+        high=high,
+        offline=measured["pairs"]["offline"],
+        at_once=measured["pairs"]["at once"],
         seeds=", ".join(map(str, SEEDS)),
         openings=len(base),
         rounds=ROUNDS,

@@ -83,7 +83,9 @@ def results(labels=("dpo", "rpg"), exact=True):
             "samples": 64,
         },
         "verdicts": {
+            "low": 0.6,
             "kl": 1.4,
+            "words": "",
             "areas": [{"label": label, "area": span(0.4 - 0.1 * i)} for i, label in enumerate(labels)],
             "pairs": [{"first": "dpo", "second": "rpg", "kl": 1.4, "difference": span(0.1), "words": words}],
         },
@@ -162,7 +164,9 @@ def test_the_markdown_says_the_same(written):
     text = (written / "report.md").read_text()
     for words in (
         "`dpo`, 0.400 [0.350, 0.450]",
-        "Pairs of objectives at matched KL: 1; a difference is shown for 1",
+        "Highest mean gain over the base model from 0.6 to 1.4 nats, which the runs of all "
+        "objectives span: `dpo`, 0.400",
+        "Pairs of objectives: 1; comparable at matched KL: 1; a difference is shown for 1.",
         "Efficiency above 0.9 somewhere: `dpo`, `rpg`",
         "5 runs, 1 failed",
         "- dpo over rpg at matched KL 1.4: +0.100 [0.050, 0.150]",
@@ -179,11 +183,32 @@ def test_the_markdown_says_the_same(written):
 
 def test_a_comparison_without_results_is_still_a_report(tmp_path):
     nothing = results(labels=())
-    nothing |= {"verdicts": {"pairs": [], "areas": [], "kl": None}, "pass_at_k": []}
+    no_verdicts = {"pairs": [], "areas": [], "low": None, "kl": None, "words": ""}
+    nothing |= {"verdicts": no_verdicts, "pass_at_k": []}
     nothing["samples_shown"] = {"runs": {}, "rows": []}
     write_report(nothing, tmp_path)
     assert "1 runs, 1 failed" in (tmp_path / "report.md").read_text()
     assert "data:image" not in (tmp_path / "report.html").read_text()
+
+
+def test_what_is_not_comparable_is_said_and_nothing_is_ranked(tmp_path):
+    apart = results()
+    words = "dpo and rpg: not comparable, no run of rpg below 1.2 nats"
+    apart["verdicts"] = {
+        "pairs": [
+            {"first": "dpo", "second": "rpg", "kl": None, "difference": None, "words": words}
+        ],
+        "areas": [],
+        "low": None,
+        "kl": None,
+        "words": "mean gains are not comparable, no run of rpg below 1.2 nats",
+    }
+    write_report(apart, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert f"- {words}" in text
+    assert "- Mean gains are not comparable, no run of rpg below 1.2 nats." in text
+    assert "comparable at matched KL: 0; a difference is shown for 0" in text
+    assert "Highest mean gain" not in text
 
 
 def test_pictures_without_an_optimum_show_the_estimates(tmp_path):

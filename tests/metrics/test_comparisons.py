@@ -70,6 +70,37 @@ def test_curves_of_different_reach_are_compared_where_both_are():
     assert [c.kl for c in compare_frontiers(measured, base, at=2.0, draws=200)] == [2.0]
 
 
+def test_no_verdict_where_one_of_the_two_has_no_run():
+    """A curve that begins above another's end: the chord from the base model must not decide."""
+    measured, base = curves(np.random.default_rng(0), [0.5, 0.6])
+    near = Curve("near", ("1", "2"), measured[0].kl / 4, measured[0].score)  # 0.25 to 0.75
+    pairs = {(c.first, c.second): c for c in compare_frontiers([near, *measured], base, draws=300)}
+    apart = pairs["near", "m0"]
+    assert apart.verdict == "near and m0: not comparable, no run of m0 below 1 nats"
+    assert (apart.kl, apart.difference, apart.p, apart.adjusted_p) == (None,) * 4
+
+    # The others are compared as if it were not there: it is no member of the family.
+    (alone,) = compare_frontiers(measured, base, draws=300)
+    both = pairs["m0", "m1"]
+    assert both.kl == alone.kl
+    assert both.difference.level == alone.difference.level == 0.95
+
+    (fixed,) = compare_frontiers(measured, base, at=5.0, draws=300)
+    assert fixed.reason == "no run of m0 above 3 nats, no run of m1 above 3 nats"
+
+
+def test_between_runs_the_gain_follows_sqrt_kl():
+    """Both curves are the same line in sqrt(KL), one with a run where the other has none: there is
+    no difference, where a chord in KL would show one of 0.024.
+    """
+    (dense,), base = curves(np.random.default_rng(0), [0.5], noise=0.0)
+    kl = np.full((1, 1, 40), 2.0)
+    middle = Curve("middle", ("1",), kl, 0.5 * np.sqrt(kl) + base)
+    (found,) = compare_frontiers([dense, middle], base, draws=300)
+    assert found.kl == pytest.approx(2.0)
+    assert found.difference.value == pytest.approx(0.0, abs=1e-12)
+
+
 def test_levels_are_those_of_the_whole_family():
     """Three curves that differ by nothing, 200 times: about 5 % of the families show any
     difference.

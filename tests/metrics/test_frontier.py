@@ -2,6 +2,9 @@
 interpolation.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,12 +15,14 @@ from alignkit.errors import ShapeError
 from alignkit.metrics.frontier import (
     Curve,
     OptimalFrontier,
-    area,
     band,
-    common_kl,
     efficiency,
     frontier_replicates,
+    mean_gain,
     score_at,
+    spanned_range,
+    sqrt_scale,
+    why_outside,
 )
 from alignkit.metrics.intervals import bootstrap_weights
 from alignkit.objectives.preference.dpo import DPO
@@ -84,19 +89,53 @@ def test_no_policy_is_above_the_optimal_frontier(seed, noise, beta):
         assert efficiency(kl, score, OPTIMAL) <= 1 + 1e-8
 
 
-def test_mixing_two_models_lies_on_or_left_of_the_straight_line():
-    """What interpolation claims: the mixture of two policies has their mean score at no more than
-    their mean KL.
+def test_a_straight_line_in_the_optimal_scale_has_one_efficiency():
+    """From the reference to one run, and as far as another of the same efficiency."""
+    scale = OPTIMAL.scale()
+    kl, best = OPTIMAL.at_beta(np.array([2.0, 0.4]))
+    score = OPTIMAL.base_score + 0.8 * (best - OPTIMAL.base_score)
+    at = np.linspace(0.11, kl[1], 30)
+    found = efficiency(at, score_at(kl, score, OPTIMAL.base_score, at, scale), OPTIMAL)
+    assert found == pytest.approx(np.full(30, 0.8), abs=1e-4)
+
+
+def test_the_optimal_scale_is_the_optimal_gain_and_never_turns_back():
+    scale = OPTIMAL.scale()
+    at = np.linspace(0, 1.5 * OPTIMAL.max_kl, 500)
+    assert scale(at) == pytest.approx(OPTIMAL.score_at(at) - OPTIMAL.base_score, abs=5e-4)
+    assert (np.diff(scale(at)) > 0).all()
+    assert np.isnan(scale(np.array([np.nan])))[0]
+
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+
+
+@pytest.mark.parametrize("name", ["compare", "compare_stories"])
+def test_held_out_runs_lie_on_the_scale_not_on_the_chord(name):
+    """The middle run of every published curve, from the two beside it: the straight line in KL is
+    several times as far off as the scale that verdicts use, and sqrt(KL) lies between them.
     """
-    first, second = (
-        DPO(beta=b).optimum(torch.as_tensor(REWARDS), torch.as_tensor(REFERENCE)).exp()
-        for b in (0.3, 2.0)
-    )
-    for share in (0.1, 0.5, 0.9):
-        kl, score = exact((share * first + (1 - share) * second).log())
-        kls, scores = zip(exact(first.log()), exact(second.log()))
-        assert score == pytest.approx(share * scores[0] + (1 - share) * scores[1], abs=1e-12)
-        assert kl <= share * kls[0] + (1 - share) * kls[1] + 1e-12
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    base = results["base"]["score"]["value"]
+    scales = {"chord": lambda kl: kl, "sqrt": sqrt_scale}
+    optimal = results["baselines"]["optimal"]
+    if optimal:
+        roots, gains = np.sqrt(optimal["kl"]), np.array(optimal["score"]) - base
+        scales["efficiency"] = lambda kl: np.interp(np.sqrt(kl), roots, gains)
+    errors = {}
+    for rule, scale in scales.items():
+        misses = []
+        for row in results["curves"]:
+            kl, score = (
+                np.array([point[field]["value"] for point in row["points"]])
+                for field in ("kl", "score")
+            )
+            (middle,) = score_at(kl[[0, 2]], score[[0, 2]], base, kl[1], scale)
+            misses.append(abs(middle - score[1]))
+        errors[rule] = np.mean(misses)
+    assert errors["sqrt"] < 0.6 * errors["chord"]
+    if optimal:
+        assert errors["efficiency"] < 0.2 * errors["sqrt"]
 
 
 def test_efficiency_by_hand():
@@ -125,7 +164,8 @@ def test_frontiers_are_interpolated_from_the_reference_on(seed, points):
             for first, values in ((0, kl), (base[row], score))
         )
         order = np.argsort(x)
-        assert found[row] == pytest.approx(np.interp(at, x[order], y[order]), abs=1e-12)
+        expected = np.interp(np.sqrt(at), np.sqrt(x[order]), y[order])
+        assert found[row] == pytest.approx(expected, abs=1e-12)
 
 
 def curve(seed=0, seeds=2, prompts=30, gain=0.5, name="a"):
@@ -143,7 +183,8 @@ def test_bands_follow_the_bootstrap():
         kl, score = (
             np.einsum("bsp,s,p->b", x, seeds, prompts) for x in (measured.kl, measured.score)
         )
-        replicates.append(np.interp(found.at, [0, *kl], [prompts @ base, *score]))
+        roots = np.sqrt([0, *kl])
+        replicates.append(np.interp(np.sqrt(found.at), roots, [prompts @ base, *score]))
     assert found.low == pytest.approx(np.quantile(replicates, 0.025, axis=0), abs=1e-12)
     assert found.high == pytest.approx(np.quantile(replicates, 0.975, axis=0), abs=1e-12)
     assert ((found.low < found.score) & (found.score < found.high)).all()
@@ -159,17 +200,37 @@ def test_a_failed_run_leaves_its_curve_standing():
     means = found.means()
     assert means[0][:2] == pytest.approx([whole.kl[0].mean(), whole.kl[1, 1].mean()])
     assert np.isnan(means[0][2])
-    assert common_kl([whole, found]) == pytest.approx(means[0][1])
+    assert spanned_range([whole, found]) == pytest.approx((means[0][0], means[0][1]), rel=0.05)
     assert np.isfinite(frontier_replicates(found, np.zeros(30), [0.5, 3.0], draws=300)).all()
 
 
-def test_area_by_hand():
-    """Score 1 + x up to x = 2: mean gain 1; flat beyond, so up to 4: (1 + 2) / 2."""
-    straight = Curve("a", ("1",), np.full((1, 1, 5), 2.0), np.full((1, 1, 5), 3.0))
-    assert area(straight, np.ones(5), 2.0).value == pytest.approx(1.0, abs=1e-12)
-    assert area(straight, np.ones(5), 4.0).value == pytest.approx(1.5, abs=1e-12)
-    found = area(curve(), np.zeros(30), 4.0)
+def test_mean_gain_by_hand():
+    """Score 1 + 2 sqrt(KL) up to KL 4. Gain from 1 to 4: 2 (8 - 1) (2 / 3) / 3; at 4 alone: 4."""
+    kl = np.broadcast_to(np.array([1.0, 4.0])[:, None, None], (2, 1, 5))
+    straight = Curve("a", ("2", "1"), kl, 1 + 2 * np.sqrt(kl))
+    assert mean_gain(straight, np.ones(5), 1.0, 4.0).value == pytest.approx(28 / 9, abs=1e-4)
+    assert mean_gain(straight, np.ones(5), 4.0, 4.0).value == pytest.approx(4.0, abs=1e-12)
+    found = mean_gain(curve(), np.zeros(30), 1.0, 4.0)
     assert found.low < found.value < found.high
+
+
+def test_gains_are_paired_with_the_base():
+    """Prompts that differ by much, alike before and after: the gain is known exactly."""
+    base = np.random.default_rng(1).normal(0, 10, 40)
+    kl = np.broadcast_to(np.array([1.0, 4.0])[:, None, None], (2, 1, 40))
+    found = mean_gain(Curve("a", ("2", "1"), kl, base + np.sqrt(kl)), base, 1.0, 4.0)
+    assert found.high - found.low < 1e-9
+
+
+def test_what_the_runs_span():
+    low, high = curve(), Curve("far", ("1",), np.full((1, 2, 30), 6.0), np.zeros((1, 2, 30)))
+    assert spanned_range([low]) == low.span == pytest.approx((1.0, 4.0), abs=0.1)
+    first, last = spanned_range([low, high])
+    assert (first, last) == pytest.approx((6.0, low.span[1]))
+    assert why_outside([low, high], last) == "no run of far below 6 nats"
+    assert why_outside([low], 0.3) == "no run of a below 1 nats"
+    assert why_outside([low], 7.0) == "no run of a above 4 nats"
+    assert why_outside([low], 2.0) == ""
 
 
 def test_curves_are_checked():
