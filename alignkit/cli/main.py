@@ -19,6 +19,7 @@ from alignkit.cli.recipes import app as recipes_app
 from alignkit.cli.train import train
 from alignkit.cli.verify import verify
 from alignkit.errors import AlignkitError
+from alignkit.training.messages import shown_messages
 
 app = typer.Typer(
     name="alignkit",
@@ -50,7 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     try:
-        app(arguments)
+        with shown_messages():
+            app(arguments)
     except AlignkitError as error:
         rank = os.environ.get("RANK")
         speaker = f"rank {rank}: " if rank else ""

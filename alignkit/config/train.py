@@ -1,6 +1,6 @@
 """The recipe's `train` section. Imports pydantic alone."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     Field,
@@ -8,11 +8,27 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    model_validator,
 )
 
 from alignkit.config.section import Section
 
 Moment = Annotated[float, Field(ge=0, lt=1)]
+Goal = Literal["min", "max"]
+
+# Whether less or more is better, for the held-out metrics that alignkit measures.
+GOALS: dict[str, Goal] = {
+    "eval_loss": "min",
+    "eval_calibration_error": "min",
+    "eval_brier": "min",
+    "eval_position_inconsistency": "min",
+    "eval_reward": "max",
+    "eval_accuracy": "max",
+    "eval_rewards/accuracies": "max",
+    "eval_rewards/margins": "max",
+    "eval_rewards/probabilities": "max",
+    "eval_rewards/chosen": "max",
+}
 
 
 class TrainConfig(Section):
@@ -77,9 +93,30 @@ class TrainConfig(Section):
         description="what early stopping and the best checkpoint go by; "
         "auto: eval_loss, or eval_reward for online objectives",
     )
+    metric_goal: Literal["auto", "min", "max"] = Field(
+        "auto",
+        description="whether less or more of `metric` is better; auto knows losses, rewards, "
+        "accuracies and margins",
+    )
     ema_decay: float = Field(
         0.0,
         ge=0,
         lt=1,
         description="decay of the average of the weights that is written to model/; 0 = off",
     )
+
+    @model_validator(mode="after")
+    def _goal_is_known(self) -> Self:
+        """Nobody guesses the direction of a metric: a wrong guess would keep the worst checkpoint."""
+        if self.metric != "auto" and self.metric_goal == "auto" and self.metric not in GOALS:
+            raise ValueError(
+                f"it is not known whether less or more of metric `{self.metric}` is better; "
+                "set train.metric_goal to min or max"
+            )
+        return self
+
+    def goal_of(self, metric: str) -> Goal:
+        """Whether less or more of `metric`, this section's or the one that `auto` stood for, is
+        better.
+        """
+        return GOALS[metric] if self.metric_goal == "auto" else self.metric_goal

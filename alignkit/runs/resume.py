@@ -111,4 +111,8 @@ def identity_of(recipe: Recipe) -> dict[str, Any]:
     for section, fields in FREE.items():
         for field in fields or ():
             del identity[section][field]
+
+    # A field that older checkpoints do not have is left out where it changes nothing.
+    if recipe.train.metric_goal == "auto":
+        del identity["train"]["metric_goal"]
     return identity

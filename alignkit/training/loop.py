@@ -2,6 +2,7 @@
 runs.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,6 +22,8 @@ from alignkit.training.reduction import Metrics, Reducer
 from alignkit.training.signals import Interrupted, Signals
 from alignkit.training.snapshot import Counters, Snapshot, seed_everything
 from alignkit.training.updates import UPDATES
+
+log = logging.getLogger("alignkit")
 
 
 def train(job: Job, resume: str | None = None) -> Result:
@@ -72,8 +75,8 @@ class _Loop:
 
         if job.run.finished:
             last_step = job.run.last_step()
-            with TrainProgress(1, enabled=self.accelerator.is_main_process) as progress:
-                progress.say(f"{job.run.path} is finished; nothing to do")
+            with TrainProgress(1, enabled=self.accelerator.is_main_process):
+                self._inform(f"{job.run.path} is finished; nothing to do")
             return Result(last_step, {}, last_step)
 
         if resumed:
@@ -87,18 +90,18 @@ class _Loop:
         progress = TrainProgress(job.steps, start, enabled=self.accelerator.is_main_process)
         with self.signals, progress:
             for note in (*job.notes, *self.pair.notes, *search_notes):
-                progress.say(note)
+                self._inform(note)
             if not resumed:
                 self._log_samples(step)
 
             while step < job.steps and not stop_early:
-                metrics = self._step(step, progress)
+                metrics = self._step(step)
                 step += 1
                 stop_early = self._after_step(step, metrics, progress)
-            self._finish(step, metrics, progress, stop_early)
+            self._finish(step, metrics, stop_early)
         return Result(step, {**metrics, **self.counters.evaluated}, start, stop_early)
 
-    def _step(self, step: int, progress: TrainProgress) -> Metrics:
+    def _step(self, step: int) -> Metrics:
         """Take step `step`, counted from 0; its row of metrics.jsonl."""
         if self.began is None:
             self.began = time.monotonic() - self.counters.elapsed
@@ -106,7 +109,7 @@ class _Loop:
         rate = learning_rate(self.config, step, self.job.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        metrics = self._update_or_skip(step, progress)
+        metrics = self._update_or_skip(step)
 
         self.counters.tokens = self.reducer.tokens
         self.counters.elapsed = time.monotonic() - self.began
@@ -119,7 +122,7 @@ class _Loop:
             **self.job.source.metrics,
         }
 
-    def _update_or_skip(self, step: int, progress: TrainProgress) -> Metrics:
+    def _update_or_skip(self, step: int) -> Metrics:
         """Update the policy. A step that is not finite is left out and counted, as long as
         `train.max_skipped_steps` allows it.
         """
@@ -138,7 +141,7 @@ class _Loop:
                 raise NumericsError(self._broken_step(step, error)) from error
             self.optimizer.zero_grad()
             self.counters.skipped += 1
-            progress.say(
+            self._inform(
                 f"step {step + 1} is skipped, {self.counters.skipped} of {self.config.max_skipped_steps} allowed: {error}"
             )
             return {"skipped": float(self.counters.skipped)}
@@ -233,7 +236,7 @@ class _Loop:
                 f"train.metric: {self.metric!r} is not measured; measured are {measured}"
             )
 
-        sign = -1 if any(word in self.metric for word in ("reward", "accurac", "margin")) else 1
+        sign = 1 if self.config.goal_of(self.metric) == "min" else -1
         value = sign * row[self.metric]
         if not value < self.counters.best:  # a value that is not a number is no improvement
             self.counters.worse += 1
@@ -243,13 +246,13 @@ class _Loop:
         self.counters.worse = 0
         return True
 
-    def _finish(self, step: int, metrics: Metrics, progress: TrainProgress, stopped: bool) -> None:
+    def _finish(self, step: int, metrics: Metrics, stopped: bool) -> None:
         """Write the model and the card: of the best step after an early stop, else of the last."""
         run = self.job.run
         if stopped and self.counters.best_step:
             best = self.counters.best_step
             self._restore(checkpoint.load(run.checkpoints / f"step-{best}"))
-            progress.say(
+            self._inform(
                 f"stopped early at step {step}; model/ is step {best}, the best by {self.metric}"
             )
         if self.average:
@@ -292,6 +295,11 @@ class _Loop:
                 if self.counters.best_step:
                     checkpoint.mark_best(folder, self.counters.best_step)
                 checkpoint.prune(folder, step, self.config.keep)
+
+    def _inform(self, message: str) -> None:
+        """One line for the user, from the first process alone."""
+        if self.accelerator.is_main_process:
+            log.info(message)
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         self.snapshot.restore(saved)

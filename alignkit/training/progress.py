@@ -4,6 +4,7 @@ then in a log.
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 from rich.console import Console
 from rich.progress import (
@@ -15,11 +16,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from alignkit.training.messages import shown_messages
+
 SHOWN = ("loss", "eval_loss", "reward", "kl", "rewards/accuracies", "rewards/margins", "grad_norm")
 
 
 class TrainProgress:
-    """Use as a context manager; silent on ranks that do not write."""
+    """Use as a context manager; silent on ranks that do not write.
+
+    Inside the context the messages of the package's logger are shown too, above the bar where there
+    is one.
+    """
 
     def __init__(
         self,
@@ -37,8 +44,11 @@ class TrainProgress:
         self.every = every
         self.began = self.printed = time.monotonic()
         self.bar: Progress | None = None
+        self._messages = ExitStack()
 
     def __enter__(self) -> "TrainProgress":
+        if self.enabled:
+            self._messages.enter_context(shown_messages())
         if self.enabled and self.console.is_terminal:
             columns = (
                 TextColumn("[bold]train"),
@@ -50,38 +60,35 @@ class TrainProgress:
             self.bar = Progress(
                 *columns,
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[metrics]}", markup=False),
                 console=self.console,
             )
             self.bar.start()
             self.task = self.bar.add_task(
-                "train", total=self.total, completed=self.start, figures=""
+                "train", total=self.total, completed=self.start, metrics=""
             )
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.bar:
             self.bar.stop()
-
-    def say(self, text: str) -> None:
-        """One line above the bar."""
-        if self.enabled:
-            self.console.print(text, highlight=False)
+        self._messages.close()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that `step` steps are done."""
         if not self.enabled:
             return
-        figures = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+        shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
         if self.bar:
-            self.bar.update(self.task, completed=step, figures=figures)
+            self.bar.update(self.task, completed=step, metrics=shown)
             return
         now = time.monotonic()
         if now - self.printed >= self.every or step == self.total:
             self.printed = now
             rest = (now - self.began) / max(1, step - self.start) * (self.total - step)
             self.console.print(
-                f"step {step}/{self.total}  {figures}  ETA {rest:.0f} s",
+                f"step {step}/{self.total}  {shown}  ETA {rest:.0f} s",
                 highlight=False,
+                markup=False,
                 soft_wrap=True,
             )

@@ -189,6 +189,7 @@ def test_a_fault_is_told_with_its_line(write, old, new, line, words):
         ("rollout.top_p=0", "greater than 0"),
         ("rollout.max_new_tokens=0", "greater than 0"),
         ("train.batch_size=0", "greater than 0"),
+        ("train.metric_goal=less", "'auto', 'min' or 'max'"),
         ("objective.name=klppo", "there is no objective `klppo`"),
         ("train.steps", "write it as section.field=value"),
         ("=5", "write it as section.field=value"),
@@ -238,6 +239,13 @@ def objective_refusal(*overrides):
     with pytest.raises(ConfigError) as caught:
         build_objective(recipe.objective, recipe.origin)
     return str(caught.value)
+
+
+def test_a_metric_whose_direction_is_not_known_needs_a_goal(write):
+    message = refusal(write(RECIPE), ["train.metric=eval_kl"])
+    assert "less or more of metric `eval_kl` is better; set train.metric_goal" in message
+    goal = "train.metric_goal=min"
+    assert load_recipe(write(RECIPE), ["train.metric=eval_kl", goal]).train.metric == "eval_kl"
 
 
 @pytest.mark.parametrize(

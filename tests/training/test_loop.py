@@ -205,6 +205,30 @@ def test_a_signal_leaves_a_checkpoint_and_resume_is_bit_equal(model, tmp_path, s
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"metric": "eval_rewards/accuracies", "metric_goal": "min"},
+        {"metric": "eval_rewards/margins"},
+        {"metric": "eval_rewards/rejected", "metric_goal": "min"},
+    ],
+    ids=["auto", "min", "known", "given"],
+)
+def test_the_goal_of_a_metric_decides_which_step_is_best(model, tmp_path, options):
+    """The best step is the one with the least or the most of the metric, as its goal says."""
+    job = make_job(
+        model, tmp_path, DPO(), pairs(8), steps=7, eval_every=2, save_every=1, evaluation=pairs(8),
+        **options,
+    )  # fmt: skip
+    _, _, rows = run(job)
+    metric = options.get("metric", "eval_loss")
+    evaluated = {row["step"]: row[metric] for row in rows if metric in row}
+    pick = min if options.get("metric_goal") == "min" or metric == "eval_loss" else max
+    best = pick(evaluated, key=evaluated.get)  # the first one, where several are equal
+    assert checkpoint.best_step(tmp_path / "checkpoints") == best
+
+
 def test_early_stopping_keeps_the_best(model, tmp_path):
     """Training on pairs and evaluating on the same pairs swapped gets worse at every evaluation but
     the first.
