@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alignkit.config import build_objective, load_recipe
 from alignkit.rollout.generate import OneModel, generate
 from alignkit.runs.launch import run_recipe
+from alignkit.tasks import resolve
 from alignkit.tasks.exact import Figures, figures, folder_logps, outcome_rewards
-from alignkit.tasks.reviews import WORLDS, World
+from alignkit.tasks.reviews import REVIEWS, Reviews
 
 
 def main(recipe: str = "dpo", *overrides: str) -> Figures:
@@ -30,11 +31,11 @@ def main(recipe: str = "dpo", *overrides: str) -> Figures:
     folder = f"output_dir=runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"
     loaded = load_recipe(recipe, [folder, *overrides])
     objective = build_objective(loaded.objective)
-    world = WORLDS[loaded.data.train.removeprefix("task:")]
+    world = REVIEWS[loaded.data.train.removeprefix("task:")]
 
     # 1. The base model and its preference pairs: made on first use by alignkit's own `sft`, then
     # cached.
-    task = world.task()
+    task = resolve(loaded.data.train)
     seconds = time.monotonic() - start
     place = task.model_folder.parent
     console.print(f"base model and pairs: {place} ({seconds:.0f} s)", soft_wrap=True)
@@ -71,7 +72,7 @@ def main(recipe: str = "dpo", *overrides: str) -> Figures:
     return rows[1]
 
 
-def show_samples(console: Console, world: World, base: Path, aligned: Path) -> None:
+def show_samples(console: Console, world: Reviews, base: Path, aligned: Path) -> None:
     """One review per prompt by each model, side by side."""
     prompts = world.prompts[:: max(1, len(world.prompts) // 8)]
     table = Table("prompt", "before", "after", title="samples")

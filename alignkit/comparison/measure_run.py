@@ -17,7 +17,7 @@ from alignkit.config.objective import build_objective
 from alignkit.config.recipe import Recipe
 from alignkit.data.load import load_prompts
 from alignkit.errors import ConfigError
-from alignkit.evaluation.exact import Listed, listed_world
+from alignkit.evaluation.exact import Listed, listed_reviews
 from alignkit.evaluation.measure import Yardstick, evaluation_pair, preference_margins
 from alignkit.evaluation.measurements import wins
 from alignkit.files import sha256_of_json
@@ -80,7 +80,7 @@ class Measurer:
             return None
         if self.reward != self.task.reward:
             return None
-        world = listed_world(self.recipe.data.train)
+        world = listed_reviews(self.recipe.data.train)
         return Listed(world, self.base_name) if world else None
 
     def read_base(self) -> Measurement | None:

@@ -173,7 +173,7 @@ def _listed(request: Request, task: "Task | None", yardstick: "Yardstick") -> "L
     """Exact figures, where the reference is a task's model, the score its own reward, and its
     outcomes can be listed.
     """
-    from alignkit.evaluation.exact import Listed, listed_world
+    from alignkit.evaluation.exact import Listed, listed_reviews
 
     assert request.reference is not None
     if (
@@ -182,7 +182,7 @@ def _listed(request: Request, task: "Task | None", yardstick: "Yardstick") -> "L
         or find_finished(request.reference) != task.model_folder
     ):
         return None
-    world = listed_world(task.name)
+    world = listed_reviews(task.name)
     return Listed(world, task.model_folder) if world else None
 
 

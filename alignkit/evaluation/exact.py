@@ -1,6 +1,6 @@
-"""Exact figures on worlds whose outcomes can be listed: no samples, no estimates.
+"""Exact figures on tasks whose outcomes can be listed: no samples, no estimates.
 
-The outcomes of a prompt are the completions of the world's grammar and, last, everything else as
+The outcomes of a prompt are the completions of the task's grammar and, last, everything else as
 one (alignkit.tasks.exact). Axes: P prompts, n + 1 outcomes.
 """
 
@@ -14,9 +14,10 @@ from alignkit.metrics.baselines import Baseline, exact_best_of_n
 from alignkit.metrics.frontier import OptimalFrontier
 from alignkit.metrics.intervals import Array
 from alignkit.policies.pair import PolicyPair
-from alignkit.tasks.cyclic import BASES
+from alignkit.tasks import TASKS
+from alignkit.tasks.cyclic import Cyclic
 from alignkit.tasks.exact import folder_logps, kl, outcome_logps, outcome_rewards
-from alignkit.tasks.reviews import WORLDS, World
+from alignkit.tasks.reviews import Reviews
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,22 @@ class ExactFigures:
 
 
 class Listed:
-    """A world with its reference model."""
+    """A listed task with its reference model."""
 
-    def __init__(self, world: World, reference: Path | str):
-        self.world = world
-        self.prompts = world.prompts
-        self.completions = list(world.rewards)
-        self.rewards = outcome_rewards(list(world.rewards.values()), world.outside)  # [n + 1]
+    def __init__(self, reviews: Reviews, reference: Path | str):
+        self.prompts = reviews.prompts
+        self.completions = list(reviews.rewards)
+        self.rewards = outcome_rewards(list(reviews.rewards.values()), reviews.outside)  # [n + 1]
         self.reference = folder_logps(reference, self.prompts, self.completions)  # [P, n + 1]
 
     def figures(self, model: Path | str | PolicyPair) -> ExactFigures:
         """Exact figures of the model in a folder (a run's `model`), or of a pair's policy (adapters
         too).
         """
-        score = outcome_logps if isinstance(model, PolicyPair) else folder_logps
-        policy = score(model, self.prompts, self.completions)
+        if isinstance(model, PolicyPair):
+            policy = outcome_logps(model, self.prompts, self.completions)
+        else:
+            policy = folder_logps(model, self.prompts, self.completions)
         return ExactFigures(
             (policy.exp() * self.rewards).sum(-1).numpy(),
             kl(policy, self.reference).numpy(),
@@ -67,7 +69,9 @@ class Listed:
         return exact_best_of_n(np.asarray(self.reference), np.asarray(self.rewards), n)
 
 
-def listed_world(task: str) -> World | None:
-    """The world of `task:NAME` if its outcomes can be listed, else None."""
-    name = task.removeprefix("task:")
-    return WORLDS.get(BASES.get(name, name))
+def listed_reviews(task: str) -> Reviews | None:
+    """The reviews behind `task:NAME`, whose outcomes can be listed; None for any other task."""
+    definition = TASKS.get(task.removeprefix("task:"))
+    if isinstance(definition, Cyclic):
+        definition = definition.base
+    return definition if isinstance(definition, Reviews) else None

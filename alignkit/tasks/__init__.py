@@ -1,27 +1,30 @@
-"""Small self-contained worlds: a base model, rows, a reward. `resolve` finds one by name; importing
-this imports no torch.
+"""Small self-contained tasks: a base model, rows, a reward. `resolve` finds one by name.
+
+A task is defined by a grammar or a rule (reviews, arithmetic, cyclic). From that, build.py trains
+the base model and writes the rows, in a process of its own (worker.py); cache.py keeps the files.
+exact.py then computes what a model does on a task whose outcomes can be listed. Importing this
+imports no torch.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from alignkit.config.validation import nearest
 from alignkit.errors import ConfigError
+from alignkit.tasks.arithmetic import ARITHMETIC
+from alignkit.tasks.cache import cached_folder
+from alignkit.tasks.cyclic import CYCLIC
+from alignkit.tasks.definition import Definition
+from alignkit.tasks.reviews import REVIEWS
+from alignkit.tasks.worker import run_apart
 
-# name -> the module whose `task(name)` makes it
-TASKS: dict[str, str] = {
-    "reviews": "alignkit.tasks.reviews",
-    "reviews_small": "alignkit.tasks.reviews",
-    "arithmetic": "alignkit.tasks.arithmetic",
-    "arithmetic_small": "alignkit.tasks.arithmetic",
-    "cyclic": "alignkit.tasks.cyclic",
-    "cyclic_small": "alignkit.tasks.cyclic",
-}
+TASKS: dict[str, Definition] = {**REVIEWS, **ARITHMETIC, **CYCLIC}
 DEFAULT_TASK = "reviews"  # the task of `model: task` where the data name none
+
 # objective's data family -> the rows it learns from
 FILES = {
     "pair": "pairs",
@@ -35,7 +38,7 @@ FILES = {
 
 @dataclass(frozen=True)
 class Task:
-    """What a world hands down to a run."""
+    """What a task hands down to a run."""
 
     name: str
     model_folder: Path  # loads with from_pretrained, tokenizer included
@@ -51,11 +54,11 @@ class Task:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         if family != "labelled":
             return rows
-        labels = (("chosen", True), ("rejected", False))
+
         return [
-            {"prompt": row["prompt"], "completion": row[c], "label": label}
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
             for row in rows
-            for c, label in labels
+            for side in ("chosen", "rejected")
         ]
 
 
@@ -69,4 +72,7 @@ def resolve(name: str) -> Task:
         raise ConfigError(
             f"there is no task `{name}`.{nearest(name, TASKS)} Tasks: {', '.join(TASKS)}"
         )
-    return import_module(TASKS[name]).task(name)
+
+    definition = TASKS[name]
+    folder = cached_folder(definition.key, partial(run_apart, name))
+    return Task(name, folder / "model", folder / "rows", definition.reward, definition.judge)

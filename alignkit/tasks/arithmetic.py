@@ -15,15 +15,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from alignkit.tasks import Task
-from alignkit.tasks.base_model import BaseConfig
+from alignkit.tasks.definition import BaseConfig
 
-FORMAT = 1  # raise it when the code below makes other files from the same World
+FORMAT = 1  # raise it when this file or build.py makes other files from the same definition
 CHARACTERS = "0123456789+="
-PROBED = 400  # prompts on which the base model is watched
 
 
 def answer(prompt: str) -> str | None:
@@ -48,14 +45,16 @@ def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -
 
 
 @dataclass(frozen=True)
-class World:
-    """The sizes of one task."""
+class Arithmetic:
+    """The task in one size."""
 
     name: str
     digits: int  # of both summands
     held_out: int  # prompts in each of the splits eval and test
     base: BaseConfig
     seed: int = 0
+
+    judge: ClassVar[None] = None  # right or wrong, there is nothing to judge
 
     @property
     def cap(self) -> int:
@@ -75,64 +74,27 @@ class World:
 
     @property
     def key(self) -> str:
-        """The cache's name for what this world makes."""
-        return f"{self.name}-{sha256(json.dumps({'format': FORMAT, **asdict(self)}).encode()).hexdigest()[:12]}"
+        """The cache's name for what this definition makes."""
+        content = json.dumps({"format": FORMAT, **asdict(self)})
+        return f"{self.name}-{sha256(content.encode()).hexdigest()[:12]}"
 
-    def task(self) -> Task:
-        """The task with its files, made on first use (under a minute) and cached."""
-        from alignkit.tasks.cache import cached_folder
-        from alignkit.tasks.worker import run_apart
-
-        folder = cached_folder(self.key, lambda beside: run_apart(self.name, beside))
-        return Task(self.name, folder / "model", folder / "rows", reward)
-
-    def build(self, folder: Path) -> None:
-        """Train the base model and write the rows: `folder`/model and `folder`/rows."""
-        from alignkit.tasks.base_model import character_tokenizer, train_base
-
-        solved = {
-            split: [{"prompt": p, "completion": answer(p)} for p in prompts]
-            for split, prompts in self.splits.items()
-        }
-        train_base(
-            self.base,
-            CHARACTERS,
-            solved["train"],
-            folder,
-            character_tokenizer,
-            self._half_understood,
-        )
-        (folder / "rows").mkdir()
-        for split, rows in solved.items():
-            _write(folder / "rows" / f"demonstrations_{split}.jsonl", rows)
-            _write(
-                folder / "rows" / f"prompts_{split}.jsonl",
-                [{"prompt": row["prompt"]} for row in rows],
-            )
-
-    def _half_understood(self, pair: Any) -> bool:
-        """Whether a third of the sampled answers to some training prompts is right."""
-        from alignkit.rollout.generate import generate
-
-        prompts = self.splits["train"][:PROBED]
-        answers = generate(pair, prompts, max_new_tokens=self.cap)
-        return sum(reward(prompts, [texts[0] for texts in answers])) >= len(prompts) / 3
+    def reward(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    ) -> list[float]:
+        """1 for the right answer and nothing after it, else 0 (`reward` above)."""
+        return reward(prompts, completions, **columns)
 
 
-def _write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-WORLDS = {
-    world.name: world
-    for world in (
-        World(
+ARITHMETIC = {
+    sums.name: sums
+    for sums in (
+        Arithmetic(
             "arithmetic",
             digits=2,
             held_out=500,
             base=BaseConfig(hidden=96, layers=3, steps=800, learning_rate=3e-3),
         ),
-        World(  # for tests: seconds instead of a minute
+        Arithmetic(  # for tests: seconds instead of a minute
             "arithmetic_small",
             digits=1,
             held_out=10,
@@ -140,8 +102,3 @@ WORLDS = {
         ),
     )
 }
-
-
-def task(name: str) -> Task:
-    """The task of a world by name."""
-    return WORLDS[name].task()

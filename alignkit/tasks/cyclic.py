@@ -1,4 +1,4 @@
-"""Film reviews whose readers go in circles: a preference game of known table on top of the world
+"""Film reviews whose readers go in circles: a preference game of known table on top of the task
 `reviews`.
 
 Every part of a review (story, acting, ending) is glowing, even or harsh. Readers find glowing
@@ -8,54 +8,52 @@ base model and grammar are those of `reviews`; what the grammar cannot write los
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from alignkit.tasks import Task
-from alignkit.tasks.reviews import WORLDS, World
+from alignkit.tasks.reviews import REVIEWS, Reviews
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from alignkit.judges import Verdict
+    from alignkit.judges.base import Verdict
 
 STYLES = 3  # style s beats style s + 1, modulo 3
 STRENGTH = 1.5  # log-odds that one part adds
 OUTSIDE = 3.0  # log-odds by which any review beats what the grammar cannot write
 
-BASES = {"cyclic": "reviews", "cyclic_small": "reviews_small"}
 
-
-def styles(world: World) -> dict[str, list[int]]:
+def styles(reviews: Reviews) -> dict[str, list[int]]:
     """Every review of the grammar -> the style of each part: 0 glowing, 1 even, 2 harsh (thirds of
     the slot's words).
     """
-    style = {
-        (i, word): rank * STYLES // len(slot.words)
-        for i, slot in enumerate(world.slots)
-        for rank, word in enumerate(sorted(slot.words, key=lambda w: -slot.words[w]))
-    }
-    words = {
-        review: [w for w in review.split() if any(w in slot.words for slot in world.slots)]
-        for review in world.rewards
-    }
+    style: dict[tuple[int, str], int] = {}
+    for part, slot in enumerate(reviews.slots):
+        best_first = sorted(slot.words, key=lambda word: -slot.words[word])
+        for rank, word in enumerate(best_first):
+            style[part, word] = rank * STYLES // len(best_first)
+
+    sentiments = {word for slot in reviews.slots for word in slot.words}
     return {
-        review: [style[i, word] for i, word in enumerate(chosen)]
-        for review, chosen in words.items()
+        review: [
+            style[part, word]
+            for part, word in enumerate(word for word in review.split() if word in sentiments)
+        ]
+        for review in reviews.rewards
     }
 
 
 @cache
-def preference_table(world_name: str) -> "Tensor":
+def preference_table(reviews_name: str) -> "Tensor":
     """P(row beats column) over the n reviews and, last, everything else: [n + 1, n + 1] float64, P
     + P^T = 1.
     """
     import torch
 
-    parts = torch.tensor(list(styles(WORLDS[world_name]).values()))  # [n, parts]
-    ahead = (
-        parts.unsqueeze(0) - parts.unsqueeze(1)
-    ) % STYLES  # how far the column's style is ahead of the row's
+    parts = torch.tensor(list(styles(REVIEWS[reviews_name]).values()))  # [n, parts]
+    # How far the column's style is ahead of the row's.
+    ahead = (parts.unsqueeze(0) - parts.unsqueeze(1)) % STYLES
     wins = (ahead == 1).double() - (ahead == 2).double()
     log_odds = torch.nn.functional.pad(STRENGTH * wins.sum(-1), (0, 1, 0, 1))
     log_odds[:-1, -1] = OUTSIDE
@@ -66,9 +64,9 @@ def preference_table(world_name: str) -> "Tensor":
 class CyclicJudge:
     """A judge that looks its verdict up in the table. White space does not count."""
 
-    def __init__(self, world_name: str):
-        self.world_name = world_name
-        self.index = {review: i for i, review in enumerate(WORLDS[world_name].rewards)}
+    def __init__(self, reviews_name: str):
+        self.reviews_name = reviews_name
+        self.index = {review: i for i, review in enumerate(REVIEWS[reviews_name].rewards)}
 
     def __call__(
         self, prompts: Sequence[Any], first: Sequence[str], second: Sequence[str]
@@ -76,20 +74,41 @@ class CyclicJudge:
         """How often the first wins: B texts each -> Verdict of [B]."""
         import torch
 
-        from alignkit.judges import Verdict
+        from alignkit.judges.base import Verdict
 
-        rows = self._outcomes(first)
-        columns = self._outcomes(second)
-        return Verdict(
-            preference_table(self.world_name)[rows, columns],
-            torch.ones(len(first), dtype=torch.bool),
-        )
+        table = preference_table(self.reviews_name)
+        wins = table[self._outcomes(first), self._outcomes(second)]
+        return Verdict(wins, torch.ones(len(first), dtype=torch.bool))
 
     def _outcomes(self, texts: Sequence[str]) -> list[int]:
         return [self.index.get(" ".join(text.split()), len(self.index)) for text in texts]
 
 
-def task(name: str) -> Task:
-    """The task: `reviews` with a judge."""
-    base = WORLDS[BASES[name]].task()
-    return Task(name, base.model_folder, base.rows_folder, base.reward, CyclicJudge(BASES[name]))
+@dataclass(frozen=True)
+class Cyclic:
+    """`reviews` with a judge."""
+
+    name: str
+    base: Reviews
+
+    @property
+    def key(self) -> str:
+        """The files are those of the reviews."""
+        return self.base.key
+
+    @property
+    def judge(self) -> CyclicJudge:
+        """The readers' taste."""
+        return CyclicJudge(self.base.name)
+
+    def reward(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    ) -> list[float]:
+        """The reward of the reviews, which the readers do not share."""
+        return self.base.reward(prompts, completions, **columns)
+
+
+CYCLIC = {
+    "cyclic": Cyclic("cyclic", REVIEWS["reviews"]),
+    "cyclic_small": Cyclic("cyclic_small", REVIEWS["reviews_small"]),
+}

@@ -1,135 +1,126 @@
-"""The rows of a world, made by its base model: preference pairs, demonstrations, prompts.
+"""The rows of a task, made by its base model: preference pairs, demonstrations, prompts.
 
-A pair is a sample at temperature 1 and one at the world's `heat`. Both have full support, and what
-is rare (a rave, a text outside the grammar) comes often enough to be learned from: with both at 1,
-DPO at a brisk learning rate can drift outside the grammar before it sees enough of it. Labels are
-Bradley-Terry on the reward whatever the pair, so DPO's optimum does not depend on the temperatures.
+A pair is a sample at temperature 1 and one at the definition's `heat`. Both have full support, and
+what is rare (a rave, a text outside the grammar) comes often enough to be learned from: with both
+at 1, DPO at a brisk learning rate can drift outside the grammar before it sees enough of it. Labels
+are Bradley-Terry on the reward whatever the pair, so DPO's optimum does not depend on the
+temperatures.
 """
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
+from alignkit import files
 from alignkit.config.model import ModelConfig
 from alignkit.policies.load import load_model, load_tokenizer
+from alignkit.tasks.reviews import Reviews
 from alignkit.tasks.sampling import sample_counts, shuffled
 
 BEST_OF = 4  # a demonstration is the best of this many samples
 
-
-class World(Protocol):
-    """What rows are made from: prompts, an exact reward and how many pairs are wanted."""
-
-    pairs: int
-    held_out: int
-    heat: float
-    cap: int
-    seed: int
-
-    @property
-    def prompts(self) -> list[str]:
-        """Every prompt."""
-        ...
-
-    def reward(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        """The exact reward of each completion."""
-        ...
+Group = tuple[str, list[str], list[float]]  # a prompt, some samples of it, their rewards
+Row = dict[str, Any]
 
 
-def write_rows(world: World, model: Path, folder: Path) -> None:
+def write_rows(reviews: Reviews, model: Path, folder: Path) -> None:
     """Write `folder`/{pairs,demonstrations,prompts}_{train,eval}.jsonl."""
     folder.mkdir()
-    samples = _Samples(world, model)
-    for split, pairs in (("train", world.pairs), ("eval", world.held_out)):
-        _write(folder / f"pairs_{split}.jsonl", _pairs(samples, pairs))
-        _write(folder / f"demonstrations_{split}.jsonl", _demonstrations(samples, pairs // 20))
-        _write(folder / f"prompts_{split}.jsonl", [{"prompt": prompt} for prompt in world.prompts])
+    samples = _Samples(reviews, model)
+    prompts = [{"prompt": prompt} for prompt in reviews.prompts]
+
+    for split, n in (("train", reviews.pairs), ("eval", reviews.held_out)):
+        files.write_jsonl(folder / f"pairs_{split}.jsonl", _pairs(samples, n))
+        demonstrations = _demonstrations(samples, n // 20)
+        files.write_jsonl(folder / f"demonstrations_{split}.jsonl", demonstrations)
+        files.write_jsonl(folder / f"prompts_{split}.jsonl", prompts)
 
 
 class _Samples:
     """Samples of the base model from its whole distribution, inside the grammar or not."""
 
-    def __init__(self, world: World, model: Path):
+    def __init__(self, reviews: Reviews, model: Path):
         config = ModelConfig(name_or_path=str(model))
-        self.world = world
+        self.reviews = reviews
         self.tokenizer = load_tokenizer(config)
         self.model, _ = load_model(config, device="cpu")
-        self.generator = np.random.default_rng(world.seed)
+        self.generator = np.random.default_rng(reviews.seed)
 
     def draw(self, prompt: str, n: int, temperature: float) -> list[str]:
         """`n` independent samples as text."""
-        ids = torch.tensor(self.tokenizer(prompt)["input_ids"])
         eos = self.tokenizer.eos_token_id
         counts = sample_counts(
             self.model,
-            ids,
+            torch.tensor(self.tokenizer(prompt)["input_ids"]),
             n,
             eos=eos,
-            cap=self.world.cap,
+            cap=self.reviews.cap,
             generator=self.generator,
             temperature=temperature,
         )
-        texts = [
-            (" " + self.tokenizer.decode([i for i in ids if i != eos]), count)
-            for ids, count in counts
-        ]
+
+        texts = []
+        for ids, count in counts:
+            text = self.tokenizer.decode([token for token in ids if token != eos])
+            texts.append((" " + text, count))
         return shuffled(texts, self.generator)
 
-    def groups(
-        self, n: int, temperatures: Sequence[float]
-    ) -> list[tuple[str, list[str], list[float]]]:
+    def groups(self, n: int, temperatures: Sequence[float]) -> list[Group]:
         """`n` groups of (prompt, a sample at each temperature, their rewards), the prompts in turn.
 
         Groups without a difference (they teach nothing) or with an empty sample (no row may hold
         one) are drawn anew.
         """
-        per = math.ceil(n / len(self.world.prompts))
-        columns = []
-        for prompt in self.world.prompts:
-            kept: list[list[str]] = []
-            while missing := per - len(kept):
-                drawn = zip(
-                    *(self.draw(prompt, missing, temperature) for temperature in temperatures)
-                )
-                kept += [
+        per_prompt = math.ceil(n / len(self.reviews.prompts))
+        columns: list[list[Group]] = []
+        for prompt in self.reviews.prompts:
+            groups: list[list[str]] = []
+            while missing := per_prompt - len(groups):
+                drawn = zip(*(self.draw(prompt, missing, heat) for heat in temperatures))
+                groups += [
                     list(group)
                     for group in drawn
                     if len(set(group)) > 1 and all(text.strip() for text in group)
                 ]
             columns.append(
-                [(prompt, group, self.world.reward([prompt] * len(group), group)) for group in kept]
+                [
+                    (prompt, group, self.reviews.reward([prompt] * len(group), group))
+                    for group in groups
+                ]
             )
-        return [row for rows in zip(*columns) for row in rows][:n]
+
+        in_turn = [group for groups_of_all in zip(*columns) for group in groups_of_all]
+        return in_turn[:n]
 
 
-def _pairs(samples: _Samples, n: int) -> Iterable[dict[str, Any]]:
+def _pairs(samples: _Samples, n: int) -> list[Row]:
     """Two samples each, the chosen one by Bradley-Terry: P(first is chosen) = sigmoid(reward
     difference).
     """
-    for prompt, (first, second), (a, b) in samples.groups(n, (1.0, samples.world.heat)):
-        wins = samples.generator.random() < 1 / (1 + math.exp(b - a))
-        (chosen, x), (rejected, y) = (
-            ((first, a), (second, b)) if wins else ((second, b), (first, a))
+    rows = []
+    for prompt, texts, scores in samples.groups(n, (1.0, samples.reviews.heat)):
+        first_wins = samples.generator.random() < 1 / (1 + math.exp(scores[1] - scores[0]))
+        chosen = 0 if first_wins else 1
+        rejected = 1 - chosen
+        rows.append(
+            {
+                "prompt": prompt,
+                "chosen": texts[chosen],
+                "rejected": texts[rejected],
+                "chosen_score": scores[chosen],
+                "rejected_score": scores[rejected],
+            }
         )
-        yield {
-            "prompt": prompt,
-            "chosen": chosen,
-            "rejected": rejected,
-            "chosen_score": x,
-            "rejected_score": y,
-        }
+    return rows
 
 
-def _demonstrations(samples: _Samples, n: int) -> Iterable[dict[str, Any]]:
+def _demonstrations(samples: _Samples, n: int) -> list[Row]:
     """What a kinder critic would write: the best of a few samples."""
-    for prompt, texts, scores in samples.groups(n, (1.0,) * BEST_OF):
-        yield {"prompt": prompt, "completion": texts[int(np.argmax(scores))]}
-
-
-def _write(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        {"prompt": prompt, "completion": texts[int(np.argmax(scores))]}
+        for prompt, texts, scores in samples.groups(n, (1.0,) * BEST_OF)
+    ]

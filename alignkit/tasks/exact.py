@@ -1,9 +1,10 @@
-"""Exact figures of a neural policy on a world that can be listed: no samples, no renormalising.
+"""Exact figures of a neural policy on a task that can be listed: no samples, no renormalising.
 
 The outcomes of a prompt are the n completions of the grammar and, last, everything else: what the
 grammar cannot write and what does not end. Axes: P prompts, n + 1 outcomes. Everything is float64.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,23 +66,35 @@ def folder_optimum(
     pair = _pair(folder)
     if objective.backup(torch.zeros(1), torch.zeros(1)) is None:
         return objective.optimum(rewards, outcome_logps(pair, prompts, completions))
-    tree = completion_tree([_tokens(pair.tokenizer, text) for text in completions])
+
     n = len(completions)
+    tree = completion_tree([_tokens(pair.tokenizer, text) for text in completions])
     leaves = torch.cat([rewards[:n], rewards[n:].expand(len(tree.tokens) - n)])
-    found = []
+
+    optima = []
     for logps in _token_logps(pair, prompts, completions):
-        reference = torch.full((tree.states, tree.vocab), -torch.inf, dtype=torch.float64)
-        inside = tree.mask[:n, : logps.shape[1]]
-        reference[
-            tree.prefixes[:n, : logps.shape[1]][inside], tree.tokens[:n, : logps.shape[1]][inside]
-        ] = logps[inside]
-        reference[:, -1:] = _rest(reference)
-        policy = tree_optimum(objective, tree, leaves, reference)
+        policy = tree_optimum(objective, tree, leaves, _tree_reference(tree, logps))
         if policy is None:
             return None
-        every = tree.sequence_logps(policy)
-        found.append(torch.cat([every[:n], every[n:].logsumexp(0, keepdim=True)]))
-    return torch.stack(found)
+        every_leaf = tree.sequence_logps(policy)
+        outside = every_leaf[n:].logsumexp(0, keepdim=True)
+        optima.append(torch.cat([every_leaf[:n], outside]))
+    return torch.stack(optima)
+
+
+def _tree_reference(tree: Tree, logps: Tensor) -> Tensor:
+    """The reference's log-probs at each prefix of the tree, [S, V], from those of the completions'
+    tokens, [n, T]; what they leave over goes to the last token, which leaves the grammar.
+    """
+    n, longest = logps.shape
+    inside = tree.mask[:n, :longest]
+    prefixes = tree.prefixes[:n, :longest][inside]
+    tokens = tree.tokens[:n, :longest][inside]
+
+    reference = torch.full((tree.states, tree.vocab), -torch.inf, dtype=torch.float64)
+    reference[prefixes, tokens] = logps[inside]
+    reference[:, -1:] = _rest(reference)
+    return reference
 
 
 def completion_tree(completions: Sequence[Tensor]) -> Tree:
@@ -89,28 +102,37 @@ def completion_tree(completions: Sequence[Tensor]) -> Tree:
     completions in their order, then for each prefix the one outcome of leaving them there, whose
     token is the last of the tree's vocabulary.
     """
-    states: dict[tuple[int, ...], int] = {}
-    local: dict[tuple[int, ...], int] = {}  # each prefix numbers its continuations
+    states: dict[tuple[int, ...], int] = {}  # prefix -> its number
+    local: dict[tuple[int, ...], int] = {}  # prefix -> its number among its siblings
+    children: Counter[tuple[int, ...]] = Counter()
     paths = []
     for ids in (tuple(tensor.tolist()) for tensor in completions):
+        path = []
         for t in range(len(ids)):
-            states.setdefault(ids[:t], len(states))
-            siblings = (
-                sum(1 for known in local if known[:-1] == ids[:t])
-                if ids[: t + 1] not in local
-                else 0
-            )
-            local.setdefault(ids[: t + 1], siblings)
-        paths.append([(states[ids[:t]], local[ids[: t + 1]]) for t in range(len(ids))])
+            prefix = ids[:t]
+            longer = ids[: t + 1]
+            states.setdefault(prefix, len(states))
+            if longer not in local:
+                local[longer] = children[prefix]
+                children[prefix] += 1
+            path.append((states[prefix], local[longer]))
+        paths.append(path)
+
+    # One more token than any prefix has continuations: it leaves the completions.
     vocab = 2 + max(local.values())
     for prefix in states:
         path = [(states[prefix[:t]], local[prefix[: t + 1]]) for t in range(len(prefix))]
         paths.append([*path, (states[prefix], vocab - 1)])
+
     depth = max(map(len, paths))
-    padded = torch.tensor([path + [(0, 0)] * (depth - len(path)) for path in paths])
     lengths = torch.tensor([len(path) for path in paths])
+    padded = torch.tensor([path + [(0, 0)] * (depth - len(path)) for path in paths])
     return Tree(
-        padded[..., 1], torch.arange(depth) < lengths[:, None], padded[..., 0], len(states), vocab
+        tokens=padded[..., 1],
+        mask=torch.arange(depth) < lengths[:, None],
+        prefixes=padded[..., 0],
+        states=len(states),
+        vocab=vocab,
     )
 
 
@@ -164,16 +186,13 @@ def _token_logps(pair: PolicyPair, prompts: Sequence[str], completions: Sequence
     """
     bundles = [_bundle(pair.tokenizer, prompt, completions) for prompt in prompts]
     longest = max(len(ids) for ids in bundles[0].completions)
-    found = torch.zeros(len(prompts), len(completions), longest, dtype=torch.float64)
+
+    token_logps = torch.zeros(len(prompts), len(completions), longest, dtype=torch.float64)
     for group in pair.micro_batches(bundles, BUDGET):
         logps = pair.logps([bundles[i] for i in group], PLAN, anchors=False)
-        found[group] = (
-            torch.where(logps.mask, logps.policy, 0)
-            .double()
-            .view(len(group), len(completions), -1)
-            .cpu()
-        )
-    return found
+        rows = torch.where(logps.mask, logps.policy, 0).double()
+        token_logps[group] = rows.view(len(group), len(completions), -1).cpu()
+    return token_logps
 
 
 def _rest(logps: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Short film reviews whose every completion can be listed: a controlled-sentiment world with an
-exact reward.
+"""Short film reviews whose every completion can be listed: controlled sentiment with an exact
+reward.
 
     the western about a small circus : | gripping story , wooden acting , weak ending
 
@@ -17,16 +17,14 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.tasks import Task
-from alignkit.tasks.base_model import BaseConfig
+from alignkit.tasks.definition import BaseConfig
 
 if TYPE_CHECKING:
-    from alignkit.judges import Verdict
+    from alignkit.judges.base import Verdict
 
-FORMAT = 2  # raise it when the code below makes other files from the same World
+FORMAT = 2  # raise it when this file or dataset.py makes other files from the same definition
 AFFINITY = 0.5  # spread of a prompt's taste for single words in the corpus
 GRUDGE = 0.5  # how much the critics prefer negative words
 MOOD = 0.8  # how much a word's sentiment carries over to the next word
@@ -41,8 +39,8 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class World:
-    """The grammar, the reward and the sizes of one task."""
+class Reviews:
+    """The task in one size: its grammar, its reward and how much of everything there is."""
 
     name: str
     genres: Sequence[str]
@@ -83,7 +81,7 @@ class World:
 
     @property
     def key(self) -> str:
-        """The cache's name for what this world makes."""
+        """The cache's name for what this definition makes."""
         content = json.dumps(
             {"format": FORMAT, "constants": [AFFINITY, GRUDGE, MOOD], **asdict(self)}
         )
@@ -108,49 +106,34 @@ class World:
         """How often the first completion wins, by Bradley-Terry on the reward as in the pairs: B
         texts each -> Verdict of [B].
         """
-        from alignkit.judges import BradleyTerry
+        from alignkit.judges.base import BradleyTerry  # imports torch
 
         return BradleyTerry(self.reward)(prompts, first, second)
 
-    def reviews(self, n: int) -> Iterator[dict[str, str]]:
+    def corpus_rows(self, n: int) -> Iterator[dict[str, str]]:
         """The critics' corpus: `n` rows (prompt, completion). A prompt has its favourite words, a
         review its mood.
         """
         taste = random.Random(f"taste {self.seed}")
         liking = {
-            p: [[taste.gauss(0, AFFINITY) for _ in slot.words] for slot in self.slots]
-            for p in self.prompts
+            prompt: [[taste.gauss(0, AFFINITY) for _ in slot.words] for slot in self.slots]
+            for prompt in self.prompts
         }
+
         critic = random.Random(f"critic {self.seed}")
         for i in range(n):
             prompt = self.prompts[i % len(self.prompts)]
             words = []
-            before = 0.0
+            before = 0.0  # the sentiment of the word before
             for slot, likes in zip(self.slots, liking[prompt]):
                 weights = [
-                    math.exp(like + (MOOD * before - GRUDGE) * s)
-                    for like, s in zip(likes, slot.words.values())
+                    math.exp(like + (MOOD * before - GRUDGE) * sentiment)
+                    for like, sentiment in zip(likes, slot.words.values())
                 ]
                 word = critic.choices(list(slot.words), weights)[0]
                 before = slot.words[word]
                 words.append(word)
             yield {"prompt": prompt, "completion": " " + self._text(words)}
-
-    def task(self) -> Task:
-        """The task with its files, made on first use (under a minute) and cached."""
-        from alignkit.tasks.cache import cached_folder
-        from alignkit.tasks.worker import run_apart
-
-        folder = cached_folder(self.key, lambda beside: run_apart(self.name, beside))
-        return Task(self.name, folder / "model", folder / "rows", self.reward, self.judge)
-
-    def build(self, folder: Path) -> None:
-        """Train the base model and write the rows: `folder`/model and `folder`/rows."""
-        from alignkit.tasks.base_model import train_base
-        from alignkit.tasks.dataset import write_rows
-
-        model = train_base(self.base, self.vocabulary, list(self.reviews(self.corpus)), folder)
-        write_rows(self, model, folder / "rows")
 
     def _choices(self) -> list[list[str]]:
         return [list(slot.words) for slot in self.slots]
@@ -170,10 +153,10 @@ STORY = {
 ACTING = {"superb": 1.2, "warm": 0.6, "steady": 0.2, "plain": -0.2, "wooden": -0.6, "awful": -1.2}
 ENDING = {"perfect": 1.2, "clever": 0.6, "fair": 0.2, "sudden": -0.2, "weak": -0.6, "absurd": -1.2}
 
-WORLDS = {
-    world.name: world
-    for world in (
-        World(
+REVIEWS = {
+    reviews.name: reviews
+    for reviews in (
+        Reviews(
             name="reviews",
             genres=("comedy", "thriller", "drama", "western"),
             subjects=("a lonely robot", "two rival chefs", "a retired spy", "a small circus"),
@@ -183,7 +166,7 @@ WORLDS = {
             corpus=16_000,
             pairs=60_000,
         ),
-        World(
+        Reviews(
             name="reviews_small",  # for tests: seconds instead of a minute
             genres=("comedy", "western"),
             subjects=("a lonely robot", "a small circus"),
@@ -200,8 +183,3 @@ WORLDS = {
         ),
     )
 }
-
-
-def task(name: str) -> Task:
-    """The task of a world by name."""
-    return WORLDS[name].task()

@@ -32,10 +32,14 @@ def sample_counts(
     finished: list[tuple[list[int], int]] = []
     for length in range(1, cap + 1):
         logits = model(input_ids=prefixes, use_cache=False).logits[:, -1]  # [R, V]
-        drawn = generator.multinomial(counts, (logits.double() / temperature).softmax(-1).numpy())
+        probabilities = (logits.double() / temperature).softmax(-1).numpy()
+
+        # [R, V]: how many samples of each prefix go on with each token
+        drawn = generator.multinomial(counts, probabilities)
         parents, tokens = drawn.nonzero()
         counts = drawn[parents, tokens]
         prefixes = torch.cat([prefixes[parents], torch.from_numpy(tokens)[:, None]], dim=1)
+
         ended = (tokens == eos) | (length == cap)
         finished += [
             (row[len(prompt) :].tolist(), int(count))

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from alignkit.config import build_objective, load_recipe
 from alignkit.runs.launch import run_recipe
+from alignkit.tasks import resolve
 from alignkit.tasks.exact import folder_logps, folder_optimum, kl, outcome_rewards
-from alignkit.tasks.reviews import WORLDS
+from alignkit.tasks.reviews import REVIEWS
 
 HERE = Path(__file__).resolve().parent
 
@@ -71,9 +72,9 @@ def pairs(n: int, seed: int) -> Iterator[dict[str, str]]:
     too), a review from the uniform distribution, two of the base model tilted by the reward. The
     label is Bradley-Terry on the reward in all cases.
     """
-    world = WORLDS["reviews"]
+    world = REVIEWS["reviews"]
     draw = random.Random(seed)
-    task = world.task()
+    task = resolve("reviews")
     reviews = list(world.rewards)
     sampled: dict[str, list[str]] = {prompt: [] for prompt in world.prompts}
     for row in task.rows("pair"):
@@ -107,8 +108,8 @@ def pairs(n: int, seed: int) -> Iterator[dict[str, str]]:
 
 def train(recipe: str, fields: list[str], data: Path, seed: int) -> dict:
     """Exact figures of one run."""
-    world = WORLDS["reviews"]
-    task = world.task()
+    world = REVIEWS["reviews"]
+    task = resolve("reviews")
     reviews = list(world.rewards)
     rewards = outcome_rewards(list(world.rewards.values()), world.outside)
     with tempfile.TemporaryDirectory() as folder:
@@ -176,7 +177,7 @@ def main() -> None:
     text = TEXT.format(
         seed=asked.seed,
         **SETTINGS,
-        prompts=len(WORLDS["reviews"].prompts),
+        prompts=len(REVIEWS["reviews"].prompts),
         pairs=f"{PAIRS:,}",
         table=table(found),
     )

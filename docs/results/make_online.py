@@ -24,9 +24,9 @@ from alignkit.metrics.completions import pass_at_k
 from alignkit.rollout.generate import OneModel, generate
 from alignkit.runs.launch import run_recipe
 from alignkit.tasks import resolve
-from alignkit.tasks.arithmetic import WORLDS as SUMS
+from alignkit.tasks.arithmetic import ARITHMETIC
 from alignkit.tasks.exact import figures, folder_logps, outcome_rewards
-from alignkit.tasks.reviews import WORLDS
+from alignkit.tasks.reviews import REVIEWS
 
 HERE = Path(__file__).resolve().parent
 STORIES = HERE.parents[2] / "shared" / "data"
@@ -84,9 +84,9 @@ def reviews(name: str, seed: int, folder: Path) -> dict[str, float]:
     """Exact figures of a recipe on the reviews."""
     cost = trained(name, folder, f"train.seed={seed}")
     objective = build_objective(load_recipe(name).objective)
-    world = WORLDS["reviews"]
+    world = REVIEWS["reviews"]
     rewards = outcome_rewards(list(world.rewards.values()), world.outside)
-    models = (world.task().model_folder, folder / "run" / "model")
+    models = (resolve("reviews").model_folder, folder / "run" / "model")
     base, policy = (folder_logps(model, world.prompts, list(world.rewards)) for model in models)
     optimum = objective.optimum(rewards, base)
     start, end, best = (
@@ -114,7 +114,7 @@ def arithmetic(name: str, seed: int, folder: Path) -> dict[str, float]:
 
 
 def _sums(model: Path, reward: Callable) -> dict[str, float]:
-    world = SUMS["arithmetic"]
+    world = ARITHMETIC["arithmetic"]
     prompts = world.splits["test"]
     pair = OneModel(
         AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
@@ -220,7 +220,7 @@ def main() -> None:
     if exact is None:
         parser.exit(0, "not yet run: rpg or kl_ppo, whose optimum the page names\n")
     tables = {kind.__name__: table(kind, found) for kind in COLUMNS}
-    prompts = len(SUMS["arithmetic"].splits["test"])
+    prompts = len(ARITHMETIC["arithmetic"].splits["test"])
     text = TEXT.format(
         **tables, prompts=prompts, answers=ANSWERS, kl_star=exact["kl_star"], beta=exact["beta"]
     )

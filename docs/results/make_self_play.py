@@ -22,7 +22,7 @@ from alignkit.runs.launch import run_recipe
 from alignkit.tasks import resolve
 from alignkit.tasks.cyclic import preference_table
 from alignkit.tasks.exact import folder_logps, kl
-from alignkit.tasks.reviews import WORLDS
+from alignkit.tasks.reviews import REVIEWS
 
 HERE = Path(__file__).resolve().parent
 QUESTIONS = 1000
@@ -136,7 +136,7 @@ def unregularised() -> str:
 
 def neural(name: str, found: dict) -> dict:
     """Exact figures of a shipped recipe at equal judge questions, beside those `found` before."""
-    world = WORLDS["reviews"]
+    world = REVIEWS["reviews"]
     task = resolve("reviews")
     preference = preference_table("reviews")
     reviews = list(world.rewards)

@@ -16,7 +16,7 @@ from alignkit.config.data import DataConfig
 from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig
 from alignkit.data.load import load_prompts
 from alignkit.errors import DataError, ModelError
-from alignkit.evaluation.exact import Listed, listed_world
+from alignkit.evaluation.exact import Listed, listed_reviews
 from alignkit.evaluation.measure import (
     LIVE,
     Yardstick,
@@ -328,7 +328,7 @@ def test_sampled_figures_cover_the_exact_ones_of_a_task(sharper):
     found = Yardstick(
         prompts, samples=REPEATS * EACH, max_new_tokens=8, reward=task.reward
     ).measure(pair, "sharper")
-    true = Listed(listed_world("task:reviews_small"), task.model_folder).figures(sharper)
+    true = Listed(listed_reviews("task:reviews_small"), task.model_folder).figures(sharper)
     hits = [
         covered(*of)
         for of in ((found.score, true.score), (found.kl, true.kl), (found.log_ratio, true.kl))
@@ -339,11 +339,11 @@ def test_sampled_figures_cover_the_exact_ones_of_a_task(sharper):
 
 def test_exact_figures_lie_below_the_optimal_frontier(sharper):
     task = resolve("task:reviews_small")
-    world = Listed(listed_world("cyclic_small"), task.model_folder)
+    world = Listed(listed_reviews("cyclic_small"), task.model_folder)
     found = world.figures(sharper)
     assert found.score.mean() <= world.optimal.score_at(found.kl.mean())
     assert (found.forward_kl > 0).all()
     assert world.base.mean() == pytest.approx(world.optimal.base_score, abs=1e-12)
     best = world.best_of_n(4)
     assert best.score.mean() <= world.optimal.score_at(best.kl.mean())
-    assert listed_world("task:arithmetic") is None
+    assert listed_reviews("task:arithmetic") is None

@@ -3,12 +3,12 @@
 import pytest
 
 from alignkit.tasks import Task, resolve
-from alignkit.tasks.reviews import WORLDS, World
+from alignkit.tasks.reviews import REVIEWS, Reviews
 
 
 @pytest.fixture(scope="session")
-def small() -> World:
-    return WORLDS["reviews_small"]
+def small() -> Reviews:
+    return REVIEWS["reviews_small"]
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,10 @@ import pytest
 
 from alignkit.rollout.generate import OneModel, generate
 from alignkit.tasks import resolve
-from alignkit.tasks.arithmetic import CHARACTERS, WORLDS, answer, reward
+from alignkit.tasks.arithmetic import ARITHMETIC, CHARACTERS, answer, reward
 from alignkit.tasks.base_model import character_tokenizer
 
-SMALL, LARGE = WORLDS["arithmetic_small"], WORLDS["arithmetic"]
+SMALL, LARGE = ARITHMETIC["arithmetic_small"], ARITHMETIC["arithmetic"]
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,16 @@ import torch
 
 from alignkit.oracles import duality_gap, regularized_nash
 from alignkit.tasks.cyclic import OUTSIDE, STRENGTH, CyclicJudge, preference_table, styles
-from alignkit.tasks.reviews import WORLDS
+from alignkit.tasks.reviews import REVIEWS
 
-SMALL = WORLDS["reviews_small"]
+SMALL = REVIEWS["reviews_small"]
 
 
 def test_every_part_has_a_style():
     assert len(found := styles(SMALL)) == 16
     assert found["gripping story , superb acting"] == [0, 0]
     assert found["hopeless story , wooden acting"] == [2, 1]
-    counts = torch.tensor(list(styles(WORLDS["reviews"]).values())).flatten().bincount()
+    counts = torch.tensor(list(styles(REVIEWS["reviews"]).values())).flatten().bincount()
     assert counts.tolist() == [216, 216, 216]  # the three styles are equally many
 
 

@@ -12,12 +12,12 @@ from alignkit.runs.launch import run_recipe
 from alignkit.tasks import resolve
 from alignkit.tasks.cyclic import preference_table
 from alignkit.tasks.exact import folder_logps
-from alignkit.tasks.reviews import WORLDS
+from alignkit.tasks.reviews import REVIEWS
 
 
 def gap_ratio(world_name: str, run: Path, beta: float) -> float:
     """Exact duality gap of the base model over that of the run's model, means over the prompts."""
-    world, folders = WORLDS[world_name], (resolve(world_name).model_folder, run / "model")
+    world, folders = REVIEWS[world_name], (resolve(world_name).model_folder, run / "model")
     policies = [
         folder_logps(folder, world.prompts, list(world.rewards)).exp() for folder in folders
     ]

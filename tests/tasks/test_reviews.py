@@ -12,12 +12,12 @@ import pytest
 from alignkit.errors import ConfigError, ResourceError
 from alignkit.tasks import TASKS, resolve, worker
 from alignkit.tasks.base_model import word_tokenizer
-from alignkit.tasks.reviews import WORLDS
+from alignkit.tasks.reviews import REVIEWS
 
 
-@pytest.fixture(params=sorted(WORLDS))
+@pytest.fixture(params=sorted(REVIEWS))
 def world(request):
-    return WORLDS[request.param]
+    return REVIEWS[request.param]
 
 
 def test_every_choice_of_words_is_one_review(world):
@@ -29,7 +29,7 @@ def test_every_choice_of_words_is_one_review(world):
 
 
 def test_the_reward_is_the_sum_of_the_words_by_hand():
-    world = WORLDS["reviews"]
+    world = REVIEWS["reviews"]
     texts = [
         " gripping story , wooden acting , weak ending",  # 1.2 - 0.6 - 0.6
         "solid story ,  plain acting , fair ending ",  # 0.2 - 0.2 + 0.2, odd spaces
@@ -49,8 +49,8 @@ def test_outside_the_grammar_is_below_every_review(world):
 
 
 def test_the_corpus_is_repeatable_stays_in_the_grammar_and_uses_all_of_it(world):
-    rows = list(world.reviews(world.corpus))
-    assert rows[:50] == list(world.reviews(50))
+    rows = list(world.corpus_rows(world.corpus))
+    assert rows[:50] == list(world.corpus_rows(50))
     assert {row["completion"].strip() for row in rows} == set(world.rewards)
     assert Counter(row["prompt"] for row in rows) == dict.fromkeys(
         world.prompts, world.corpus // len(world.prompts)
@@ -70,7 +70,7 @@ def test_texts_survive_the_tokenizer(world):
 
 
 def test_whatever_shapes_the_files_changes_the_cache_key():
-    world = WORLDS["reviews_small"]
+    world = REVIEWS["reviews_small"]
     changes = [
         {"outside": -5.0},
         {"pairs": 10},

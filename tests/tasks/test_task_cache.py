@@ -48,11 +48,11 @@ def test_a_failed_build_leaves_nothing_and_can_be_tried_again(root):
 
 
 def test_what_a_killed_build_left_is_cleared_and_other_worlds_are_left_alone(root):
-    for name in (".world.abc.part", ".other.abc.part"):
+    for name in (".tmp-world", ".tmp-other"):
         (root / name).mkdir(parents=True)
         (root / name / "half").write_text("...")
     assert list(cached_folder("world", lambda folder: None).iterdir()) == []
-    assert visible(root) == [".other.abc.part", "world"]
+    assert visible(root) == [".tmp-other", "world"]
 
 
 def test_of_several_at_once_one_builds_and_the_others_wait(root):

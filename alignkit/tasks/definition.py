@@ -1,0 +1,43 @@
+"""What defines an embedded task. Importing this imports no torch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Size and training of a task's base model (alignkit.tasks.base_model)."""
+
+    hidden: int = 96
+    layers: int = 3
+    heads: int = 4
+    steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 6e-3
+    seed: int = 0
+
+
+class Definition(Protocol):
+    """A task in one size. Its files (base model and rows) are made by `alignkit.tasks.build`."""
+
+    @property
+    def name(self) -> str:
+        """What stands after `task:`."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """The cache's name for the files: a hash of everything that shapes them."""
+        ...
+
+    @property
+    def judge(self) -> Callable[..., Any] | None:
+        """judge(prompts, first, second) -> Verdict, where the task has one."""
+        ...
+
+    def reward(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+    ) -> list[float]:
+        """One number per completion, in TRL's signature."""
+        ...
