@@ -79,22 +79,26 @@ def evaluate(
     if to.exists():
         raise ConfigError(f"{to} exists already; name another file with --to")
 
-    from alignkit.evaluation.evaluate import evaluate_to_file
-    from alignkit.evaluation.request import Request
+    from alignkit.evaluation.request import Request, checked
 
-    request = Request(
-        models=models,
-        reference=reference,
-        prompts=prompts,
-        reward=reward,
-        pairs=pairs,
-        text=text,
-        unrelated=unrelated,
-        correct=correct,
-        samples=samples,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        safe=safe,
+    # What is wrong with the request is said before torch is imported, which takes seconds.
+    request = checked(
+        Request(
+            models=models,
+            reference=reference,
+            prompts=prompts,
+            reward=reward,
+            pairs=pairs,
+            text=text,
+            unrelated=unrelated,
+            correct=correct,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            safe=safe,
+        )
     )
+    from alignkit.evaluation.evaluate import evaluate_to_file
+
     evaluate_to_file(request, to)
     typer.echo(f"the figures are in {to}")

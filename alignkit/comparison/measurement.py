@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from alignkit.evaluation.measurements import Measured
+from alignkit.evaluation.measurements import BoolArray, Measured
 from alignkit.files import write_json
 from alignkit.metrics.intervals import Array
 
@@ -29,7 +29,7 @@ class Measurement:
     key: str  # of the prompts, score and judge it was measured by: `Measurer.key`
     measured: Measured
     wins: Array | None = None  # [P, K] probability that the run's completion beats the base's
-    valid: Array | None = None  # [P, K] whether the judge's verdict can be used
+    valid: BoolArray | None = None  # [P, K] whether the judge's verdict can be used
     exact: Mapping[str, Array] | None = None  # name -> [P], where all outcomes can be listed
     margins: Array | None = None  # [N] implicit-reward margins of held-out pairs
     pool: Mapping[str, Array] | None = None  # score and logp [P, n] of more samples, for baselines

@@ -1,43 +1,122 @@
-"""What `alignkit eval` does: figures of finished models, each measured alike. Importing this
-imports no torch.
+"""What `alignkit eval` does: measure finished models, each in the same way.
+
+`alignkit.evaluation.request.checked` refuses what can be refused without importing torch; the
+command line calls it before it imports this file.
 """
 
-import json
 import math
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
+
+from alignkit import files
 from alignkit.config.objective import build_objective
 from alignkit.config.recipe import Recipe
 from alignkit.config.rollout import MAX_NEW_TOKENS
+from alignkit.data.load import load_prompts
+from alignkit.data.prompts import Prompt
+from alignkit.data.read import Source
 from alignkit.errors import ConfigError
+from alignkit.evaluation.exact import Listed, listed_reviews
+from alignkit.evaluation.measure import (
+    Yardstick,
+    evaluation_pair,
+    perplexity,
+    preference_margins,
+)
+from alignkit.evaluation.measurements import Measured, wins
 from alignkit.evaluation.request import Request, checked, data_of, labels_of, task_of
+from alignkit.evaluation.table import show
+from alignkit.judges.load import load_judge
+from alignkit.metrics.baselines import best_of_n, folklore_kl
+from alignkit.metrics.comparisons import compare_means
+from alignkit.metrics.completions import (
+    length_controlled_win_rate,
+    majority_at_k,
+    pass_at_k,
+    preference_calibration,
+    win_rate,
+)
+from alignkit.metrics.frontier import efficiency
+from alignkit.policies.module import context_length
+from alignkit.policies.pair import PolicyPair
+from alignkit.rewards.call import RewardCall
+from alignkit.rewards.load import load_rewards
+from alignkit.rollout.generate import OneModel
 from alignkit.runs.trained_model import find_finished, load_finished
-
-if TYPE_CHECKING:
-    from alignkit.data.prompts import Prompt
-    from alignkit.evaluation.exact import Listed
-    from alignkit.evaluation.measure import Yardstick
-    from alignkit.evaluation.measurements import Measured
-    from alignkit.policies.pair import PolicyPair
-    from alignkit.rollout.generate import OneModel
-    from alignkit.tasks import Task
+from alignkit.tasks import Task
 
 BEST_OF = (2, 4, 8, 16, 32, 64)
-Found = dict[str, Any]
+
+Results = dict[str, Any]  # JSON
 
 
-def evaluate(request: Request) -> Found:
-    """Figures of every model as JSON: `settings`, `base`, `models`, `baselines`, `verdicts`.
+def evaluate_to_file(request: Request, file: Path) -> None:
+    """Print the table of `evaluate` and write its results to `file`."""
+    results = evaluate(request)
+    console = Console()
+    if not console.is_terminal:  # a file has no width: give every model its column
+        console = Console(width=40 + 28 * (1 + len(request.models)))
+    show(results, console)
+    files.write_json(file, results)
+
+
+def evaluate(request: Request) -> Results:
+    """Results of every model as JSON: `settings`, `base`, `models`, `baselines`, `verdicts`.
 
     ModelError (exit 4) for models that cannot be loaded or whose tokens are not the reference's,
     DataError (3) for data that cannot be used, ConfigError (2) where nothing says on which prompts.
     """
-    request = checked(request)
-    from alignkit.evaluation.measure import evaluation_pair  # after what can be refused at once
+    shared = _shared(checked(request))
+    request = shared.request
 
-    assert request.reference is not None
+    measured = {"base": shared.base}
+    models = []
+    for name, label in zip(request.models, labels_of(request.models)):
+        pair = evaluation_pair(name, shared.reference)
+        measured[label] = shared.yardstick.measure(pair, label, base=shared.base)
+        results = {
+            "name": label,
+            "model": name,
+            **_summary(request, measured[label]),
+            **_wins(shared, measured[label]),
+            **_exact(shared.listed, pair),
+            **_preferences(shared, name, pair),
+            **_forgetting(shared, pair),
+        }
+        models.append(results)
+
+    base = {"name": "base", **_summary(request, shared.base)}
+    if shared.listed is not None:
+        base["exact"] = {"score": float(shared.listed.base.mean()), "kl": 0.0}
+    every_result = {
+        "settings": _settings(shared),
+        "base": base,
+        "models": models,
+        "baselines": _baselines(shared.base, shared.listed),
+        "verdicts": _verdicts(measured),
+    }
+    return _without_nan(every_result)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What is the same for every model that is measured."""
+
+    request: Request
+    task: Task | None
+    reference: OneModel
+    yardstick: Yardstick
+    base: Measured  # the reference, measured
+    listed: Listed | None
+    judge: Any  # says which completion wins; None: the higher score does
+
+
+def _shared(request: Request) -> _Shared:
+    assert request.reference is not None  # `checked` found it
     task = task_of(request)
     reference = load_finished(request.reference)
     pair = evaluation_pair(request.reference, reference)
@@ -45,254 +124,232 @@ def evaluate(request: Request) -> Found:
     listed = _listed(request, task, yardstick)
     judge = _judge(request, task)
     base = yardstick.measure_reference(pair)
-    labels = labels_of(request.models)
-    measured = {"base": base}
-    models = []
-    for name, label in zip(request.models, labels):
-        pair = evaluation_pair(name, reference)
-        measured[label] = yardstick.measure(pair, label, base=base)
-        found = _figures(request, measured[label]) | _wins(measured[label], base, judge)
-        found |= (
-            _exact(listed, pair)
-            | _preferences(request, name, task, pair)
-            | _forgetting(request, yardstick, pair)
-        )
-        models.append({"name": label, "model": name, **found})
-    settings = {
-        "reference": request.reference,
-        "prompts": len(base.prompts),
-        "samples": yardstick.samples,
-        "max_new_tokens": yardstick.max_new_tokens,
-        "seed": yardstick.seed,
+    return _Shared(request, task, reference, yardstick, base, listed, judge)
+
+
+def _settings(shared: _Shared) -> Results:
+    return {
+        "reference": shared.request.reference,
+        "prompts": len(shared.base.prompts),
+        "samples": shared.yardstick.samples,
+        "max_new_tokens": shared.yardstick.max_new_tokens,
+        "seed": shared.yardstick.seed,
     }
-    exact = {} if listed is None else {"exact": {"score": float(listed.base.mean()), "kl": 0.0}}
-    found = {
-        "settings": settings,
-        "base": {"name": "base", **_figures(request, base), **exact},
-        "models": models,
-        "baselines": _baselines(base, listed),
-        "verdicts": _verdicts(measured),
-    }
-    return _finite(found)
 
 
-def _yardstick(request: Request, task: "Task | None", reference: "OneModel") -> "Yardstick":
-    from alignkit.evaluation.measure import Yardstick
-    from alignkit.policies.module import context_length
-    from alignkit.rewards import load_rewards
+def _first_recipe(request: Request) -> Recipe | None:
+    """The recipe of the first run among the models: it says what the request leaves open."""
+    return next(iter(request.recipes.values()), None)
 
-    recipe = next(iter(request.recipes.values()), None)
+
+def _yardstick(request: Request, task: Task | None, reference: OneModel) -> Yardstick:
+    recipe = _first_recipe(request)
     prompts = _prompts(request, task, reference, recipe)
+
+    reward: RewardCall | None
     if request.reward is not None:
-        reward: Any = load_rewards([{"function": request.reward}], safe=request.safe)
+        reward = load_rewards([{"function": request.reward}], safe=request.safe)
     elif recipe is not None and recipe.rewards:
         reward = load_rewards(recipe.rewards, safe=request.safe)
     else:
         reward = task.reward if task else None
-    room = context_length(reference.network) - max(len(prompt.ids) for prompt in prompts)
-    wanted = request.max_new_tokens or min(
-        room, recipe.rollout.max_new_tokens if recipe else MAX_NEW_TOKENS
-    )
-    return Yardstick(prompts, request.samples, wanted, request.seed, reward)
+
+    longest = max(len(prompt.ids) for prompt in prompts)
+    room = context_length(reference.network) - longest
+    usual = recipe.rollout.max_new_tokens if recipe else MAX_NEW_TOKENS
+    max_new_tokens = request.max_new_tokens or min(room, usual)
+    return Yardstick(prompts, request.samples, max_new_tokens, request.seed, reward)
 
 
 def _prompts(
-    request: Request, task: "Task | None", reference: "OneModel", recipe: Recipe | None
-) -> "list[Prompt]":
-    from alignkit.data.load import load_prompts
-
-    source: Any = (
-        request.prompts
-        or (recipe.data.eval if recipe else None)
-        or (f"task:{task.name}" if task else None)
-    )
+    request: Request, task: Task | None, reference: OneModel, recipe: Recipe | None
+) -> list[Prompt]:
+    """The request's prompts, else the held-out rows of the run or of the task."""
+    source: Source | None = request.prompts or (recipe.data.eval if recipe else None)
+    if source is None and task is not None:
+        source = f"task:{task.name}"
     if source is None:
         raise ConfigError(
-            "nothing says which prompts to measure on; give --prompts FILE (rows with `prompt`) or task:NAME"
+            "nothing says which prompts to measure on; give --prompts FILE (rows with `prompt`) "
+            "or task:NAME"
         )
-    if source.startswith("task:"):
+    if str(source).startswith("task:"):
         assert task is not None
         source = task.rows("rollout", "eval")
-    return load_prompts(
-        data_of(recipe, given=request.prompts is not None), reference.tokenizer, source=source
-    )[0]
+
+    data = data_of(recipe, given=request.prompts is not None)
+    prompts, _ = load_prompts(data, reference.tokenizer, source=source)
+    return prompts
 
 
-def _judge(request: Request, task: "Task | None") -> Any:
+def _judge(request: Request, task: Task | None) -> Any:
     """Who says which completion wins: the runs' judge, else their task's; None: the score."""
-    from alignkit.judges import load_judge
-
-    recipe = next(iter(request.recipes.values()), None)
+    recipe = _first_recipe(request)
     if recipe is not None and recipe.judge is not None:
         return load_judge(recipe.judge, safe=request.safe)
     return task.judge if task else None
 
 
-def _wins(measured: "Measured", base: "Measured", judge: Any) -> Found:
-    """How often a model's completion beats the base's, plainly and at equal lengths."""
-    from alignkit.evaluation.measurements import wins
-    from alignkit.metrics.completions import length_controlled_win_rate, win_rate
+def _listed(request: Request, task: Task | None, yardstick: Yardstick) -> Listed | None:
+    """Exact results, where the reference is a task's model, the score its own reward, and its
+    outcomes can be listed.
+    """
+    assert request.reference is not None
+    if task is None or yardstick.reward != task.reward:
+        return None
+    if find_finished(request.reference) != task.model_folder:
+        return None
+    reviews = listed_reviews(task.name)
+    return Listed(reviews, task.model_folder) if reviews else None
 
-    verdicts = wins(measured, base, judge)
+
+def _summary(request: Request, measured: Measured) -> Results:
+    """Means with their intervals, sampling errors, and where `correct` is given also pass@k and
+    majority@k.
+    """
+    results: Results = {
+        "figures": {name: asdict(interval) for name, interval in measured.summary().items()},
+        "standard_errors": measured.standard_errors(),
+    }
+    if measured.score is None or request.correct is None:
+        return results
+
+    right = measured.score >= request.correct
+    n = measured.score.shape[1]
+    powers = [2**i for i in range(n.bit_length()) if 2**i <= n]
+    answers = [
+        ([text.strip() for text in texts], marks.tolist())
+        for texts, marks in zip(measured.texts, right)
+    ]
+    results["pass_at_k"] = {k: pass_at_k(right.sum(1).tolist(), n, k) for k in powers}
+    results["majority_at_k"] = {
+        k: sum(majority_at_k(texts, marks, k) for texts, marks in answers) / len(answers)
+        for k in powers
+    }
+    return results
+
+
+def _wins(shared: _Shared, measured: Measured) -> Results:
+    """How often a model's completion beats the base's, plainly and at equal lengths."""
+    verdicts = wins(measured, shared.base, shared.judge)
     if verdicts is None:
         return {}
+
     probability, valid = verdicts
-    found = win_rate(probability, valid)
-    lengths = measured.lengths[valid], base.lengths[valid]
-    controlled = length_controlled_win_rate(probability[valid], *lengths) if valid.any() else None
+    plain = win_rate(probability, valid)
+    controlled = None
+    if valid.any():
+        controlled = length_controlled_win_rate(
+            probability[valid], measured.lengths[valid], shared.base.lengths[valid]
+        )
     return {
-        "win_rate": {**asdict(found.rate), "invalid": found.invalid},
+        "win_rate": {**asdict(plain.rate), "invalid": plain.invalid},
         "length_controlled_win_rate": controlled,
     }
 
 
-def _figures(request: Request, measured: "Measured") -> Found:
-    """Summary, sampling errors, pass@k and majority@k."""
-    from alignkit.metrics.completions import majority_at_k, pass_at_k
-
-    found: Found = {
-        "figures": {name: asdict(interval) for name, interval in measured.summary().items()},
-        "standard_errors": measured.standard_errors(),
-    }
-    if measured.score is not None and request.correct is not None:
-        right = measured.score >= request.correct
-        n = measured.score.shape[1]
-        ks = [2**i for i in range(n.bit_length()) if 2**i <= n]
-        votes = [
-            ([text.strip() for text in row], marks.tolist())
-            for row, marks in zip(measured.texts, right)
-        ]
-        found["pass_at_k"] = {k: pass_at_k(right.sum(1).tolist(), n, k) for k in ks}
-        found["majority_at_k"] = {
-            k: sum(majority_at_k(*vote, k) for vote in votes) / len(votes) for k in ks
-        }
-    return found
-
-
-def _listed(request: Request, task: "Task | None", yardstick: "Yardstick") -> "Listed | None":
-    """Exact figures, where the reference is a task's model, the score its own reward, and its
-    outcomes can be listed.
-    """
-    from alignkit.evaluation.exact import Listed, listed_reviews
-
-    assert request.reference is not None
-    if (
-        task is None
-        or yardstick.reward != task.reward
-        or find_finished(request.reference) != task.model_folder
-    ):
-        return None
-    world = listed_reviews(task.name)
-    return Listed(world, task.model_folder) if world else None
-
-
-def _exact(listed: "Listed | None", pair: "PolicyPair") -> Found:
-    from alignkit.metrics.frontier import efficiency
-
+def _exact(listed: Listed | None, pair: PolicyPair) -> Results:
+    """Exact means over the prompts, and which share of the possible gain they reach."""
     if listed is None:
         return {}
-    found = {key: float(values.mean()) for key, values in asdict(listed.figures(pair)).items()}
-    return {
-        "exact": found
-        | {"efficiency": float(efficiency(found["kl"], found["score"], listed.optimal))}
-    }
+    per_prompt = asdict(listed.figures(pair))
+    means: Results = {name: float(values.mean()) for name, values in per_prompt.items()}
+    means["efficiency"] = float(efficiency(means["kl"], means["score"], listed.optimal))
+    return {"exact": means}
 
 
-def _preferences(request: Request, name: str, task: "Task | None", pair: "PolicyPair") -> Found:
+def _preferences(shared: _Shared, name: str, pair: PolicyPair) -> Results:
     """Accuracy on held-out pairs, and calibration where the run's objective has an implicit reward."""
-    from alignkit.evaluation.measure import preference_margins
-    from alignkit.metrics.completions import preference_calibration
-
+    request = shared.request
     recipe = request.recipes.get(name)
-    objective = (
-        build_objective(recipe.objective, recipe.origin, safe=request.safe) if recipe else None
+    objective = None
+    if recipe is not None:
+        objective = build_objective(recipe.objective, recipe.origin, safe=request.safe)
+
+    source = _held_out_pairs(
+        shared, recipe, objective is not None and objective.plan.data == "pair"
     )
-    learns_pairs = objective is not None and objective.plan.data == "pair"
-    source: Any = request.pairs or (recipe.data.eval if recipe and learns_pairs else None)
-    if (source is None and task and learns_pairs) or (source or "").startswith("task:"):
-        source = task.rows("pair", "eval") if task else None
     if source is None:
         return {}
+
     data = data_of(recipe, given=request.pairs is not None)
     own = preference_margins(pair, source, data, objective=objective) if objective else None
     margins = own if own is not None else preference_margins(pair, source, data)
     assert margins is not None
     calibration = preference_calibration(margins)
-    found: Found = {"pairs": len(margins), "accuracy": calibration.accuracy}
+    results: Results = {"pairs": len(margins), "accuracy": calibration.accuracy}
     if own is not None:
-        bins = {
-            key: getattr(calibration, key).tolist()
-            for key in ("confidences", "accuracies", "counts")
+        results["calibration_error"] = calibration.error
+        results["bins"] = {
+            "confidences": calibration.confidences.tolist(),
+            "accuracies": calibration.accuracies.tolist(),
+            "counts": calibration.counts.tolist(),
         }
-        found |= {"calibration_error": calibration.error, "bins": bins}
-    return {"preferences": found}
+    return {"preferences": results}
 
 
-def _forgetting(request: Request, yardstick: "Yardstick", pair: "PolicyPair") -> Found:
-    from alignkit.data.load import load_prompts
-    from alignkit.evaluation.measure import Yardstick, perplexity
+def _held_out_pairs(shared: _Shared, recipe: Recipe | None, learns_pairs: bool) -> Source | None:
+    """The request's pairs, else, of a run that learned from pairs, its held-out rows or its task's."""
+    task = shared.task
+    source: str | None = shared.request.pairs
+    if source is None and recipe is not None and learns_pairs:
+        source = recipe.data.eval
 
-    found: Found = {}
-    data = data_of(next(iter(request.recipes.values()), None), given=True)
+    if (source is None and learns_pairs) or (source or "").startswith("task:"):
+        return task.rows("pair", "eval") if task else None
+    return source
+
+
+def _forgetting(shared: _Shared, pair: PolicyPair) -> Results:
+    """What training changed that it had nothing to do with: KL on other prompts, perplexity."""
+    request = shared.request
+    data = data_of(_first_recipe(request), given=True)
+    results: Results = {}
     if request.unrelated is not None:
         prompts, _ = load_prompts(data, pair.tokenizer, source=request.unrelated)
-        other = Yardstick(
-            prompts, yardstick.samples, yardstick.max_new_tokens, yardstick.seed
-        ).measure(pair, "unrelated")
-        found["kl_unrelated"] = asdict(other.summary()["kl"])
+        same = shared.yardstick
+        other = Yardstick(prompts, same.samples, same.max_new_tokens, same.seed)
+        results["kl_unrelated"] = asdict(other.measure(pair, "unrelated").summary()["kl"])
     if request.text is not None:
-        found["perplexity"] = asdict(perplexity(pair, request.text, data))
-    return found
+        results["perplexity"] = asdict(perplexity(pair, request.text, data))
+    return results
 
 
-def _baselines(base: "Measured", listed: "Listed | None") -> list[Found]:
+def _baselines(base: Measured, listed: Listed | None) -> list[Results]:
     """Best of n without training: exact where outcomes can be listed, else estimated from the
     base's samples.
     """
-    from alignkit.metrics.baselines import best_of_n, folklore_kl
-
     if base.score is None or math.isnan(base.score.sum()):
         return []
+
     rows = []
     for n in [n for n in BEST_OF if n <= base.score.shape[1]]:
-        found = listed.best_of_n(n) if listed else best_of_n(base.score, base.reference_logp, n)
+        best = listed.best_of_n(n) if listed else best_of_n(base.score, base.reference_logp, n)
         rows.append(
             {
                 "n": n,
-                "score": float(found.score.mean()),
-                "kl": float(found.kl.mean()),
+                "score": float(best.score.mean()),
+                "kl": float(best.kl.mean()),
                 "kl_bound": folklore_kl(n),
             }
         )
     return rows
 
 
-def _verdicts(measured: dict[str, "Measured"]) -> list[str]:
-    from alignkit.metrics.comparisons import compare_means
-
-    scores = {name: m.per_prompt()["score"] for name, m in measured.items() if m.score is not None}
+def _verdicts(measured: Mapping[str, Measured]) -> list[str]:
+    """One sentence for each two models: whether one scores higher."""
+    scores = {
+        name: model.per_prompt()["score"]
+        for name, model in measured.items()
+        if model.score is not None
+    }
     return [comparison.verdict for comparison in compare_means(scores)]
 
 
-def _finite(found: Any) -> Any:
-    """The same with null for nan, which JSON does not have."""
-    if isinstance(found, dict):
-        return {key: _finite(value) for key, value in found.items()}
-    if isinstance(found, list):
-        return [_finite(value) for value in found]
-    return None if isinstance(found, float) and not math.isfinite(found) else found
-
-
-def evaluate_to_file(request: Request, file: Path) -> None:
-    """Print the table of `evaluate` and write its figures to `file`."""
-    from rich.console import Console
-
-    from alignkit.evaluation.table import show
-
-    found = evaluate(request)
-    console = Console()
-    show(
-        found,
-        console if console.is_terminal else Console(width=40 + 28 * (1 + len(request.models))),
-    )
-    file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+def _without_nan(value: Any) -> Any:
+    """The same with null for nan and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,12 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from alignkit.batches import Bundle, Draw, PairBatch, Plan, TokenLogps
+from alignkit.batches import Bundle, Draw, PairBatch, Plan
 from alignkit.config.data import DataConfig
 from alignkit.data.load import load_bundles
 from alignkit.data.prompts import Prompt
@@ -45,9 +46,9 @@ def _forward(policy: Tensor, anchor: Tensor | None, labels: Tensor) -> Tensor:
     return exact(policy, anchor, "forward")
 
 
-REVERSE, FORWARD = (
-    Plan("rollout", statistics={"kl": statistic}) for statistic in (_reverse, _forward)
-)
+# What is computed of each token: its log-probs, and with two of these plans an exact KL.
+REVERSE = Plan("rollout", statistics={"kl": _reverse})
+FORWARD = Plan("rollout", statistics={"kl": _forward})
 LIVE = Plan("sequence")
 
 
@@ -60,19 +61,30 @@ def evaluation_pair(model: str | Path, reference: str | Path | OneModel) -> Poli
     """
     policy = load_finished(str(model))
     anchor = reference if isinstance(reference, OneModel) else load_finished(str(reference))
-    sizes = [causal_lm(m.network).config.get_text_config().vocab_size for m in (policy, anchor)]
-    if not same_vocabulary(policy.tokenizer, anchor.tokenizer) or sizes[0] != sizes[1]:
+    policy_config = _text_config(policy)
+    same_size = policy_config.vocab_size == _text_config(anchor).vocab_size
+    if not same_vocabulary(policy.tokenizer, anchor.tokenizer) or not same_size:
+        name = "" if isinstance(reference, OneModel) else f" {reference}"
         raise ModelError(
-            f"{model} and its reference{'' if isinstance(reference, OneModel) else f' {reference}'} have different tokenizers "
-            f"({len(policy.tokenizer)} and {len(anchor.tokenizer)} tokens): log-probs of different tokens cannot be compared"
+            f"{model} and its reference{name} have different tokenizers "
+            f"({len(policy.tokenizer)} and {len(anchor.tokenizer)} tokens): "
+            "log-probs of different tokens cannot be compared"
         )
+
+    # As in a run, one row longer than the sliding window decides which layout is right.
     base = PolicyModule(policy.network).eval()
-    text = causal_lm(policy.network).config.get_text_config()
-    window = max((w for w in base.windows.values() if w), default=None)
-    probe = probe_bundle(text.vocab_size, window, getattr(text, "max_position_embeddings", None))
+    window = max((size for size in base.windows.values() if size), default=None)
+    context = getattr(policy_config, "max_position_embeddings", None)
+    probe = probe_bundle(policy_config.vocab_size, window, context)
     layout, note = choose_layout(base, "auto", probe)
+
     anchors = {"reference": Anchor("frozen", frozen(PolicyModule(anchor.network)))}
     return PolicyPair(base, policy.tokenizer, anchors, layout=layout, notes=[note] if note else [])
+
+
+def _text_config(model: OneModel) -> Any:
+    network: Any = causal_lm(model.network)
+    return network.config.get_text_config()
 
 
 @dataclass(frozen=True)
@@ -100,35 +112,37 @@ class Yardstick:
     def _measured(
         self, pair: PolicyPair, name: str, source: str, base: Measured | None
     ) -> Measured:
+        prompts = [prompt.ids for prompt in self.prompts]
+        shape = (len(prompts), self.samples)
         sampler = HFSampler(pair, max_new_tokens=self.max_new_tokens, seed=self.seed)
-        ids = [prompt.ids for prompt in self.prompts]
-        drawn = sampler.sample(ids, Draw(self.samples, source), step=0, prompt_ids=range(len(ids)))
-        tokens = [[sample.ids for sample in samples] for samples in drawn]
-        found = scored(
-            pair,
-            [_bundle(p, t) for p, t in zip(ids, tokens)],
-            REVERSE if source == "policy" else LIVE,
+        drawn = sampler.sample(
+            prompts, Draw(self.samples, source), step=0, prompt_ids=range(len(prompts))
         )
-        shape = (len(ids), self.samples)
-        figures = {key: np.array(values).reshape(shape) for key, values in found.items()}
+        tokens = [[sample.ids for sample in samples] for samples in drawn]
+
+        bundles = [_bundle(prompt, ids) for prompt, ids in zip(prompts, tokens)]
+        sums = scored(pair, bundles, REVERSE if source == "policy" else LIVE)
+        arrays = {name: np.array(values).reshape(shape) for name, values in sums.items()}
         if source == "reference":
-            figures |= {"logp": figures["reference_logp"], "kl": np.zeros(shape)}
-        if base is not None:
-            along = scored(
-                pair,
-                [_bundle(p, [torch.tensor(t) for t in ts]) for p, ts in zip(ids, base.tokens)],
-                FORWARD,
-            )
-            figures["forward_kl"] = np.array(along["kl"]).reshape(shape)
+            arrays |= {"logp": arrays["reference_logp"], "kl": np.zeros(shape)}
+
+        if base is not None:  # the forward KL, along the reference's own samples
+            bundles = [
+                _bundle(prompt, [torch.tensor(ids) for ids in completions])
+                for prompt, completions in zip(prompts, base.tokens)
+            ]
+            forward_kl = scored(pair, bundles, FORWARD)["kl"]
+            arrays["forward_kl"] = np.array(forward_kl).reshape(shape)
+
         texts = decode_all(pair.tokenizer, tokens)
         return Measured(
             name=name,
             prompts=[prompt.text for prompt in self.prompts],
             texts=texts,
-            tokens=[[t.tolist() for t in row] for row in tokens],
+            tokens=[[ids.tolist() for ids in row] for row in tokens],
             ended=np.array([[sample.ended for sample in samples] for samples in drawn]),
             score=self.scores(texts, tokens),
-            **figures,
+            **arrays,
         )
 
     def scores(self, texts: list[list[str]], tokens: list[list[Tensor]]) -> np.ndarray | None:
@@ -150,22 +164,20 @@ def scored(pair: PolicyPair, bundles: Sequence[Bundle], plan: Plan) -> dict[str,
     """Sums over each completion, in the bundles' order: "logp", "reference_logp", "entropy", and
     the plan's statistics.
     """
-    names = {
-        "logp": "policy",
-        "reference_logp": "reference",
-        "entropy": "entropy",
-        **{s: s for s in plan.statistics},
-    }
+    # name of the sum -> name of the values of each token
+    names = {"logp": "policy", "reference_logp": "reference", "entropy": "entropy"}
+    names |= {statistic: statistic for statistic in plan.statistics}
+
     rows: list[dict[str, list[float]]] = [{} for _ in bundles]
     for group in pair.micro_batches(bundles, SCORING_BUDGET):
-        logps: TokenLogps = pair.logps([bundles[i] for i in group], plan)
-        sums = {key: iter(logps.sequence(name).double().tolist()) for key, name in names.items()}
+        logps = pair.logps([bundles[i] for i in group], plan)
+        sums = {name: iter(logps.sequence(of).double().tolist()) for name, of in names.items()}
         for index in group:
+            completions = range(len(bundles[index].completions))
             rows[index] = {
-                key: [next(values) for _ in bundles[index].completions]
-                for key, values in sums.items()
+                name: [next(values) for _ in completions] for name, values in sums.items()
             }
-    return {key: [value for row in rows for value in row[key]] for key in names}
+    return {name: [value for row in rows for value in row[name]] for name in names}
 
 
 @dataclass(frozen=True)
@@ -182,10 +194,13 @@ def perplexity(pair: PolicyPair, source: Source, data: DataConfig | None = None)
     above reference.
     """
     bundles, _ = load_bundles(data or DataConfig(), "sequence", pair.tokenizer, source=source)
-    found = scored(pair, bundles, LIVE)
+    sums = scored(pair, bundles, LIVE)
     tokens = sum(bundle.n_trained for bundle in bundles)
-    policy, reference = (math.exp(-sum(found[key]) / tokens) for key in ("logp", "reference_logp"))
-    return Perplexity(policy, reference, tokens)
+    return Perplexity(
+        policy=math.exp(-sum(sums["logp"]) / tokens),
+        reference=math.exp(-sum(sums["reference_logp"]) / tokens),
+        tokens=tokens,
+    )
 
 
 @torch.no_grad()
@@ -203,21 +218,23 @@ def preference_margins(
     in log-odds: what `metrics.preference_calibration` takes; None for an objective that does not
     learn from pairs, has no such reward, or compares with what its run alone had.
     """
-    if objective is not None and (
-        objective.plan.data != "pair" or set(objective.plan.anchors) - pair.anchors.keys()
-    ):
-        return None
+    if objective is not None:
+        unknown_anchors = set(objective.plan.anchors) - pair.anchors.keys()
+        if objective.plan.data != "pair" or unknown_anchors:
+            return None
+
     bundles, _ = load_bundles(data or DataConfig(), "pair", pair.tokenizer, source=source)
     if objective is None:
-        found = scored(pair, bundles, LIVE)
-        ratio = (np.array(found["logp"]) - np.array(found["reference_logp"])).reshape(-1, 2)
-        return ratio[:, 0] - ratio[:, 1]
+        sums = scored(pair, bundles, LIVE)
+        log_ratios = np.array(sums["logp"]) - np.array(sums["reference_logp"])
+        chosen, rejected = log_ratios.reshape(-1, 2).T
+        return chosen - rejected
+
     margins = np.empty(len(bundles))
     for group in pair.micro_batches(bundles, SCORING_BUDGET):
         rows = [bundles[i] for i in group]
-        values = objective.loss(
-            PairBatch.build(rows, pair.logps(rows, objective.plan))
-        ).metrics.get("rewards/margins")
+        batch = PairBatch.build(rows, pair.logps(rows, objective.plan))
+        values = objective.loss(batch).metrics.get("rewards/margins")
         if values is None:
             return None
         margins[group] = values.cpu()
@@ -225,6 +242,5 @@ def preference_margins(
 
 
 def _bundle(prompt: Tensor, completions: Sequence[Tensor]) -> Bundle:
-    return Bundle(
-        prompt, list(completions), [torch.ones(len(ids), dtype=torch.bool) for ids in completions]
-    )
+    masks = [torch.ones(len(ids), dtype=torch.bool) for ids in completions]
+    return Bundle(prompt, list(completions), masks)

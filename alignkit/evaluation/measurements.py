@@ -1,13 +1,18 @@
-"""What was measured of one model, sample by sample, and its summary. Pure."""
+"""What was measured of one model, sample by sample, and its summary: pure functions of arrays."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from alignkit.metrics.completions import distinct_n, score_wins
 from alignkit.metrics.intervals import Array, Interval, known_mean, mean_interval, standard_error
+
+BoolArray = NDArray[np.bool_]
+
+ARRAYS = ("ended", "score", "kl", "logp", "reference_logp", "entropy", "forward_kl")
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,8 @@ class Measured:
     def __post_init__(self) -> None:
         for name in ARRAYS:
             value = getattr(self, name)
-            object.__setattr__(
-                self, name, None if value is None else np.asarray(value, dtype=float)
-            )
+            if value is not None:
+                object.__setattr__(self, name, np.asarray(value, dtype=float))
 
     @property
     def log_ratio(self) -> Array:
@@ -56,7 +60,7 @@ class Measured:
     def per_prompt(self) -> dict[str, Array]:
         """Every figure as means per prompt [P]: what the bootstrap works on."""
         lengths = self.lengths
-        found = {
+        per_completion = {
             "score": self.score,
             "kl": self.kl,
             "kl_k1": self.log_ratio,
@@ -65,7 +69,12 @@ class Measured:
             "length": lengths,
             "ended": self.ended,
         }
-        means = {name: known_mean(values) for name, values in found.items() if values is not None}
+        means = {
+            name: known_mean(values)
+            for name, values in per_completion.items()
+            if values is not None
+        }
+        # Not a mean over completions: every token counts alike.
         means["kl_per_token"] = self.kl.sum(1) / lengths.sum(1)
         return means | {f"distinct_{n}": values for n, values in self.distinct.items()}
 
@@ -80,38 +89,34 @@ class Measured:
 
     def standard_errors(self) -> dict[str, float]:
         """Sampling error of the means on these very prompts: `score`, `kl`, `kl_k1`, `forward_kl`."""
-        found = {
+        sampled = {
             "score": self.score,
             "kl": self.kl,
             "kl_k1": self.log_ratio,
             "forward_kl": self.forward_kl,
         }
         return {
-            name: standard_error(values) for name, values in found.items() if values is not None
+            name: standard_error(values) for name, values in sampled.items() if values is not None
         }
 
     def dump(self) -> dict[str, Any]:
         """As JSON; `Measured.load` reads it back."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            name: _plain(value) if name in ARRAYS and value is not None else value
-            for name, value in found.items()
-        }
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ARRAYS:
+            if values[name] is not None:
+                values[name] = _rows_of(values[name])
+        return values
 
     @classmethod
-    def load(cls, found: Mapping[str, Any]) -> "Measured":
+    def load(cls, values: Mapping[str, Any]) -> "Measured":
         """From what `dump` gave."""
-        return cls(
-            **{
-                name: _array(value) if name in ARRAYS and value is not None else value
-                for name, value in found.items()
-            }
-        )
+        arrays = {name: _array(values[name]) for name in ARRAYS if values.get(name) is not None}
+        return cls(**{**values, **arrays})
 
 
 def wins(
     first: Measured, second: Measured, judge: Callable[..., Any] | None = None
-) -> tuple[Array, Array] | None:
+) -> tuple[Array, BoolArray] | None:
     """P(the first's completion beats the second's under the same noise) and whether that verdict is
     valid: [P, K] each.
 
@@ -120,25 +125,22 @@ def wins(
     """
     if judge is not None:
         prompts = [prompt for prompt, row in zip(first.prompts, first.texts) for _ in row]
-        verdict = judge(
-            prompts,
-            *([text for row in measured.texts for text in row] for measured in (first, second)),
-        )
+        verdict = judge(prompts, _flat(first.texts), _flat(second.texts))
         shape = first.kl.shape
         return verdict.probability.numpy().reshape(shape), verdict.valid.numpy().reshape(shape)
+
     if first.score is None or second.score is None:
         return None
     return score_wins(first.score, second.score)
 
 
-ARRAYS = ("ended", "score", "kl", "logp", "reference_logp", "entropy", "forward_kl")
+def _flat(texts: list[list[str]]) -> list[str]:
+    return [text for row in texts for text in row]
 
 
-def _plain(values: Array) -> list[list[float | None]]:
+def _rows_of(values: Array) -> list[list[float | None]]:
     return [[None if np.isnan(value) else float(value) for value in row] for row in values]
 
 
 def _array(rows: list[list[float | None]]) -> Array:
-    return np.array(
-        [[np.nan if value is None else value for value in row] for row in rows], dtype=float
-    )
+    return np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float)

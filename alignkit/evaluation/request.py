@@ -3,18 +3,14 @@ torch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from alignkit.config.data import DataConfig
 from alignkit.config.recipe import REFERENCES, Recipe, load_recipe
 from alignkit.errors import ConfigError
 from alignkit.runs.trained_model import find_finished
-from alignkit.tasks import DEFAULT_TASK, resolve
-
-if TYPE_CHECKING:
-    from alignkit.tasks import Task
+from alignkit.tasks import DEFAULT_TASK, Task, resolve
 
 
 @dataclass(frozen=True)
@@ -39,34 +35,35 @@ class Request:
 
 def checked(request: Request) -> Request:
     """The request with the recipes of its runs and its reference; what can be refused without torch
-    is refused here.
+    is refused here. Checking a request again changes nothing.
 
     ModelError for a folder that is not there or a run that has not finished, ConfigError where
     nothing says what to measure against.
     """
-    for name in dict.fromkeys(
-        n for n in (*request.models, request.reference) if n and not n.startswith("task:")
-    ):
-        find_finished(name)
+    for name in (*request.models, request.reference):
+        if name and not name.startswith("task:"):
+            find_finished(name)  # raises where there is none
+
     files = {name: Path(name).expanduser() / "recipe.yaml" for name in request.models}
     recipes = {name: load_recipe(file) for name, file in files.items() if file.is_file()}
     reference = request.reference or _start(request.models, recipes)
-    return Request(**{**vars(request), "recipes": recipes, "reference": reference})
+    return replace(request, recipes=recipes, reference=reference)
 
 
 def _start(models: Sequence[str], recipes: dict[str, Recipe]) -> str:
     """What the models were trained from."""
-    starts = {name: _anchor(recipe) for name, recipe in recipes.items()} | {
-        n: n for n in models if n.startswith("task:")
-    }
+    starts = {name: _anchor(recipe) for name, recipe in recipes.items()}
+    starts |= {name: name for name in models if name.startswith("task:")}
     if not starts:
         raise ConfigError(
-            f"there is no run folder {models[0]}, so nothing says what it was trained from; give --reference MODEL"
+            f"there is no run folder {models[0]}, so nothing says what it was trained from; "
+            "give --reference MODEL"
         )
     if len(set(starts.values())) > 1:
         listed = ", ".join(f"{name} from {start}" for name, start in starts.items())
         raise ConfigError(
-            f"the models do not share one start: {listed}; say with --reference what to measure them all against"
+            f"the models do not share one start: {listed}; "
+            "say with --reference what to measure them all against"
         )
     return next(iter(starts.values()))
 
@@ -83,18 +80,20 @@ def _anchor(recipe: Recipe) -> str:
     return recipe.data.train if recipe.data.train.startswith("task:") else f"task:{DEFAULT_TASK}"
 
 
-def task_of(request: Request) -> "Task | None":
+def task_of(request: Request) -> Task | None:
     """The embedded task that the request or its recipes name, for its prompts and reward."""
     recipes = request.recipes.values()
-    named = [
+    names = [
         request.prompts,
         request.reference,
         *request.models,
-        *(r.data.eval for r in recipes),
-        *(r.data.train for r in recipes),
+        *(recipe.data.eval for recipe in recipes),
+        *(recipe.data.train for recipe in recipes),
     ]
-    name = next((name for name in named if name and name.startswith("task:")), None)
-    return resolve(name) if name else None
+    for name in names:
+        if name and name.startswith("task:"):
+            return resolve(name)
+    return None
 
 
 def data_of(recipe: Recipe | None, *, given: bool) -> DataConfig:
@@ -103,7 +102,10 @@ def data_of(recipe: Recipe | None, *, given: bool) -> DataConfig:
     """
     if recipe is None:
         return DataConfig()
-    return recipe.data.model_copy(update={"format": "auto"} | ({"columns": {}} if given else {}))
+    changes: dict[str, object] = {"format": "auto"}
+    if given:
+        changes["columns"] = {}
+    return recipe.data.model_copy(update=changes)
 
 
 def labels_of(models: Sequence[str]) -> list[str]:

@@ -6,7 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-Found = Mapping[str, Any]
+Results = Mapping[str, Any]  # of `evaluate`, or of one model in it
+
 FIGURES = {
     "score": "score",
     "kl": "KL to the reference, nats",
@@ -19,65 +20,58 @@ FIGURES = {
     "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
 }
+EXACT = {"score": "exact score", "kl": "exact KL, nats", "efficiency": "efficiency"}
+AT_K = {"pass_at_k": "pass@{}", "majority_at_k": "majority@{}"}
+
+TITLE = (
+    "{prompts} prompts, {samples} completions each, up to {max_new_tokens} tokens; "
+    "reference {reference}"
+)
+BASELINE = "best of {n} of the base: score {score:.3f} at KL {kl:.3f} (at most {kl_bound:.3f})"
 
 
-def show(found: Found, console: Console) -> None:
-    """Print the figures of `evaluate`: intervals are 95 % over prompts."""
-    models = [found["base"], *found["models"]]
-    settings = found["settings"]
-    title = "{prompts} prompts, {samples} completions each, up to {max_new_tokens} tokens; reference {reference}"
+def show(results: Results, console: Console) -> None:
+    """Print the results of `evaluate`: intervals are 95 % over prompts."""
+    models = [results["base"], *results["models"]]
     table = Table(
         "mean [95 % over prompts]",
         *(model["name"] for model in models),
-        title=title.format(**settings),
+        title=TITLE.format(**results["settings"]),
     )
     for name, words in FIGURES.items():
         _row(table, words, [_interval(model["figures"].get(name)) for model in models])
-    for name, words in {
-        "score": "exact score",
-        "kl": "exact KL, nats",
-        "efficiency": "efficiency",
-    }.items():
-        _row(table, words, [_number(model.get("exact", {}).get(name)) for model in models])
-    _row(table, "win rate over the base", [_interval(model.get("win_rate")) for model in models])
-    _row(
-        table,
-        "verdicts that are invalid",
-        [_number((model.get("win_rate") or {}).get("invalid") or None) for model in models],
-    )
-    _row(
-        table,
-        "win rate, length-controlled",
-        [_number(model.get("length_controlled_win_rate")) for model in models],
-    )
-    for name, words in {"pass_at_k": "pass@{}", "majority_at_k": "majority@{}"}.items():
+    for name, words in EXACT.items():
+        _row(table, words, [_number(_inner(model, "exact", name)) for model in models])
+    _add_wins(table, models)
+    for name, words in AT_K.items():
         for k in models[0].get(name, ()):
             _row(table, words.format(k), [_number(model[name][k]) for model in models])
-    _row(
-        table,
-        "accuracy on held-out pairs",
-        [_number(model.get("preferences", {}).get("accuracy")) for model in models],
-    )
-    _row(
-        table,
-        "its calibration error",
-        [_number(model.get("preferences", {}).get("calibration_error")) for model in models],
-    )
-    _row(
-        table,
-        "KL on unrelated prompts, nats",
-        [_interval(model.get("kl_unrelated")) for model in models],
-    )
-    _row(table, "perplexity of held-out text", _perplexities(models))
+    _add_held_out(table, models)
     console.print(table)
-    for row in found["baselines"]:
-        console.print(
-            "best of {n} of the base: score {score:.3f} at KL {kl:.3f} (at most {kl_bound:.3f})".format(
-                **row
-            )
-        )
-    for verdict in found["verdicts"]:
+
+    for baseline in results["baselines"]:
+        console.print(BASELINE.format(**baseline))
+    for verdict in results["verdicts"]:
         console.print(f"score: {verdict}", highlight=False, markup=False)
+
+
+def _add_wins(table: Table, models: Sequence[Results]) -> None:
+    # Invalid verdicts get a row only where there are some.
+    invalid = [_inner(model, "win_rate", "invalid") or None for model in models]
+    controlled = [model.get("length_controlled_win_rate") for model in models]
+    _row(table, "win rate over the base", [_interval(model.get("win_rate")) for model in models])
+    _row(table, "verdicts that are invalid", [_number(value) for value in invalid])
+    _row(table, "win rate, length-controlled", [_number(value) for value in controlled])
+
+
+def _add_held_out(table: Table, models: Sequence[Results]) -> None:
+    accuracies = [_inner(model, "preferences", "accuracy") for model in models]
+    errors = [_inner(model, "preferences", "calibration_error") for model in models]
+    unrelated = [model.get("kl_unrelated") for model in models]
+    _row(table, "accuracy on held-out pairs", [_number(value) for value in accuracies])
+    _row(table, "its calibration error", [_number(value) for value in errors])
+    _row(table, "KL on unrelated prompts, nats", [_interval(interval) for interval in unrelated])
+    _row(table, "perplexity of held-out text", _perplexities(models))
 
 
 def _row(table: Table, words: str, cells: Sequence[str]) -> None:
@@ -86,22 +80,29 @@ def _row(table: Table, words: str, cells: Sequence[str]) -> None:
         table.add_row(words, *cells)
 
 
-def _interval(found: Found | None) -> str:
-    if found is None:
+def _inner(model: Results, section: str, name: str) -> float | None:
+    """A number of a section that not every model has."""
+    return (model.get(section) or {}).get(name)
+
+
+def _interval(interval: Results | None) -> str:
+    if interval is None:
         return ""
-    if found["low"] is None:
-        return _number(found["value"])
-    return f"{_number(found['value'])} [{_number(found['low'])}, {_number(found['high'])}]"
+    if interval["low"] is None:
+        return _number(interval["value"])
+    low = _number(interval["low"])
+    high = _number(interval["high"])
+    return f"{_number(interval['value'])} [{low}, {high}]"
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _perplexities(models: Sequence[Found]) -> list[str]:
+def _perplexities(models: Sequence[Results]) -> list[str]:
     """The base's is measured with every model."""
-    known = [model["perplexity"] for model in models if "perplexity" in model]
-    return [
-        _number(known[0]["reference"]) if known else "",
-        *(_number(m.get("perplexity", {}).get("policy")) for m in models[1:]),
-    ]
+    base = next(
+        (model["perplexity"]["reference"] for model in models if "perplexity" in model), None
+    )
+    trained = [_inner(model, "perplexity", "policy") for model in models[1:]]
+    return [_number(value) for value in (base, *trained)]

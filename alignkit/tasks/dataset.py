@@ -106,6 +106,7 @@ def _pairs(samples: _Samples, n: int) -> list[Row]:
         first_wins = samples.generator.random() < 1 / (1 + math.exp(scores[1] - scores[0]))
         chosen = 0 if first_wins else 1
         rejected = 1 - chosen
+
         rows.append(
             {
                 "prompt": prompt,

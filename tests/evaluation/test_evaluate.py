@@ -10,7 +10,8 @@ from world import pair_rows, run, save_model, write_rows
 
 from alignkit.config.recipe import load_recipe
 from alignkit.errors import ConfigError, DataError, ModelError
-from alignkit.evaluation.evaluate import Request, evaluate
+from alignkit.evaluation.evaluate import evaluate
+from alignkit.evaluation.request import Request
 from alignkit.runs.launch import run_recipe
 
 
