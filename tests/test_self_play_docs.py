@@ -1,5 +1,5 @@
-"""The code in docs/self_play.md runs as it stands, its recipes' judges are accepted, and its table
-names shipped recipes.
+"""The code in docs/self_play.md and docs/judges.md runs as it stands, the judges of their recipes are
+accepted, and the table of objectives names shipped recipes.
 """
 
 import re
@@ -13,7 +13,8 @@ import yaml
 from alignkit.config import build_objective, load_recipe
 from alignkit.judges import JudgeConfig
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "self_play.md").read_text()
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE = "".join((DOCS / name).read_text() for name in ("self_play.md", "judges.md"))
 
 
 def blocks(language):
@@ -36,8 +37,9 @@ def test_every_judge_of_the_page_is_one():
         JudgeConfig.model_validate(yaml.safe_load(line)["judge"]) for line in block.splitlines()
     ]
     assert [
-        len(kind.model_fields_set & {"function", "rewards", "chat", "trl"}) for kind in kinds
-    ] == [1] * 4
+        len(kind.model_fields_set & {"function", "rewards", "chat", "trl", "model"})
+        for kind in kinds
+    ] == [1] * 5
 
 
 def test_the_table_tells_how_often_the_judge_is_asked():
