@@ -89,23 +89,40 @@ def _moved_links(text: str) -> str:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Fill in the API, and lead links to the repository's root to their place in the site."""
-    markdown = MARKER.sub(_documentation, markdown)
+    level = 3 if re.search(r"^## ", markdown, re.MULTILINE) else 2
+    markdown = MARKER.sub(lambda match: _documentation(*match.groups(), level), markdown)
     for source, target in BORROWED.items():
         markdown = markdown.replace(f"](../{source}", f"]({target}")
     return markdown.replace("](../examples/", "](examples/")
 
 
-def _documentation(match: re.Match[str]) -> str:
+def _documentation(module: str, folder: str | None, level: int) -> str:
     """A block per public name of a module; with a folder's name, the objectives of that folder."""
-    module, folder = match.groups()
     blocks = []
-    for path, _ in public_objects(module):
+    for path, value in public_objects(module):
         is_objective = path.startswith("alignkit.objectives.") and module == "alignkit"
         if is_objective != bool(folder) or (folder and f".objectives.{folder}." not in path):
             continue
         shown.add(path)
-        blocks.append(f"::: {path}")
+        options = f"heading_level: {level}"
+        if is_objective:
+            options += ", members: false"
+        blocks.append(f"::: {path}\n    options: {{{options}}}")
+        if is_objective:
+            blocks.append(f"`{value.equation}`")
+            blocks.append(_fields(value))
     return "\n\n".join(blocks)
+
+
+def _fields(objective: Any) -> str:
+    """The hyper-parameters of an objective's class, as a table."""
+    lines = ["| field | default | meaning |", "|---|---|---|"]
+    for name, field in objective.model_fields.items():
+        meaning = (field.description or "").replace("|", "\\|")
+        lines.append(
+            f"| `{name}` | `{field.get_default(call_default_factory=True)!r}` | {meaning} |"
+        )
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def on_post_build(config: Any) -> None:
