@@ -38,7 +38,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 docs: $(STAMP)  ## the documentation as a web site in site/; a broken link or an undocumented public name fails
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)  ## speed and memory beside TRL, as Markdown tables
 	@set -e; for script in tests/benchmarks/bench_*.py; do echo "# $$script"; $(BIN)/python $$script; done

@@ -70,10 +70,12 @@ def undocumented(path: str, value: Any) -> Iterator[str]:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the borrowed pages, and the examples that pages link to."""
+    """Add the borrowed pages, the examples, and the code that the README links to."""
     shown.clear()
     examples = [*ROOT.glob("examples/*.py"), *ROOT.glob("examples/*.ipynb")]
-    paths = BORROWED | {f"examples/{path.name}": f"examples/{path.name}" for path in examples}
+    code = re.findall(r"\]\((alignkit/[\w/]+\.py)\)", (ROOT / "README.md").read_text())
+    linked = [*(f"examples/{path.name}" for path in examples), *code]
+    paths = BORROWED | {path: path for path in linked}
     for source, target in paths.items():
         text = (ROOT / source).read_text()
         page = _moved_links(text) if target.endswith(".md") else text
