@@ -1,4 +1,4 @@
-"""The README's real example in a shorter form: DPO on story sentiment makes the stories happier,
+"""The tutorial's example in a shorter form: DPO on story sentiment makes the stories happier,
 close to the base model.
 """
 
