@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo test test-faults test-trl-matrix test-vllm test-wheel lint docs bench reproduce clean
+.PHONY: install demo test test-long test-faults test-trl-matrix test-vllm test-wheel lint docs bench reproduce clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -17,7 +17,10 @@ demo: $(STAMP)  ## align a small model in a few minutes and check it against the
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## one thread per process: results repeat bit for bit; whole files, so that a file's fixtures are made once
-	$(SINGLE) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(SINGLE) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long"
+
+test-long: $(STAMP)  ## tests that train until a figure is reached, and longer comparisons with TRL
+	$(SINGLE) $(BIN)/python -m pytest -n 2 --dist load -m "long and not slow"
 
 test-faults: $(STAMP)  ## 50 runs killed at random moments, each taken up again and compared bit by bit
 	$(SINGLE) ALIGNKIT_KILLS=50 $(BIN)/python -m pytest -s tests/faults

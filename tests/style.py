@@ -16,7 +16,7 @@ LIMITS = {
     "variables with an empty name": 0,
     "files over 400 lines": 0,
     "functions over 60 lines": 0,
-    "objectives over 90 lines": 0,
+    "objectives over 90 lines of code": 0,
 }
 
 
@@ -36,9 +36,9 @@ def measure(root: Path) -> tuple[dict[str, float], list[str]]:
         if len(lines) > 400:
             counts["files over 400 lines"] += 1
             places.append(f"{name}: {len(lines)} lines")
-        if _is_objective(name) and len(lines) > 90:
-            counts["objectives over 90 lines"] += 1
-            places.append(f"{name}: {len(lines)} lines, an objective")
+        if _is_objective(name) and _lines_of_code(text) > 90:
+            counts["objectives over 90 lines of code"] += 1
+            places.append(f"{name}: {_lines_of_code(text)} lines of code, an objective")
 
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -69,6 +69,20 @@ def measure(root: Path) -> tuple[dict[str, float], list[str]]:
 
 def _is_objective(name: Path) -> bool:
     return name.parts[0] == "objectives" and len(name.parts) == 3 and name.stem != "__init__"
+
+
+def _lines_of_code(text: str) -> int:
+    """Lines without blank ones, comments and docstrings: room is never what a limit should cost."""
+    documented: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return sum(
+        bool(line.strip()) and not line.strip().startswith("#") and number not in documented
+        for number, line in enumerate(text.splitlines(), start=1)
+    )
 
 
 def _body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> list[str]:

@@ -135,6 +135,7 @@ def test_the_losses_in_a_loop_of_ones_own():
     torch.testing.assert_close(policy[0], policy[1])
 
 
+@pytest.mark.long
 def test_the_script_for_trl(tmp_path):
     """The third quick start runs as it stands, with a small model in MODEL's place."""
     (code,) = (block for block in blocks("README.md", "python") if "as_trl_trainer" in block)

@@ -108,10 +108,12 @@ def _checked(reference: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
     check_same_shape(reference=reference, rewards=rewards)
     reference = reference.double()
     rewards = rewards.double()
+
     if reference.dim() != 1 or not len(reference):
         raise ConfigError(
             f"reference has the shape {list(reference.shape)}; give one probability per outcome, [n]"
         )
+
     total = float(reference.sum())
     if not bool((reference >= 0).all()) or not abs(total - 1) <= 1e-6:
         raise ConfigError(

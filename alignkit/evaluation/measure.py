@@ -220,7 +220,7 @@ def preference_margins(
     """
     if objective is not None:
         unknown_anchors = set(objective.plan.anchors) - pair.anchors.keys()
-        if objective.plan.data != "pair" or unknown_anchors:
+        if objective.plan.data != "pair" or objective.plan.outputs or unknown_anchors:
             return None
 
     bundles, _ = load_bundles(data or DataConfig(), "pair", pair.tokenizer, source=source)

@@ -73,6 +73,7 @@ def _ties_score(ties: Mapping[str, Mapping[str, _TiesRow]]) -> float:
     for name, rows in ties.items():
         if set(rows) != {"ref", "tied"}:
             raise DataError(f"{TIES}: `{name}` needs both rows, `ref:{name}` and `tied:{name}`")
+
         ref = rows["ref"]
         tied = rows["tied"]
         smaller_gap = min(tied.gap, ref.gap)
@@ -97,6 +98,7 @@ def _checked_scores(row: Mapping[str, Any]) -> list[float]:
     missing = [key for key in ("subset", "scores", "num_correct", "id") if key not in row]
     if missing:
         raise DataError(f"row {row.get('id', '?')} has no {', '.join(missing)}")
+
     scores = [float(score) for score in row["scores"]]
     if not 1 <= int(row["num_correct"]) < len(scores):
         raise DataError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.config.recipe import Recipe, load_recipe
+from alignkit.config.train import GOALS
 
 if TYPE_CHECKING:
     from alignkit.runs.context import RunContext
@@ -44,6 +45,7 @@ AUTOS = [
     ("train", "micro_batch_tokens"),
     ("train", "dtype"),
     ("train", "metric"),
+    ("train", "metric_goal"),
 ]
 
 
@@ -73,7 +75,9 @@ def measured_autos(context: "RunContext") -> dict[str, dict[str, Any]]:
     with pair.model("policy") as model:
         attention = kernel_of(model.config)
     dtype = str(pair.parameters()[0].dtype).removeprefix("torch.")
-    samples_prompts = FAMILIES[context.plan.data].sampled
+    metric = context.recipe.train.metric
+    if metric == "auto":
+        metric = "eval_reward" if FAMILIES[context.plan.data].sampled else "eval_loss"
 
     return {
         "model": {"dtype": dtype, "attention": attention, "layout": pair.layout},
@@ -81,7 +85,8 @@ def measured_autos(context: "RunContext") -> dict[str, dict[str, Any]]:
         "train": {
             "dtype": "bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
             "micro_batch_tokens": default_budget(accelerator.device, pair.packing),
-            "metric": "eval_reward" if samples_prompts else "eval_loss",
+            "metric": metric,
+            "metric_goal": context.recipe.train.goal_of(metric),
         },
     }
 
@@ -113,6 +118,6 @@ def identity_of(recipe: Recipe) -> dict[str, Any]:
             del identity[section][field]
 
     # A field that older checkpoints do not have is left out where it changes nothing.
-    if recipe.train.metric_goal == "auto":
+    if recipe.train.metric_goal in ("auto", GOALS.get(recipe.train.metric)):
         del identity["train"]["metric_goal"]
     return identity

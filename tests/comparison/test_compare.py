@@ -164,6 +164,7 @@ def test_an_interrupted_run_goes_on_and_finished_ones_are_not_repeated(world, tr
     assert [run["status"] for run in found["runs"]] == ["finished"] * 3
 
 
+@pytest.mark.long
 def test_a_stopped_command_goes_on_in_worker_processes(world):
     """The command line with a worker, SIGTERM while a run is at work, and the same command again."""
     grid = [

@@ -20,6 +20,7 @@ SHORT += [
 ]
 
 
+@pytest.mark.long
 def test_the_example_compares_and_prints(tmp_path, capsys):
     found = runpy.run_path(str(EXAMPLE))["main"](tmp_path / "out", *SHORT)
     printed = capsys.readouterr().out

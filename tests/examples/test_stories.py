@@ -13,6 +13,7 @@ from alignkit.runs.launch import run_recipe
 pytest.importorskip("vaderSentiment", reason="the example scores with vaderSentiment")
 
 
+@pytest.mark.long
 def test_stories_become_happier(shared, tmp_path):
     path = Path(__file__).resolve().parents[2] / "examples" / "stories.py"
     spec = importlib.util.spec_from_file_location("stories", path)

@@ -65,6 +65,7 @@ def trl_run(model, rows, out, accumulation, lora):
     ], start
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("accumulation", "lora"), [(1, False), (2, False), (1, True)])
 def test_losses_and_gradient_norms_equal_trl(shared, tmp_path, accumulation, lora):
     model = shared / "stories260k"

@@ -35,6 +35,7 @@ def run(job, resume=None):
     return job.pair.state(), read_jsonl(job.run.metrics_file)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "objective", [GRPO(beta=0.01), RPG(beta=0.01), KLPPO(beta=0.01)], ids=lambda o: type(o).__name__
 )
@@ -49,6 +50,7 @@ def test_the_reward_goes_up(model, tmp_path, objective):
     assert all(r["sampling/logp_difference_max"] < 1e-4 for r in rows)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("objective", "rate"),
     [(NashMD(beta=0.01), 1e-2), (EGPO(beta=0.1), 3e-3)],

@@ -27,6 +27,7 @@ def gap_ratio(world_name: str, run: Path, beta: float) -> float:
     return float(before / after)
 
 
+@pytest.mark.long
 def test_egpo_lowers_the_exact_gap_in_seconds(small_task, tmp_path):
     run = [
         "data.train=task:cyclic_small",

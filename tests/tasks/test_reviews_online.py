@@ -21,6 +21,7 @@ BUDGET = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["kl_ppo", "rpg", "rloo"])
 def test_share_of_the_best_objective(name, small, small_task, tmp_path):
     """J = E[reward] - beta KL(policy || base) from 0 to nearly all of its range; the optimum is

@@ -84,11 +84,8 @@ class RaDPO(TDPO):
     @property
     def statistic(self) -> str:
         """The statistic's name with its settings, so that two parts of a weighted list stay apart."""
-        return (
-            f"risk_{self.risk}"
-            + ("" if self.risk == "kl" else f"_{self.level:g}")
-            + ("_repo" if self.compat else "")
-        )
+        level = "" if self.risk == "kl" else f"_{self.level:g}"
+        return f"risk_{self.risk}{level}{'_repo' if self.compat else ''}"
 
     @property
     def plan(self) -> Plan:
@@ -106,12 +103,9 @@ class RaDPO(TDPO):
 
     def backup(self, values: Tensor, reference: Tensor) -> Tensor | None:
         """The risk-averse value -beta * risk(-values / beta) under the reference (paper, eq. 6)."""
-        exact = self.version == 1 and not self.compat
-        return (
-            -self.beta * measure(-values / self.beta, reference, self.risk, self.level)
-            if exact
-            else None
-        )
+        if self.version != 1 or self.compat:
+            return None
+        return -self.beta * measure(-values / self.beta, reference, self.risk, self.level)
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:
