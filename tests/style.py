@@ -7,6 +7,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 EMPTY_NAMES = {"found", "kept", "told", "said", "figures"}  # they do not say what they hold
 LONG_BODY = 15
+# Objectives that may be longer, and why.
+LONGER = {
+    "objectives/online/rpg.py": "one paper with four divergences, two estimators, two anchors"
+}
 
 # figure -> the most that is allowed
 LIMITS = {
@@ -36,7 +40,8 @@ def measure(root: Path) -> tuple[dict[str, float], list[str]]:
         if len(lines) > 400:
             counts["files over 400 lines"] += 1
             places.append(f"{name}: {len(lines)} lines")
-        if _is_objective(name) and _lines_of_code(text) > 90:
+        limited = _is_objective(name) and str(name) not in LONGER
+        if limited and _lines_of_code(text) > 90:
             counts["objectives over 90 lines of code"] += 1
             places.append(f"{name}: {_lines_of_code(text)} lines of code, an objective")
 
