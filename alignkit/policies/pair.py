@@ -5,6 +5,7 @@ themselves. It scores completions, stores the reference's log-probs, lends a mod
 and knows what a checkpoint has to hold.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -233,8 +234,8 @@ class PolicyPair:
         return filled
 
     def rescored(self, bundles: Sequence[Bundle]) -> float:
-        """The largest difference between stored and live log-probs of a few bundles; call it before
-        the policy moves.
+        """The largest difference between stored and live log-probs of a few bundles, infinite where
+        one of them is not finite; call it before the policy moves.
         """
         worst = 0.0
         step = -(-len(bundles) // RESCORED) or 1
@@ -242,7 +243,9 @@ class PolicyPair:
             live = self._reference_tokens([bundle])[0]
             for one, other in zip(live, bundle.tokens["reference"]):
                 if len(one):
-                    worst = max(worst, float((one - other).abs().max()))
+                    difference = float((one - other).abs().max())
+                    # `max` drops a nan, with which every comparison is False.
+                    worst = max(worst, math.inf if math.isnan(difference) else difference)
         return worst
 
     def _reference_tokens(self, bundles: Sequence[Bundle]) -> list[list[Tensor]]:

@@ -80,7 +80,10 @@ def test_another_model_has_its_own_file(folders, tmp_path, scored):
     )
 
 
-def test_a_damaged_store_is_refused(folders, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "difference"), [(1.0, r"1\.0e\+00"), (float("nan"), "inf"), (float("inf"), "inf")]
+)
+def test_a_damaged_store_is_refused(folders, tmp_path, damage, difference):
     from safetensors.torch import load_file, save_file
 
     bundles = pairs(4)
@@ -88,9 +91,10 @@ def test_a_damaged_store_is_refused(folders, tmp_path):
     cached_in(tmp_path, pair, bundles, plan)
     file = next(tmp_path.glob("*.safetensors"))
     content = load_file(file)
-    save_file({**content, "logps": content["logps"] + 1}, file)
+    save_file({**content, "logps": content["logps"] + damage}, file)
     with pytest.raises(
-        ResourceError, match=r"differs from live log-probs by 1\.0e\+00; it is damaged, delete it"
+        ResourceError,
+        match=rf"differs from live log-probs by {difference}; it is damaged, delete it",
     ):
         cached_in(tmp_path, pair, bundles, plan)
 
