@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from alignkit.batches import Statistic
+from alignkit.errors import ModelError
 from alignkit.policies.head import AnchorStates, Head, head_figures
 from alignkit.policies.layout import Rows, attention_mask
 from alignkit.policies.packing import FLEX, packing_of, take_runs
@@ -20,6 +21,20 @@ def causal_lm(model: Any) -> Any:
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return model.get_base_model()
     return model
+
+
+def backbone(lm: Any) -> nn.Module:
+    """The transformer below a causal LM's head, whose forward gives hidden states. ModelError where
+    there is none to be found.
+    """
+    # Some classes name their backbone `model` and tell transformers another name (Llama 4, Mllama).
+    body = lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
+    if body is lm or not isinstance(body, nn.Module):
+        raise ModelError(
+            f"model.name_or_path: the layers of {type(lm).__name__} are neither its `base_model` nor "
+            "its `model`, where alignkit looks for them; take another model, or report its name"
+        )
+    return body
 
 
 def context_length(model: Any) -> int:
@@ -33,13 +48,21 @@ def context_length(model: Any) -> int:
 def layer_windows(config: Any) -> dict[str, int | None]:
     """Sliding window per layer type of a model's config; the single key "" for a model that takes
     one mask.
+
+    Chunked attention (Llama 4) is no sliding window, but sees as far back at most.
     """
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None)
     types = getattr(text, "layer_types", None)
     if not types:
         return {"": window}
-    return {name: window if name == "sliding_attention" else None for name in dict.fromkeys(types)}
+
+    # A chunk is no sliding window. Its size makes the probe of the layout long enough to notice.
+    limited = {
+        "sliding_attention": window,
+        "chunked_attention": getattr(text, "attention_chunk_size", None),
+    }
+    return {name: limited.get(name) for name in dict.fromkeys(types)}
 
 
 class PolicyModule(nn.Module):
@@ -82,7 +105,7 @@ class PolicyModule(nn.Module):
 
         # Position ids are given only where rows branch: models take slower paths with them.
         positions = {"position_ids": rows.position_ids} if rows.branched else {}
-        output = lm.base_model(
+        output = backbone(lm)(
             input_ids=rows.input_ids, attention_mask=mask, use_cache=False, **positions
         )
         hidden: Tensor = output.last_hidden_state.flatten(0, 1)

@@ -46,14 +46,26 @@ def probe_bundle(vocab: int, window: int | None, limit: int | None) -> Bundle:
 
 @torch.no_grad()
 def check_head(module: PolicyModule, bundle: Bundle) -> None:
-    """Compare alignkit's head with the model's own logits on one bundle; ModelError if they differ."""
+    """Compare alignkit's head with the model's own logits on one bundle; ModelError if they differ,
+    or if the model cannot be run the way that alignkit runs it.
+    """
     rows = build_rows([bundle], "padded", next(module.parameters()).device)
     lm = causal_lm(module.model)
-    logits = lm(input_ids=rows.input_ids, attention_mask=torch.ones_like(rows.input_ids)).logits
+    try:
+        logits = lm(input_ids=rows.input_ids, attention_mask=torch.ones_like(rows.input_ids)).logits
+        logps = module(rows)["policy"].float()
+    except torch.OutOfMemoryError:
+        raise
+    except REFUSALS as error:
+        raise ModelError(
+            f"model.name_or_path: {type(lm).__name__} fails on a row of {rows.input_ids.shape[1]} "
+            f"tokens: {type(error).__name__}: {first_line(error)}; alignkit trains causal language "
+            "models that read text alone"
+        ) from error
+
     logprobs = logits.flatten(0, 1)[rows.sources].float().log_softmax(-1)
     expected = logprobs.gather(-1, rows.labels[:, None])[:, 0]
-
-    difference = float((module(rows)["policy"].float() - expected).abs().max())
+    difference = float((logps - expected).abs().max())
     tolerance = HEAD_TOLERANCE if logits.dtype == torch.float32 else HALF_TOLERANCE
     if not difference <= tolerance:
         raise ModelError(

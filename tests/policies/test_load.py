@@ -6,15 +6,16 @@ import json
 
 import pytest
 import torch
-from tiny_models import random_bundles, separate_logps, tiny_model, write_model
+from tiny_models import SHAPE, VOCAB, random_bundles, separate_logps, tiny_model, write_model
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import MllamaForCausalLM, MllamaTextConfig, PreTrainedTokenizerFast
 
 from alignkit.batches import Plan
 from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig
 from alignkit.errors import ModelError
+from alignkit.policies.layout import build_rows
 from alignkit.policies.load import load_pair, load_tokenizer
-from alignkit.policies.module import PolicyModule
+from alignkit.policies.module import PolicyModule, backbone
 from alignkit.policies.probe import check_head, choose_layout, probe_bundle
 
 PAIRS = Plan("pair")
@@ -173,3 +174,48 @@ def _scaled(output):
 
 def test_padded_is_kept_when_asked_for(folder):
     assert load(folder, layout="padded").layout == "padded"
+
+
+def test_chunked_attention_gets_padded_rows(tmp_path):
+    """Llama 4 keeps its layers under another name than it tells transformers, and sees chunks."""
+    pair = load(write_model(tmp_path, "llama4"))
+    assert pair.layout == "padded"
+    bundles = random_bundles(3, count=3, completions=2, longest=20)
+    found = pair.logps(bundles, PAIRS).policy
+    torch.testing.assert_close(
+        found, separate_logps(tiny_model("llama4"), bundles), rtol=0, atol=2e-5
+    )
+
+
+def test_a_text_model_of_mllama_runs():
+    """Its layers are in `model`, while its class names `language_model`."""
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    config = MllamaTextConfig(
+        **{name: SHAPE[name] for name in names},
+        num_hidden_layers=3,
+        cross_attention_layers=[1],
+        vocab_size=VOCAB,
+        pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    torch.manual_seed(0)
+    model = MllamaForCausalLM(config).eval()
+    bundles = random_bundles(3)
+    rows = build_rows(bundles, "padded")
+    found = rows.scatter(PolicyModule(model)(rows)["policy"])
+    torch.testing.assert_close(found, separate_logps(model, bundles), rtol=0, atol=2e-5)
+
+
+def test_a_model_whose_layers_are_not_found_is_refused():
+    model = tiny_model("llama")
+    model.layers_elsewhere = model.model
+    del model.model
+    with pytest.raises(ModelError, match=r"layers of LlamaForCausalLM are neither .*`base_model`"):
+        backbone(model)
+
+
+def test_a_model_that_fails_in_the_probe_is_refused(monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(model, "forward", lambda **_: {}["pixel_values"])
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM fails on a row of .*pixel_values"):
+        check_head(PolicyModule(model), probe_bundle(61, None, 128))

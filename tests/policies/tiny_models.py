@@ -47,6 +47,16 @@ MODELS = {
         "n_head": 4,
         "attn_implementation": "eager",
     },
+    "llama4": {
+        "model_type": "llama4_text",
+        **SHAPE,
+        "attention_chunk_size": 6,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 64,
+        "no_rope_layers": [1, 1],
+        "layer_types": ["chunked_attention", "chunked_attention"],
+        "use_qk_norm": True,
+    },
     "granite": {
         "model_type": "granite",
         **{k: v for k, v in SHAPE.items() if k != "head_dim"},
