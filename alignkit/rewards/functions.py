@@ -5,6 +5,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from alignkit.errors import AlignkitError, DataError
@@ -16,8 +17,10 @@ log = logging.getLogger("alignkit")
 
 
 class FunctionReward:
-    """A user's function f(prompts, completions, **columns) -> list, sync or async, under a
-    wall-clock limit.
+    """A user's function f(prompts, completions, **columns) -> list, sync or async.
+
+    It runs in the thread that calls it, so that it may set signals, as libraries with timeouts of
+    their own do. With a `timeout` in seconds it runs in another thread, where Python allows none.
 
     It is given what it names, or everything when it takes **kwargs: prompts, completions, the
     columns, and TRL's `trainer_state` (of which there is `global_step`), `log_metric` (into
@@ -25,7 +28,12 @@ class FunctionReward:
     """
 
     def __init__(
-        self, name: str, function: Callable[..., Any], *, timeout: float = 600.0, drop: bool = False
+        self,
+        name: str,
+        function: Callable[..., Any],
+        *,
+        timeout: float | None = None,
+        drop: bool = False,
     ):
         self.name = name
         self.function = function
@@ -47,6 +55,12 @@ class FunctionReward:
         except AlignkitError:
             raise
         except Exception as error:
+            if _needs_main_thread(error):
+                raise DataError(
+                    f"reward {self.name} sets a signal (a timeout of its own), which Python allows "
+                    "in the main thread alone. Leave out the reward's `timeout`, so that it runs "
+                    "there, or write it as a `verifier`, which has a process of its own"
+                ) from error
             of_batch = error  # Python unbinds `error` at the end of the clause
 
         return within(
@@ -66,7 +80,7 @@ class FunctionReward:
             arguments = {name: value for name, value in arguments.items() if name in self.named}
 
         result = self.function(**arguments)
-        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+        return _finished(result) if inspect.isawaitable(result) else result
 
     def _row_by_row(
         self,
@@ -155,5 +169,21 @@ def plain_text(completion: Any) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
-async def _awaited(result: Any) -> Any:
-    return await result
+def _needs_main_thread(error: Exception) -> bool:
+    return isinstance(error, ValueError) and "main thread" in str(error)
+
+
+def _finished(awaitable: Any) -> Any:
+    """The result of an async function. Where this thread runs an event loop already, as in a
+    notebook, another thread waits for it.
+    """
+
+    async def awaited() -> Any:
+        return await awaitable
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(awaited())
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, awaited()).result()

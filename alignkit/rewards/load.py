@@ -120,7 +120,7 @@ def _call(
             raise ConfigError(
                 f"{field}.function: {entry.function} is a {type(function).__name__}, not a function"
             )
-        return FunctionReward(name, function, timeout=entry.timeout or 600.0, drop=drop)
+        return FunctionReward(name, function, timeout=entry.timeout, drop=drop)
 
     if entry.verifier is not None:
         if safe:

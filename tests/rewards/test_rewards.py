@@ -1,6 +1,8 @@
 """Rewards: TRL's signature, the policy for every kind of bad answer, verifiers that can be killed."""
 
+import asyncio
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -349,3 +351,42 @@ def test_models_that_are_no_reward_models(tmp_path):
         load_reward_model(str(save_reward_model(tmp_path / "two", outputs=2)))
     with pytest.raises(ModelError, match="could not be loaded"):
         load_reward_model(str(tmp_path / "absent"))
+
+
+def test_a_reward_without_a_limit_runs_where_it_may_set_signals():
+    """Libraries put timeouts of their own around each answer (`signal.alarm`)."""
+
+    def alarmed(completions, **columns):
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.alarm(2)
+        try:
+            return [float(len(c)) for c in completions]
+        finally:
+            signal.alarm(0)
+
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        assert reward_of(alarmed)(PROMPTS, COMPLETIONS) == [float(len(c)) for c in COMPLETIONS]
+        with pytest.raises(DataError, match=r"mine sets a signal .* main thread .*`verifier`"):
+            reward_of(alarmed, timeout=5.0)(PROMPTS, COMPLETIONS)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_an_async_reward_works_inside_a_running_event_loop():
+    """A notebook runs one in its main thread."""
+
+    async def counted(completions, **columns):
+        await asyncio.sleep(0)
+        return [float(len(c)) for c in completions]
+
+    async def cell():
+        return reward_of(counted)(PROMPTS, COMPLETIONS)
+
+    assert asyncio.run(cell()) == [float(len(c)) for c in COMPLETIONS]
+
+
+def test_a_weighted_sum_that_is_no_number_any_more_stops_the_run():
+    parts = [Part("mine", lambda prompts, completions, **_: [1e99] * len(completions), weight=1e9)]
+    with pytest.raises(NumericsError, match=r"reward mine returned inf for 3 of 3"):
+        Reward(parts)(PROMPTS, COMPLETIONS)
