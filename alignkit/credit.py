@@ -1,6 +1,10 @@
 """Credit assignment: from scores to advantages. Everything here runs on the global rollout and
 carries no gradient.
 
+Everything is computed in float64: rewards may be large and differ by little. Results have the widest
+dtype of the arguments. Differences that rounding explains (`ROUNDING`) count as none, so scores that
+are all the same give advantages of exactly 0.
+
 Axes: N completions, T tokens. Masks select by `where`, so what stands outside the mask (padding,
 tool output) never matters.
 """
@@ -14,6 +18,10 @@ from alignkit.errors import ConfigError, ShapeError
 from alignkit.tensors import check_same_shape, reverse_cumsum
 
 Baseline = Literal["mean", "leave_one_out", "none"]
+
+# Scores whose spread is at most this share of the largest of them count as equal. It covers what
+# float64 loses when an average or a weighted sum of rewards is taken.
+ROUNDING = 64 * torch.finfo(torch.float64).eps
 
 
 @torch.no_grad()
@@ -33,6 +41,10 @@ def gae(
     tensor([[0.5000, 0.5000]])
     """
     check_same_shape(rewards=rewards, values=values, mask=mask)
+    dtype = torch.promote_types(rewards.dtype, values.dtype)
+    rewards = rewards.double()
+    values = values.double()
+
     advantages = torch.zeros_like(values)
     next_value = next_advantage = values.new_zeros(values.shape[:-1])
     for t in reversed(range(values.shape[-1])):
@@ -42,7 +54,9 @@ def gae(
         next_advantage = torch.where(here, delta + gamma * lam * next_advantage, next_advantage)
         next_value = value
         advantages[..., t] = torch.where(here, next_advantage, 0.0)
-    return advantages, torch.where(mask, advantages + values, 0.0)
+
+    returns = torch.where(mask, advantages + values, 0.0)
+    return advantages.to(dtype), returns.to(dtype)
 
 
 @torch.no_grad()
@@ -51,14 +65,25 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float 
     x 2 -> [N, T].
 
     Give it the global batch: statistics of a micro-batch would change with the memory setting.
-    `shift_mean=False` keeps the mean (rewards). 0 outside the mask.
+    `shift_mean=False` keeps the mean (rewards). 0 outside the mask. Entries that are all equal
+    become exactly 0 (or stay what they are).
     """
     check_same_shape(values=values, mask=mask)
-    count = mask.sum().clamp(min=1)
-    mean = torch.where(mask, values, 0.0).sum() / count
-    centred = torch.where(mask, values - mean, 0.0)
-    scaled = centred * torch.rsqrt((centred**2).sum() / count + eps)
-    return scaled if shift_mean else torch.where(mask, scaled + mean, 0.0)
+    if not bool(mask.any()):
+        return torch.zeros_like(values)
+
+    # Counted from the lowest entry, sums do not round away small differences.
+    wide = values.double()
+    lowest = wide[mask].min()
+    above_lowest = torch.where(mask, wide - lowest, 0.0)
+    mean_above = above_lowest.sum() / mask.sum()
+    mean = lowest + mean_above
+    centred = torch.where(mask, above_lowest - mean_above, 0.0)
+
+    negligible = above_lowest.max() <= ROUNDING * wide[mask].abs().max()
+    centred = torch.where(negligible, 0.0, centred)
+    scaled = centred * torch.rsqrt((centred**2).sum() / mask.sum() + eps)
+    return (scaled if shift_mean else torch.where(mask, scaled + mean, 0.0)).to(values.dtype)
 
 
 def _group_sum(values: Tensor, groups: Tensor) -> Tensor:
@@ -67,14 +92,25 @@ def _group_sum(values: Tensor, groups: Tensor) -> Tensor:
     return torch.zeros_like(values).index_add(0, index, values)[index]
 
 
+def _group_range(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each element's group: [N, ...], [N] -> [N, ...] x 2."""
+    present, index = groups.unique(return_inverse=True)
+    shape = (len(present), *values.shape[1:])
+    index_of_each = index.view(-1, *[1] * (values.dim() - 1)).expand_as(values)
+
+    lowest = values.new_full(shape, torch.inf).scatter_reduce(0, index_of_each, values, "amin")
+    highest = values.new_full(shape, -torch.inf).scatter_reduce(0, index_of_each, values, "amax")
+    return lowest[index], highest[index]
+
+
 @torch.no_grad()
 def group_baseline(scores: Tensor, groups: Tensor, *, kind: Baseline = "mean") -> Tensor:
     """Baseline of each completion from its group (same prompt): [N], [N] -> [N]; or [N, T], [N] ->
     [N, T], per position.
 
     "mean": the group's mean, itself included: the gradient shrinks by (K - 1) / K, nothing else.
-    "leave_one_out": the mean of the others, unbiased (RLOO, Kool et al. 2019). "none": 0. A group
-    of one has baseline 0.
+    "leave_one_out": the mean of the others, unbiased (RLOO, Kool et al. 2019). "none": 0. A
+    completion that is alone in its group is its own baseline: there is nothing to compare it with.
     """
     if scores.shape[:1] != groups.shape:
         raise ShapeError(
@@ -86,25 +122,31 @@ def group_baseline(scores: Tensor, groups: Tensor, *, kind: Baseline = "mean") -
         )
     if kind == "none" or not len(scores):
         return torch.zeros_like(scores)
-    size = _group_sum(torch.ones_like(scores), groups)
-    total = _group_sum(scores, groups)
-    others = (total - scores) / (size - 1).clamp(min=1)
-    return torch.where(size > 1, total / size if kind == "mean" else others, 0.0)
+
+    wide = scores.double()
+    size = _group_sum(torch.ones_like(wide), groups)
+    total = _group_sum(wide, groups)
+    others = (total - wide) / (size - 1).clamp(min=1)
+    baseline = torch.where(size > 1, total / size if kind == "mean" else others, wide)
+    return baseline.to(scores.dtype)
+
+
+@torch.no_grad()
+def alone(groups: Tensor) -> Tensor:
+    """Whether a completion is the only one of its group: [N] -> [N] bool."""
+    _, index, sizes = groups.unique(return_inverse=True, return_counts=True)
+    return sizes[index] == 1
 
 
 @torch.no_grad()
 def constant_groups(scores: Tensor, groups: Tensor) -> Tensor:
-    """Whether a completion's group has two or more members, all with one score: [N], [N] -> [N]
-    bool.
+    """Whether a completion's group has no difference in its scores, because they agree or because
+    there is one alone: [N], [N] -> [N] bool; or per position, [N, T], [N] -> [N, T].
     """
-    check_same_shape(scores=scores, groups=groups)
     if not len(scores):
-        return torch.zeros_like(groups, dtype=torch.bool)
-    _, index, size = groups.unique(return_inverse=True, return_counts=True)
-    n = len(size)
-    low = scores.new_full((n,), torch.inf).scatter_reduce(0, index, scores, "amin")
-    high = scores.new_full((n,), -torch.inf).scatter_reduce(0, index, scores, "amax")
-    return ((low == high) & (size > 1))[index]
+        return torch.zeros_like(scores, dtype=torch.bool)
+    lowest, highest = _group_range(scores.double(), groups)
+    return highest - lowest <= ROUNDING * torch.maximum(lowest.abs(), highest.abs())
 
 
 @torch.no_grad()
@@ -116,20 +158,29 @@ def group_advantages(
     scale: bool = False,
     eps: float = 1e-4,
 ) -> Tensor:
-    """Score minus group baseline, exactly 0 in a group whose scores are all equal: [N], [N] -> [N].
+    """Score minus group baseline: [N], [N] -> [N]; or per position, [N, T], [N] -> [N, T]. Exactly 0
+    in a group whose scores are all equal, and for a completion that is alone in its group.
 
     `scale` divides by the group's sample standard deviation + eps (GRPO; it reweights prompts by
     difficulty and is biased).
     """
-    advantages = scores - group_baseline(scores, groups, kind=kind)
+    if not len(scores):
+        return torch.zeros_like(scores)
+
+    # Counted from the group's lowest score, sums do not round away small differences.
+    wide = scores.double()
+    above_lowest = wide - _group_range(wide, groups)[0]
+    advantages = wide
     if kind != "none":
-        advantages = torch.where(constant_groups(scores, groups), 0.0, advantages)
+        advantages = above_lowest - group_baseline(above_lowest, groups, kind=kind)
+        advantages = torch.where(constant_groups(wide, groups), 0.0, advantages)
+
     if scale:
-        centred = scores - group_baseline(scores, groups, kind="mean")
-        size = _group_sum(torch.ones_like(scores), groups)
+        centred = above_lowest - group_baseline(above_lowest, groups, kind="mean")
+        size = _group_sum(torch.ones_like(wide), groups)
         std = (_group_sum(centred**2, groups) / (size - 1).clamp(min=1)).sqrt()
         advantages = advantages / (torch.where(size > 1, std, 1.0) + eps)
-    return advantages
+    return advantages.to(scores.dtype)
 
 
 @torch.no_grad()
@@ -147,14 +198,17 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, beta: float | Te
             f"shaped_rewards: scores {list(scores.shape)} must have one entry per row of kl {list(kl.shape)}"
         )
     last = mask & (reverse_cumsum(mask.long()) == 1)
-    return torch.where(mask, -beta * kl, 0.0) + torch.where(last, scores.unsqueeze(-1), 0.0)
+    dtype = torch.promote_types(scores.dtype, kl.dtype)
+    penalties = torch.where(mask, -beta * kl.double(), 0.0)
+    return (penalties + torch.where(last, scores.double().unsqueeze(-1), 0.0)).to(dtype)
 
 
 @torch.no_grad()
 def reward_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
     """Sum of this and all later rewards, 0 outside the mask: [N, T] x 2 -> [N, T]."""
     check_same_shape(rewards=rewards, mask=mask)
-    return torch.where(mask, reverse_cumsum(torch.where(mask, rewards, 0.0)), 0.0)
+    later = reverse_cumsum(torch.where(mask, rewards.double(), 0.0))
+    return torch.where(mask, later, 0.0).to(rewards.dtype)
 
 
 @torch.no_grad()

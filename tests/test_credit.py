@@ -94,12 +94,12 @@ GROUPS = torch.tensor([7, 7, 7, 3, 9, 9])  # a group of three, a single one, a c
 
 
 def test_group_baselines_by_hand():
-    assert credit.group_baseline(SCORES, GROUPS).tolist() == [3, 3, 3, 0, 4, 4]
+    assert credit.group_baseline(SCORES, GROUPS).tolist() == [3, 3, 3, 5, 4, 4]
     assert credit.group_baseline(SCORES, GROUPS, kind="leave_one_out").tolist() == [
         4,
         3.5,
         1.5,
-        0,
+        5,
         4,
         4,
     ]
@@ -144,8 +144,62 @@ def test_constant_groups_contribute_exactly_nothing(kind, scale):
     assert (advantages[7:] != 0).all()
 
 
-def test_a_single_completion_is_no_constant_group():
-    assert not credit.constant_groups(torch.tensor([1.0]), torch.tensor([0])).any()
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("kind", ["mean", "leave_one_out"])
+def test_a_completion_alone_in_its_group_has_no_advantage(kind, scale):
+    scores = torch.tensor([57.0, 1.0, 2.0], dtype=F64)
+    groups = torch.tensor([0, 1, 1])
+    advantages = credit.group_advantages(scores, groups, kind=kind, scale=scale)
+    assert advantages[0] == 0
+    assert advantages[1] == -advantages[2] != 0
+    assert credit.constant_groups(scores, groups).tolist() == [True, False, False]
+
+
+CONSTANTS = [0.1, 3.3, 100.7, 12345.678, -1e9, 3e19, 1e99]
+
+
+@pytest.mark.parametrize("value", CONSTANTS)
+@pytest.mark.parametrize("n", [2, 3, 7, 12])
+def test_equal_rewards_are_no_difference_however_large(value, n):
+    scores = torch.full((n,), value, dtype=F64)
+    groups = torch.zeros(n, dtype=torch.long)
+    for kind in ("mean", "leave_one_out"):
+        for scale in (False, True):
+            advantages = credit.group_advantages(scores, groups, kind=kind, scale=scale)
+            assert (advantages == 0).all()
+
+    # the reward still to come on every token of completions of different lengths
+    mask = torch.arange(5) < torch.arange(n)[:, None] % 5 + 1
+    shaped = credit.shaped_rewards(scores, torch.zeros(n, 5), mask, beta=0.1)
+    assert (credit.whiten(credit.reward_to_go(shaped, mask), mask) == 0).all()
+
+
+def test_a_spread_that_rounding_explains_is_none():
+    """One weighted sum of rewards, in two orders of its parts."""
+    sums = torch.tensor([0.1 + 0.2 + 0.3, 0.3 + 0.2 + 0.1], dtype=F64)
+    assert sums[0] != sums[1]
+    groups = torch.zeros(2, dtype=torch.long)
+    assert (credit.group_advantages(sums, groups, scale=True) == 0).all()
+    assert (credit.whiten(sums[:, None], torch.ones(2, 1, dtype=torch.bool)) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("scores", "gap"),
+    [([1e9, 1e9 + 1], 1.0), ([1e13, 1e13 + 1], 1.0), ([3e19, 6e19], 3e19), ([1e99, 3e99], 2e99)],
+)
+def test_small_differences_and_large_rewards_keep_their_advantages(scores, gap):
+    scores = torch.tensor(scores, dtype=F64)
+    groups = torch.zeros(2, dtype=torch.long)
+    plain = credit.group_advantages(scores, groups).tolist()
+    assert plain == pytest.approx([-gap / 2, gap / 2], rel=1e-14)
+    left_out = credit.group_advantages(scores, groups, kind="leave_one_out").tolist()
+    assert left_out == pytest.approx([-gap, gap], rel=1e-14)
+
+    # the sample standard deviation of two values is their distance over the square root of 2
+    scaled = credit.group_advantages(scores, groups, scale=True, eps=0.0)
+    assert scaled.tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], rel=1e-12)
+    white = credit.whiten(scores[:, None], torch.ones(2, 1, dtype=torch.bool))
+    assert white[:, 0].tolist() == pytest.approx([-1, 1], rel=1e-7)
 
 
 def test_group_functions_say_what_is_wrong():

@@ -124,7 +124,8 @@ class GroupObjective(ClippedObjective):
 
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
         """One advantage per completion: its score minus the group's mean, with `scale_by_std` over
-        the standard deviation; exactly 0 in a group whose scores are all equal.
+        the standard deviation; exactly 0 in a group whose scores are all equal, or of which one
+        completion alone has a score.
         """
         advantages = group_advantages(
             rollout.scores, rollout.groups, kind="mean", scale=self.scale_by_std

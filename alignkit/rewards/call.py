@@ -2,10 +2,12 @@
 each out.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from alignkit.errors import DataError
+from alignkit.errors import DataError, NumericsError
+from alignkit.rewards.checks import LARGEST, finite_or_inf
 
 Score = float | None  # None: the reward does not apply to this completion
 RewardCall = Callable[..., Sequence[Score]]  # TRL's signature, see `alignkit.rewards.Reward`
@@ -42,7 +44,8 @@ def call_reward(
     trainer_state   handed on unless it is None; TRL's rewards read its `global_step`
 
     A column that only some of the prompts have is None for the others. Without a completion the
-    reward is not called. DataError where the scores are not one for each completion.
+    reward is not called. DataError where the scores are not one for each completion, NumericsError
+    where one is not finite.
     """
     owners = [prompt for prompt, row in zip(prompts, completions, strict=True) for _ in row]
     if not owners:
@@ -65,5 +68,18 @@ def call_reward(
             "return one for each"
         )
 
-    remaining = iter(scores)
-    return [[next(remaining) for _ in row] for row in completions]
+    values = iter(_finite(reward, scores))
+    return [[next(values) for _ in row] for row in completions]
+
+
+def _finite(reward: RewardCall, scores: Sequence[Any]) -> list[Score]:
+    """The scores as Python's floats, which are float64. NumericsError for nan and inf."""
+    values = [None if score is None else finite_or_inf(score) for score in scores]
+    for row, value in enumerate(values):
+        if value is not None and not math.isfinite(value):
+            name = getattr(reward, "__name__", type(reward).__name__)
+            raise NumericsError(
+                f"reward {name} gives {value} for row {row} of {len(values)} completions; scores "
+                f"should be finite and within {LARGEST:g}"
+            )
+    return values

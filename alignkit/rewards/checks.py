@@ -13,12 +13,16 @@ from alignkit.errors import DataError, NumericsError, ResourceError
 T = TypeVar("T")
 _SHOWN = 160  # characters of a prompt or completion quoted in an error
 
+# Rewards beyond this size count as infinite. Squares and sums of smaller ones, which credit and
+# metrics take, are finite in float64.
+LARGEST = 1e100
+
 
 def checked(
     name: str, values: Any, prompts: Sequence[Any], completions: Sequence[Any], *, drop: bool
 ) -> tuple[list[float | None], list[int]]:
     """`values` as one float or None per completion, and the rows with nan or inf, which are None
-    too.
+    too. A number beyond 1e100 in size, such as the integer 10**400, counts as infinite.
 
     Raises DataError for anything that is not a sequence of N numbers, NumericsError for nan or inf
     unless `drop`.
@@ -62,7 +66,7 @@ def _number(
     try:
         if isinstance(value, str | bytes):
             raise TypeError
-        return float(value)
+        return finite_or_inf(value)
     except (TypeError, ValueError, RuntimeError):
         raise DataError(
             f"reward {name} returned {_short(value)} ({type(value).__name__}) for row {row}; each "
@@ -70,13 +74,26 @@ def _number(
         ) from None
 
 
-def within(seconds: float, what: str, call: Callable[[], T]) -> T:
-    """The result of `call`, run in a thread of its own without gradients. ResourceError when it
-    takes longer.
+def finite_or_inf(value: Any) -> float:
+    """A reward as a float, infinite where it is beyond LARGEST; nan stays nan."""
+    try:
+        number = float(value)
+    except OverflowError:  # integers and fractions may be larger than any float
+        return math.inf if value > 0 else -math.inf
+    return math.copysign(math.inf, number) if abs(number) > LARGEST else number
+
+
+def within(seconds: float | None, what: str, call: Callable[[], T]) -> T:
+    """The result of `call`, without gradients. Under a limit it runs in a thread of its own, and
+    ResourceError says that it took longer; with None it runs in this thread for as long as it takes.
 
     A thread cannot be killed, so a function that hangs stops the run. A reward that may hang on a
     single completion is better written as a verifier.
     """
+    if seconds is None:
+        with torch.no_grad():
+            return call()
+
     box: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
     def work() -> None:

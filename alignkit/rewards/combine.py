@@ -41,7 +41,7 @@ class Reward:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[float | None]:
-        """Raises NumericsError for nan or inf, DataError for answers of the wrong shape or type and
+        """Raises NumericsError for nan or inf (also of the weighted sum), DataError for answers of the wrong shape or type and
         for exceptions, ResourceError for a hang; each names the function and the rows.
         """
         self.metrics = {}
@@ -62,7 +62,9 @@ class Reward:
                 if value is not None:
                     totals[row] = (totals[row] or 0.0) + part.weight * value
             self._describe(part, values, set_aside=len(bad_rows))
-        return [None if row in aside else total for row, total in enumerate(totals)]
+
+        sums = [None if row in aside else total for row, total in enumerate(totals)]
+        return checked(self.__name__, sums, prompts, completions, drop=False)[0]
 
     def close(self) -> None:
         """End the processes of verifiers."""

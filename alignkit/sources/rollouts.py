@@ -249,7 +249,11 @@ class RolloutSource:
         groups = [group for group, scores in enumerate(every_score) for _ in scores]
         rollout = RolloutBatch(
             everyone,
-            torch.tensor([score for scores in every_score for score in scores], device=device),
+            torch.tensor(
+                [score for scores in every_score for score in scores],
+                dtype=torch.float64,
+                device=device,
+            ),
             torch.tensor(groups, device=device),
         )
         credited, self.credit_state = self.objective.credit(rollout, self.credit_state)
@@ -265,7 +269,11 @@ class RolloutSource:
             "returns": credited.returns,
             "values": credited.values,
         }
-        return {name: value[own_rows] for name, value in channels.items() if value is not None}
+        return {
+            name: _narrowed(name, value, rollout)[own_rows]
+            for name, value in channels.items()
+            if value is not None
+        }
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Every rank's part of the current rollout, and the objective's state. The position in the
@@ -293,6 +301,25 @@ class RolloutSource:
             for name, value in tensors.items()
             if name.startswith("credit.")
         }
+
+
+def _narrowed(name: str, values: Tensor, rollout: RolloutBatch) -> Tensor:
+    """What `credit` computed in float64 [N, T], in the dtype of the log-probs. NumericsError where
+    it is not finite there, with the scores that led to it.
+    """
+    narrow = values.to(rollout.tokens.policy.dtype)
+    rows = (~narrow.isfinite()).flatten(1).any(-1).nonzero()[:, 0].tolist()
+    if not rows:
+        return narrow
+
+    group = rollout.scores[rollout.groups == rollout.groups[rows[0]]].tolist()
+    listed = ", ".join(f"{score:.6g}" for score in group[:8])
+    raise NumericsError(
+        f"the {name} of {len(rows)} of {len(narrow)} completions are not finite in "
+        f"{str(narrow.dtype).removeprefix('torch.')}; the first one's prompt has the scores "
+        f"{listed}{', ...' if len(group) > 8 else ''}. Nothing was updated; scale the reward down "
+        "(its `weight`), or mend it"
+    )
 
 
 def _bundle(prompt: Any, samples: Sequence[Sample]) -> Bundle:

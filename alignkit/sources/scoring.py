@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from alignkit.batches import Bundle, Plan
+from alignkit.credit import constant_groups
 from alignkit.errors import DataError, NumericsError
 from alignkit.judges.rows import INVALID, Compare, judged
 from alignkit.rewards.call import RewardCall, call_reward
@@ -128,7 +129,10 @@ def _with_scores(bundle: Bundle, scores: Sequence[float | None]) -> Bundle | Non
         completions=[bundle.completions[i] for i in indices],
         masks=[bundle.masks[i] for i in indices],
         tokens={name: [values[i] for i in indices] for name, values in bundle.tokens.items()},
-        rows={**bundle.rows, "score": torch.tensor([scores[i] for i in indices])},
+        rows={
+            **bundle.rows,
+            "score": torch.tensor([scores[i] for i in indices], dtype=torch.float64),
+        },
     )
 
 
@@ -139,7 +143,7 @@ def rollout_metrics(
 
     DataError or NumericsError where no bundle is left on any rank.
     """
-    scores = [b.rows["score"].double() for b in bundles if b is not None and "score" in b.rows]
+    scores = [b.rows["score"] for b in bundles if b is not None and "score" in b.rows]
     values: dict[str, list[float]] = {
         "completions/mean_length": [len(sample.ids) for row in samples for sample in row],
         "completions/clipped_ratio": [not sample.ended for row in samples for sample in row],
@@ -148,7 +152,13 @@ def rollout_metrics(
     if plan.feedback == "reward":
         values["reward"] = [value for row in scores for value in row.tolist()]
         values["reward_std"] = [float(row.std()) if len(row) > 1 else 0.0 for row in scores]
-        values["frac_reward_zero_std"] = [bool((row == row[0]).all()) for row in scores]
+        values["frac_reward_zero_std"] = [_agree(row) for row in scores]
+        # Completions that lost all others to compare them with: their advantage is 0.
+        values["rollout/groups_of_one"] = [
+            len(bundle.completions) == 1 < len(row)
+            for row, bundle in zip(samples, bundles)
+            if bundle is not None
+        ]
     elif plan.feedback != "none":
         values["judge/invalid"] = values["rollout/dropped"]
 
@@ -165,6 +175,11 @@ def rollout_metrics(
             raise DataError("no completion of this step has a score; check the reward")
         raise NumericsError(INVALID)
     return {name: total / max(count, 1) for name, (total, count) in totals.items()}
+
+
+def _agree(scores: Tensor) -> bool:
+    """Whether the scores [K] of a prompt's completions are one and the same."""
+    return bool(constant_groups(scores, torch.zeros(len(scores), dtype=torch.long)).all())
 
 
 class FlatScores:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from alignkit.errors import DataError
+from alignkit.errors import DataError, NumericsError
 from alignkit.rewards.call import call_reward
 
 
@@ -59,3 +59,12 @@ def test_a_wrong_number_of_scores_is_refused():
     reward, _ = recorded([1.0])
     with pytest.raises(DataError, match="1 scores for 2 completions"):
         call_reward(reward, [prompt("p")], [["a", "b"]], [[[7], [8]]])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 10**400, -(10**400), 1e101])
+def test_scores_that_are_not_finite_name_the_reward_and_the_row(bad):
+    def huge(prompts, completions, **columns):
+        return [0.0, bad]
+
+    with pytest.raises(NumericsError, match=r"reward huge gives (nan|-?inf) for row 1 of 2"):
+        call_reward(huge, [prompt("p")], [["a", "b"]], [[[1], [2]]])

@@ -15,6 +15,7 @@ from alignkit.errors import DataError, NumericsError
 from alignkit.files import read_jsonl
 from alignkit.objectives.online.grpo import GRPO
 from alignkit.objectives.online.kl_ppo import KLPPO
+from alignkit.objectives.online.reinforce_plus_plus import ReinforcePlusPlus
 from alignkit.objectives.online.rloo import RLOO
 from alignkit.objectives.online.rpg import RPG
 from alignkit.objectives.self_play.egpo import EGPO
@@ -161,6 +162,46 @@ def test_rows_without_a_score_are_set_aside_and_counted(model, tmp_path):
     nothing = online_job(model, tmp_path / "n", GRPO(), reward=lambda p, c, **k: [None] * len(p))
     with pytest.raises(DataError, match="no completion of this step has a score"):
         nothing.source.collect(0)
+
+
+def test_a_completion_that_lost_its_group_is_counted_and_teaches_nothing(model, tmp_path):
+    def one_in_four(prompts, completions, **columns):
+        return [57.0 if i % 4 == 0 else None for i in range(len(completions))]
+
+    job = online_job(model, tmp_path, GRPO(beta=0), reward=one_in_four, steps=2)
+    before = job.pair.state()
+    after, rows = run(job)
+    assert [row["rollout/groups_of_one"] for row in rows] == [1, 1]
+    assert [row["grad_norm"] for row in rows] == [0, 0]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_rewards_reach_credit_as_they_were_returned(model, tmp_path):
+    """A difference of 1 beside 1e9 is lost in float32."""
+
+    def near_a_billion(prompts, completions, **columns):
+        return [1e9 + i % 2 for i in range(len(completions))]
+
+    job = online_job(model, tmp_path, GRPO(beta=0), reward=near_a_billion, steps=1)
+    bundles = job.source.collect(0)
+    assert all(bundle.rows["score"].tolist() == [1e9, 1e9 + 1] * 2 for bundle in bundles)
+    # half the scores are 0.5 above the mean and half below; their deviation is the square root of 1/3
+    for bundle in bundles:
+        first = [float(row[0]) for row in bundle.tokens["advantages"]]
+        assert first == pytest.approx([-(0.75**0.5), 0.75**0.5] * 2, rel=1e-3)
+        assert bundle.tokens["advantages"][0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [0.1, 3.3, 100.7, 12345.678])
+def test_a_constant_reward_leaves_the_weights_alone(model, tmp_path, value):
+    def constant(prompts, completions, **columns):
+        return [value] * len(completions)
+
+    job = online_job(model, tmp_path, ReinforcePlusPlus(), reward=constant, steps=3)
+    before = job.pair.state()
+    after, rows = run(job)
+    assert [row["loss"] for row in rows] == [0, 0, 0]
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_scores_that_never_differ_are_said(model, tmp_path, caplog):

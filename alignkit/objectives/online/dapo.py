@@ -26,8 +26,8 @@ def overlong_penalty(lengths: Tensor, *, limit: int, buffer: int) -> Tensor:
 
 
 class DAPO(GRPO):
-    """DAPO (Yu et al. 2025, arXiv:2503.14476). Groups whose scores are all equal are left out of
-    the token mean; new prompts are not drawn in their place.
+    """DAPO (Yu et al. 2025, arXiv:2503.14476). Groups whose scores are all equal, and groups of one,
+    are left out of the token mean; new prompts are not drawn in their place.
     """
 
     paper: ClassVar[str] = "Yu et al. 2025, arXiv:2503.14476"
@@ -71,7 +71,7 @@ class DAPO(GRPO):
         lengths = rollout.tokens.lengths
         if self.overlong_limit is not None:
             limits = {"limit": self.overlong_limit, "buffer": self.overlong_buffer}
-            scores = rollout.scores + overlong_penalty(lengths, **limits)
+            scores = rollout.scores + overlong_penalty(lengths.double(), **limits)
             rollout = replace(rollout, scores=scores)
 
         credited, state = super().credit(rollout, state)
@@ -80,7 +80,7 @@ class DAPO(GRPO):
 
         # The loop divides by the count of all completions; this makes it that of the ones left.
         counts = lengths if self.aggregation == "token_mean" else torch.ones_like(lengths)
-        weights = counts.to(rollout.scores)
+        weights = counts.double()
         differing = weights[~constant_groups(rollout.scores, rollout.groups)].sum()
         scale = weights.sum() / differing.clamp(min=1)
         return replace(credited, advantages=credited.advantages * scale), state

@@ -69,8 +69,8 @@ class KLPPO(ValueObjective):
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
         """Rewards with the KL inside, GAE, whitening; with `kl_target` the next coefficient."""
         tokens = rollout.tokens
-        kl = tokens.log_ratio
-        beta = state["beta"].to(rollout.scores)
+        kl = tokens.log_ratio.double()
+        beta = state["beta"].to(kl)
 
         # Inside the rewards a token pays for the KL that it causes later; outside for its own alone.
         inside = self.kl_credit == "sequence"

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from alignkit.batches import LossTerms, RolloutBatch
-from alignkit.credit import group_baseline, reward_to_go, shaped_rewards, whiten
+from alignkit.credit import alone, group_advantages, reward_to_go, shaped_rewards, whiten
 from alignkit.kl import Direction, importance, k2
 from alignkit.objectives.base import Objective, State
 from alignkit.objectives.rollout_base import ClippedObjective, Credit, advantages_of, spread
@@ -48,15 +48,18 @@ class ReinforcePlusPlus(ClippedObjective):
 
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
         """Whitened over all tokens of the rollout: the reward still to come, or the score minus the
-        group's mean.
+        group's mean. In the latter case completions alone in their group are set aside.
         """
         tokens = rollout.tokens
         if self.baseline == "none":
-            rewards = shaped_rewards(rollout.scores, tokens.log_ratio, tokens.mask, beta=self.beta)
+            scores = rollout.scores.double()
+            rewards = shaped_rewards(scores, tokens.log_ratio, tokens.mask, beta=self.beta)
             credit = reward_to_go(rewards, tokens.mask)
-        else:
-            credit = spread(rollout.scores - group_baseline(rollout.scores, rollout.groups), tokens)
-        return replace(rollout, advantages=whiten(credit, tokens.mask)), state
+            return replace(rollout, advantages=whiten(credit, tokens.mask)), state
+
+        compared = tokens.mask & ~alone(rollout.groups).unsqueeze(-1)
+        credit = spread(group_advantages(rollout.scores, rollout.groups), tokens)
+        return replace(rollout, advantages=whiten(credit, compared)), state
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
         tokens = batch.tokens

@@ -65,7 +65,8 @@ class RLOO(ClippedObjective):
         mean of the same.
         """
         tokens = rollout.tokens
-        total = rollout.scores - self.beta * masked_sum(tokens.log_ratio, tokens.mask)
+        kl = masked_sum(tokens.log_ratio.double(), tokens.mask)
+        total = rollout.scores - self.beta * kl
         advantages = group_advantages(total, rollout.groups, kind="leave_one_out")
         return replace(rollout, advantages=spread(advantages, tokens)), state
 

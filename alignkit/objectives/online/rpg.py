@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from alignkit.batches import LossTerms, Plan, RolloutBatch
-from alignkit.credit import Baseline, group_baseline, reward_to_go
+from alignkit.credit import Baseline, group_advantages, reward_to_go
 from alignkit.kl import Direction, importance
 from alignkit.objectives.base import Objective, State
 from alignkit.objectives.rollout_base import (
@@ -104,10 +104,10 @@ class RPG(ClippedObjective):
         tokens = rollout.tokens
         gain = rollout.scores.unsqueeze(-1).expand_as(tokens.policy)
         if self.anchor == "reference" and self.kl_credit == "sequence":
-            kl = tokens.extras["kl"]
+            kl = tokens.extras["kl"].double()
             own = kl.where(tokens.mask, kl.new_zeros(()))
             gain = gain - self.beta * (reward_to_go(kl, tokens.mask) - own)
-        gain = gain - group_baseline(gain, rollout.groups, kind=self.baseline)
+        gain = group_advantages(gain, rollout.groups, kind=self.baseline)
         return replace(rollout, advantages=gain.where(tokens.mask, gain.new_zeros(()))), state
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
