@@ -2,7 +2,6 @@
 and judge for all of them.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from alignkit.comparison.measurement import BASE_FILE, RUN_FILE, Measurement
 from alignkit.config.objective import build_objective
 from alignkit.config.recipe import Recipe
 from alignkit.data.load import load_prompts
+from alignkit.data.read import Source, held_out
 from alignkit.errors import ConfigError
 from alignkit.evaluation.exact import Listed, listed_reviews
 from alignkit.evaluation.measure import Yardstick, evaluation_pair, preference_margins
@@ -147,14 +147,14 @@ class Measurer:
         return adapter.path if adapter and adapter.path else self.base_name
 
     def _prompt_source(self) -> Any:
-        source = self.section.prompts or self.recipe.data.eval
+        source: Source | None = self.section.prompts or held_out(self.recipe.data)
         if source is None and self.task is None:
             place = self.recipe.origin.at(("compare",))
             raise ConfigError(
                 f"{place}: nothing says which prompts to evaluate on; "
                 "set compare.prompts (or data.eval) to a file"
             )
-        if source is None or source.startswith("task:"):
+        if source is None or str(source).startswith("task:"):
             assert self.task is not None
             return self.task.rows("rollout", "eval")
         return source
@@ -184,8 +184,8 @@ class Measurer:
         margins = preference_margins(pair, source, point.recipe.data, objective=objective)
         return None if margins is None else np.asarray(margins)
 
-    def _held_out_pairs(self) -> str | Sequence[Any] | None:
-        source = self.recipe.data.eval
-        if source is None or source.startswith("task:"):
+    def _held_out_pairs(self) -> Source | None:
+        source = held_out(self.recipe.data)
+        if source is None or str(source).startswith("task:"):
             return self.task.rows("pair", "eval") if self.task else None
         return source

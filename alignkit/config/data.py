@@ -18,6 +18,11 @@ class DataConfig(Section):
     subset: str | None = Field(
         None, description="which configuration to read where a hub dataset has several"
     )
+    eval_split: str | None = Field(
+        None,
+        description="split for `eval`; null: validation, test or eval, else `split` of another set",
+    )
+    eval_subset: str | None = Field(None, description="configuration for `eval`; null: `subset`")
     format: Literal[
         "auto",
         "pair",

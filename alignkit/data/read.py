@@ -1,31 +1,46 @@
-"""Rows from a file, a saved dataset folder, a hub name or a list. JSONL, JSON and CSV are read here
-so that a bad line is named by file and line, and no value changes its type on the way; Parquet and
-`datasets` go through those libraries.
+"""Rows from a file, a saved dataset folder, a hub name or a list. Saved datasets and hub names go
+through `datasets`, files through `file_formats.py`.
 """
 
-import csv
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from alignkit.config.data import DataConfig
-from alignkit.errors import ConfigError, DataError
+from alignkit.data.file_formats import (
+    SUFFIXES,
+    Row,
+    data_suffix,
+    no_such_split,
+    numbered,
+    read_file,
+)
+from alignkit.errors import ConfigError, DataError, first_line
 
-MAX_LINE = 64 * 2**20  # bytes of one JSONL line or CSV cell
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-Source = str | Path | Sequence[Mapping[str, Any]]
+HELD_OUT_SPLITS = ("validation", "test", "eval")  # the first that exists serves for evaluation
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row. `values` is None where it could not be read; then `problem` says why."""
+class HeldOut:
+    """The held-out part of the set `name`, see `held_out`."""
 
-    number: int  # the line of a JSONL file, the position from 1 elsewhere
-    values: Mapping[str, Any] | None
-    problem: str = ""
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Source = str | Path | HeldOut | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The part of a source that is read: the first of `splits` that exists, in `subset`."""
+
+    splits: tuple[str, ...]
+    subset: str | None
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,15 @@ class Rows:
         return list(names)
 
 
+def held_out(config: DataConfig) -> HeldOut | None:
+    """What `data.eval` names, as a source for `read_rows`; None where it is not set.
+
+    Of a set with several splits, `data.eval_split` is read, or else one that is named as held-out
+    splits are, which is never the one that is trained on.
+    """
+    return None if config.eval is None else HeldOut(config.eval)
+
+
 def read_rows(config: DataConfig, source: Source | None = None) -> Rows:
     """Every row of `source` (default: config.train), with `config.columns` renamed.
 
@@ -53,14 +77,27 @@ def read_rows(config: DataConfig, source: Source | None = None) -> Rows:
     says why.
     """
     source = config.train if source is None else source
-    if isinstance(source, str | Path):
-        rows = _read_named(source, config)
+    if isinstance(source, HeldOut):
+        rows = _read_named(source.name, _held_out_part(config, source.name))
+    elif isinstance(source, str | Path):
+        rows = _read_named(source, _Part((config.split,), config.subset))
     else:
-        rows = Rows("rows", "the given rows", _numbered(source))
-    return _renamed(rows, config.columns)
+        rows = Rows("rows", "the given rows", numbered(source))
+    return renamed(rows, config.columns)
 
 
-def _read_named(source: str | Path, config: DataConfig) -> Rows:
+def _held_out_part(config: DataConfig, name: str) -> _Part:
+    subset = config.eval_subset or config.subset
+    if config.eval_split is not None:
+        return _Part((config.eval_split,), subset)
+
+    # The set that is trained on has another part for evaluation, or none that could serve.
+    if name == config.train and subset == config.subset:
+        return _Part(tuple(s for s in HELD_OUT_SPLITS if s != config.split), subset)
+    return _Part((*HELD_OUT_SPLITS, config.split), subset)
+
+
+def _read_named(source: str | Path, part: _Part) -> Rows:
     """The rows of a file, a folder, or else a dataset of the hub."""
     name = str(source)
     if name.startswith("task:"):
@@ -71,17 +108,18 @@ def _read_named(source: str | Path, config: DataConfig) -> Rows:
     path = Path(source).expanduser()
     if path.is_file():
         try:
-            return Rows(path.name, str(path), list(_read_file(path, config)))
+            return Rows(path.name, str(path), list(read_file(path, part.splits)))
         except OSError as error:
             raise DataError(f"data: cannot read {path} ({error.strerror})") from None
     if path.is_dir():
-        rows = _numbered(_read_folder(path, config))
-        return Rows(path.name, f"{path} split {config.split}", rows)
+        split, values = _read_folder(path, part)
+        return Rows(path.name, f"{path} split {split}", numbered(values))
 
     # Hub names look like paths; what can only be a path is not looked up on the hub.
-    if path.suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~")):
+    if data_suffix(path) in SUFFIXES or path.is_absolute() or name.startswith((".", "~")):
         raise _no_such_path(path)
-    return Rows(name, f"dataset {name} split {config.split}", _numbered(_read_hub(name, config)))
+    split, values = _read_hub(name, part)
+    return Rows(name, f"dataset {name} split {split}", numbered(values))
 
 
 def _no_such_path(path: Path) -> DataError:
@@ -91,158 +129,54 @@ def _no_such_path(path: Path) -> DataError:
     return DataError(f"data: there is no file or folder {path}{hint}")
 
 
-def read_jsonl(path: Path, limit: int = MAX_LINE) -> Iterator[Row]:
-    """One row per line; blank lines are skipped; a BOM and CRLF are allowed; lines above `limit`
-    bytes are not kept in memory.
-    """
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(limit + 1):
-            number += 1
-            if number == 1:
-                line = _without_bom(line, path)
-            if len(line) > limit and not line.endswith(b"\n"):
-                while (rest := file.readline(limit)) and not rest.endswith(b"\n"):
-                    pass
-                yield Row(number, None, f"the line is longer than {limit} bytes")
-            elif line.strip():
-                yield _parse_line(line, number)
-
-
-def _without_bom(line: bytes, path: Path) -> bytes:
-    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{path}:1: the file is UTF-16; save it as UTF-8")
-    return line.removeprefix(b"\xef\xbb\xbf")
-
-
-def _parse_line(line: bytes, number: int) -> Row:
-    try:
-        value = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return Row(number, None, f"not UTF-8 at byte {error.start + 1}")
-    except json.JSONDecodeError as error:
-        return Row(number, None, f"{error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
-        # a number of thousands of digits, brackets nested too deeply
-        return Row(number, None, str(error))
-    return _object_row(number, value)
-
-
-def _object_row(number: int, value: object) -> Row:
-    if isinstance(value, Mapping):
-        return Row(number, value)
-    return Row(number, None, f"a JSON {type(value).__name__}, expected an object with the columns")
-
-
-def _numbered(values: Iterable[object]) -> list[Row]:
-    return [_object_row(number, value) for number, value in enumerate(values, 1)]
-
-
-def _read_file(path: Path, config: DataConfig) -> Iterable[Row]:
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        return read_jsonl(path)
-    if suffix == ".json":
-        return _read_json(path, config.split)
-    if suffix in (".csv", ".tsv"):
-        return _read_csv(path, "," if suffix == ".csv" else "\t")
-    if suffix == ".parquet":
-        return _numbered(_read_parquet(path))
-    raise DataError(
-        f"data: {path} ends in {suffix or 'no suffix'}; "
-        f"files that can be read end in {', '.join(SUFFIXES)}"
-    )
-
-
-def _read_json(path: Path, split: str) -> Iterable[Row]:
-    try:
-        value = json.loads(_without_bom(path.read_bytes(), path).decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # JSON lines under a .json name, as the hub has them
-            return read_jsonl(path)
-        raise DataError(f"{path}:{error.lineno}: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {error}") from None
-
-    # An object holds the rows under the split's name or `data`, or it is the only row itself.
-    if isinstance(value, dict):
-        value = value.get(split, value.get("data", [value]))
-    if not isinstance(value, list):
-        raise DataError(
-            f"{path}: expected a JSON list of rows, "
-            f"or an object with such a list under `{split}` or `data`"
-        )
-    return _numbered(value)
-
-
-def _read_csv(path: Path, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(MAX_LINE)
-    # undecodable bytes become lone surrogates, so that the row is named by the check every text
-    # goes through
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-        try:
-            for number, row in enumerate(reader, 1):
-                surplus = len(row.pop(None, ()))
-                problem = f"{surplus} more cells than the header has columns"
-                yield Row(number, None, problem) if surplus else Row(number, row)
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.reader.line_num}: not valid CSV ({error})") from None
-
-
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        for batch in pq.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a valid Parquet file ({_one_line(error)})") from None
-
-
-def _read_folder(path: Path, config: DataConfig) -> Iterable[object]:
+def _read_folder(path: Path, part: _Part) -> tuple[str, Iterable[object]]:
+    """The name of the split that was read, and its rows."""
     import datasets
 
     marks = ("dataset_info.json", "dataset_dict.json", "state.json")  # save_to_disk writes one
     if not any((path / mark).exists() for mark in marks):
-        return _read_hub(str(path), config)  # a folder of data files
+        return _read_hub(str(path), part)  # a folder of data files
     try:
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:
         raise DataError(
-            f"{path}: not a dataset saved with save_to_disk ({_one_line(error)})"
+            f"{path}: not a dataset saved with save_to_disk ({first_line(error)})"
         ) from None
     if isinstance(dataset, datasets.DatasetDict):
-        if config.split not in dataset:
-            raise DataError(
-                f"{path}: no split `{config.split}`; data.split can be {', '.join(dataset)}"
-            )
-        return list(dataset[config.split])
-    return list(dataset)
+        split = _existing_split(str(path), part, list(dataset))
+        return split, list(dataset[split])
+    return str(dataset.split or "train"), list(dataset)
 
 
-def _read_hub(name: str, config: DataConfig) -> Iterable[object]:
+def _read_hub(name: str, part: _Part) -> tuple[str, Iterable[object]]:
+    """The name of the split that was read, and its rows."""
     import datasets
 
+    first = part.splits[0]
     try:
-        dataset: Iterable[object] = datasets.load_dataset(name, config.subset, split=config.split)
+        # Slices such as train[:100] are for the library to understand.
+        if not first.isidentifier():
+            return first, datasets.load_dataset(name, part.subset, split=first)
+        dataset: Any = datasets.load_dataset(name, part.subset)
     except Exception as error:  # the library has no common base class for what can go wrong here
         raise DataError(
-            f"data: cannot load `{name}` split `{config.split}` ({_one_line(error)}); "
+            f"data: cannot load `{name}` split `{first}` ({first_line(error)}); "
             f"data.train is a file ending in {', '.join(SUFFIXES)}, a saved dataset folder, "
             "a hub name or task:NAME"
         ) from None
-    return dataset
+    split = _existing_split(name, part, list(dataset))
+    return split, dataset[split]
 
 
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _existing_split(name: str, part: _Part, there: Sequence[str]) -> str:
+    """The first split of `part` that exists. Raises DataError, which names those that do."""
+    split = next((split for split in part.splits if split in there), None)
+    if split is None:
+        raise no_such_split(name, part.splits, there)
+    return split
 
 
-def _renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
+def renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
     """`rows` with the columns called what we call them; `columns` maps our name to theirs."""
     if not columns or not rows.rows:
         return rows

@@ -18,7 +18,7 @@ from alignkit.config.recipe import Recipe
 from alignkit.config.rollout import MAX_NEW_TOKENS
 from alignkit.data.load import load_prompts
 from alignkit.data.prompts import Prompt
-from alignkit.data.read import Source
+from alignkit.data.read import Source, held_out
 from alignkit.errors import ConfigError
 from alignkit.evaluation.exact import Listed, listed_reviews
 from alignkit.evaluation.measure import (
@@ -165,7 +165,7 @@ def _prompts(
     request: Request, task: Task | None, reference: OneModel, recipe: Recipe | None
 ) -> list[Prompt]:
     """The request's prompts, else the held-out rows of the run or of the task."""
-    source: Source | None = request.prompts or (recipe.data.eval if recipe else None)
+    source: Source | None = request.prompts or (held_out(recipe.data) if recipe else None)
     if source is None and task is not None:
         source = f"task:{task.name}"
     if source is None:
@@ -291,11 +291,11 @@ def _preferences(shared: _Shared, name: str, pair: PolicyPair) -> Results:
 def _held_out_pairs(shared: _Shared, recipe: Recipe | None, learns_pairs: bool) -> Source | None:
     """The request's pairs, else, of a run that learned from pairs, its held-out rows or its task's."""
     task = shared.task
-    source: str | None = shared.request.pairs
+    source: Source | None = shared.request.pairs
     if source is None and recipe is not None and learns_pairs:
-        source = recipe.data.eval
+        source = held_out(recipe.data)
 
-    if (source is None and learns_pairs) or (source or "").startswith("task:"):
+    if (source is None and learns_pairs) or str(source).startswith("task:"):
         return task.rows("pair", "eval") if task else None
     return source
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from alignkit.config.recipe import Recipe
 from alignkit.config.validation import nearest
-from alignkit.data.read import SUFFIXES, read_rows
+from alignkit.data.file_formats import SUFFIXES, data_suffix
+from alignkit.data.read import read_rows
 from alignkit.errors import ConfigError
 from alignkit.tasks import TASKS, Task
 
@@ -27,7 +28,7 @@ def check_without_torch(recipe: Recipe, safe: bool = False) -> None:
     for field in ("train", "eval"):
         source = getattr(recipe.data, field) or ""
 
-        if Path(source).suffix in SUFFIXES and not Path(source).expanduser().exists():
+        if data_suffix(Path(source)) in SUFFIXES and not Path(source).expanduser().exists():
             read_rows(recipe.data, source)  # raises, and names a file with a similar name
 
         name = source.removeprefix("task:")

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from alignkit.batches import Plan
 from alignkit.config.recipe import Recipe
-from alignkit.data.read import Source
+from alignkit.data.read import Source, held_out
 from alignkit.objectives.base import Objective
 from alignkit.policies.pair import PolicyPair
 from alignkit.tasks import Task
@@ -42,8 +42,10 @@ class RunContext:
         """What `data.train` or `data.eval` (the split) names; `task:NAME` becomes the rows of that
         task.
         """
-        source: str = getattr(self.recipe.data, split)
-        if not source.startswith("task:"):
+        data = self.recipe.data
+        source = held_out(data) if split == "eval" else data.train
+        assert source is not None  # nobody asks for the rows of an empty `data.eval`
+        if not str(source).startswith("task:"):
             return source
 
         assert self.task is not None  # resolved from the very same field

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from alignkit.batches import Bundle, Draw
-from alignkit.data.load import fingerprint, load_bundles, load_prompts
+from alignkit.data.load import check_held_out, fingerprint, load_bundles, load_prompts
 from alignkit.data.prompts import Prompt
 from alignkit.data.report import Report
 from alignkit.errors import ConfigError
@@ -73,6 +73,8 @@ def fixed_data(context: RunContext) -> JobData:
             recipe.data, plan.data, pair.tokenizer, source=context.rows("eval")
         )
         notes = [*notes, *held_out_report.lines()]
+        if context.task is None:
+            notes += check_held_out(bundles, held_out, held_out_report.source)
 
     if pair.reference_kind == "cached":
         bundles = _with_reference(context, bundles)
@@ -117,6 +119,8 @@ def sampled_data(context: RunContext) -> JobData:
     if recipe.data.eval and reward:
         measure, held_out_report = _held_out(context, reward)
         notes = [*notes, *held_out_report.lines()]
+        if context.task is None:
+            notes += check_held_out(prompts, measure.prompts, held_out_report.source)
     elif recipe.data.eval:
         unused = (
             "data.eval is not used: held-out prompts are measured by a reward, "

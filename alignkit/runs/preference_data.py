@@ -3,7 +3,7 @@ ones.
 """
 
 from alignkit.batches import Bundle
-from alignkit.data.load import fingerprint, load_bundles
+from alignkit.data.load import check_held_out, fingerprint, load_bundles
 from alignkit.data.report import Report
 from alignkit.errors import ConfigError
 from alignkit.policies.scorer import TrainedScorer, joined, separator_of
@@ -40,6 +40,8 @@ def preference_data(context: RunContext) -> JobData:
     if context.recipe.data.eval:
         every_held_out, held_out_report = _bundles(context, "eval")
         notes = [*notes, *held_out_report.lines()]
+        if context.task is None:
+            notes += check_held_out(bundles, every_held_out, held_out_report.source)
         held_out = every_held_out[context.rank :: context.processes]
         measure = PreferenceMetrics(objective, scorer, held_out, int(train.micro_batch_tokens))
 

@@ -35,7 +35,7 @@ def silent(prompts, first, second):
 """
 RECIPE = """\
 model: {name_or_path: model}
-data: {train: pairs.jsonl, eval: pairs.jsonl}
+data: {train: pairs.jsonl, eval: held_out.jsonl}
 train: {steps: 4, batch_size: 4, warmup_steps: 0, learning_rate: 1.0e-2, save_every: 2, log_samples_every: 0}
 rollout: {completions: 2, max_new_tokens: 5}
 rewards: [{function: "helpers.py:score"}]
@@ -63,7 +63,9 @@ def world(tmp_path, monkeypatch):
         {"prompt": f"w{3 + i}", "chosen": f"w5 w{6 + i}", "rejected": f"w{7 + i}"}
         for i in range(10)
     ]
+    held_out = [{**row, "prompt": f"{row['prompt']} w4"} for row in pairs]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    Path("held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     Path("mine.yaml").write_text(RECIPE)
     return tmp_path
 

@@ -1,14 +1,20 @@
 """Every source gives the same rows; a damaged file is named by file and line."""
 
+import bz2
+import gzip
 import json
+import lzma
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from alignkit.config.data import DataConfig
-from alignkit.data.read import Row, read_jsonl, read_rows
+from alignkit.data.file_formats import Row, read_jsonl
+from alignkit.data.read import read_rows
 from alignkit.errors import ConfigError, DataError
 
 ROWS = [
@@ -62,7 +68,7 @@ def test_a_dataset_dict_has_splits(tmp_path):
     )
     split.save_to_disk(str(tmp_path / "both"))
     assert values(tmp_path / "both", split="test") == ROWS[:1]
-    with pytest.raises(DataError, match=r"no split `valid`; data.split can be train, test"):
+    with pytest.raises(DataError, match=r"no split `valid`; the splits are train, test"):
         values(tmp_path / "both", split="valid")
 
 
@@ -105,7 +111,7 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     def denied(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("alignkit.data.read.read_jsonl", denied)
+    monkeypatch.setattr("alignkit.data.file_formats.read_jsonl", denied)
     with pytest.raises(DataError, match=r"cannot read .*a\.jsonl \(Permission denied\)"):
         values(tmp_path / "a.jsonl")
 
@@ -183,3 +189,78 @@ def test_damaged_files_of_other_formats(tmp_path):
     (tmp_path / "broken" / "state.json").write_text("{")
     with pytest.raises(DataError, match="not a dataset saved with save_to_disk"):
         values(tmp_path / "broken")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst", ".lz4"])
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "a.csv"])
+def test_compressed_files_are_read(tmp_path, kind, suffix):
+    plain = tmp_path / kind
+    if kind == "a.csv":
+        save_table(plain, ROWS)
+    else:
+        plain.write_text(json.dumps(ROWS) if kind == "a.json" else "\n".join(map(json.dumps, ROWS)))
+    path = tmp_path / (kind + suffix)
+    path.write_bytes(compressed(plain.read_bytes(), suffix))
+    assert values(path) == ROWS
+
+    # A damaged one is an error of ours; so is one whose content only looks compressed.
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=rf"{kind}{suffix}: cannot be decompressed"):
+        values(path)
+    path.write_bytes(plain.read_bytes())
+    with pytest.raises(DataError, match=rf"{kind}{suffix}: cannot be decompressed"):
+        values(path)
+
+
+def compressed(content, suffix):
+    if suffix in (".gz", ".bz2", ".xz"):
+        module = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[suffix]
+        return module.compress(content)
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, {".zst": "zstd", ".lz4": "lz4"}[suffix]) as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+def test_other_suffixes_of_compressed_files_say_what_can_be_read(tmp_path):
+    for name in ("a.parquet.gz", "a.txt.gz", "a.gz", "a.jsonl.zip"):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(DataError, match=r"ends in .*files that can be read end in \.jsonl"):
+            values(tmp_path / name)
+    with pytest.raises(DataError, match=r"there is no file or folder .*missing\.jsonl\.gz"):
+        values("missing.jsonl.gz")
+
+
+def test_json_columns_are_decoded_in_parquet_as_in_a_saved_dataset(tmp_path):
+    """The way in which TRL's documentation stores tools and messages of different shapes."""
+    call = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+    rows = [
+        {
+            "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}],
+            "tools": [{"name": "f", "properties": {"city": {"type": "string"}}}],
+            "extra": {"one": 1},
+            "plain": "[1]",
+        },
+        {
+            "messages": [{"role": "user", "content": "b"}],
+            "tools": [{"name": "g", "properties": {"zone": {"type": "integer", "minimum": 0}}}],
+            "extra": None,
+            "plain": "{}",
+        },
+    ]  # fmt: skip
+    json_type = datasets.Json()
+    features = datasets.Features(
+        messages=datasets.List(json_type),
+        tools=datasets.List(json_type),
+        extra=json_type,
+        plain=datasets.Value("string"),
+    )
+    table = datasets.Dataset.from_list(rows, features=features)
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    table.save_to_disk(str(tmp_path / "folder"))
+    assert values(tmp_path / "a.parquet") == values(tmp_path / "folder") == rows
+
+    # The Arrow type alone says it too, where the library's own description was lost.
+    bare = pq.read_table(tmp_path / "a.parquet").replace_schema_metadata(None)
+    pq.write_table(bare, tmp_path / "bare.parquet")
+    assert values(tmp_path / "bare.parquet") == rows

@@ -27,7 +27,7 @@ RECIPES = {
     "dpo": [
         "data.train={world}/pairs.jsonl",
         "objective.beta=0.5",
-        "data.eval={world}/pairs.jsonl",
+        "data.eval={world}/held_out.jsonl",
         "train.eval_every=3",
     ],
     "rpg": ["data.train={world}/prompts.jsonl", "rewards=[{{function: '{world}/mine.py:noisy'}}]"],
@@ -81,6 +81,7 @@ def world(tmp_path_factory):
     save_model(folder / "model")
     (folder / "mine.py").write_text(MINE)
     write_rows(folder / "pairs.jsonl", pair_rows(10))
+    write_rows(folder / "held_out.jsonl", pair_rows(13)[10:])
     write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"]} for row in pair_rows(10)])
     return folder
 

@@ -30,6 +30,7 @@ def world(tmp_path_factory):
     save_model(folder / "model")
     (folder / "helpers.py").write_text(HELPERS)
     write_rows(folder / "pairs.jsonl", pair_rows(10))
+    write_rows(folder / "held_out.jsonl", pair_rows(13)[10:])
     write_rows(
         folder / "prompts.jsonl",
         [{"prompt": row["prompt"], "n": i} for i, row in enumerate(pair_rows(10))],
@@ -113,7 +114,7 @@ def test_evaluation_epochs_and_the_card(world, tmp_path):
         "train.steps=null",
         "train.epochs=2",
         "train.eval_every=2",
-        f"data.eval={world / 'pairs.jsonl'}",
+        f"data.eval={world / 'held_out.jsonl'}",
     ]
     weighted = "objective=[{name: dpo, beta: 0.3}, {name: sft, weight: 0.5}]"
     result = run_recipe(recipe(world, tmp_path / "run", "pairs.jsonl", weighted, *changes))
