@@ -1,14 +1,20 @@
 """From a row to a checked example: a prompt and its completions, each text or a list of messages."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from alignkit.data.dialects import translated
+from alignkit.data.dialogues import shared_turns, split_turns, without_prompt
+from alignkit.data.file_formats import Row
 from alignkit.data.formats import COLUMNS
-from alignkit.data.messages import SHAPE, Message, Text, check_ending, checked_text, is_empty
-from alignkit.data.read import Row
+from alignkit.data.messages import SHAPE, Text, check_ending, checked_text, is_empty, is_trained
 from alignkit.data.verdicts import BadRow
+
+SYSTEM_ROLES = ("system", "developer")
+# What rewards are called with beside the columns of the rows.
+RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "trainer_state")
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class Example:
     label: bool | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row's other ones, for rewards
     template: Mapping[str, Any] = field(default_factory=dict)  # options of the chat template
+    verdicts: Sequence[str] = ()  # what was changed in the row to understand it
 
     @property
     def chat(self) -> bool:
@@ -38,14 +45,18 @@ class Example:
         return json.dumps([self.prompt, completions, self.label], sort_keys=True, default=str)
 
 
-def make_example(row: Row, format: str, family: str | None, source: str) -> Example:
-    """The example in `row` of `source` (its short name), whose columns have `format`. Raises BadRow
-    with the verdict.
+def make_example(
+    row: Row, format: str, family: str | None, source: str, *, system_turn: bool = False
+) -> Example:
+    """The example in `row` of `source` (its short name), whose columns have `format`.
+
+    With `system_turn` the column `system` is the first turn of a conversation, without it the first
+    paragraph of a text. Raises BadRow with the verdict.
     """
     if row.values is None:
         raise BadRow("unreadable", row.problem)
 
-    values = row.values
+    values, verdicts = translated(row.values)
     for column in COLUMNS[format]:
         if column not in values:
             there = ", ".join(map(str, values)) or "no columns"
@@ -56,13 +67,15 @@ def make_example(row: Row, format: str, family: str | None, source: str) -> Exam
         for column in COLUMNS[format]
         if column not in ("label", "ranking")
     }
-    if format == "ranking":
-        prompt: Text | None = texts["prompt"]
-        completions = _ranking(values["ranking"])
-    else:
-        prompt, completions = _prompt_and_completions(texts, format, family)
-    if format != "implicit_pair":
-        _check_prompt_ending(prompt)
+    ranking = _ranking(values["ranking"]) if format == "ranking" else []
+    prompt, completions = _prompt_and_completions(texts, ranking, format, family)
+    if "system" in values and format != "text" and prompt is not None:
+        prompt = _with_system(prompt, values["system"], as_turn=system_turn)
+
+    columns = {key: value for key, value in values.items() if key not in texts}
+    if format == "prompt" and any(_is_reserved(key) for key in columns):
+        columns = {key: value for key, value in columns.items() if not _is_reserved(key)}
+        verdicts.append("reserved_column")
 
     example = Example(
         number=row.number,
@@ -70,49 +83,110 @@ def make_example(row: Row, format: str, family: str | None, source: str) -> Exam
         prompt=prompt,
         completions=completions,
         label=_label(values["label"]) if format == "labelled" else None,
-        columns={key: value for key, value in values.items() if key not in texts},
+        columns=columns,
         template=_template_options(values),
+        verdicts=verdicts,
     )
     return _all_messages(example) if example.chat else example
 
 
 def _prompt_and_completions(
-    texts: Mapping[str, Text], format: str, family: str | None
+    texts: Mapping[str, Text], ranking: list[Text], format: str, family: str | None
 ) -> tuple[Text | None, list[Text]]:
     """Prompt and completions of a row whose columns are checked one by one. Raises BadRow for a row
     that has nothing to learn from.
     """
-    if format == "pair" and family == "sequence":  # sft on pairs learns the chosen completions
-        format = "completion"
-        texts = {"prompt": texts["prompt"], "completion": texts["chosen"]}
+    if format == "prompt":
+        _check_prompt_ending(texts["prompt"])
+        return texts["prompt"], []  # the completions will be sampled
+    if format in ("messages", "text"):
+        return _single_text(texts[format], format)
 
-    if format in ("pair", "implicit_pair"):
-        chosen = texts["chosen"]
-        rejected = texts["rejected"]
-        _check_pair(chosen, rejected)
-        if format == "implicit_pair" and isinstance(chosen, list) and isinstance(rejected, list):
-            return _split_dialogues(chosen, rejected, family)
-        return texts.get("prompt"), [chosen, rejected]
+    completions = ranking or _completions(texts, format, family)
+    if format == "implicit_pair":
+        chosen, rejected = completions
+        if not isinstance(chosen, list) or not isinstance(rejected, list):
+            return None, completions
+        shared = shared_turns([chosen, rejected])
+        prompt: Text = chosen[:shared]
+        completions = [chosen[shared:], rejected[shared:]]
+    else:
+        prompt, rest = without_prompt(texts["prompt"], completions)
+        if rest is completions:  # the prompt column is all of the prompt
+            _check_prompt_ending(prompt)
+        completions = rest
 
+    if family == "sequence":  # sft on pairs learns the chosen completions
+        completions = completions[:1]
+    for completion in completions:
+        if isinstance(completion, list) and not _teaches(completion):
+            raise BadRow("untrained", "every assistant turn of a completion")
+    return prompt, completions
+
+
+def _single_text(text: Text, column: str) -> tuple[Text, list[Text]]:
+    """Prompt and completion of a dialogue, or of a text that is trained as a whole."""
+    if isinstance(text, list):
+        prompt, completion = split_turns(text)
+        return prompt, [completion]
+    if column == "messages":
+        raise BadRow("type", f"messages is a text; {SHAPE}")
+    if is_empty(text):
+        raise BadRow("empty", column)
+    return "", [text]
+
+
+def _completions(texts: Mapping[str, Text], format: str, family: str | None) -> list[Text]:
+    """The completions of a pair, or the only one. Raises BadRow for those that teach nothing."""
     if format in ("completion", "labelled"):
         completion = texts["completion"]
         check_ending(completion, "completion")
         if is_empty(completion):
             raise BadRow("empty", "completion")
-        return texts["prompt"], [completion]
+        return [completion]
 
-    if format == "messages":
-        return _split_turns(texts["messages"])
+    chosen = texts["chosen"]
+    rejected = texts["rejected"]
+    if format == "pair" and family == "sequence":
+        check_ending(chosen, "chosen")
+        if is_empty(chosen):
+            raise BadRow("empty", "chosen")
+        # The other dialogue shows where the prompt ends; an answer shows nothing.
+        whole = isinstance(chosen, list) and isinstance(rejected, list) and not is_empty(rejected)
+        return [chosen, rejected] if whole else [chosen]
+    _check_pair(chosen, rejected)
+    return [chosen, rejected]
 
-    if format == "text":
-        text = texts["text"]
-        if isinstance(text, list):
-            return _split_turns(text)
-        if is_empty(text):
-            raise BadRow("empty", "text")
-        return "", [text]
 
-    return texts["prompt"], []  # format `prompt`: the completions will be sampled
+def _teaches(turns: Sequence[Mapping[str, Any]]) -> bool:
+    return any(turn["role"] == "assistant" and is_trained(dict(turn)) for turn in turns)
+
+
+def _is_reserved(column: object) -> bool:
+    """Whether a reward could not be called with a column of this name."""
+    return column in RESERVED_COLUMNS or not isinstance(column, str)
+
+
+def _with_system(prompt: Text, system: object, *, as_turn: bool) -> Text:
+    """The prompt behind what the column `system` says. Raises BadRow where the two disagree."""
+    text = checked_text(system, "system") if system is not None else ""
+    if not isinstance(text, str):
+        raise BadRow("type", "system is a list, expected a text")
+    if isinstance(prompt, str) and not as_turn:
+        return f"{text}\n\n{prompt}" if text.strip() else prompt
+
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not text.strip():
+        return prompt
+    own = [message["content"] for message in prompt[:1] if message["role"] in SYSTEM_ROLES]
+    if not own:
+        return [{"role": "system", "content": text}, *prompt]
+    if own[0].split() != text.split():
+        raise BadRow(
+            "contradicting_prompt", "the column system and the prompt's system turn differ"
+        )
+    return prompt
 
 
 def _check_pair(chosen: Text, rejected: Text) -> None:
@@ -155,45 +229,16 @@ def _ranking(value: object) -> list[Text]:
     return completions
 
 
-def _split_dialogues(
-    chosen: list[Message], rejected: list[Message], family: str | None
-) -> tuple[Text, list[Text]]:
-    """An implicit prompt in messages is the turns that both dialogues begin with."""
-    limit = min(len(chosen), len(rejected)) - 1  # each keeps at least its last turn
-    shared = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
-    completions: list[Text] = [chosen[shared:], rejected[shared:]]
-    return chosen[:shared], completions[:1] if family == "sequence" else completions
-
-
-def _split_turns(messages: Text) -> tuple[Text, list[Text]]:
-    """A dialogue: the prompt ends before the first assistant turn. The rest up to the last
-    assistant turn is one completion, of which only the assistant's turns are trained.
-    """
-    if isinstance(messages, str):
-        raise BadRow("type", f"messages is a text; {SHAPE}")
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise BadRow("role", "no assistant turn to learn from")
-    return messages[: turns[0]], [messages[turns[0] : turns[-1] + 1]]
-
-
 def _all_messages(example: Example) -> Example:
-    """Text beside messages becomes a turn: a prompt the user's, a completion the assistant's. A
-    completion that repeats the prompt loses it.
-    """
+    """Text beside messages becomes a turn: a prompt the user's, a completion the assistant's."""
     prompt = example.prompt
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
 
-    completions: list[Text] = []
-    for completion in example.completions:
-        if isinstance(completion, str):
-            turns = [{"role": "assistant", "content": completion}]
-        else:
-            turns = completion
-        if prompt and len(turns) > len(prompt) and turns[: len(prompt)] == prompt:
-            turns = turns[len(prompt) :]
-        completions.append(turns)
+    completions: list[Text] = [
+        [{"role": "assistant", "content": text}] if isinstance(text, str) else text
+        for text in example.completions
+    ]
     return replace(example, prompt=prompt, completions=completions)
 
 
@@ -204,6 +249,8 @@ def _template_options(values: Mapping[str, Any]) -> dict[str, Any]:
         given = type(options).__name__
         raise BadRow("type", f"chat_template_kwargs is {given}, expected an object")
     tools = values.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        raise BadRow("type", "tools is a text that is not JSON, expected a list")
     return dict(options) | ({"tools": tools} if tools else {})
 
 

@@ -80,6 +80,18 @@ SUITED_OBJECTIVES = {
 }
 
 
+def conversation_column(columns: Sequence[str], family: str | None) -> dict[str, str]:
+    """Our column -> ShareGPT's column of conversations, where an objective of `family` can use it:
+    they are the dialogues, or the prompts of the answers beside them.
+    """
+    theirs = next((name for name in ("conversations", "conversation") if name in columns), None)
+    if theirs is None or {"messages", "prompt"} & set(columns):
+        return {}
+    ours = "prompt" if {"chosen", "rejected"} <= set(columns) else "messages"
+    usable = {name for format in FORMATS.get(family or "", COLUMNS) for name in COLUMNS[format]}
+    return {ours: theirs} if ours in usable else {}
+
+
 def detect_format(columns: Sequence[str], given: str, family: str | None, where: str) -> str:
     """The format to read rows with `columns` in, for an objective of `family` (None: what fits the
     columns best).

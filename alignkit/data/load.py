@@ -4,14 +4,14 @@
 `check` reports on data without raising (`alignkit data check`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from alignkit.config.data import DataConfig
 from alignkit.data.examples import Example, make_example
-from alignkit.data.formats import detect_format
-from alignkit.data.read import Rows, Source, read_rows
+from alignkit.data.formats import conversation_column, detect_format
+from alignkit.data.read import Rows, Source, read_rows, renamed
 from alignkit.data.report import Report
 from alignkit.data.verdicts import BadRow
 from alignkit.errors import DataError
@@ -32,7 +32,7 @@ def load_bundles(
     """
     from alignkit.data.tokenise import tokenize_examples
 
-    report, examples = _read_examples(config, family, source)
+    report, examples = _read_examples(config, family, source, tokenizer)
     _stop_on_malformed_rows(report, config)
     bundles = tokenize_examples(examples, config, tokenizer, report, family)
     report.usable = len(bundles)
@@ -48,7 +48,7 @@ def load_prompts(
     """
     from alignkit.data.prompts import tokenize_prompts
 
-    report, examples = _read_examples(config, "rollout", source)
+    report, examples = _read_examples(config, "rollout", source, tokenizer)
     _stop_on_malformed_rows(report, config)
     prompts = tokenize_prompts(examples, config, tokenizer, report)
     report.usable = len(prompts)
@@ -66,7 +66,7 @@ def check(
     """Read every row and report; the error is what `load_bundles` would stop with. Without a
     tokenizer only text is checked.
     """
-    report, examples = _read_examples(config, family, source)
+    report, examples = _read_examples(config, family, source, tokenizer)
 
     if tokenizer is not None and report.format == "prompt":
         from alignkit.data.prompts import tokenize_prompts
@@ -83,6 +83,37 @@ def check(
     return report, report.refusal(config.max_length)
 
 
+def check_held_out(
+    training: Sequence["Bundle | Prompt"], evaluation: Sequence["Bundle | Prompt"], where: str
+) -> list[str]:
+    """A note on the held-out rows that are trained on too; `where` names their source.
+
+    Raises DataError where all of them are, because nothing is held out then.
+    """
+    trained = {_content(row) for row in training}
+    seen = sum(_content(row) in trained for row in evaluation)
+    if not seen:
+        return []
+    if seen == len(evaluation):
+        raise DataError(
+            f"{where}: every row of data.eval is a row of data.train too, so nothing is held out; "
+            "give other rows, name another split of the set with data.eval_split, "
+            "or leave data.eval empty"
+        )
+    return [f"{where}: {seen} of {len(evaluation)} held-out rows are trained on too"]
+
+
+def _content(row: "Bundle | Prompt") -> Hashable:
+    """Equal for rows of equal tokens."""
+    from alignkit.batches import Bundle
+
+    if isinstance(row, Bundle):
+        parts = [row.prompt, *row.completions, *row.rows.values()]
+    else:
+        parts = [row.ids]
+    return tuple(tuple(part.tolist()) for part in parts)
+
+
 def fingerprint(bundles: Sequence["Bundle"]) -> str:
     """SHA-256 of what is trained on (token ids, masks, labels, order), for the checkpoint's
     manifest.
@@ -97,10 +128,10 @@ def fingerprint(bundles: Sequence["Bundle"]) -> str:
 
 
 def _read_examples(
-    config: DataConfig, family: str | None, source: Source | None
+    config: DataConfig, family: str | None, source: Source | None, tokenizer: Any
 ) -> tuple[Report, list[Example]]:
     """All rows, each checked in the format that the columns of all rows decide. Malformed rows are
-    counted in the report.
+    counted in the report. Without a tokenizer a chat template is assumed to be there.
     """
     rows = read_rows(config, source)
     report = Report(rows.where, rows.name, total=len(rows.rows))
@@ -112,20 +143,33 @@ def _read_examples(
             report.add("unreadable" if row.values is None else "null", row.number, row.problem)
         raise report.malformed()
 
+    rows = renamed(rows, conversation_column(rows.columns, family))
     report.format = detect_format(rows.columns, config.format, family, rows.where)
-    examples = _make_examples(rows, report, family)
+    template = config.chat_template or getattr(tokenizer, "chat_template", None)
+    turns = tokenizer is None or template is not None
+    examples = _make_examples(rows, report, family, system_turn=turns and "system" in rows.columns)
     _count_repetitions(examples, report)
+    if template is not None:
+        for example in examples:
+            if not example.chat:
+                report.add("plain_text", example.number)
     report.usable = len(examples)
     return report, examples
 
 
-def _make_examples(rows: Rows, report: Report, family: str | None) -> list[Example]:
+def _make_examples(
+    rows: Rows, report: Report, family: str | None, *, system_turn: bool
+) -> list[Example]:
     examples = []
     for row in rows.rows:
         try:
-            examples.append(make_example(row, report.format, family, rows.name))
+            example = make_example(row, report.format, family, rows.name, system_turn=system_turn)
         except BadRow as bad:
             report.add_bad(bad, row.number)
+            continue
+        examples.append(example)
+        for verdict in example.verdicts:
+            report.add(verdict, row.number)
     return examples
 
 

@@ -10,7 +10,7 @@ SHAPE = (
     'messages look like [{"role": "user", "content": "..."}, '
     '{"role": "assistant", "content": "..."}]'
 )
-Message = dict[str, Any]  # `role` and `content`, perhaps `tool_calls`, `name`, ...
+Message = dict[str, Any]  # `role` and `content`, perhaps `tool_calls`, `name`, `weight`, ...
 Text = str | list[Message]
 
 
@@ -60,6 +60,13 @@ def is_empty(completion: Text) -> bool:
     return not last["content"].strip() and "tool_calls" not in last
 
 
+def is_trained(message: Message) -> bool:
+    """Whether an assistant's turn is learned from: the data may say no with `weight: 0` or
+    `trainable: false`, of which checked messages keep `weight: 0`.
+    """
+    return message.get("weight") != 0
+
+
 def _checked_message(message: object, column: str) -> Message:
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         given = type(message).__name__
@@ -83,6 +90,13 @@ def _checked_message(message: object, column: str) -> Message:
     if not isinstance(content, str | None):
         given = type(content).__name__
         raise BadRow("type", f"{column} has a message whose content is {given}, expected a text")
+
+    marks = {name: given_keys.pop(name) for name in ("weight", "trainable") if name in given_keys}
+    for name, mark in marks.items():
+        if mark not in (0, 1):  # bools and whole floats are equal to these
+            raise BadRow("type", f"{column} has a message of {name} {mark!r}; it is 0 or 1")
+    if role == "assistant" and not all(marks.values()):
+        given_keys["weight"] = 0
     return given_keys | {"content": checked_unicode(content or "", column)}
 
 

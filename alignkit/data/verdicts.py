@@ -23,8 +23,10 @@ VERDICTS: dict[str, tuple[Severity, str]] = {
     "surrogate": ("error", "characters that are not valid Unicode"),
     "both_empty": ("error", "chosen and rejected are both empty"),
     "template": ("error", "the chat template refuses the conversation"),
+    "contradicting_prompt": ("error", "the prompt and the dialogues beside it disagree"),
     "empty": ("dropped", "an empty completion"),
     "identical": ("dropped", "chosen equals rejected"),
+    "untrained": ("dropped", "no turn is left to learn from: weight is 0 or trainable is false"),
     "overlong": ("dropped", "no completion token is left within data.max_length"),
     "no_prompt": (
         "dropped",
@@ -61,6 +63,18 @@ VERDICTS: dict[str, tuple[Severity, str]] = {
         "the text began with BOS and the tokenizer added another; one was removed",
     ),
     "empty_prompt": ("note", "an empty prompt"),
+    "plain_text": (
+        "note",
+        "plain text is read without the model's chat template; write the prompt as messages "
+        "to have it applied",
+    ),
+    "messages_as_text": ("note", "a list of messages was written as text, and is read as a list"),
+    "nulls_dropped": (
+        "note",
+        "nulls inside tool calls, tools and template options are left out; "
+        "Arrow adds them for keys that other rows have",
+    ),
+    "reserved_column": ("note", "columns whose names rewards use otherwise are not handed to them"),
 }
 
 

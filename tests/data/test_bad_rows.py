@@ -74,8 +74,8 @@ def test_2_a_missing_column_lists_columns_and_the_nearest_mapping(refused):
             'chosen is a list with str; messages look like [{"role": "user", "content": "..."}',
         ),  # 15
         (
-            row(chosen=[{"from": "gpt", "value": "a"}]),
-            "chosen is a list with the keys from, value; messages look like",
+            row(chosen=[{"speaker": "gpt", "words": "a"}]),
+            "chosen is a list with the keys speaker, words; messages look like",
         ),  # 15
         (
             row(chosen=[{"role": "bot", "content": "a"}]),
