@@ -15,6 +15,11 @@ _LAZY |= {
     "AlignkitError": "alignkit.errors",
 }
 _LAZY |= {"load_recipe": "alignkit.config.recipe", "run_recipe": "alignkit.runs.launch"}
+_LAZY |= {
+    "train": "alignkit.runs.from_python",
+    "evaluate": "alignkit.evaluation.from_python",
+    "compare": "alignkit.comparison.from_python",
+}
 _MODULES = ("losses", "kl", "risk", "divergences", "testing", "oracles")
 __all__ = sorted([*_LAZY, "__version__", *_MODULES])
 

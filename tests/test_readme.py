@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from world import save_model
+from world import pair_rows, save_model, write_rows
 
 from alignkit.cli.main import app, main
 from alignkit.config import build_objective, load_recipe
@@ -133,6 +133,19 @@ def test_the_losses_in_a_loop_of_ones_own():
     policy = names["logits"].softmax(-1)
     assert float(policy[:2].sum().detach()) > 0.9
     torch.testing.assert_close(policy[0], policy[1])
+
+
+def test_the_run_from_python(tmp_path, monkeypatch):
+    """The code as it stands, with a small model and few steps."""
+    (code,) = (block for block in blocks("README.md", "python") if "alignkit.train" in block)
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "MODEL")
+    write_rows(tmp_path / "pairs.jsonl", pair_rows(12))
+    for given, small in (("steps=300", "steps=2, batch_size=4"),):
+        assert given in code
+        code = code.replace(given, small)
+    exec(compile(code, "README.md", "exec"), {})  # noqa: S102
+    assert (tmp_path / "runs" / "mine" / "model").is_dir()
 
 
 @pytest.mark.long

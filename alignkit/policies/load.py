@@ -6,6 +6,7 @@ and `merge` folds a trained adapter into its base model.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,12 @@ from alignkit import files
 from alignkit.batches import Plan
 from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig, TargetConfig
 from alignkit.errors import ConfigError, ModelError, first_line
+from alignkit.policies.live import DTYPES, adopt, config_without_dropout
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.probe import check_head, choose_layout, probe_bundle
 from alignkit.policies.reference import KINDS, START_ADAPTER, Anchor, frozen, resolve_kind
 from alignkit.policies.scorer import TrainedScorer
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def _check_source(name: str, field: str = "model.name_or_path") -> None:
@@ -69,12 +69,16 @@ def load_tokenizer(model: ModelConfig) -> Any:
             f"model.name_or_path: no tokenizer could be loaded from {model.name_or_path}: "
             f"{first_line(error)}"
         ) from error
+    return padded(tokenizer, model.name_or_path)
 
+
+def padded(tokenizer: Any, name: str) -> Any:
+    """The tokenizer, which is given a pad token where it has none. ModelError where it cannot be."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ModelError(
-            f"model.name_or_path: the tokenizer of {model.name_or_path} has no pad, unknown or end "
+            f"model.name_or_path: the tokenizer of {name} has no pad, unknown or end "
             "token; add one (tokenizer.add_special_tokens({'pad_token': '<pad>'})) and save it "
             "beside the model"
         )
@@ -106,14 +110,7 @@ def load_model(
                 "or `judge`"
             )
 
-        # Dropout would make the policy differ from its own reference.
-        rates = {
-            name: value
-            for name, value in config.to_dict().items()
-            if name.endswith(("dropout", "_pdrop")) and isinstance(value, float) and value > 0
-        }
-        for name in rates:
-            setattr(config, name, 0.0)
+        rates = config_without_dropout(config)
 
         auto: Any = AutoModelForSequenceClassification if outputs else AutoModelForCausalLM
         if outputs:
@@ -226,12 +223,14 @@ def load_pair(
     dtype: str = "float32",
     fixed_data: bool,
     seed: int = 0,
+    live: tuple[Any, Any] | None = None,
 ) -> PolicyPair:
     """The policy with its reference and target, ready to train.
 
     `dtype` is the weights' dtype where `model.dtype` is auto. `fixed_data`: the completions are
-    known before training, so the reference can be scored once. Raises ModelError (exit 4) or
-    ConfigError (exit 2).
+    known before training, so the reference can be scored once. `live` is a model (perhaps peft's)
+    with its tokenizer, used in place of what `model` names and trained in place. Raises ModelError
+    (exit 4) or ConfigError (exit 2).
     """
     if model.attention == "flex_attention" and torch.device(device).type == "cpu":
         raise ConfigError(
@@ -239,12 +238,19 @@ def load_pair(
             "there); use sdpa"
         )
 
-    tokenizer = load_tokenizer(model)
-    loaded, dropout = load_model(model, device=device, dtype=dtype)
+    adapted = None  # a live model that has an adapter already
+    if live is None:
+        tokenizer = load_tokenizer(model)
+        loaded, dropout = load_model(model, device=device, dtype=dtype)
+    else:
+        tokenizer = padded(deepcopy(live[1]), model.name_or_path)
+        loaded, adapted, dropout = adopt(live[0], model, device=device, dtype=dtype)
     check_vocabulary(loaded, tokenizer, model.name_or_path)
     if model.gradient_checkpointing:
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = loaded if model.adapter is None else add_adapter(loaded, model.adapter, seed=seed)
+    policy = adapted if adapted is not None else loaded
+    if model.adapter is not None:
+        policy = add_adapter(loaded, model.adapter, seed=seed)
     base = PolicyModule(policy, values=plan.values).eval()
 
     # Compute a few log-probs both ways, before any time is spent on training.
@@ -255,9 +261,7 @@ def load_pair(
     layout, note = choose_layout(base, model.layout, bundle)
 
     anchors = {}
-    kind = resolve_kind(
-        reference.kind, plan, adapter=model.adapter is not None, fixed_data=fixed_data
-    )
+    kind = resolve_kind(reference.kind, plan, adapter=policy is not loaded, fixed_data=fixed_data)
     if kind in KINDS:
         anchors["reference"] = Anchor.of(kind, base, reference)
     elif kind != "none":

@@ -40,12 +40,12 @@ class RunContext:
 
     def rows(self, split: str) -> Source:
         """What `data.train` or `data.eval` (the split) names; `task:NAME` becomes the rows of that
-        task.
+        task, `python:...` those that the caller gave as objects.
         """
         data = self.recipe.data
         source = held_out(data) if split == "eval" else data.train
         assert source is not None  # nobody asks for the rows of an empty `data.eval`
-        if not str(source).startswith("task:"):
+        if not str(source).startswith(("task:", "python:")):
             return source
 
         assert self.task is not None  # resolved from the very same field

@@ -6,6 +6,7 @@ is imported by the functions below after `check_without_torch`.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from alignkit.runs.checks import (
     check_without_torch,
     unused_sections,
 )
+from alignkit.runs.live import LiveTask
 from alignkit.runs.resume import fill_autos, identity_of, measured_autos, with_resolved_autos
 from alignkit.tasks import DEFAULT_TASK, Task, resolve
 
@@ -42,12 +44,42 @@ def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False)
     code (alignkit.errors).
     """
     check_without_torch(recipe, safe)
+    objective = build_objective(recipe.objective, recipe.origin, safe=safe)
+    return _run(recipe, objective, None, resume, safe, [], {})[1]
 
+
+def run_with_task(
+    recipe: Recipe,
+    objective: "Objective",
+    task: Task,
+    *,
+    resume: str | None = None,
+    safe: bool = False,
+    notes: Sequence[str] = (),
+    identity: Mapping[str, Any] | None = None,
+) -> "Job":
+    """Run a recipe whose objective, and perhaps model, rows, reward or judge, are objects.
+
+    `notes` are printed at the start; `identity` is added to what a resumed run must match. Returns
+    the finished job, whose pair holds the trained weights. Otherwise as `run_recipe`.
+    """
+    check_without_torch(recipe, safe)
+    return _run(recipe, objective, task, resume, safe, notes, identity or {})[0]
+
+
+def _run(
+    recipe: Recipe,
+    objective: "Objective",
+    task: Task | None,
+    resume: str | None,
+    safe: bool,
+    notes: Sequence[str],
+    identity: Mapping[str, Any],
+) -> tuple["Job", "Result"]:
     from alignkit.distributed.errors import raise_on_all_ranks
     from alignkit.training.loop import train
     from alignkit.training.run_folder import RunFolder
 
-    objective = build_objective(recipe.objective, recipe.origin, safe=safe)
     changes: list[str] = []
     if resume is None:
         # Ask before anything is loaded; the loop asks again once it holds the run's lock.
@@ -56,7 +88,8 @@ def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False)
         recipe, changes = with_resolved_autos(recipe)
 
     check_engine(recipe, objective)
-    task = resolve_task(recipe)
+    if task is None:
+        task = resolve_task(recipe)
     check_appraisal(recipe, objective, task)
 
     accelerator = make_accelerator(recipe)
@@ -65,12 +98,13 @@ def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False)
         context = load_context(recipe, objective, task, accelerator, safe=safe)
         data = load_data(context)
         recipe = fill_autos(context.recipe, {"data": {"format": data.format}})
-        job = build_job(replace(context, recipe=recipe), data, run, notes=changes)
+        job = build_job(replace(context, recipe=recipe), data, run, notes=[*notes, *changes])
+        job.identity = {**job.identity, **identity}
 
         with ExitStack() as stack:
             with raise_on_all_ranks(accelerator):  # only the first process takes the run's lock
                 stack.enter_context(run)
-            return train(job, resume)
+            return job, train(job, resume)
     finally:
         end(accelerator)
 
@@ -168,10 +202,18 @@ def _load_pair(
 
     plan = objective.plan
     model = recipe.model
-    if task is not None and model.name_or_path == "task":
+    live = None
+    if isinstance(task, LiveTask) and task.model is not None:
+        live = (task.model, task.tokenizer)
+    elif task is not None and model.name_or_path == "task":
         model = model.model_copy(update={"name_or_path": str(task.model_folder)})
 
     if plan.outputs:
+        if live is not None:
+            raise ConfigError(
+                "model: reward and preference models get a new head on a loaded model; give the "
+                "folder or the name of a language model"
+            )
         return load_scorer(model, plan, device=accelerator.device, seed=recipe.train.seed)
 
     return load_pair(
@@ -182,6 +224,7 @@ def _load_pair(
         device=accelerator.device,
         fixed_data=not FAMILIES[plan.data].sampled and not plan.samples,
         seed=recipe.train.seed,
+        live=live,
     )
 
 

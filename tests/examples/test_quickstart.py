@@ -51,7 +51,9 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
 
     assert printed["dpo-by-hand"].split("[")[1] == printed["optimum"].split("[")[1]
     assert printed["check"].count("allowed") >= 5
-    assert "step 20: loss" in printed["train"]
+    first, last = (line.split() for line in printed["train"].splitlines()[1:3])
+    assert (first[1], last[1]) == ("1", "20")
+    assert float(last[2]) < float(first[2])  # the loss fell
     for name in ("model", "metrics.jsonl", "recipe.yaml"):
         assert f"'{name}'" in printed["train"]
     assert "0.4321, 0.2303, 0.3376" in printed["nash"]

@@ -1,0 +1,120 @@
+"""Models, rows and rewards that a caller holds in Python, where a recipe would name files.
+
+A `LiveTask` stands where the embedded tasks stand: it hands a run its rows, its reward and its
+judge. What has no name gets one from a hash of its content, so that the run folder says what the
+run was and a resumed run is refused other inputs.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import ConfigError, ModelError
+from alignkit.files import sha256_of_parts
+from alignkit.tasks import Task
+
+PREFIX = "python:"  # of names that stand for live objects in a recipe
+
+
+@dataclass(frozen=True)
+class LiveTask(Task):
+    """What `alignkit.train` was given as objects. None: the recipe names a file or a model."""
+
+    model: Any = None  # a transformers causal LM, or a peft model around one
+    tokenizer: Any = None
+    train_rows: Sequence[Mapping[str, Any]] | None = None
+    eval_rows: Sequence[Mapping[str, Any]] | None = None
+    embedded: Task | None = None  # serves what was given by the name of an embedded task
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        train_rows: Sequence[Mapping[str, Any]] | None = None,
+        eval_rows: Sequence[Mapping[str, Any]] | None = None,
+        reward: Callable[..., Any] | None = None,
+        judge: Callable[..., Any] | None = None,
+        embedded: Task | None = None,
+    ) -> "LiveTask":
+        """The inputs as a task; what is None comes from the embedded task, where there is one."""
+        if embedded is not None:
+            reward = reward or embedded.reward
+            judge = judge or embedded.judge
+        return cls(
+            PREFIX.rstrip(":"),
+            embedded.model_folder if embedded else Path(),
+            embedded.rows_folder if embedded else Path(),
+            reward,  # type: ignore[arg-type]
+            judge,
+            model,
+            tokenizer,
+            train_rows,
+            eval_rows,
+            embedded,
+        )
+
+    def rows(self, family: str, split: str = "train") -> list[dict[str, Any]]:
+        """The rows of `split`, as they were given."""
+        rows = self.train_rows if split == "train" else self.eval_rows
+        if rows is None and self.embedded is not None:
+            return self.embedded.rows(family, split)
+        if rows is None:
+            raise ConfigError(f"data.{split}: no rows were given")
+        return [dict(row) for row in rows]
+
+
+def rows_of(data: Any, name: str) -> list[dict[str, Any]]:
+    """A list of rows, a `datasets.Dataset` or a pandas frame as a list of rows.
+
+    ConfigError for anything else; `name` is the argument's.
+    """
+    if hasattr(data, "to_list"):  # datasets.Dataset
+        data = data.to_list()
+    elif hasattr(data, "to_dict") and hasattr(data, "columns"):  # a pandas frame
+        data = data.to_dict("records")
+    rows = list(data) if isinstance(data, Sequence) and not isinstance(data, str) else None
+    if rows is None or not all(isinstance(row, Mapping) for row in rows):
+        raise ConfigError(
+            f"{name} is a {type(data).__name__}; give a path or a name, a list of rows (dicts) or a "
+            "datasets.Dataset"
+        )
+    return [dict(row) for row in rows]
+
+
+def name_of_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A name with a hash of the rows' content and order."""
+    return f"{PREFIX}rows-{sha256(repr(rows).encode()).hexdigest()[:16]}"
+
+
+def name_of_model(model: Any) -> str:
+    """A name with a hash of the weights and their dtype. ModelError for what has no weights."""
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise ModelError(
+            f"model is a {type(model).__name__}; give a transformers causal language model, a peft "
+            "model, a folder or a hub name"
+        )
+
+    def parts() -> Any:
+        for name, tensor in sorted(model.state_dict().items()):
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+            whole = tensor.detach().cpu().contiguous()
+            yield whole.flatten().view(torch.uint8).numpy().tobytes()
+
+    return f"{PREFIX}{type(model).__name__}-{sha256_of_parts(parts())[:16]}"
+
+
+def name_of_function(function: Callable[..., Any]) -> str:
+    """A function's name with a hash of its source, where Python knows it."""
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        source = inspect.getsource(function if hasattr(function, "__name__") else type(function))
+    except (OSError, TypeError):
+        return f"{PREFIX}{name}"
+    return f"{PREFIX}{name}-{sha256(source.encode()).hexdigest()[:16]}"
