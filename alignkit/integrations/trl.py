@@ -8,29 +8,26 @@ Only the public `compute_loss` and `log` are overridden. Data, generation, rewar
 scheduling stay TRL's.
 """
 
-import inspect
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignkit.batches import Family, LossTerms, PairBatch, RolloutBatch, TokenLogps
-from alignkit.errors import ConfigError, DataError
+from alignkit.batches import PairBatch, RolloutBatch, TokenLogps
+from alignkit.errors import ConfigError
+from alignkit.integrations.trl_adapter import Adapter
 from alignkit.integrations.trl_checks import (
     check_objective,
     check_version,
-    checked_arguments,
+    checked_pair_arguments,
     checked_rollout_arguments,
-    reads_reference_sums,
     wants_reference,
+    warn_of_other_forms,
 )
-from alignkit.integrations.trl_tensors import entropy, on_first_token, placed
+from alignkit.integrations.trl_tensors import on_first_token, on_labels, placed
 from alignkit.objectives.base import Objective
-from alignkit.tensors import gather_logps
 
 check_version()  # first, since an unknown release may fail on import with a message of its own
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer  # noqa: E402
@@ -82,6 +79,7 @@ def as_trl_trainer(objective: Objective, base: type = DPOTrainer) -> type:
         )
     adapter = _Pairs if issubclass(base, DPOTrainer) else _Groups
     check_objective(objective, adapter.family, base.__name__)
+    warn_of_other_forms(objective)
 
     # TRL writes `_name` and `_paper` into the model card.
     name = type(objective).__name__
@@ -95,173 +93,7 @@ def as_trl_trainer(objective: Objective, base: type = DPOTrainer) -> type:
     return type(f"{name}{base.__name__}", (adapter, base), attributes)
 
 
-class _Adapter:
-    """What both families share: checked arguments, reference forwards, reduction and metrics.
-
-    It stands in front of a TRL trainer among the bases of a class, and so may use its attributes.
-    """
-
-    objective: ClassVar[Objective]
-    family: ClassVar[Family]  # of batches: pair or rollout
-    loss_type: ClassVar[str]  # a loss of TRL that needs nothing beside the batch
-    config: ClassVar[type]  # of the arguments
-    known_keys: ClassVar[set[str]]  # what a batch may hold
-
-    # The trainer's own.
-    model: Any
-    ref_model: Any
-    accelerator: Any
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        # Scripts give the trainer's arguments by position or by name, or leave them out.
-        given = list(args)
-        place = _place_of_args(type(self))
-        by_position = len(given) > place
-        config = given[place] if by_position else kwargs.get("args")
-        if config is None:
-            config = self._default_config(given[0] if given else kwargs.get("model"))
-        if not isinstance(config, self.config):
-            raise ConfigError(
-                f"{type(self).__name__}: args is a {type(config).__name__}; "
-                f"give a {self.config.__name__}"
-            )
-        config = self._checked(config)
-        if by_position:
-            given[place] = config
-        else:
-            kwargs["args"] = config
-
-        # Metrics since the last log: name -> [sum, number of elements].
-        self._alignkit: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
-        super().__init__(*given, **kwargs)
-
-    def _default_config(self, model: Any) -> Any:
-        """The arguments of a script that gives none, with an output folder as TRL would name it."""
-        path = model
-        if not isinstance(model, str):
-            path = getattr(getattr(model, "config", None), "_name_or_path", "")
-        name = path.rstrip("/").rpartition("/")[2] or "model"
-        return self.config(f"{name}-{type(self.objective).__name__}")
-
-    def _checked(self, config: Any) -> Any:
-        return checked_arguments(config, self.objective, type(self).__name__, self.loss_type)
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    def _check_keys(self, inputs: Mapping[str, Any]) -> None:
-        unknown = sorted(
-            {key for key, value in inputs.items() if value is not None} - self.known_keys
-        )
-        if unknown:
-            raise DataError(
-                f"{type(self).__name__}: the batch holds {', '.join(unknown)}, which this adapter "
-                "does not read; it trains on text alone, collated by TRL"
-            )
-
-    def _outputs(self, model: Any, feed: Mapping[str, Any]) -> Any:
-        """The policy's forward; a mixture of experts is asked for its load-balancing loss, as TRL
-        does.
-        """
-        if getattr(self, "aux_loss_enabled", False):
-            return model(**feed, output_router_logits=True)
-        return model(**feed)
-
-    @contextmanager
-    def _reference(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-        """The reference in TRL's order: its own model, the adapter called "ref", the model without
-        its adapter.
-        """
-        if getattr(self, "ref_model", None) is not None:
-            yield self.ref_model
-            return
-
-        inner = self.accelerator.unwrap_model(model)
-        if not hasattr(inner, "peft_config"):
-            raise self._no_reference()
-        if "ref" in inner.peft_config:
-            trained = inner.active_adapter
-            inner.set_adapter("ref", inference_mode=True)
-            try:
-                yield model
-            finally:
-                inner.set_adapter(trained)
-        else:
-            with inner.disable_adapter():
-                yield model
-
-    def _no_reference(self) -> ConfigError:
-        return ConfigError(
-            f"{type(self).__name__}: {type(self.objective).__name__} needs a reference, but TRL "
-            "holds no reference model and this batch brings no log-probs of one; use TRL's own "
-            "data collator, and leave trainer.beta as it is"
-        )
-
-    def _tokens(
-        self,
-        logits: Tensor,
-        anchor: Tensor | None,
-        labels: Tensor,
-        mask: Tensor,
-        anchors: dict[str, Tensor],
-    ) -> TokenLogps:
-        """Log-probs, entropy and the plan's statistics of the masked tokens.
-
-        logits   [M, V] of the policy at the M masked places
-        anchor   [M, V] of the reference, or None where it is known already or not needed
-        labels   [M]
-        mask     [N, T]
-        anchors  reference log-probs [N, T] that are known already
-        """
-        extras = {"entropy": entropy(logits)}
-        statistics = self.objective.plan.statistics
-        if statistics:
-            policy_logprobs = logits.float().log_softmax(-1)
-            anchor_logprobs = None if anchor is None else anchor.float().log_softmax(-1)
-            for name, statistic in statistics.items():
-                extras[name] = statistic(policy_logprobs, anchor_logprobs, labels)
-        if anchor is not None:
-            anchors = {"reference": placed(gather_logps(anchor, labels), mask)}
-
-        return TokenLogps(
-            placed(gather_logps(logits, labels), mask),
-            anchors,
-            mask,
-            extras={name: placed(values, mask) for name, values in extras.items()},
-        )
-
-    def _reduced(self, out: LossTerms, outputs: Any, rows: int, tokens: Tensor) -> Tensor:
-        """The batch's loss: each term's sum over its count, tokens counted over all processes.
-
-        The metrics of `out` are kept for the next `log`.
-        """
-        store = self._alignkit[self._mode]
-        for name, values in out.metrics.items():
-            count = torch.tensor(values.numel(), dtype=torch.float64, device=values.device)
-            entry = torch.stack([values.double().sum(), count])
-            store[name] = store.get(name, torch.zeros_like(entry)) + entry
-
-        counts: dict[str, Any] = {"rows": rows}
-        if any(term.unit == "tokens" for term in out.terms):
-            counts["tokens"] = self.accelerator.reduce(tokens.float(), "mean").clamp(min=1)
-        loss = sum(term.weight * term.values.sum() / counts[term.unit] for term in out.terms)
-        if getattr(self, "aux_loss_enabled", False):
-            loss = loss + getattr(self, "router_aux_loss_coef") * outputs.aux_loss  # noqa: B009
-        return loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """TRL's log with the objective's metrics, averaged over rows or tokens and all processes."""
-        mode = self._mode
-        store = self._alignkit[mode]
-        self._alignkit[mode] = {}
-        for name in sorted(store):
-            total, count = self.accelerator.reduce(store[name]).tolist()
-            logs[name if mode == "train" else f"eval_{name}"] = total / max(count, 1)
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]  # the trainer's
-
-
-class _Pairs(_Adapter):
+class _Pairs(Adapter):
     """On DPOTrainer: rows are [chosen; rejected]; a micro-batch returns its mean, the Trainer
     divides by the accumulation.
     """
@@ -272,13 +104,8 @@ class _Pairs(_Adapter):
     known_keys = PAIR_KEYS
 
     def _checked(self, config: Any) -> Any:
-        by_token = wants_reference(self.objective) and not reads_reference_sums(self.objective)
-        if config.precompute_ref_log_probs and by_token:
-            raise ConfigError(
-                f"{type(self).__name__}: precompute_ref_log_probs=True keeps one sum per "
-                "completion, and the objective reads the reference token by token; set it to False"
-            )
-        return super()._checked(config)
+        name = type(self).__name__
+        return checked_pair_arguments(super()._checked(config), self.objective, name)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -309,11 +136,30 @@ class _Pairs(_Adapter):
         rows = torch.arange(len(ids), device=ids.device)
         half = len(ids) // 2  # the chosen completions stand first
         batch = PairBatch(tokens.select(rows[:half]), tokens.select(rows[half:]))
+        self._keep_of_model(logits, labels, tokens, half)
+        self._count_tokens(inputs["attention_mask"])
         loss = self._reduced(self.objective.loss(batch), outputs, half, mask[:half].sum())
         return (loss, outputs) if return_outputs else loss
 
+    def _keep_of_model(self, logits: Tensor, labels: Tensor, tokens: TokenLogps, half: int) -> None:
+        """TRL's metrics of the model itself, from the `logits` [M, V] and `labels` [M] of the
+        tokens; the first `half` of the rows are the chosen completions.
+        """
+        mean_logits, likeliest = (
+            placed(values, tokens.mask) for values in on_labels(logits, labels)
+        )
+        chosen, rejected = tokens.mask[:half], tokens.mask[half:]
+        self._keep(
+            {
+                "entropy": tokens.extras["entropy"][tokens.mask],
+                "logits/chosen": mean_logits[:half][chosen],
+                "logits/rejected": mean_logits[half:][rejected],
+                "mean_token_accuracy": likeliest[:half][chosen],
+            }
+        )
 
-class _Groups(_Adapter):
+
+class _Groups(Adapter):
     """On GRPOTrainer: TRL's advantages and behaviour log-probs; in training the loss is divided by
     the accumulation.
     """
@@ -384,17 +230,3 @@ class _Groups(_Adapter):
         if self._mode == "train":
             return loss / self.current_gradient_accumulation_steps
         return loss
-
-
-def _place_of_args(cls: type) -> int:
-    """Position of the parameter `args` behind `self` in TRL's constructor; scripts may give it
-    without its name.
-    """
-    for parent in cls.__mro__:
-        if "__init__" not in vars(parent):
-            continue
-        parameters = inspect.signature(vars(parent)["__init__"]).parameters
-        argument = parameters.get("args")
-        if argument and argument.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
-            return list(parameters).index("args") - 1  # without `self`
-    raise AssertionError("neither DPOTrainer nor GRPOTrainer takes args")

@@ -5,6 +5,7 @@ one sentence.
 import copy
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +15,8 @@ import torch
 
 from alignkit.batches import FAMILIES, Family, PairBatch, RolloutBatch, Term, TokenLogps
 from alignkit.errors import ConfigError
-from alignkit.objectives.base import Objective
+from alignkit.objectives.base import Objective, Weighted
+from alignkit.objectives.preference.ipo import IPO
 
 SUPPORTED = "trl>=0.29.1,<2, not 1.15.0 on a machine without a GPU"
 ANY_VERSION = "ALIGNKIT_ANY_TRL"  # environment: try an untested version
@@ -98,7 +100,7 @@ def check_objective(objective: Any, family: Family, base: str) -> None:
         "completions of another policy": any(
             draw.source != "policy" or draw.mix for draw in plan.samples
         ),
-        "the whole step's rows at once": plan.coupled,
+        "the whole step's rows at once": family == "rollout" and plan.coupled,
         "prompts with other prompts' completions": plan.mismatched,
         "a second anchor": set(plan.anchors) - {"reference"},
         "a state carried from step to step": objective.init_state(),
@@ -113,6 +115,20 @@ def check_objective(objective: Any, family: Family, base: str) -> None:
         )
     if family == "rollout":
         advantage_rule(objective, 4)
+
+
+def warn_of_other_forms(objective: Objective) -> None:
+    """Warn of an objective whose default differs from the loss that TRL has under the same name."""
+    parts = (
+        [part for part, _ in objective.parts] if isinstance(objective, Weighted) else [objective]
+    )
+    if any(isinstance(part, IPO) and part.form == "sum" for part in parts):
+        warnings.warn(
+            "as_trl_trainer: IPO(form='sum') adds up the log-ratios of a completion's tokens, as "
+            "in the paper, where TRL's loss_type='ipo' takes their mean; for TRL's loss use "
+            "form='mean' with tau set to TRL's beta",
+            stacklevel=3,
+        )
 
 
 def advantage_rule(objective: Objective, size: int) -> tuple[str, float]:
@@ -223,6 +239,26 @@ def checked_arguments(config: Any, objective: Objective, name: str, loss_type: s
     return config
 
 
+def checked_pair_arguments(config: Any, objective: Objective, name: str) -> Any:
+    """The arguments, where each batch brings what the objective reads; else ConfigError."""
+    by_token = wants_reference(objective) and not reads_reference_sums(objective)
+    if config.precompute_ref_log_probs and by_token:
+        raise ConfigError(
+            f"{name}: precompute_ref_log_probs=True keeps one sum per completion, and the "
+            "objective reads the reference token by token; set it to False"
+        )
+
+    apart = config.gradient_accumulation_steps > 1 or config.world_size > 1
+    if objective.plan.coupled and apart:
+        raise ConfigError(
+            f"{name}: {type(objective).__name__} compares all pairs of an optimiser step with one "
+            "another, and TRL gives one micro-batch of one process at a time; set "
+            "gradient_accumulation_steps=1 with a larger per_device_train_batch_size and run one "
+            "process, or use `alignkit train`"
+        )
+    return config
+
+
 def checked_rollout_arguments(
     config: Any, objective: Objective, name: str
 ) -> tuple[Any, dict[str, float]]:
@@ -251,7 +287,11 @@ def checked_rollout_arguments(
 
     config.scale_rewards = scale
     evaluation = getattr(config, "num_generations_eval", None) or config.num_generations
-    return config, {"train": factor, "eval": advantage_rule(objective, evaluation)[1]}
+    # The only completion of a prompt is its group's mean: the advantage is 0, whatever the factor.
+    factors = {"train": factor, "eval": 0.0}
+    if evaluation > 1:
+        factors["eval"] = advantage_rule(objective, evaluation)[1]
+    return config, factors
 
 
 def default_of(config: Any, field: str) -> Any:

@@ -13,6 +13,15 @@ def entropy(logits: Tensor) -> Tensor:
     return torch.cat([-(chunk.exp() * chunk).sum(-1) for chunk in logprobs])
 
 
+@torch.no_grad()
+def on_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over the vocabulary of each row of `logits` [M, V], and 1 where its largest is the
+    one of `labels` [M], else 0: [M] each, float32.
+    """
+    likeliest = logits.argmax(-1) == labels
+    return logits.mean(-1, dtype=torch.float32), likeliest.float()
+
+
 def placed(values: Tensor, mask: Tensor) -> Tensor:
     """The `values` [M] of the tokens of `mask` [N, T] at their places, 0 elsewhere: [N, T]."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)

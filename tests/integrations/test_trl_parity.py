@@ -2,6 +2,7 @@
 step.
 """
 
+import inspect
 import itertools
 
 import pytest
@@ -14,7 +15,21 @@ from two_processes import on_two_processes
 
 from alignkit.integrations.trl import as_trl_trainer
 from alignkit.objectives.online.grpo import GRPO
+from alignkit.objectives.preference.aot import AOT
+from alignkit.objectives.preference.apo import APODown, APOZero
+from alignkit.objectives.preference.bco_pair import BCOPair
+from alignkit.objectives.preference.discopop import DiscoPOP
 from alignkit.objectives.preference.dpo import DPO
+from alignkit.objectives.preference.exo_pair import EXOPair
+from alignkit.objectives.preference.fdpo import FDPO
+from alignkit.objectives.preference.hinge import Hinge
+from alignkit.objectives.preference.ipo import IPO
+from alignkit.objectives.preference.lddpo import LDDPO
+from alignkit.objectives.preference.nca_pair import NCAPair
+from alignkit.objectives.preference.robust import RobustDPO
+from alignkit.objectives.preference.sft import SFT
+from alignkit.objectives.preference.sigmoid_norm import SigmoidNorm
+from alignkit.objectives.preference.sppo_hard import SPPOHard
 
 LIMIT = 1e-6
 # GRPO's loss is a sum of advantages of this size that cancel: what is left is rounded as they are
@@ -31,6 +46,52 @@ def test_dpo_equals_trls_own(model, tmp_path, record_property, accumulation, tun
     ours = curve(dpo_trainer(as_trl_trainer(DPO(beta=0.1)), *case))
     assert len(ours) == STEPS
     assert ours[0, 0] == pytest.approx(0.6931472, abs=1e-6)  # the reference is where training began
+    record_property("difference", found := difference(ours, native))
+    assert found < LIMIT
+
+
+# TRL's loss types and their settings beside the objectives that alignkit gives them.
+LOSS_TYPES = [
+    (Hinge(beta=0.3), "hinge", {}),
+    (IPO(tau=0.3, form="mean"), "ipo", {}),
+    (EXOPair(beta=0.3), "exo_pair", {"label_smoothing": 1e-3}),
+    (NCAPair(beta=0.3), "nca_pair", {}),
+    (RobustDPO(beta=0.3, label_smoothing=0.1), "robust", {"label_smoothing": 0.1}),
+    (BCOPair(beta=0.3), "bco_pair", {}),
+    (SPPOHard(beta=0.3), "sppo_hard", {}),
+    (AOT(beta=0.3, label_smoothing=0.1), "aot", {"label_smoothing": 0.1}),
+    (AOT(beta=0.3, form="unpaired"), "aot_unpaired", {}),
+    (APOZero(beta=0.3), "apo_zero", {}),
+    (APODown(beta=0.3), "apo_down", {}),
+    (DiscoPOP(beta=0.3, discopop_tau=0.2), "discopop", {"discopop_tau": 0.2}),
+    (SigmoidNorm(beta=0.3), "sigmoid_norm", {}),
+    (LDDPO(beta=0.3, alpha=0.5), "sigmoid", {"ld_alpha": 0.5}),
+    (FDPO(beta=0.3, divergence="forward_kl"), "sigmoid", {"f_divergence_type": "forward_kl"}),
+    (
+        FDPO(beta=0.3, divergence="jensen_shannon"),
+        "sigmoid",
+        {"f_divergence_type": "js_divergence"},
+    ),
+    (SFT(), "sft", {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("objective", "loss_type", "settings"),
+    LOSS_TYPES,
+    ids=["-".join([name, *settings]) for _, name, settings in LOSS_TYPES],
+)
+def test_pair_losses_equal_trls_loss_types(
+    model, tmp_path, record_property, objective, loss_type, settings
+):
+    if f'"{loss_type}"' not in inspect.getsource(inspect.getmodule(DPOTrainer)):
+        pytest.skip("this release of TRL has no such loss type")
+    common = {"per_device_train_batch_size": 4, "max_steps": 3}
+    theirs = {**common, **settings, "loss_type": loss_type, "beta": 0.3}
+    native = curve(dpo_trainer(DPOTrainer, model, tmp_path, **theirs))
+    ours = curve(dpo_trainer(as_trl_trainer(objective), model, tmp_path, **common))
+    assert len(ours) == common["max_steps"]
+    assert ours[:, 1].min() > 1e-3
     record_property("difference", found := difference(ours, native))
     assert found < LIMIT
 
@@ -97,6 +158,39 @@ def test_evaluation_equals_trls_own(model, tmp_path):
         ) in found[1]
 
 
+def experts(model, folder):
+    """A tiny mixture of experts with the tokenizer of `model`."""
+    config = Qwen3MoeConfig(
+        vocab_size=23, hidden_size=16, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=1, num_experts=4,
+        num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    for file in model.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("scale_by_std", [False, True])
+def test_evaluation_with_one_completion_per_prompt(model, tmp_path, scale_by_std):
+    """The advantages are 0, so that the KL alone is left."""
+    losses = []
+    objective = GRPO(beta=0.1, kl="k3", scale_by_std=scale_by_std)
+    scale = "group" if scale_by_std else "none"
+    for cls in (GRPOTrainer, as_trl_trainer(objective, GRPOTrainer)):
+        trainer = grpo_trainer(
+            cls, model, tmp_path, beta=0.1, num_generations_eval=1, scale_rewards=scale
+        )
+        with torch.no_grad():  # away from the reference
+            for parameter in trainer.model.parameters():
+                parameter.mul_(1.1)
+        torch.manual_seed(5)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] > 1e-6
+    assert losses[1] == pytest.approx(losses[0], rel=LIMIT, abs=1e-9)
+
+
 @pytest.mark.parametrize("base", [DPOTrainer, GRPOTrainer])
 def test_a_mixture_of_experts_keeps_its_load_balancing_loss(model, tmp_path, base):
     make, ours = (
@@ -106,21 +200,51 @@ def test_a_mixture_of_experts_keeps_its_load_balancing_loss(model, tmp_path, bas
     )
     if "router_aux_loss_coef" not in ours.config.__dataclass_fields__:
         pytest.skip("this release of TRL adds no load-balancing loss")
-    config = Qwen3MoeConfig(
-        vocab_size=23, hidden_size=16, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=1, num_experts=4,
-        num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    folder = tmp_path / "experts"
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    for file in model.glob("tokenizer*"):
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = experts(model, tmp_path / "experts")
     settings = {"max_steps": 2, "accumulation": 2, "router_aux_loss_coef": 0.5}
     theirs = curve(make(base, folder, tmp_path, **settings))
     # 0.5 times the 2 experts that each token is sent to
     assert theirs[0, 0] > 0.9 + (0.6 if base is DPOTrainer else 0)
     assert difference(curve(make(ours, folder, tmp_path, **settings)), theirs, TERMS) < LIMIT
+
+
+# What TRL logs about the model rather than about its own loss.
+MODEL_METRICS = {
+    DPOTrainer: {
+        "aux_loss", "entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy", "num_tokens",
+    },
+    GRPOTrainer: {"aux_loss", "entropy", "num_tokens"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("base", [DPOTrainer, GRPOTrainer])
+def test_metrics_of_the_model_equal_trls_own(model, tmp_path, base):
+    """In training and in evaluation, under the same names."""
+    make, ours = (
+        (dpo_trainer, as_trl_trainer(DPO(beta=0.1)))
+        if base is DPOTrainer
+        else (grpo_trainer, grpo(0.0, False))
+    )
+    folder = experts(model, tmp_path / "experts")
+    settings = {"max_steps": 2, "per_device_eval_batch_size": 8}
+    if "router_aux_loss_coef" in ours.config.__dataclass_fields__:
+        settings["router_aux_loss_coef"] = 0.5
+    logs = []
+    for cls in (base, ours):
+        trainer = make(cls, folder, tmp_path, **settings)
+        trainer.train()
+        torch.manual_seed(5)
+        trainer.evaluate()
+        logs.append(
+            [row for row in trainer.state.log_history if {"loss", "eval_loss"} & row.keys()]
+        )
+    for theirs, row in zip(*logs, strict=True):
+        prefix = "eval_" * ("eval_loss" in row)
+        names = {prefix + name for name in MODEL_METRICS[base]} & theirs.keys()
+        assert prefix + "entropy" in names
+        assert {name: row.get(name) for name in names} == pytest.approx(
+            {name: theirs[name] for name in names}, rel=1e-5, abs=1e-6
+        )
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from alignkit.objectives.online.grpo import GRPO
 from alignkit.objectives.online.kl_ppo import KLPPO
 from alignkit.objectives.online.rloo import RLOO
 from alignkit.objectives.online.rpg import RPG
+from alignkit.objectives.preference.aot import AOT
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.objectives.preference.ipo import IPO
 from alignkit.objectives.preference.kto import KTO
@@ -145,6 +146,11 @@ def test_what_does_not_fit(objective, base, message):
             "precompute_ref_log_probs=True keeps one sum per completion.*set it to False",
         ),
         (ByToken(), {"precompute": True}, "reads the reference token by token; set it to False"),
+        (
+            AOT(),
+            {"accumulation": 2},
+            "AOT compares all pairs of an optimiser step .*gradient_accumulation_steps=1",
+        ),
     ],
 )
 def test_arguments_of_preference_training(model, tmp_path, objective, settings, message):
@@ -245,6 +251,22 @@ def test_arguments_by_position_or_left_out(model, tmp_path, monkeypatch):
     monkeypatch.setattr(cls, "config", OnCpu)  # TRL's own defaults want a GPU
     bare = cls(str(model), train_dataset=Dataset.from_list(PAIRS))
     assert (bare.args.beta, bare.args.output_dir) == (0.3, f"{model.name}-DPO")
+
+
+@pytest.mark.parametrize(
+    ("objective", "warned"),
+    [
+        (IPO(), True),
+        (IPO(form="mean"), False),
+        (Weighted(parts=[(IPO(), 1.0), (SFT(), 0.1)]), True),
+        (DPO(), False),
+    ],
+)
+def test_the_other_form_of_ipo_is_announced(recwarn, objective, warned):
+    as_trl_trainer(objective)
+    messages = [str(w.message) for w in recwarn if "loss_type='ipo'" in str(w.message)]
+    assert len(messages) == warned
+    assert all("form='mean'" in message for message in messages)
 
 
 def test_a_weighted_list_its_metrics_and_the_model_card(model, tmp_path):

@@ -43,7 +43,10 @@ class IPO(PairObjective):
     """Identity preference optimisation (Azar et al. 2023, arXiv:2310.12036, eq. 17)."""
 
     paper: ClassVar[str] = "Azar et al. 2023, arXiv:2310.12036, eq. 17"
-    equation: ClassVar[str] = "L = (log pi(w)/ref(w) - log pi(l)/ref(l) - 1/(2 tau))^2"
+    equation: ClassVar[str] = (
+        "L = (h(w) - h(l) - 1/(2 tau))^2, "
+        "h = log pi/ref summed over the tokens (form sum) or averaged (form mean)"
+    )
 
     tau: PositiveFloat = Field(0.1, description="regularisation; the target margin is 1 / (2 tau)")
     form: Literal["sum", "mean"] = Field(
