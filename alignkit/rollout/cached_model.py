@@ -1,4 +1,4 @@
-"""A transformers model with a key-value cache, advanced by one token per row and step."""
+"""A transformers model with its cache, advanced by one token per row and step; and one without."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -36,6 +36,7 @@ class CachedModel:
         self.entered_model: nn.Module | None = None
         self.packed_weights: PackedWeights | None = None
         self.branches = False
+        self.forward_arguments: set[str] = set()
 
     @contextmanager
     def entered(self) -> Iterator[nn.Module]:
@@ -47,6 +48,7 @@ class CachedModel:
         with self.models.model(self.name) as model:
             inner = causal_lm(model)
             self.branches = can_branch(inner)
+            self.forward_arguments = set(inspect.signature(inner.forward).parameters)
             if self.packed_weights is None:
                 self.packed_weights = PackedWeights(model)
 
@@ -71,7 +73,6 @@ class CachedModel:
             device = next(model.parameters()).device
             layer = BranchingLayer if self.branches else RoomyLayer
             self.cache = roomy_cache(model.config, layer)
-            self.optional_arguments = _forward_arguments(model)
 
         # Padding stands on the left, so that all rows go on from the same column.
         padded = [nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts]
@@ -96,20 +97,70 @@ class CachedModel:
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits [R, V] at the last of the tokens `ids` [R, T], which stand at `positions`."""
-        optional = {"position_ids": positions, "logits_to_keep": 1}
-        accepted = {
-            name: value for name, value in optional.items() if name in self.optional_arguments
+        inputs: dict[str, Any] = {
+            "attention_mask": self.mask,
+            "past_key_values": self.cache,
+            **self._accepted(position_ids=positions, logits_to_keep=1),
         }
+        # State-space models (Mamba) name their cache otherwise. Their state holds what came before,
+        # so that from the second call on there is nothing to mask.
+        if "past_key_values" not in self.forward_arguments:
+            inputs["cache_params"] = inputs.pop("past_key_values")
+            if ids.shape[1] < self.mask.shape[1]:
+                del inputs["attention_mask"]
+
+        with self.entered() as model:
+            output = model(input_ids=ids, use_cache=True, return_dict=True, **inputs)
+        return output.logits[:, -1]
+
+    def _accepted(self, **optional: Any) -> dict[str, Any]:
+        """Those of the arguments that the model's forward takes."""
+        return {k: value for k, value in optional.items() if k in self.forward_arguments}
+
+
+class UncachedModel(CachedModel):
+    """The same without a cache: every token is computed anew with all before it, as in training.
+
+    For models whose cache is not known or not right.
+    """
+
+    rows: list[Tensor]  # the tokens of each row so far
+
+    def prefill(self, prompts: list[Tensor], new_tokens: int) -> Tensor:
+        """Next-token logits [P, V] after each of P prompts."""
+        with self.entered() as model:
+            _check_context(model, max(map(len, prompts)), new_tokens)
+            device = next(model.parameters()).device
+        self.rows = [prompt.to(device) for prompt in prompts]
+        return self._of_rows()
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Next-token logits [R, V] after one more token per row [R]."""
+        self.rows = [torch.cat([row, token[None]]) for row, token in zip(self.rows, tokens)]
+        return self._of_rows()
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order; a row may be taken more than once."""
+        self.rows = [self.rows[row] for row in rows.tolist()]
+
+    def _of_rows(self) -> Tensor:
+        # Pads follow the tokens, where nothing sees them.
+        ids = nn.utils.rnn.pad_sequence(self.rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in self.rows], device=ids.device)
+
+        # Logits only where some row ends, where the model can leave the others out.
+        ends, end_of_row = (lengths - 1).unique(return_inverse=True)
+        where_rows_end = self._accepted(logits_to_keep=ends)
         with self.entered() as model:
             output = model(
                 input_ids=ids,
-                attention_mask=self.mask,
-                past_key_values=self.cache,
-                use_cache=True,
+                attention_mask=torch.ones_like(ids),
+                use_cache=False,
                 return_dict=True,
-                **accepted,
+                **where_rows_end,
             )
-        return output.logits[:, -1]
+        columns = end_of_row if where_rows_end else lengths - 1
+        return output.logits[torch.arange(len(ids), device=ids.device), columns]
 
 
 def mixed_logits(models: Sequence[CachedModel], logits: Sequence[Tensor]) -> Tensor:
@@ -142,11 +193,3 @@ def _check_context(model: nn.Module, prompt: int, new_tokens: int) -> None:
             f"of {limit}; lower max_new_tokens (rollout.max_new_tokens of a recipe) or "
             "data.max_length"
         )
-
-
-def _forward_arguments(model: Any) -> set[str]:
-    """Names that the innermost model's forward takes (peft's wrapper takes everything and hands it
-    on).
-    """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return set(inspect.signature(inner.forward).parameters)

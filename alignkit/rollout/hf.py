@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alignkit.batches import Draw
 from alignkit.errors import ConfigError, NumericsError
+from alignkit.rollout.cache_probe import sampling_model
 from alignkit.rollout.cached_model import CachedModel, mixed_logits
 from alignkit.rollout.noise import gumbel, row_keys
 from alignkit.rollout.protocol import Models, Sample, check_request, stop_tokens
@@ -66,7 +67,7 @@ class HFSampler:
         ModelError, NumericsError.
         """
         n = check_request(prompts, draw, prompt_ids)
-        drawn_from = [CachedModel(self.models, name, weight) for name, weight in _weights(draw)]
+        drawn_from = [sampling_model(self.models, name, weight) for name, weight in _weights(draw)]
         samples: list[list[Sample]] = [[] for _ in prompts]
 
         # One model is entered for the whole call. The two of a mixture may be one network with its

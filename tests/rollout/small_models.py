@@ -38,12 +38,56 @@ FAMILIES = {
     "bloom": {"model_type": "bloom", "hidden_size": 16, "n_layer": 2, "n_head": 4},
 }
 
+# Models with a state instead of, or beside, keys and values.
+STATEFUL = {
+    "mamba": {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+    "mamba2": {
+        "model_type": "mamba2",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_heads": 4,
+        "head_dim": 8,
+        "state_size": 4,
+        "n_groups": 1,
+        "expand": 2,
+    },
+    "falcon_mamba": {
+        "model_type": "falcon_mamba",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "state_size": 4,
+    },
+    "jamba": {
+        "model_type": "jamba",
+        **{name: size for name, size in SHAPE.items() if name != "head_dim"},
+        "num_experts": 2,
+        "mamba_d_state": 4,
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "use_mamba_kernels": False,
+    },
+    "qwen3_next": {
+        "model_type": "qwen3_next",
+        **SHAPE,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 4,
+        "linear_value_head_dim": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "rwkv": {"model_type": "rwkv", "hidden_size": 16, "num_hidden_layers": 2},
+}
+
 
 def small_model(family: str = "llama", vocab: int = 4, seed: int = 0, **changes):
     """A random model whose next-token distribution depends visibly on every token before."""
     settings = {
         "max_position_embeddings": 64,
-        **FAMILIES[family],
+        **{**FAMILIES, **STATEFUL}[family],
         "vocab_size": vocab,
         "initializer_range": 0.5,
         "init_std": 0.5,

@@ -11,6 +11,7 @@ from alignkit.batches import Draw
 from alignkit.config.rollout import RolloutConfig
 from alignkit.errors import ConfigError, DataError, ModelError, NumericsError
 from alignkit.rollout import HFSampler, make_sampler
+from alignkit.rollout.cache_probe import sampling_model
 
 PROMPTS = [torch.tensor(ids) for ids in ([1, 2], [3, 1, 2, 3, 1, 1, 2], [2, 2, 3, 1], [1])]
 
@@ -209,6 +210,7 @@ def test_temperature_zero_is_greedy():
 
 def test_a_group_prefills_its_prompt_once():
     model, seen = small_model(vocab=30, seed=8), []
+    sampling_model(models_of(model), "policy", 1.0)  # the trial before the first sample
     handle = model.register_forward_pre_hook(
         lambda m, a, k: seen.append(tuple(k["input_ids"].shape)), with_kwargs=True
     )
@@ -223,6 +225,7 @@ def test_a_group_prefills_its_prompt_once():
 
 def test_finished_rows_leave_the_batch():
     model, rows = small_model(vocab=4, seed=9), []
+    sampling_model(models_of(model), "policy", 1.0)
     handle = model.register_forward_pre_hook(
         lambda m, a, k: rows.append(len(k["input_ids"])), with_kwargs=True
     )

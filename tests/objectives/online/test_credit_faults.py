@@ -76,9 +76,9 @@ def test_dapo_counts_groups_of_one_among_those_without_a_difference():
     """Two groups of 1 and 2 tokens: the mean over 3 tokens becomes one over the other group's 2."""
     batch = rollout([57.0, 1.0, 2.0], [0, 1, 1])
     lengths = batch.tokens.lengths
-    kept = advantages(DAPO(scale_by_std=False), batch)
+    selected = advantages(DAPO(scale_by_std=False), batch)
     plain = advantages(DAPO(scale_by_std=False, drop_constant=False), batch)
-    assert torch.allclose(kept, plain * lengths.sum() / lengths[1:].sum())
+    assert torch.allclose(selected, plain * lengths.sum() / lengths[1:].sum())
 
 
 @pytest.mark.parametrize("value", [0.1, 3.3, 100.7, 12345.678, -1e9, 3e19])
@@ -100,7 +100,7 @@ def test_a_common_part_of_the_rewards_changes_no_advantage(objective, base):
 
 @named(GROUPED + WHITENED)
 def test_rewards_whose_squares_overflow_float32_keep_their_order(objective):
-    found = advantages(objective, rollout([3e19, 6e19, 3e19, 6e19], [0, 0, 1, 1]))
-    assert found.isfinite().all()
-    assert (found[::2, 0] < 0).all()
-    assert (found[1::2, 0] > 0).all()
+    credit = advantages(objective, rollout([3e19, 6e19, 3e19, 6e19], [0, 0, 1, 1]))
+    assert credit.isfinite().all()
+    assert (credit[::2, 0] < 0).all()
+    assert (credit[1::2, 0] > 0).all()
