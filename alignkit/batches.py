@@ -11,7 +11,7 @@ V vocabulary. Log-probs are natural logarithms, in nats.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from torch.nn.functional import pad
 
 from alignkit.plan import Draw as Draw
 from alignkit.plan import Family as Family
+from alignkit.plan import LossTerms as LossTerms
 from alignkit.plan import Plan as Plan
 from alignkit.plan import Statistic as Statistic
+from alignkit.plan import Term as Term
 from alignkit.tensors import masked_sum
 
 TwoTensors = tuple[Tensor, Tensor]
@@ -122,35 +124,17 @@ class Outputs:
     values: Tensor  # [N, D], with gradient when trained; D is `plan.outputs`
 
 
-@dataclass(frozen=True)
-class Term:
-    """One summand of a loss, not reduced: its sum is divided by the step's global count of `unit`."""
-
-    name: str
-    values: Tensor  # [B] for rows; [N, T] (0 outside the mask) or [tokens] for tokens
-    unit: Literal["rows", "tokens"] = "rows"
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """What an objective returns. A logged metric is the mean over the elements of the whole step."""
-
-    terms: Sequence[Term]
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def __add__(self, other: "LossTerms") -> "LossTerms":
-        return LossTerms([*self.terms, *other.terms], {**self.metrics, **other.metrics})
-
-    def scaled(self, weight: float) -> "LossTerms":
-        """The same terms, each weight multiplied by `weight`."""
-        return replace(self, terms=[replace(t, weight=t.weight * weight) for t in self.terms])
-
-
 def _tables(bundles: Sequence[Bundle], device: torch.device) -> Tensor | None:
     """Probabilities that completion i of a prompt beats j, [B, K, K]; None if not all were judged."""
     tables = [b.rows["table"] for b in bundles if "table" in b.rows]
     return torch.stack(tables).to(device) if tables else None
+
+
+def _draws(bundles: Sequence[Bundle], device: torch.device) -> Tensor | None:
+    """Which of the plan's draws each completion is from, [N]; None where the bundles do not say."""
+    if not all("draw" in bundle.rows for bundle in bundles):
+        return None
+    return torch.cat([bundle.rows["draw"] for bundle in bundles]).to(device)
 
 
 def _log_ratio(tokens: TokenLogps) -> Tensor:
@@ -173,10 +157,13 @@ class SequenceBatch(_ByPrompt):
     """Demonstrations: one completion per prompt (N = B)."""
 
     tokens: TokenLogps
+    # [B] int64, the draw of the plan that took the place of the row's answer; -1: its own answer.
+    # None: all answers are the rows' own.
+    draws: Tensor | None = None
 
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
-        return cls(tokens)
+        return cls(tokens, _draws(bundles, tokens.policy.device))
 
 
 @dataclass(frozen=True)
@@ -315,11 +302,12 @@ class RolloutBatch:
     """Sampled completions with their scores; groups share a prompt. `credit` fills the advantages."""
 
     tokens: TokenLogps  # [N, T] with `behavior`
-    scores: Tensor  # [N] reward of each completion
+    scores: Tensor  # [N] reward of each completion; 0 where nothing scores them
     groups: Tensor  # [N] int64, equal for completions of one prompt
     advantages: Tensor | None = None  # [N, T] credit per token, filled by the objective's `credit`
     returns: Tensor | None = None  # [N, T] value targets
     values: Tensor | None = None  # [N, T] what the value head said at rollout time
+    draws: Tensor | None = None  # [N] int64, which of the plan's draws; None: it has one
 
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
@@ -334,11 +322,20 @@ class RolloutBatch:
 
         return cls(
             tokens,
-            scores=torch.cat([b.rows["score"] for b in bundles]).to(device),
+            scores=torch.cat([cls.scores_of(bundle) for bundle in bundles]).to(device),
             groups=torch.tensor(groups, device=device),
             advantages=padded("advantages"),
             returns=padded("returns"),
             values=padded("values"),
+            draws=_draws(bundles, device),
+        )
+
+    @staticmethod
+    def scores_of(bundle: Bundle) -> Tensor:
+        """The score of each completion of a bundle, [K]; 0 where nothing scores them."""
+        scores = bundle.rows.get("score")
+        return (
+            torch.zeros(len(bundle.completions), dtype=torch.float64) if scores is None else scores
         )
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 An objective never sees a model, and the loop never sees an objective's name. Between them stands a
 `Plan`: which data the objective learns from, which completions are sampled for it, which models
-score them and what is computed at each token.
+score them and what is computed at each token. What the objective gives back are `LossTerms`.
 
 Words, as everywhere in alignkit: the `policy` is trained; the `reference` anchors the KL; the
 `behavior` policy sampled the tokens. An anchor is any model that scores completions without being
@@ -15,7 +15,7 @@ trained, the reference among them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ class Draw:
     """Completions of each prompt that one policy samples: who draws, and how many.
 
     >>> Draw(2)  # two from the policy
-    Draw(n=2, source='policy', mix=0.0, scored=True)
+    Draw(n=2, source='policy', mix=0.0, share=None, scored=True)
     """
 
     # Completions per prompt; None takes the recipe's `rollout.completions`.
@@ -53,6 +53,11 @@ class Draw:
     # alone) to 1: the next token's log-probs are (1 - mix) * policy + mix * reference, normalised.
     # Example: Draw(2, mix=0.125) for IPO-MD.
     mix: float = 0.0
+
+    # Fixed data: with this probability the completion takes the place of the row's own answer;
+    # None puts it beside it. Which rows these are follows from the seed and the step.
+    # Example: Draw(1, share=0.5) for distillation on half of the policy's own answers.
+    share: float | None = None
 
     # Whether the objective sees these completions. False makes them opponents: the judge compares
     # the others with them, and then they are dropped.
@@ -80,9 +85,9 @@ class Plan:
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
 
     # Models beside the policy whose log-probs of the completions the loss reads: "reference",
-    # "target" (an EMA or a copy synced every few steps), "previous" (as "target", one sync older),
-    # or a name from `prefixes`.
-    # Example: () for SimPO, ("reference", "target") for Nash-MP.
+    # "teacher" (the recipe's section of that name), "target" (an EMA or a copy synced every few
+    # steps), "previous" (as "target", one sync older), or a name from `prefixes`.
+    # Example: () for SimPO, ("teacher",) for distillation, ("reference", "target") for Nash-MP.
     anchors: tuple[str, ...] = ("reference",)
 
     # Completions that are sampled during training: of every prompt in online families, beside the
@@ -136,6 +141,41 @@ class Plan:
     # Whether the outputs are computed from both completions of a pair read at once, in either order.
     # Example: True for a preference model that compares two answers directly.
     joined: bool = False
+
+    @property
+    def read_by_statistics(self) -> str | None:
+        """The anchor whose next-token distributions the statistics read: the first one."""
+        return self.anchors[0] if self.statistics and self.anchors else None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a run needs the recipe's teacher: to read its log-probs, or to sample from it."""
+        return "teacher" in self.anchors or any(d.source == "teacher" for d in self.samples)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a loss, not reduced: its sum is divided by the step's global count of `unit`."""
+
+    name: str
+    values: Tensor  # [B] for rows; [N, T] (0 outside the mask) or [tokens] for tokens
+    unit: Literal["rows", "tokens"] = "rows"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What an objective returns. A logged metric is the mean over the elements of the whole step."""
+
+    terms: Sequence[Term]
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __add__(self, other: "LossTerms") -> "LossTerms":
+        return LossTerms([*self.terms, *other.terms], {**self.metrics, **other.metrics})
+
+    def scaled(self, weight: float) -> "LossTerms":
+        """The same terms, each weight multiplied by `weight`."""
+        return replace(self, terms=[replace(t, weight=t.weight * weight) for t in self.terms])
 
 
 # What a weighted list of objectives makes of each field of its parts' plans.
@@ -217,7 +257,8 @@ def _union(name: str, mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _anchors(plans: Sequence[Plan]) -> tuple[str, ...]:
     """All anchors, each once. ConfigError where the parts' statistics read different ones."""
-    read_by_statistics = {plan.anchors[0] for plan in plans if plan.statistics and plan.anchors}
+    names = (plan.read_by_statistics for plan in plans)
+    read_by_statistics = {name for name in names if name is not None}
     if len(read_by_statistics) > 1:
         raise ConfigError(
             "objective: the statistics of a weighted list read different anchors, "

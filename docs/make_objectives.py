@@ -28,7 +28,10 @@ FOLDERS = {
         "These sample their own completions and learn from a judge that compares two of them. "
         "[Self-play](self_play.md) says which one to take.",
     ),
-    "distillation": ("Distillation", "These learn from a teacher."),
+    "distillation": (
+        "Distillation",
+        "These learn from a teacher: the model that the recipe's `teacher` section names.",
+    ),
     "reward": (
         "Reward and preference models",
         "These train a model that scores or compares completions, to be used as a reward or a "

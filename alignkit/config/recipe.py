@@ -17,6 +17,7 @@ from alignkit.config.objective import DEFAULT_OBJECTIVE, Part, check_part, parts
 from alignkit.config.rewards import RewardConfig
 from alignkit.config.rollout import RolloutConfig
 from alignkit.config.section import Section
+from alignkit.config.teacher import TeacherConfig
 from alignkit.config.text import Origin, read_recipe
 from alignkit.config.train import TrainConfig
 from alignkit.config.validation import nearest, validated
@@ -44,6 +45,9 @@ class Recipe(Section):
     reference: ReferenceConfig = ReferenceConfig()
     target: TargetConfig | None = Field(
         None, description="a second anchor, for the objectives that ask for one"
+    )
+    teacher: TeacherConfig | None = Field(
+        None, description="the model that objectives of distillation learn from"
     )
     data: DataConfig = DataConfig()
     objective: Part | Annotated[list[Part], Field(min_length=1)] = Field(

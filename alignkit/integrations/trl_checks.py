@@ -304,7 +304,7 @@ def default_of(config: Any, field: str) -> Any:
 
 def wants_reference(objective: Objective) -> bool:
     """Whether its loss reads the reference."""
-    return "reference" in objective.plan.anchors or bool(objective.plan.statistics)
+    return "reference" in objective.plan.anchors
 
 
 def reads_reference_sums(objective: Objective) -> bool:

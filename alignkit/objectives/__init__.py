@@ -21,6 +21,7 @@ OBJECTIVES: dict[str, str] = {
     "lddpo": "preference.lddpo:LDDPO:",
     "aot": "preference.aot:AOT:aot_loss",
     "dpkd": "distillation.dpkd:DPKD:dpkd_loss",
+    "distill": "distillation.distill:Distill:",
     "fsft": "preference.fsft:FSFT:fsft_loss",
     "typo": "preference.typo:TYPO:typo_loss",
     "alol": "preference.alol:ALoL:alol_loss",

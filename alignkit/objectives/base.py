@@ -31,9 +31,12 @@ class Objective(BaseModel):
     equation: ClassVar[str] = ""  # the loss in one line of plain maths, for the model card
 
     # Where a step of descent favours the better completion, for `alignkit verify`: everywhere; near
-    # the reference (the loss is bounded, so that its gradient vanishes far from it); or not
-    # everywhere (the published loss moves the wrong way somewhere, as the docstring then says).
-    favours_better: ClassVar[Literal["always", "near", "not everywhere"]] = "always"
+    # the reference (the loss is bounded, so that its gradient vanishes far from it); not everywhere
+    # (the published loss moves the wrong way somewhere, as the docstring then says); or there is no
+    # better completion, since the objective imitates a teacher's law.
+    favours_better: ClassVar[Literal["always", "near", "not everywhere", "no preference"]] = (
+        "always"
+    )
 
     @property
     def plan(self) -> Plan:
@@ -50,6 +53,13 @@ class Objective(BaseModel):
         not its value's derivative.
         """
         return False
+
+    @property
+    def surrogate_statistics(self) -> tuple[str, ...]:
+        """Names of the plan's statistics that stop gradients inside, so that their gradients are
+        not their values' derivatives.
+        """
+        return ()
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """Closed-form optimal log-probs [..., n] for `reward` and reference log-probs, [..., n]

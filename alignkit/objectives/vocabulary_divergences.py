@@ -51,7 +51,7 @@ def distillation_loss(
     Ko et al. 2024, arXiv:2402.03898 (skew); Wu et al. 2024, arXiv:2404.02657 (akl).
     """
     check_same_shape(policy_logprobs=policy_logprobs, teacher_logprobs=teacher_logprobs)
-    _check(divergence, beta, alpha, mu, temperature)
+    check_settings(divergence, beta, alpha, mu, temperature)
     policy = normalised(policy_logprobs, temperature)
     teacher = normalised(teacher_logprobs.detach(), temperature).to(policy.dtype)
 
@@ -123,7 +123,10 @@ def _nonnegative(values: Tensor) -> Tensor:
     return values + (values.clamp(min=0) - values).nan_to_num(0.0).detach()
 
 
-def _check(divergence: str, beta: float, alpha: float, mu: float, temperature: float) -> None:
+def check_settings(
+    divergence: str, beta: float, alpha: float, mu: float, temperature: float
+) -> None:
+    """ConfigError for settings that `distillation_loss` cannot have."""
     if divergence not in NAMES:
         raise ConfigError(f"unknown divergence {divergence!r}; allowed: {', '.join(NAMES)}")
     if divergence == "jsd" and not 0 < beta < 1:

@@ -14,7 +14,7 @@ from alignkit.batches import FAMILIES, Family, RolloutBatch
 from alignkit.objectives.base import Objective
 from alignkit.oracles.gradients import kl_misalignment
 from alignkit.oracles.invariances import EXACT, EXTREMES, Check, apart
-from alignkit.oracles.optima import minimise, preference_loss, tree_optimum
+from alignkit.oracles.optima import minimise, preference_loss, sequence_loss, tree_optimum
 from alignkit.oracles.worlds import TabularWorld, distance, reduced, solved
 from alignkit.policies.tabular import Tree
 
@@ -24,6 +24,8 @@ SLOPE = "slope of the loss towards better completions"
 
 def direction(objective: Objective) -> Iterator[Check]:
     """Where policy, anchors and behaviour agree, a step of descent favours the better completions."""
+    if objective.favours_better == "no preference":
+        return
     if objective.favours_better == "not everywhere":
         yield Check("direction", 0, 0, "not claimed: the published loss is not monotone")
         return
@@ -38,7 +40,7 @@ def wrong_order(objective: Objective) -> Iterator[Check]:
     """Pairs that the policy orders wrongly by up to 2e4 nats are put right, however flat the loss
     may be there.
     """
-    if objective.favours_better == "not everywhere":
+    if objective.favours_better in ("not everywhere", "no preference"):
         return
     world = TabularWorld.build(objective.plan)
     signs = torch.tensor([-1.0, 1.0])
@@ -136,7 +138,9 @@ def limits(objective: Objective) -> Iterator[Check]:
 
 
 def optimum(objective: Objective) -> Iterator[Check]:
-    """Minimising the loss over all pairs ends at the declared optimum, flat and on a token tree."""
+    """Minimising the loss over all pairs, or over all responses, ends at the declared optimum, flat
+    and on a token tree.
+    """
     for name, tree in SPACES.items():
         error = optimum_error(objective, tree)
         if error is not None:
@@ -144,8 +148,9 @@ def optimum(objective: Objective) -> Iterator[Check]:
 
 
 def optimum_error(objective: Objective, tree: Tree, seed: int = 0) -> float | None:
-    """Largest difference in log-prob between the minimiser of a pair objective's loss and its
-    closed form, for random rewards and a random reference; None without a closed form.
+    """Largest difference in log-prob between the minimiser of the loss of an objective on pairs or
+    demonstrations and its closed form, for random rewards and a random reference; None without a
+    closed form.
     """
     noise = torch.Generator().manual_seed(seed)
     reference = torch.randn(
@@ -157,9 +162,13 @@ def optimum_error(objective: Objective, tree: Tree, seed: int = 0) -> float | No
         return None
 
     def loss(theta: Tensor) -> Tensor:
+        if objective.plan.data == "sequence":
+            return sequence_loss(objective, tree, theta, reference)
         return preference_loss(objective, tree, theta, reference, reward)
 
-    minimiser = minimise(loss, reference)
+    # Imitation ends at the reference itself, so it has to begin elsewhere.
+    start = torch.zeros_like(reference) if objective.plan.data == "sequence" else reference
+    minimiser = minimise(loss, start)
     return float((tree.sequence_logps(minimiser) - tree.sequence_logps(wanted)).abs().max())
 
 
@@ -180,6 +189,7 @@ def kl_gradient(objective: Objective) -> Iterator[Check]:
 
 COMMON = (direction, fields, readable, limits)
 BY_FAMILY: dict[Family, tuple[Callable[[Objective], Iterator[Check]], ...]] = {
+    "sequence": (optimum,),
     "pair": (optimum, wrong_order),
     "rollout": (kl_gradient,),
 }

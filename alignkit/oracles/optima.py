@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from alignkit.batches import PairBatch
+from alignkit.batches import PairBatch, SequenceBatch
 from alignkit.errors import ConfigError, ShapeError
 from alignkit.objectives.base import Objective
 from alignkit.policies.tabular import Tree
@@ -84,6 +84,18 @@ def preference_loss(
     if any(term.unit != "rows" for term in out.terms):
         raise ConfigError("preference_loss: only terms per row have a population form here")
     return torch.stack([term.weight * (weights * term.values).sum() for term in out.terms]).sum()
+
+
+def sequence_loss(objective: Objective, tree: Tree, theta: Tensor, reference: Tensor) -> Tensor:
+    """The loss of policy `theta` [S, V] over all responses, each once, scalar; every anchor is
+    `reference` [S, V].
+    """
+    tokens = tree.token_logps(
+        theta, dict.fromkeys(objective.plan.anchors, reference), objective.plan
+    )
+    counts = {"rows": len(tree.tokens), "tokens": int(tree.mask.sum())}
+    terms = objective.loss(SequenceBatch(tokens)).terms
+    return torch.stack([t.weight * t.values.sum() / counts[t.unit] for t in terms]).sum()
 
 
 def minimise(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int = 2000) -> Tensor:

@@ -37,7 +37,9 @@ class Draft:
 
 
 def _sequence(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
-    return [Draft(torch.ones(1))]
+    # Every other answer is one that a draw has put in the place of the row's own.
+    rows = {"draw": torch.tensor([i % 2 - 1])} if plan.samples else {}
+    return [Draft(torch.ones(1), rows)]
 
 
 def _pair(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
@@ -62,7 +64,11 @@ def _labelled(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
 def _rollout(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
     count = sum(draw.n or GROUP for draw in plan.samples if draw.scored)
     score = torch.randn(count, generator=noise, dtype=torch.float64)
-    return [Draft(score - score.mean(), {"score": score})]
+    draws = [k for k, draw in enumerate(plan.samples) for _ in range(draw.n or GROUP)]
+    rows = {"draw": torch.tensor(draws)} if len(plan.samples) > 1 else {}
+    if plan.feedback != "none":
+        rows["score"] = score
+    return [Draft(score - score.mean(), rows)]
 
 
 def _table(count: int, noise: torch.Generator) -> Tensor:

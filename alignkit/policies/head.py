@@ -38,6 +38,8 @@ class Head:
     soft_cap: float | None = None
     # Entered around the module: switches an adapter on the head off where the anchor has none.
     context: Callable[[], AbstractContextManager[Any]] = field(default=nullcontext)
+    # Only the first so many logits count; None: all. The others pad the embedding.
+    vocabulary: int | None = None
 
     @classmethod
     def of(cls, model: Any) -> "Head":
@@ -53,7 +55,7 @@ class Head:
 
     def logprobs(self, hidden: Tensor) -> Tensor:
         """Log-probs of the whole vocabulary, in float32 or wider: [C, H] -> [C, V]."""
-        logits = self.module(hidden)
+        logits = self.module(hidden)[..., : self.vocabulary]
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.soft_cap is not None:
@@ -114,7 +116,8 @@ class _Job:
                 detached.append(_at(anchor, labels).to(logps.dtype))
 
         trained = [_at(logps, labels)]
-        trained += [statistic(logps, anchor, labels) for statistic in self.statistics.values()]
+        shared = logps if anchor is None else _cut(logps, anchor.shape[-1])
+        trained += [statistic(shared, anchor, labels) for statistic in self.statistics.values()]
         if again or not detached:
             return torch.stack(trained), logps.new_zeros(0, len(labels))
         return torch.stack(trained), torch.stack(detached)
@@ -123,6 +126,13 @@ class _Job:
 def _at(logprobs: Tensor, labels: Tensor) -> Tensor:
     """The log-prob of each label: [C, V], [C] -> [C]."""
     return logprobs.gather(-1, labels[:, None])[:, 0]
+
+
+def _cut(logprobs: Tensor, vocabulary: int) -> Tensor:
+    """The law of the first `vocabulary` tokens: [C, V] -> [C, n]."""
+    if logprobs.shape[-1] <= vocabulary:
+        return logprobs
+    return logprobs[:, :vocabulary].log_softmax(-1)
 
 
 class _Chunked(torch.autograd.Function):

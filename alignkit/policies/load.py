@@ -53,32 +53,31 @@ def _check_source(name: str, field: str = "model.name_or_path") -> None:
         )
 
 
-def load_tokenizer(model: ModelConfig) -> Any:
-    """The model's tokenizer, with a pad token.
+def load_tokenizer(model: ModelConfig, field: str = "model.name_or_path") -> Any:
+    """The model's tokenizer, with a pad token. `field` of the recipe names the model in errors.
 
     A tokenizer without one pads with its unknown or end token. That is harmless here, because masks
     come from lengths and never from ids. Raises ModelError.
     """
-    _check_source(model.name_or_path)
+    _check_source(model.name_or_path, field)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:  # tokenizers raise a bare Exception for a damaged file
         raise ModelError(
-            f"model.name_or_path: no tokenizer could be loaded from {model.name_or_path}: "
-            f"{first_line(error)}"
+            f"{field}: no tokenizer could be loaded from {model.name_or_path}: {first_line(error)}"
         ) from error
-    return padded(tokenizer, model.name_or_path)
+    return padded(tokenizer, model.name_or_path, field)
 
 
-def padded(tokenizer: Any, name: str) -> Any:
+def padded(tokenizer: Any, name: str, field: str = "model.name_or_path") -> Any:
     """The tokenizer, which is given a pad token where it has none. ModelError where it cannot be."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ModelError(
-            f"model.name_or_path: the tokenizer of {name} has no pad, unknown or end "
+            f"{field}: the tokenizer of {name} has no pad, unknown or end "
             "token; add one (tokenizer.add_special_tokens({'pad_token': '<pad>'})) and save it "
             "beside the model"
         )
@@ -86,14 +85,19 @@ def padded(tokenizer: Any, name: str) -> Any:
 
 
 def load_model(
-    model: ModelConfig, *, device: torch.device | str, dtype: str = "float32", outputs: int = 0
+    model: ModelConfig,
+    *,
+    device: torch.device | str,
+    dtype: str = "float32",
+    outputs: int = 0,
+    field: str = "model.name_or_path",
 ) -> tuple[Any, dict[str, float]]:
     """A causal LM without dropout, in evaluation mode, and the dropout rates its config had.
 
     With `outputs`, a sequence classifier instead: the model's backbone under a fresh head of that
-    many numbers per text. Raises ModelError.
+    many numbers per text. `field` of the recipe names the model in errors. Raises ModelError.
     """
-    _check_source(model.name_or_path)
+    _check_source(model.name_or_path, field)
     # A bar per load would disturb the run's own display.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     kernel = {} if model.attention == "auto" else {"attn_implementation": model.attention}
@@ -120,15 +124,39 @@ def load_model(
         )
     except Exception as error:  # loaders raise anything, from OSError to SafetensorError
         raise ModelError(
-            f"model.name_or_path: {model.name_or_path} could not be loaded: {first_line(error)}"
+            f"{field}: {model.name_or_path} could not be loaded: {first_line(error)}"
         ) from error
 
     if not outputs and loaded.get_output_embeddings() is None:
         raise ModelError(
-            f"model.name_or_path: {model.name_or_path} has no language-model head; give a causal "
+            f"{field}: {model.name_or_path} has no language-model head; give a causal "
             "language model"
         )
     return loaded.to(device).eval(), rates
+
+
+def load_frozen(
+    model: ModelConfig, field: str, *, device: torch.device | str, dtype: str = "float32"
+) -> tuple[Any, Any]:
+    """A causal LM that is not trained, from a model or adapter folder or the hub, and its
+    tokenizer. `field` of the recipe names it in errors. Raises ModelError.
+
+    An adapter names the model that it belongs on; its folder may hold a tokenizer of its own.
+    """
+    folder = Path(model.name_or_path).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        loaded, _ = load_model(model, device=device, dtype=dtype, field=field)
+        return loaded, load_tokenizer(model, field)
+
+    from peft import PeftConfig, PeftModel
+
+    base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    base = model.model_copy(update={"name_or_path": base_name or "", "revision": None})
+    loaded, _ = load_model(base, device=device, dtype=dtype, field=field)
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(model if has_tokenizer else base, field)
+    adapted: Any = PeftModel.from_pretrained(loaded, str(folder))
+    return adapted.eval(), tokenizer
 
 
 def same_vocabulary(first: Any, second: Any) -> bool:
@@ -141,13 +169,15 @@ def vocabulary_hash(tokenizer: Any) -> str:
     return files.vocabulary_hash(tokenizer.get_vocab())
 
 
-def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+def check_vocabulary(
+    model: Any, tokenizer: Any, name: str, field: str = "model.name_or_path"
+) -> None:
     """ModelError unless every token of the tokenizer has a row in the model's embedding."""
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ModelError(
-            f"model.name_or_path: the tokenizer of {name} makes token ids up to {largest}, its "
+            f"{field}: the tokenizer of {name} makes token ids up to {largest}, its "
             f"model has {rows} embeddings; use the tokenizer the model was trained with, or "
             "enlarge the model (resize_token_embeddings) and save both"
         )
@@ -164,7 +194,7 @@ def _reference_model(
     """The reference at a path; ModelError unless its tokens mean what the policy's mean."""
     source = model.model_copy(update={"name_or_path": path, "revision": None, "adapter": None})
     _check_source(path, "reference.kind")
-    other = load_tokenizer(source)
+    loaded, other = load_frozen(source, "reference.kind", device=device, dtype=dtype)
     if not same_vocabulary(other, tokenizer):
         raise ModelError(
             f"reference.kind: the tokenizer of {path} ({len(other)} tokens) is not the policy's "
@@ -172,7 +202,6 @@ def _reference_model(
             "a reference from the same family"
         )
 
-    loaded, _ = load_model(source, device=device, dtype=dtype)
     own, theirs = (causal_lm(m).config.get_text_config().vocab_size for m in (policy, loaded))
     if own != theirs:
         raise ModelError(

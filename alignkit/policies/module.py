@@ -5,6 +5,7 @@ Policy parameters are touched nowhere else, so that DDP and FSDP see every use o
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,6 +78,8 @@ class PolicyModule(nn.Module):
         self.model = model
         take_runs(causal_lm(model))
         self.windows = layer_windows(model.config)
+        # An anchor's: how much of its vocabulary the policy has too; None: all of it.
+        self.vocabulary: int | None = None
         self.value_head: nn.Linear | None = None
         if values:
             first = next(model.parameters())
@@ -88,8 +91,8 @@ class PolicyModule(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The model's own head."""
-        return Head.of(causal_lm(self.model))
+        """The model's own head, over the part of its vocabulary that counts."""
+        return replace(Head.of(causal_lm(self.model)), vocabulary=self.vocabulary)
 
     @property
     def packing(self) -> float | None:

@@ -131,6 +131,7 @@ class PolicyPair:
         anchor_logps: dict[str, Tensor] = {}
         states = None
         for name in plan.anchors if anchors else ():
+            self._check_labels(name, rows)
             if plan.statistics and name == plan.anchors[0]:
                 states = self._states(name, rows)
             elif all(name in bundle.tokens for bundle in bundles):
@@ -196,6 +197,18 @@ class PolicyPair:
         # This anchor lives inside the policy: its head is the policy's, with the anchor's adapter.
         head = replace(self.base.head, context=lambda: anchor.active(self.base, self.base))
         return AnchorStates(hidden, head)
+
+    def _check_labels(self, name: str, rows: Rows) -> None:
+        """ModelError for a token that the anchor does not have: its vocabulary was cut."""
+        module = self.anchors[name].module if name in self.anchors else None
+        if module is None or module.vocabulary is None or module.vocabulary >= self.vocab_size:
+            return
+        if len(rows.labels) and int(rows.labels.max()) >= module.vocabulary:
+            raise ModelError(
+                f"a completion has the token {int(rows.labels.max())}, which the {name} does not "
+                f"have: its vocabulary ends at {module.vocabulary - 1}. It is padding of the "
+                "policy's embedding; lower train.learning_rate, or take a model without padding"
+            )
 
     def _active(self, name: str) -> AbstractContextManager[nn.Module]:
         """The module of an anchor, inside the block. ModelError where the run has no such anchor."""

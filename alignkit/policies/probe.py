@@ -8,6 +8,7 @@ import torch
 
 from alignkit.batches import Bundle
 from alignkit.errors import ModelError, first_line
+from alignkit.policies.head import Head
 from alignkit.policies.layout import Layout, build_rows
 from alignkit.policies.module import PolicyModule, causal_lm
 
@@ -111,3 +112,14 @@ def _cannot_branch(module: PolicyModule, bundle: Bundle) -> str:
     if difference <= tolerance:
         return ""
     return f"its log-probs differ by {difference:.1e} from separate rows"
+
+
+@torch.no_grad()
+def mass_beyond(module: PolicyModule, vocabulary: int, bundle: Bundle) -> float:
+    """The largest probability that a model gives to the tokens from `vocabulary` on, at any
+    position of the bundle's completions.
+    """
+    rows = build_rows([bundle], "padded", next(module.parameters()).device)
+    hidden = module(rows, hidden_only=True)["hidden"]
+    every_token = Head.of(causal_lm(module.model)).logprobs(hidden)
+    return float(every_token[:, vocabulary:].exp().sum(-1).max())

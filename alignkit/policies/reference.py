@@ -30,7 +30,7 @@ def resolve_kind(kind: str, plan: Plan, *, adapter: bool, fixed_data: bool) -> s
     Raises ConfigError for a kind that this run cannot have.
     """
     sampled = any(draw.source == "reference" or draw.mix for draw in plan.samples)
-    if "reference" not in plan.anchors and not plan.statistics and not sampled:
+    if "reference" not in plan.anchors and not sampled:
         return "none"
     if kind == "adapter_off" and not adapter:
         raise ConfigError(
@@ -41,7 +41,7 @@ def resolve_kind(kind: str, plan: Plan, *, adapter: bool, fixed_data: bool) -> s
     # Log-probs can be stored once if every completion is known before training starts.
     reasons = {
         "completions are sampled during the run": not fixed_data or sampled,
-        "its loss reads the reference's whole vocabulary": bool(plan.statistics),
+        "its loss reads the reference's whole vocabulary": plan.read_by_statistics == "reference",
         "it scores prompts with other prompts' completions, new ones every step": plan.mismatched,
     }
     why = next((reason for reason, holds in reasons.items() if holds), "")

@@ -85,6 +85,37 @@ def check_appraisal(recipe: Recipe, objective: "Objective", task: Task | None) -
         raise ConfigError(f"{place}: this objective needs {needed}")
 
 
+def check_teacher(recipe: Recipe, objective: "Objective") -> None:
+    """Check that an objective that learns from a teacher gets one, and that its most likely tokens
+    are stored only where completions are known before training. ConfigError.
+    """
+    from alignkit.batches import FAMILIES
+
+    plan = objective.plan
+    if not plan.needs_teacher:
+        return
+    if recipe.teacher is None:
+        place = recipe.origin.at(("objective",))
+        raise ConfigError(
+            f"{place}: this objective learns from a teacher; set teacher.name_or_path=MODEL, a "
+            "model with the policy's tokenizer"
+        )
+
+    if recipe.teacher.top is None:
+        return
+    place = recipe.origin.at(("teacher", "top"))
+    if FAMILIES[plan.data].sampled or plan.samples:
+        raise ConfigError(
+            f"{place}: `teacher.top` scores fixed completions once, before training, and this "
+            "objective samples new ones; leave `top` and `store` out"
+        )
+    if plan.read_by_statistics != "teacher":
+        raise ConfigError(
+            f"{place}: `teacher.top` is for objectives that compare whole next-token laws with the "
+            "teacher's; this one does not: leave `top` and `store` out"
+        )
+
+
 def unused_sections(recipe: Recipe, objective: "Objective") -> list[str]:
     """One sentence for each section that is set although this objective does not look at it."""
     plan = objective.plan
@@ -94,6 +125,7 @@ def unused_sections(recipe: Recipe, objective: "Objective") -> list[str]:
         "rollout.url": recipe.rollout.url is not None and not plan.samples,
         "rollout.pass_rate": recipe.rollout.pass_rate is not None and plan.feedback != "reward",
         "target": recipe.target is not None and "target" not in plan.anchors,
+        "teacher": recipe.teacher is not None and not plan.needs_teacher,
     }
     return [
         f"`{section}` is set in the recipe, but this objective does not use it"

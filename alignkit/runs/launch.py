@@ -19,6 +19,7 @@ from alignkit.errors import ConfigError
 from alignkit.runs.checks import (
     check_appraisal,
     check_engine,
+    check_teacher,
     check_without_torch,
     unused_sections,
 )
@@ -88,6 +89,7 @@ def _run(
         recipe, changes = with_resolved_autos(recipe)
 
     check_engine(recipe, objective)
+    check_teacher(recipe, objective)
     if task is None:
         task = resolve_task(recipe)
     check_appraisal(recipe, objective, task)
@@ -110,7 +112,7 @@ def _run(
 
 
 def resolve_task(recipe: Recipe) -> Task | None:
-    """The embedded task that the model or the data name, made on first use; None where neither
+    """The embedded task that a model or the data name, made on first use; None where neither
     does.
 
     ConfigError where the training and the held-out rows name two tasks.
@@ -125,7 +127,8 @@ def resolve_task(recipe: Recipe) -> Task | None:
         raise ConfigError(
             f"{place}: `data.train` and `data.eval` name two tasks: {', '.join(sources)}"
         )
-    if not sources and recipe.model.name_or_path != "task":
+    models = [recipe.model.name_or_path, recipe.teacher.name_or_path if recipe.teacher else None]
+    if not sources and "task" not in models:
         return None
     return resolve(sources[0] if sources else DEFAULT_TASK)
 
@@ -199,6 +202,7 @@ def _load_pair(
     """The model with its anchors, or with the outputs that the plan asks for."""
     from alignkit.batches import FAMILIES
     from alignkit.policies.load import load_pair, load_scorer
+    from alignkit.policies.teacher import add_teacher
 
     plan = objective.plan
     model = recipe.model
@@ -216,7 +220,7 @@ def _load_pair(
             )
         return load_scorer(model, plan, device=accelerator.device, seed=recipe.train.seed)
 
-    return load_pair(
+    pair = load_pair(
         model,
         recipe.reference,
         recipe.target,
@@ -226,6 +230,12 @@ def _load_pair(
         seed=recipe.train.seed,
         live=live,
     )
+    if plan.needs_teacher and recipe.teacher is not None:
+        teacher = recipe.teacher
+        if task is not None and teacher.name_or_path == "task":
+            teacher = teacher.model_copy(update={"name_or_path": str(task.teacher_folder)})
+        add_teacher(pair, teacher, model)
+    return pair
 
 
 def load_data(context: "RunContext") -> "JobData":

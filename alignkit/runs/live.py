@@ -58,6 +58,13 @@ class LiveTask(Task):
             embedded,
         )
 
+    @property
+    def teacher_folder(self) -> Path:
+        """The embedded task's teacher. ConfigError where there is no embedded task."""
+        if self.embedded is None:
+            raise ConfigError("teacher.name_or_path: no teacher was named; give a model's folder")
+        return self.embedded.teacher_folder
+
     def rows(self, family: str, split: str = "train") -> list[dict[str, Any]]:
         """The rows of `split`, as they were given."""
         rows = self.train_rows if split == "train" else self.eval_rows

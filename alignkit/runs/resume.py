@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 FREE: dict[str, set[str] | None] = {  # None: the whole section
     "model": {"layout", "gradient_checkpointing"},
     "reference": {"store"},
+    "teacher": {"store"},
     "data": {"train", "eval", "format"},  # what is trained on is compared row by row
     "train": {
         "micro_batch_tokens",
@@ -112,10 +113,13 @@ def fill_autos(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 def identity_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what may change between a checkpoint and its resumption."""
     free_sections = {section for section, fields in FREE.items() if fields is None}
+    if recipe.teacher is None:  # older checkpoints have no such section
+        free_sections.add("teacher")
     identity = recipe.model_dump(mode="json", exclude=free_sections)
     for section, fields in FREE.items():
         for field in fields or ():
-            del identity[section][field]
+            if section in identity:
+                del identity[section][field]
 
     # A field that older checkpoints do not have is left out where it changes nothing.
     if recipe.train.metric_goal in ("auto", GOALS.get(recipe.train.metric)):

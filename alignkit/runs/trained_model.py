@@ -43,22 +43,11 @@ def load_finished(name: str) -> "OneModel":
     """
     import torch
 
-    from alignkit.policies.load import load_model, load_tokenizer
+    from alignkit.policies.load import load_frozen
     from alignkit.rollout.generate import OneModel
 
     folder = find_finished(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = ModelConfig(name_or_path=str(folder) if folder.exists() else name)
-    if not (folder / "adapter_config.json").is_file():
-        network, _ = load_model(config, device=device)
-        return OneModel(network, load_tokenizer(config))
-
-    from peft import PeftConfig, PeftModel
-
-    # An adapter names the model that it belongs on; its folder may hold a tokenizer of its own.
-    base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    base = config.model_copy(update={"name_or_path": base_name})
-    network, _ = load_model(base, device=device)
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(config if has_tokenizer else base)
-    return OneModel(PeftModel.from_pretrained(network, folder).eval(), tokenizer)
+    network, tokenizer = load_frozen(config, "model", device=device)
+    return OneModel(network, tokenizer)

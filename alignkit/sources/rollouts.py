@@ -179,16 +179,20 @@ class RolloutSource:
         ]
         answers: list[list[Sample]] = [[] for _ in prompts]
         opponents: list[list[Sample]] = [[] for _ in prompts]
+        draws: list[int] = []  # of each prompt's answers
 
         for index, draw in enumerate(self.plan.samples):
-            counted = replace(draw, n=draw.n or self.completions)
+            count = draw.n or self.completions
+            counted = replace(draw, n=count)
             # Every draw of every visit gets noise of its own.
             clock = visit * len(self.plan.samples) + index
             drawn = self._sampled([prompt.ids for prompt in prompts], counted, clock, positions)
             for row, samples in zip(answers if draw.scored else opponents, drawn):
                 row.extend(samples)
+            draws += [index] * count if draw.scored else []
 
-        bundles = [_bundle(prompt, samples) for prompt, samples in zip(prompts, answers)]
+        rows = {"draw": torch.tensor(draws)} if len(set(draws)) > 1 else {}
+        bundles = [_bundle(prompt, samples, rows) for prompt, samples in zip(prompts, answers)]
         step = self.number * self.plan.epochs * self.plan.minibatches
         return answers, self.scoring.score(prompts, bundles, answers, opponents, step)
 
@@ -244,7 +248,9 @@ class RolloutSource:
         each.
         """
         everyone, offset = gather_rows(tokens, self.accelerator)
-        every_score = gather_object([bundle.rows["score"].tolist() for bundle in bundles])
+        every_score = gather_object([RolloutBatch.scores_of(b).tolist() for b in bundles])
+        own_draws = [draw for b in bundles for draw in b.rows.get("draw", torch.empty(0)).tolist()]
+        every_draw = gather_object(own_draws)
         device = self.pair.device
         groups = [group for group, scores in enumerate(every_score) for _ in scores]
         rollout = RolloutBatch(
@@ -255,6 +261,7 @@ class RolloutSource:
                 device=device,
             ),
             torch.tensor(groups, device=device),
+            draws=torch.tensor(every_draw, device=device) if every_draw else None,
         )
         credited, self.credit_state = self.objective.credit(rollout, self.credit_state)
         self.metrics |= {
@@ -322,13 +329,14 @@ def _narrowed(name: str, values: Tensor, rollout: RolloutBatch) -> Tensor:
     )
 
 
-def _bundle(prompt: Any, samples: Sequence[Sample]) -> Bundle:
+def _bundle(prompt: Any, samples: Sequence[Sample], rows: Mapping[str, Tensor]) -> Bundle:
     """The samples of one prompt; every token of theirs is trained on."""
     return Bundle(
         prompt.ids,
         [sample.ids for sample in samples],
         [torch.ones(len(sample.ids), dtype=torch.bool) for sample in samples],
         prompt.uid,
+        rows,
         tokens={"behavior": [sample.logps for sample in samples]},
     )
 

@@ -8,17 +8,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from alignkit.batches import Bundle, Plan
+from alignkit.batches import Bundle, Draw, Plan
 from alignkit.distributed.errors import raise_on_all_ranks
 from alignkit.errors import NumericsError
 from alignkit.judges.rows import INVALID, Compare, judged
+from alignkit.rollout.noise import row_keys, uniform
 from alignkit.rollout.protocol import Sample, Sampler
 from alignkit.sources.dataset import DatasetSource
+
+# Stands for completion and position in the noise that chooses rows, which no sampled token has.
+NO_COMPLETION = -1
 
 
 @dataclass
 class SampledPairs:
-    """The bundles of `rows`, each with the plan's samples behind its own completions.
+    """The bundles of `rows`, each with the plan's samples behind its own completions, or, for a draw
+    with a `share`, in their place in so many of the rows.
 
     The noise follows from the row's position in the order: samples are the same for any number of
     processes and after a resumption. With a judge, every completion is compared with every other
@@ -55,10 +60,44 @@ class SampledPairs:
             counted = replace(draw, n=draw.n or self.completions)
             # Every draw of every visit gets noise of its own.
             clock = visit * len(self.plan.samples) + index
+            if draw.share is not None:
+                bundles = self._with_replaced(bundles, positions, counted, clock, index)
+                continue
             prompts = [bundle.prompt for bundle in bundles]
             drawn = self.sampler.sample(prompts, counted, step=clock, prompt_ids=positions)
             bundles = [_extended(bundle, samples) for bundle, samples in zip(bundles, drawn)]
         return bundles
+
+    def _with_replaced(
+        self, bundles: list[Bundle], positions: range, draw: Draw, clock: int, index: int
+    ) -> list[Bundle]:
+        """The bundles, some of them with samples in the place of their own completions. Row "draw"
+        has the draw's index there, and -1 elsewhere.
+        """
+        if not bundles:
+            return []
+        coins = row_keys(
+            self.rows.order.seed,
+            clock,
+            torch.tensor(positions),
+            *torch.full((2, len(positions)), NO_COMPLETION),
+        )
+        chosen = (uniform(coins, 1)[:, 0] < draw.share).nonzero()[:, 0].tolist()
+        self.metrics = self.metrics | {"rollout/own_share": len(chosen) / len(bundles)}
+
+        result = [
+            replace(bundle, rows={**bundle.rows, "draw": torch.full((len(bundle.masks),), -1)})
+            for bundle in bundles
+        ]
+        prompts = [bundles[i].prompt for i in chosen]
+        ids = [positions[i] for i in chosen]
+        for i, samples in zip(
+            chosen, self.sampler.sample(prompts, draw, step=clock, prompt_ids=ids)
+        ):
+            rows = {"draw": torch.full((len(samples),), index)}
+            replaced = replace(bundles[i], completions=[], masks=[], rows=rows)
+            result[i] = _extended(replaced, samples)
+        return result
 
     def _judged(self, judge: Compare, bundles: list[Bundle]) -> list[Bundle]:
         """The bundles with the judge's verdicts in their rows, without those it cannot judge."""

@@ -130,7 +130,7 @@ def _with_scores(bundle: Bundle, scores: Sequence[float | None]) -> Bundle | Non
         masks=[bundle.masks[i] for i in indices],
         tokens={name: [values[i] for i in indices] for name, values in bundle.tokens.items()},
         rows={
-            **bundle.rows,
+            **{name: values[indices] for name, values in bundle.rows.items()},
             "score": torch.tensor([scores[i] for i in indices], dtype=torch.float64),
         },
     )

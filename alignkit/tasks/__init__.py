@@ -23,6 +23,7 @@ from alignkit.tasks.reviews import REVIEWS
 from alignkit.tasks.worker import run_apart
 
 TASKS: dict[str, Definition] = {**REVIEWS, **ARITHMETIC, **CYCLIC}
+TEACHER_FORMAT = 1  # raise it when build.py makes other teachers of the same tasks
 DEFAULT_TASK = "reviews"  # the task of `model: task` where the data name none
 
 # objective's data family -> the rows it learns from
@@ -47,6 +48,16 @@ class Task:
     reward: Callable[..., list[float]]
     # judge(prompts, first, second) -> Verdict, where the task is a game
     judge: Callable[..., Any] | None = None
+
+    @property
+    def teacher_folder(self) -> Path:
+        """The task's teacher, made on first use: the base model, trained on the demonstrations.
+
+        ResourceError when it cannot be made or written.
+        """
+        files = self.model_folder.parent
+        make = partial(run_apart, self.name, teacher_of=files)
+        return cached_folder(f"{files.name}-teacher{TEACHER_FORMAT}", make) / "model"
 
     def rows(self, family: str, split: str = "train") -> list[dict[str, Any]]:
         """The rows of `split` (train, eval) that an objective of `family` learns from."""
@@ -75,4 +86,10 @@ def resolve(name: str) -> Task:
 
     definition = TASKS[name]
     folder = cached_folder(definition.key, partial(run_apart, name))
-    return Task(name, folder / "model", folder / "rows", definition.reward, definition.judge)
+    return Task(
+        name,
+        folder / "model",
+        folder / "rows",
+        definition.reward,
+        definition.judge,
+    )

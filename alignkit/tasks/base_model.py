@@ -83,14 +83,24 @@ def train_base(
     after `config.steps`.
     """
     start = _untrained(config, tokenizer, folder / "untrained")
+    train_further(config, rows, start, folder, enough)
+    shutil.rmtree(start)
+    return folder / "model"
+
+
+def train_further(
+    config: BaseConfig,
+    rows: Sequence[Mapping[str, str]],
+    start: Path,
+    folder: Path,
+    enough: Enough | None = None,
+) -> None:
+    """Train the model in `start` on `rows` and save it as `folder`/model; see `train_base`."""
     with RunFolder(folder / "run") as run, suppress(_StopTraining):
         job = _job(config, rows, start, run, enough)
         train(job)
     job.pair.save(folder / "model")
-
     shutil.rmtree(run.path)
-    shutil.rmtree(start)
-    return folder / "model"
 
 
 def _untrained(config: BaseConfig, tokenizer: Any, folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """Makes the files of a task: its base model and its rows. `python -m alignkit.tasks.build NAME
-FOLDER` is what `alignkit.tasks.worker` starts.
+FOLDER [TASK_FOLDER]` is what `alignkit.tasks.worker` starts; with a TASK_FOLDER it makes the
+teacher of the task whose files are there.
 """
 
 import sys
@@ -10,12 +11,19 @@ from alignkit.policies.pair import PolicyPair
 from alignkit.rollout.generate import generate
 from alignkit.tasks import TASKS
 from alignkit.tasks.arithmetic import CHARACTERS, Arithmetic, answer
-from alignkit.tasks.base_model import character_tokenizer, train_base, word_tokenizer
+from alignkit.tasks.base_model import (
+    character_tokenizer,
+    train_base,
+    train_further,
+    word_tokenizer,
+)
 from alignkit.tasks.cyclic import Cyclic
 from alignkit.tasks.dataset import write_rows
+from alignkit.tasks.definition import BaseConfig
 from alignkit.tasks.reviews import Reviews
 
 WATCHED_PROMPTS = 400  # on which the base model of sums is watched
+TEACHER = BaseConfig(steps=200, batch_size=32, learning_rate=3e-3)  # its size is the base model's
 
 
 def build(name: str, folder: Path) -> None:
@@ -65,5 +73,15 @@ def build_arithmetic(sums: Arithmetic, folder: Path) -> None:
         files.write_jsonl(rows_folder / f"prompts_{split}.jsonl", prompts)
 
 
+def build_teacher(folder: Path, task_folder: Path) -> None:
+    """Train a task's base model further, on the demonstrations: `folder`/model."""
+    rows = files.read_jsonl(task_folder / "rows" / "demonstrations_train.jsonl")
+    train_further(TEACHER, rows, task_folder / "model", folder)
+
+
 if __name__ == "__main__":
-    build(sys.argv[1], Path(sys.argv[2]))
+    task, target, *task_folder = sys.argv[1:]
+    if task_folder:
+        build_teacher(Path(target), Path(task_folder[0]))
+    else:
+        build(task, Path(target))

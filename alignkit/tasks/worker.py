@@ -15,10 +15,13 @@ STDERR = 2  # the descriptor: sys.stderr may be a notebook's or a test's, which 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def run_apart(name: str, folder: Path) -> None:
-    """Build the task `name` in `folder`. Its output goes to stderr; ResourceError when it fails."""
+def run_apart(name: str, folder: Path, teacher_of: Path | None = None) -> None:
+    """Build the task `name` in `folder`, or the teacher of the task whose files are in
+    `teacher_of`. Its output goes to stderr; ResourceError when it fails.
+    """
+    what = "base model and rows" if teacher_of is None else "teacher"
     print(
-        f"making the task `{name}` (base model and rows; once, under a minute) ...",
+        f"making the task `{name}` ({what}; once, under a minute) ...",
         file=sys.stderr,
         flush=True,
     )
@@ -33,6 +36,8 @@ def run_apart(name: str, folder: Path) -> None:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
     command = [sys.executable, "-m", "alignkit.tasks.build", name, str(folder)]
+    if teacher_of is not None:
+        command.append(str(teacher_of))
     code = subprocess.run(command, env=environment, stdout=STDERR, check=False).returncode
     if code:
         raise ResourceError(

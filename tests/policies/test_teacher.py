@@ -1,0 +1,150 @@
+"""The teacher beside the policy: its log-probs and whole laws, vocabularies of unequal padding, and
+what is refused.
+"""
+
+import pytest
+import torch
+from tiny_models import random_bundles, separate_logps, tiny_model, write_model
+from transformers import AutoModelForCausalLM
+
+from alignkit.batches import Draw, Plan
+from alignkit.config.model import ModelConfig, ReferenceConfig
+from alignkit.config.teacher import TeacherConfig
+from alignkit.errors import ModelError
+from alignkit.losses import distillation_loss
+from alignkit.objectives.distillation.teacher_base import teacher_statistic
+from alignkit.policies.load import load_pair
+from alignkit.policies.teacher import add_teacher
+from alignkit.rollout.hf import HFSampler
+
+TOKENS = 61
+LAWS = Plan("sequence", {"divergence": teacher_statistic(divergence="jsd")}, ("teacher",))
+
+
+def with_teacher(student, teacher, plan=LAWS):
+    model = ModelConfig(name_or_path=str(student))
+    pair = load_pair(model, ReferenceConfig(), None, plan, fixed_data=True)
+    add_teacher(pair, TeacherConfig(name_or_path=str(teacher)), model)
+    return pair
+
+
+def write_padded(folder, seed, vocab):
+    """A model whose embedding has more rows than the tokenizer; it makes the further ones unlikely."""
+    write_model(folder, seed=seed, vocab=vocab, tokens=TOKENS)
+    model = tiny_model("llama", seed, vocab)
+    with torch.no_grad():
+        # The first channel stays large and positive, so that a head can lower a logit everywhere.
+        model.model.embed_tokens.weight[:, 0] = 30.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[TOKENS:, 0] = -30.0
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
+def test_another_architecture_of_the_same_tokenizer(tmp_path, architecture):
+    student, teacher = write_model(tmp_path / "s"), write_model(tmp_path / "t", architecture, 5)
+    pair, bundles = with_teacher(student, teacher), random_bundles(1)
+    network = tiny_model(architecture, 5)
+    tokens = pair.logps(bundles, LAWS)
+    torch.testing.assert_close(
+        tokens.anchors["teacher"], separate_logps(network, bundles), rtol=0, atol=2e-5
+    )
+    assert set(pair.anchors) == {"teacher"}, "a statistic of the teacher needs no reference"
+    plain = pair.logps(bundles, Plan("sequence", anchors=("teacher",)))
+    torch.testing.assert_close(
+        plain.anchors["teacher"], tokens.anchors["teacher"], rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("own", "theirs"), [(TOKENS, 72), (72, TOKENS), (64, 72)])
+def test_vocabularies_of_unequal_padding_are_cut_before_the_softmax(tmp_path, own, theirs):
+    student = write_padded(tmp_path / "s", 1, own)
+    teacher = write_padded(tmp_path / "t", 2, theirs)
+    shared = min(own, theirs)
+    pair, bundles = with_teacher(tmp_path / "s", tmp_path / "t"), random_bundles(1, vocab=TOKENS)
+    assert f"compared on the first {shared} tokens" in "".join(pair.notes)
+
+    laws = []
+    for network in (student, teacher):
+        whole = []
+        separate_logps(network, bundles, lambda l, ids, kept=whole: kept.append(l) or l[:, 0])  # noqa: E741
+        laws.append([logprobs[:, :shared].log_softmax(-1) for logprobs in whole])
+    expected = torch.cat(
+        [distillation_loss(s, t, divergence="jsd").detach() for s, t in zip(*laws)]
+    )
+    every = torch.cat([m for bundle in bundles for m in bundle.masks])
+    found = pair.logps(bundles, LAWS)
+    torch.testing.assert_close(
+        found.extras["divergence"][found.mask], expected[every], rtol=0, atol=2e-5
+    )
+
+
+def test_a_token_that_only_the_policy_has_is_an_error(tmp_path):
+    write_padded(tmp_path / "s", 1, 72)
+    write_padded(tmp_path / "t", 2, TOKENS)
+    pair, bundles = with_teacher(tmp_path / "s", tmp_path / "t"), random_bundles(1)
+    bundles[0].completions[0][-1] = 70
+    bundles[0].masks[0][-1] = True
+    for plan in (LAWS, Plan("sequence", anchors=("teacher",))):
+        with pytest.raises(ModelError, match=r"has the token 70, which the teacher does not have"):
+            pair.logps(bundles, plan)
+
+
+def test_teachers_that_do_not_fit(tmp_path):
+    student = write_model(tmp_path / "s")
+    foreign = write_model(tmp_path / "foreign", vocab=50)
+    wider = write_model(tmp_path / "wider", vocab=72, tokens=TOKENS)
+    (tmp_path / "empty").mkdir()
+    for teacher, message in (
+        (foreign, r"teacher.name_or_path: the tokenizer of .* \(50 tokens\) is not the policy's"),
+        (wider, "the larger model gives up to .* of its probability to tokens that the other"),
+        (tmp_path / "empty", "teacher.name_or_path: the folder .* holds no config.json"),
+        ("nobody/no-such-model", "teacher.name_or_path: nobody/no-such-model could not be loaded"),
+    ):
+        with pytest.raises(ModelError, match=message) as caught:
+            with_teacher(student, teacher)
+        assert caught.value.exit_code == 4
+        assert "\n" not in str(caught.value)
+
+
+def test_a_teacher_that_cannot_branch_gets_padded_rows(tmp_path):
+    pair = with_teacher(write_model(tmp_path / "s"), write_model(tmp_path / "t", "bloom", 3))
+    assert pair.layout == "padded"
+    bundles = random_bundles(2)
+    expected = separate_logps(tiny_model("bloom", 3), bundles)
+    found = pair.logps(bundles, LAWS).anchors["teacher"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_an_adapter_is_a_teacher(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    student = write_model(tmp_path / "s")
+    base = AutoModelForCausalLM.from_pretrained(student)
+    settings = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(base, settings).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    pair, bundles = with_teacher(student, tmp_path / "adapter"), random_bundles(1)
+    expected = separate_logps(adapted, bundles).detach()
+    for plan in (LAWS, Plan("sequence", anchors=("teacher",))):
+        found = pair.logps(bundles, plan)
+        torch.testing.assert_close(found.anchors["teacher"], expected, rtol=0, atol=2e-5)
+    assert (found.policy - found.anchors["teacher"]).abs().max() > 1e-3
+
+
+def test_the_teacher_can_sample(tmp_path):
+    plan = Plan("rollout", anchors=(), samples=(Draw(2, source="teacher"),))
+    pair = with_teacher(write_model(tmp_path / "s"), write_model(tmp_path / "t", seed=4), plan)
+    sampler = HFSampler(pair, max_new_tokens=4, seed=1)
+    ((first, _),) = sampler.sample([torch.tensor([3, 4])], plan.samples[0], step=0, prompt_ids=[0])
+    logits = tiny_model("llama", 4)(torch.cat([torch.tensor([3, 4]), first.ids])[None]).logits
+    logps = logits[0, 1:-1].log_softmax(-1).gather(-1, first.ids[:, None])[:, 0]
+    torch.testing.assert_close(first.logps, logps.detach(), rtol=0, atol=1e-4)
+
+
+def test_gradients_of_the_policy_alone(tmp_path):
+    pair = with_teacher(write_model(tmp_path / "s"), write_model(tmp_path / "t", seed=4))
+    pair.logps(random_bundles(1), LAWS).extras["divergence"].sum().backward()
+    assert all(p.grad is None for p in pair.anchors["teacher"].module.parameters())
+    assert all(p.grad is not None for p in pair.parameters())

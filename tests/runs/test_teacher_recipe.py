@@ -1,0 +1,86 @@
+"""A recipe with a teacher: what is refused before anything is loaded, and runs of every kind."""
+
+import pytest
+from world import pair_rows, save_model, write_rows
+
+from alignkit.config import load_recipe
+from alignkit.errors import ConfigError, ModelError
+from alignkit.files import read_jsonl
+from alignkit.runs.launch import run_recipe
+from alignkit.runs.resume import identity_of
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    save_model(folder / "student")
+    save_model(folder / "teacher", seed=1)
+    rows = [{"prompt": r["prompt"], "completion": " " + r["chosen"]} for r in pair_rows(10)]
+    write_rows(folder / "rows.jsonl", rows)
+    write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
+    return folder
+
+
+def recipe(world, out, *overrides, rows="rows.jsonl"):
+    settings = [
+        "train.steps=3",
+        "train.batch_size=4",
+        "train.save_every=0",
+        "train.log_samples_every=0",
+        "rollout.max_new_tokens=4",
+        "rollout.completions=2",
+        f"model.name_or_path={world / 'student'}",
+        f"teacher.name_or_path={world / 'teacher'}",
+        f"data.train={world / rows}",
+        f"output_dir={out}",
+    ]
+    return load_recipe("distill", [*settings, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("rows", "overrides"),
+    [
+        ("rows.jsonl", ["objective.share=0", "objective.kd_ratio=0.5"]),
+        ("rows.jsonl", ["objective.share=0.5", "objective.divergence=jsd"]),
+        ("prompts.jsonl", ["objective.share=1"]),
+    ],
+)
+def test_given_own_and_mixed_answers_train(world, tmp_path, rows, overrides):
+    run_recipe(recipe(world, tmp_path / "run", *overrides, rows=rows))
+    written = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert len(written) == 3
+    assert all(row["loss"] > 0 and row["grad_norm"] > 0 for row in written)
+    assert ("rollout/own_share" in written[0]) == ("objective.share=0.5" in overrides)
+
+
+def test_what_a_recipe_cannot_ask_for(world, tmp_path):
+    fixed = "objective.share=0"
+    for overrides, message in (
+        (["teacher=null", fixed], "this objective learns from a teacher; set teacher.name_or_path"),
+        (["teacher.store=x", fixed], "say how many with `top`"),
+        (["teacher.top=0", fixed], "teacher.top"),
+        (["teacher.top=3", "objective.share=0.5"], "this objective samples new ones"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            run_recipe(recipe(world, tmp_path / "run", *overrides))
+        assert caught.value.exit_code == 2
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match=r"teacher.name_or_path: there is no folder"):
+        run_recipe(recipe(world, tmp_path / "run", "teacher.name_or_path=/no/where", fixed))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_nothing_uses_is_reported(world, tmp_path, capsys):
+    run_recipe(recipe(world, tmp_path / "run", "objective={name: sft}"))
+    said = capsys.readouterr()
+    assert (
+        "`teacher` is set in the recipe, but this objective does not use it" in said.out + said.err
+    )
+
+
+def test_checkpoints_from_before_there_were_teachers_still_fit(world, tmp_path):
+    assert "teacher" in identity_of(recipe(world, tmp_path / "run"))
+    assert "teacher" not in identity_of(recipe(world, tmp_path / "run", "teacher=null"))
+    stored = recipe(world, tmp_path / "run", "teacher.top=2", "teacher.store=a")
+    moved = recipe(world, tmp_path / "run", "teacher.top=2", "teacher.store=b")
+    assert identity_of(stored) == identity_of(moved)
