@@ -40,6 +40,10 @@ class DataConfig(Section):
     chat_template: str | None = Field(
         None, description="Jinja template or a path to one, for tokenizers without their own"
     )
+    template_time: str = Field(
+        "auto",
+        description="time that a chat template prints, as 2026-01-31T09:00; auto: when the run began",
+    )
     max_length: Annotated[int, Field(ge=2)] = Field(
         1024, description="most tokens of prompt and completion; longer completions are cut"
     )

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from alignkit.config.data import DataConfig
+from alignkit.data.encode import TextEncoder
 from alignkit.data.examples import Example
-from alignkit.data.messages import Message, Text, checked_unicode
+from alignkit.data.messages import Message, Text, is_trained
+from alignkit.data.template import CLOSING_TAG, HIDDEN_TAG, ChatTemplate
+from alignkit.data.turns import Span, TurnFinder, Turns, common_prefix, split_thoughts
 from alignkit.data.verdicts import BadRow
-from alignkit.errors import ConfigError, ModelError
 
-Span = tuple[int, int]  # characters of a text, the end not included
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")  # of messages
 
 
 @dataclass(frozen=True)
@@ -22,139 +22,173 @@ class Rendered:
     prompt: str | None  # None where it is implicit
     texts: list[str]  # per completion the prompt and the completion together
     spans: list[list[Span]]  # per completion what is trained of its text; none = all of it
-    lost_turns: int = 0  # assistant turns that could not be found in the text
+    notes: frozenset[str] = frozenset()  # verdicts on what the template did to it
 
 
 class Renderer:
-    """Applies the chat template of a tokenizer, or the one given. Raises ModelError when there is
-    none.
-    """
+    """Applies a chat template to examples. Raises ModelError when there is none."""
 
-    def __init__(self, tokenizer: Any, template: str | None) -> None:
-        self.tokenizer = tokenizer
-        self.template = template
-        if template is None and not getattr(tokenizer, "chat_template", None):
-            raise ModelError(
-                "the rows are conversations, but the tokenizer has no chat template; "
-                "give one with data.chat_template (Jinja text or a path), "
-                "use an instruction-tuned model, or turn the rows into plain text"
-            )
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.template = ChatTemplate(encoder.tokenizer, encoder.config)
+        self.finder = TurnFinder(self.template, encoder.special)
 
-    def text(
-        self, messages: list[Message], options: dict[str, Any], *, prompt: bool = False
-    ) -> str:
-        """`messages` as text; a `prompt` ends where the assistant begins to write. Raises BadRow
-        where the template refuses them.
+    def render(self, example: Example, *, teach: bool) -> Rendered:
+        """`example`, whose parts are messages, as text. Raises BadRow.
+
+        With `teach`, for objectives that imitate, the text holds what a model is to learn to write:
+        the thoughts of every trained turn, and something to stop with. Without it, it is what the
+        template makes of the conversation.
         """
-        from jinja2 import TemplateError
-
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **options,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            # what templates raise on conversations that they refuse
-            raise BadRow("template", str(error) or type(error).__name__) from None
-        return checked_unicode(text, "the rendered conversation")
-
-    def render(self, example: Example) -> Rendered:
-        """`example`, whose parts are messages, as text. Raises BadRow."""
         options = dict(example.template)
         prompt = _messages(example.prompt)
-        texts: list[str] = []
-        spans: list[list[Span]] = []
-        lost_turns = 0
+        notes: set[str] = set()
+        turns = [
+            self._turns(prompt, _messages(completion), options, notes, teach=teach)
+            for completion in example.completions
+        ]
 
-        for completion in example.completions:
-            messages = [*prompt, *_messages(completion)]
-            text = self.text(messages, options)
-            texts.append(text)
-            if len(completion) == 1:  # one answer: it is everything behind the prompt
-                spans.append([])
-                continue
+        if prompt:
+            prompt_text = self.template.text(prompt, options, prompt=True)
+        else:  # everything that the completions share before the assistant's first word
+            texts = [turn.text[: turn.spans[0][0]] for turn in turns]
+            prompt_text = texts[0][: common_prefix(texts)]
+        return Rendered(
+            example,
+            prompt_text,
+            [turn.text for turn in turns],
+            [turn.spans for turn in turns],
+            frozenset(notes),
+        )
 
-            turns = self._assistant_spans(text, messages, len(prompt), options)
-            lost_turns += turns.count(None)
-            spans.append([span for span in turns if span])
-            if not spans[-1]:
+    def _turns(
+        self,
+        prompt: list[Message],
+        completion: list[Message],
+        options: dict[str, Any],
+        notes: set[str],
+        *,
+        teach: bool,
+    ) -> Turns:
+        """The text of `prompt` and `completion`, and where the assistant's turns stand in it: no
+        span where the completion is one answer, which is everything behind the prompt.
+        """
+        messages = [*prompt, *completion]
+        trained = [
+            i
+            for i, message in enumerate(messages)
+            if i >= len(prompt) and message["role"] == "assistant" and is_trained(message)
+        ]
+        text = self.template.text(messages, options)
+        messages, text = self._with_calls(messages, options, text)
+        if teach:
+            messages, text = self._with_thoughts(messages, trained, options, text)
+
+        if prompt and len(completion) == 1:
+            turns = Turns(text)
+        else:
+            turns = self.finder.find(messages, trained, options, text, teach=teach)
+            if not turns.spans:
                 raise BadRow(
                     "template",
                     "the template changes every assistant turn; none can be found in the text",
                 )
 
-        prompt_text = self.text(prompt, options, prompt=True) if prompt else ""
-        return Rendered(example, prompt_text, texts, spans, lost_turns)
+        if teach and trained[-1] == len(messages) - 1:
+            _append(turns, self.finder.stop(messages[-1], options, turns.text))
+        _note_losses([messages[i] for i in trained], turns, notes)
+        return turns
 
-    def _assistant_spans(
-        self, text: str, messages: list[Message], first: int, options: dict[str, Any]
-    ) -> list[Span | None]:
-        """The characters of `text` that each assistant turn from `first` on wrote, None for a turn
-        that cannot be found.
-
-        A turn runs from where its generation prompt ends to where the conversation up to it ends.
-        Templates that rewrite earlier turns (they drop old thoughts) are followed by looking for
-        the turn's content and the end mark behind it; where what stands before the turn is
-        rewritten too, it is given up rather than guessed.
+    def _with_calls(
+        self, messages: list[Message], options: dict[str, Any], text: str
+    ) -> tuple[list[Message], str]:
+        """`messages` and their text, so that the calls of turns without content are in it: some
+        templates write them only where there is no content at all, not even an empty one.
         """
-        spans: list[Span | None] = []
-        for i in range(first, len(messages)):
-            if messages[i]["role"] != "assistant":
-                continue
+        silent = [m for m in messages if m.get("tool_calls") and not m.get("content")]
+        if all(name in text for message in silent for name in _called(message)):
+            return messages, text
 
-            start = 0
-            if i:
-                if not text.startswith(self.text(messages[:i], options)):
-                    spans.append(None)
-                    continue
-                start = common_prefix([text, self.text(messages[:i], options, prompt=True)])
+        without_content = [
+            {key: value for key, value in message.items() if key != "content"}
+            if message in silent
+            else message
+            for message in messages
+        ]
+        try:
+            other_text = self.template.text(without_content, options)
+        except BadRow:
+            return messages, text
+        if all(name in other_text for message in silent for name in _called(message)):
+            return without_content, other_text
+        return messages, text
 
-            until_turn = self.text(messages[: i + 1], options)
-            if text.startswith(until_turn):
-                spans.append((start, len(until_turn)))
-            else:
-                spans.append(_rewritten_span(text, start, messages[i]["content"], until_turn))
-        return spans
+    def _with_thoughts(
+        self,
+        messages: list[Message],
+        trained: Sequence[int],
+        options: dict[str, Any],
+        text: str,
+    ) -> tuple[list[Message], str]:
+        """`messages` and their text, for a template that cuts thoughts even out of the last turn:
+        the tag by which it knows them is hidden from it.
+        """
+        thoughtful = [i for i in trained if CLOSING_TAG in messages[i].get("content", "")]
+        if not thoughtful:
+            return messages, text
+
+        last = thoughtful[-1]
+        thoughts = _thoughts(messages[last])
+        if last + 1 < len(messages) and not _all_in(thoughts, text):
+            text_as_last = self.template.text(messages[: last + 1], options)
+        else:
+            text_as_last = text
+        if _all_in(thoughts, text_as_last):
+            return messages, text
+
+        hidden = [
+            message | {"content": message["content"].replace(CLOSING_TAG, HIDDEN_TAG)}
+            if i in thoughtful
+            else message
+            for i, message in enumerate(messages)
+        ]
+        return hidden, self.template.text(hidden, options)
 
 
-def chat_template(config: DataConfig) -> str | None:
-    """`data.chat_template` as Jinja text (it may be a path), or None for the tokenizer's own.
-    Raises ConfigError.
-    """
-    given = config.chat_template
-    if given is None or "{" in given:
-        return given
-    if not Path(given).is_file():
-        raise ConfigError(
-            f"data.chat_template: {given} is neither a Jinja template nor a file that holds one"
-        )
-    return Path(given).read_text(encoding="utf-8")
+def _append(turns: Turns, stop: str) -> None:
+    """Let the last turn, with which the text ends, end with `stop`."""
+    turns.text += stop
+    if turns.spans:
+        turns.spans[-1] = (turns.spans[-1][0], len(turns.text))
 
 
-def common_prefix(sequences: Sequence[Any]) -> int:
-    """Length of the longest common prefix of texts, or of lists of token ids."""
-    # The first and the last in lexical order differ no later than any other two.
-    first = min(sequences)
-    last = max(sequences)
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last))
-    )
+def _note_losses(trained: Sequence[Message], turns: Turns, notes: set[str]) -> None:
+    """Add the verdicts on what the template left out of the trained turns."""
+    if turns.lost:
+        notes.add("untrained_turn")
+    spans = turns.spans or [(0, len(turns.text))]
+    own = "\n".join(turns.text[start:end] for start, end in spans)
+    if not all(_all_in(_thoughts(message), own) for message in trained):
+        notes.add("thoughts_dropped")
+    if not all(_all_in(_called(message), own) for message in trained):
+        notes.add("calls_dropped")
 
 
-def _rewritten_span(text: str, start: int, content: str, until_turn: str) -> Span | None:
-    """The characters of a turn whose thoughts the template dropped: its answer with the end mark
-    that stands behind it in `until_turn`, the conversation up to and with the turn.
-    """
-    answer = content.split("</think>")[-1].strip()
-    position = text.find(answer, start) if answer else -1
-    if position < 0:
-        return None
-    end_mark = until_turn[until_turn.rfind(answer) + len(answer) :]
-    end = position + len(answer) + len(end_mark)
-    return (start, end) if text[:end].endswith(answer + end_mark) else None
+def _thoughts(message: Message) -> list[str]:
+    """What a turn thinks before it answers, in its content or under a key of its own."""
+    inline = split_thoughts(message.get("content") or "")[0]
+    thoughts = [inline.removesuffix(CLOSING_TAG).removesuffix(HIDDEN_TAG).rpartition("<think>")[2]]
+    thoughts += [message[key] for key in THOUGHT_KEYS if isinstance(message.get(key), str)]
+    return [thought.strip() for thought in thoughts if thought.strip()]
+
+
+def _called(message: Message) -> list[str]:
+    """The names of the functions that a turn calls."""
+    calls = message.get("tool_calls") or ()
+    return [str(call.get("function", call).get("name")) for call in calls]
+
+
+def _all_in(parts: Sequence[str], text: str) -> bool:
+    return all(part in text for part in parts)
 
 
 def _messages(part: Text | None) -> list[Message]:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from alignkit.config.data import DataConfig
-from alignkit.data.chat import Renderer, chat_template
 from alignkit.data.encode import Ids, TextEncoder
 from alignkit.data.examples import Example
 from alignkit.data.messages import Text
 from alignkit.data.report import Report
+from alignkit.data.template import ChatTemplate
 from alignkit.data.verdicts import BadRow
 
 
@@ -56,13 +56,13 @@ def _texts(examples: Sequence[Example], encoder: TextEncoder, report: Report) ->
     if not any(example.chat for example in examples):
         return {example.number: str(example.prompt) for example in examples}
 
-    renderer = Renderer(encoder.tokenizer, chat_template(encoder.config))
+    template = ChatTemplate(encoder.tokenizer, encoder.config)
     texts = {}
     for example in examples:
         assert isinstance(example.prompt, list), "a chat's prompt is messages"
         try:
             options = dict(example.template)
-            texts[example.number] = renderer.text(example.prompt, options, prompt=True)
+            texts[example.number] = template.text(example.prompt, options, prompt=True)
         except BadRow as bad:
             report.add_bad(bad, example.number)
     return texts

@@ -10,10 +10,11 @@ import torch
 
 from alignkit.batches import Bundle
 from alignkit.config.data import DataConfig
-from alignkit.data.chat import Rendered, Renderer, Span, chat_template, common_prefix
+from alignkit.data.chat import Rendered, Renderer
 from alignkit.data.encode import Ids, TextEncoder
 from alignkit.data.examples import Example
 from alignkit.data.report import Report
+from alignkit.data.turns import Span, common_prefix
 from alignkit.data.verdicts import BadRow
 from alignkit.errors import ConfigError
 
@@ -42,7 +43,10 @@ def tokenize_examples(
     # one call.
     for chat in (False, True):
         of_kind = [example for example in examples if example.chat == chat]
-        rendered = _render_chats(of_kind, encoder, report) if chat else _render_texts(of_kind)
+        if chat:
+            rendered = _render_chats(of_kind, encoder, report, teach=family == "sequence")
+        else:
+            rendered = _render_texts(of_kind)
         _count_special_tokens(rendered, encoder, report)
 
         prompts = encoder.encode([r.prompt or "" for r in rendered], chat)
@@ -68,9 +72,11 @@ def _render_texts(examples: Sequence[Example]) -> list[Rendered]:
 
 
 def _render_chats(
-    examples: Sequence[Example], encoder: TextEncoder, report: Report
+    examples: Sequence[Example], encoder: TextEncoder, report: Report, *, teach: bool
 ) -> list[Rendered]:
-    """Conversations: through the chat template. Rows that it refuses are counted."""
+    """Conversations: through the chat template. Rows that it refuses are counted. With `teach` the
+    completions are demonstrations.
+    """
     if not examples:
         return []
     if encoder.config.split_special_tokens:
@@ -79,16 +85,16 @@ def _render_chats(
             "a chat template is made of special tokens"
         )
 
-    renderer = Renderer(encoder.tokenizer, chat_template(encoder.config))
+    renderer = Renderer(encoder)
     rendered = []
     for example in examples:
         try:
-            rendered.append(renderer.render(example))
+            rendered.append(renderer.render(example, teach=teach))
         except BadRow as bad:
             report.add_bad(bad, example.number)
             continue
-        if rendered[-1].lost_turns:
-            report.add("untrained_turn", example.number)
+        for verdict in sorted(rendered[-1].notes):
+            report.add(verdict, example.number)
     return rendered
 
 
@@ -173,8 +179,10 @@ def _mask(text: str, ids: Ids, spans: list[Span], encoder: TextEncoder, chat: bo
 
 
 def _ends_with_a_special_token(ids: Ids, encoder: TextEncoder) -> bool:
-    """Whether a chat's end mark is there, perhaps with a line break behind it."""
-    return any(token in encoder.special.values() for token in ids[-3:])
+    """Whether a chat's end mark is there, perhaps with white space behind it."""
+    special = set(encoder.special.values())
+    last = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in special), None)
+    return last is not None and not encoder.tokenizer.decode(ids[last + 1 :]).strip()
 
 
 def _prompt_length(
@@ -189,14 +197,23 @@ def _prompt_length(
     shared = common_prefix(rows if rendered.prompt is None else [prompt, *rows])
     length = min(shared, min(map(len, rows)) - 1)
 
-    implicit = rendered.prompt is None or (
-        rendered.example.chat and not rendered.prompt and len(rows) > 1
-    )
-    if implicit and length <= len(encoder.common_bos(rows)):
+    if rendered.prompt is None:
+        nothing_shared = length <= len(encoder.common_bos(rows))
+    else:
+        nothing_shared = _dialogues_differ_from_the_first_turn(rendered.example)
+    if nothing_shared:
         report.add("no_common_prefix", rendered.example.number)
     elif rendered.prompt is not None and length < len(prompt):
         report.add("boundary", rendered.example.number)
     return length
+
+
+def _dialogues_differ_from_the_first_turn(example: Example) -> bool:
+    """Whether the completions of a chat without a prompt share no message."""
+    if not example.chat or example.prompt:
+        return False
+    first_messages = [completion[0] for completion in example.completions]
+    return any(message != first_messages[0] for message in first_messages)
 
 
 def _stand_in(rendered: Rendered, encoder: TextEncoder, report: Report) -> int:

@@ -51,6 +51,14 @@ VERDICTS: dict[str, tuple[Severity, str]] = {
         "warning",
         "an assistant turn that the chat template rewrites is left out of the loss",
     ),
+    "thoughts_dropped": (
+        "warning",
+        "the chat template leaves out thoughts of the assistant; use one that keeps them",
+    ),
+    "calls_dropped": (
+        "warning",
+        "the chat template leaves out tool calls of the assistant; use one that writes them",
+    ),
     "no_end": (
         "warning",
         "the chat template ends the completion without a special token: "

@@ -186,12 +186,12 @@ def load_context(
     safe: bool = False,
 ) -> "RunContext":
     """Load the models, and resolve every `auto` that depends on them and on the machine."""
-    from alignkit.data.chat import chat_template
+    from alignkit.data.template import given_template
     from alignkit.runs.context import RunContext
 
     pair = _load_pair(recipe, objective, task, accelerator)
     if recipe.data.chat_template is not None:  # it is saved with the model that learned it
-        pair.tokenizer.chat_template = chat_template(recipe.data)
+        pair.tokenizer.chat_template = given_template(recipe.data)
     context = RunContext(recipe, objective, task, pair, accelerator, safe)
     return replace(context, recipe=fill_autos(recipe, measured_autos(context)))
 

@@ -139,10 +139,8 @@ def test_turns_are_found_behind_a_doubled_bos(kinds):
     assert report.count("bos_once") == 1
 
 
-def test_turns_that_the_template_rewrites_are_found(kinds):
-    """The thinking template drops thoughts from earlier turns; their answers are trained all the
-    same.
-    """
+def test_thoughts_that_the_template_drops_from_earlier_turns_are_taught(kinds):
+    """Every turn gets the text that it has when it is the last, with its thoughts."""
     tokenizer = kinds["chat"]
     turns = [
         user("hello"),
@@ -151,10 +149,14 @@ def test_turns_that_the_template_rewrites_are_found(kinds):
         assistant("the cat"),
     ]
     bundle, report = load(tokenizer, {"messages": turns}, "sequence")
-    assert trained(tokenizer, bundle)[0] == "world<|im_end|>\n"
-    assert trained(tokenizer, bundle)[1].endswith("</think>\n\nthe cat<|im_end|>\n")
-    assert len(trained(tokenizer, bundle)) == 2
+    assert trained(tokenizer, bundle) == [
+        "hm</think>world<|im_end|>\n",
+        "\n</think>\n\nthe cat<|im_end|>\n",
+    ]
+    text = tokenizer.decode([*bundle.prompt, *bundle.completions[0]])
+    assert text.count("<|im_start|>assistant\n<think>") == 2
     assert not report.count("untrained_turn")
+    assert not report.count("thoughts_dropped")
 
 
 def test_a_conversation_that_the_assistant_opens_has_one_bos(kinds):
@@ -162,8 +164,9 @@ def test_a_conversation_that_the_assistant_opens_has_one_bos(kinds):
     bundle, report = load(
         tokenizer, {"messages": [assistant("hello")]}, "sequence", chat_template=PLAIN
     )
-    assert tokenizer.convert_ids_to_tokens(bundle.prompt.tolist()) == ["<s>"]
-    assert tokenizer.bos_token_id not in bundle.completions[0]
+    assert tokenizer.decode(bundle.prompt).replace(" ", "") == "<s>[assistant]"
+    assert bundle.prompt.tolist().count(tokenizer.bos_token_id) == 1
+    assert trained(tokenizer, bundle) == ["hello</s>"]
     assert not report.count("empty_prompt")
 
 
@@ -180,25 +183,40 @@ def test_a_turn_of_tool_calls_alone_is_trained(kinds):
     assert not report.count("untrained_turn")
 
 
+BACKWARDS = "{{ m.content if loop.last or m.role == 'user' else m.content|reverse }}"
+
+
 def test_a_turn_that_cannot_be_found_is_left_out_and_counted(kinds):
-    template = PLAIN.replace(
-        "{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else m.content|upper }}"
-    )
+    """What a template writes backwards is no longer what the assistant wrote."""
+    tokenizer = kinds["metaspace"]
+    template = PLAIN.replace("{{ m.content }}", BACKWARDS)
     turns = [user("a"), assistant("hello"), user("b"), assistant("the cat")]
-    bundle, report = load(
-        kinds["metaspace"], {"messages": turns}, "sequence", chat_template=template
-    )
-    assert trained(kinds["metaspace"], bundle) == ["the cat</s>"]
+    bundle, report = load(tokenizer, {"messages": turns}, "sequence", chat_template=template)
+    assert trained(tokenizer, bundle) == ["the cat</s>"]
     assert report.count("untrained_turn") == 1
 
 
-def test_a_template_that_rewrites_what_stands_before_a_turn_is_refused(kinds):
-    template = PLAIN.replace("{{ m.content }}", "{{ m.content if loop.last else m.content|upper }}")
+def test_a_template_that_rewrites_every_turn_is_refused(kinds):
+    template = PLAIN.replace("{{ m.content }}", "{{ m.content|reverse }}")
     turns = [user("a"), assistant("hello"), user("b"), assistant("the cat")]
     with pytest.raises(
         DataError, match="the template changes every assistant turn; none can be found"
     ):
         load(kinds["metaspace"], {"messages": turns}, "sequence", chat_template=template)
+
+
+def test_a_turn_that_a_template_rewrites_in_place_is_taught_as_it_was_written(kinds):
+    """A turn is found by where it stands, so its content may change with what follows; pairs keep
+    what the template makes of it.
+    """
+    tokenizer = kinds["metaspace"]
+    template = PLAIN.replace("{{ m.content }}", "{{ m.content if loop.last else m.content|upper }}")
+    turns = [user("a"), assistant("hello"), user("b"), assistant("the cat")]
+    taught, report = load(tokenizer, {"messages": turns}, "sequence", chat_template=template)
+    assert trained(tokenizer, taught) == ["hello</s>", "the cat</s>"]
+    assert not report.count("untrained_turn")
+    pair = {"prompt": turns[:1], "chosen": turns[1:], "rejected": [assistant("sat")]}
+    assert trained(tokenizer, load(tokenizer, pair, chat_template=template)[0])[0] == "HELLO</s>"
 
 
 def test_dialogues_that_diverge_train_their_assistant_turns(kinds):
