@@ -44,6 +44,7 @@ OBJECTIVES: dict[str, str] = {
     "rpg": "online.rpg:RPG:rpg_loss",
     "critical_rpg": "online.critical_rpg:CriticalRPG:",
     "grpo": "online.grpo:GRPO:grpo_loss",
+    "raft": "online.raft:RAFT:",
     "rloo": "online.rloo:RLOO:rloo_loss",
     "dr_grpo": "online.dr_grpo:DrGRPO:",
     "reinforce_plus_plus": "online.reinforce_plus_plus:ReinforcePlusPlus:",

@@ -146,3 +146,20 @@ def test_evaluate_and_compare_are_the_commands(tmp_path):
         alignkit.evaluate("runs/x", sample=3)
     with pytest.raises(ConfigError, match="there is no recipe"):
         alignkit.compare("no_such_recipe")
+
+
+def test_held_out_rows_and_a_judge(folder, tmp_path):
+    run = alignkit.train(
+        alignkit.DPO(), model=folder, data=pair_rows(8), eval_data=Dataset.from_list(pair_rows(12)[8:]),
+        output_dir=tmp_path / "pairs", **{**SETTINGS, "eval_every": 3},
+    )  # fmt: skip
+    assert run.metrics["eval_loss"].notna().sum() == 1
+
+    def longer(prompts, first, second):
+        return [float(len(a) > len(b)) for a, b in zip(first, second)]
+
+    run = alignkit.train(
+        alignkit.NashMD(), model=folder, data=[{"prompt": "w3 w4"}] * 4, judge=longer,
+        output_dir=tmp_path / "game", max_new_tokens=3, **SETTINGS,
+    )  # fmt: skip
+    assert run.metrics["loss"].notna().all()
