@@ -1,34 +1,24 @@
 """Verifiers: code that judges what a model wrote, in processes that can be killed.
 
-A verifier that hangs, eats the memory or crashes costs one completion its score, not the run.
-Messages are JSON, never pickle; a process is replaced after every failure and after a number of
-completions, so that nothing a completion leaves behind reaches later ones for long.
+A verifier that hangs, eats the memory or crashes costs one completion its score, not the run. Each
+completion is judged by a process of its own, kept apart from the run as far as this machine allows.
 """
 
-import contextlib
 import json
 import logging
-import os
 import queue
-import select
-import signal
-import subprocess
-import sys
-import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from alignkit.distributed.confinement import hide_process, processes_of_user
+from alignkit.distributed.isolation import choose
+from alignkit.distributed.worker_pool import Worker
 from alignkit.errors import ConfigError, DataError, ResourceError
 from alignkit.rewards.checks import quoted
 
-_START = 120.0  # seconds for a process to import the verifier
-_RECYCLE = 256  # completions after which a process is replaced
-_LONGEST = 1 << 20  # bytes of an answer
-
-# The environment of the processes; the tokens and keys of the run's own stay outside.
-_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "SYSTEMROOT")
+_GRACE = 10.0  # seconds that a worker may take beside the completion's own
 log = logging.getLogger("alignkit")
 
 
@@ -51,12 +41,15 @@ class Verifier:
         self.failed = failed
         self.drop = drop
         self.metrics: dict[str, float] = {}
-        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
-        processes = [_Process(spec, timeout, memory_mb) for _ in range(workers)]
-        for process in processes:
-            self._idle.put(process)
+        self.spec = spec
+        self.timeout = timeout
+        self.workers = [_worker(spec, timeout, memory_mb) for _ in range(workers)]
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in self.workers:
+            self._idle.put(worker)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier")
-        self._end = weakref.finalize(self, _stop_all, processes)
+        self._end = weakref.finalize(self, _stop_all, self.workers)
+        self._warned = False
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
@@ -95,11 +88,35 @@ class Verifier:
         self._threads.shutdown(wait=False)
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        process = self._idle.get()
+        worker = self._idle.get()
         try:
-            return process.ask(question)
+            answer = worker.ask(question, self.timeout + _GRACE)
         finally:
-            self._idle.put(process)
+            self._idle.put(worker)
+        self._warn(worker)
+        if "broken" in answer:
+            raise ConfigError(f"rewards.verifier: {self.spec} cannot be loaded: {answer['broken']}")
+        return answer
+
+    def _warn(self, worker: Worker) -> None:
+        """Once: what the isolation of this machine does not keep apart, or keeps from working."""
+        if self._warned:
+            return
+        self._warned = True
+        if worker.isolation.kind == "none":
+            log.warning(
+                "verifier %s: this machine offers neither another user nor process namespaces "
+                "(`unshare` or `bwrap`), so code of completions could stop the run or change its "
+                "files; docs/reliability.md says more",
+                self.name,
+            )
+        if closed := worker.greeting.get("closed"):
+            log.warning(
+                "verifier %s runs as a user of its own, who may not read %s; what it imports or "
+                "reads there must be imported at the top of its file, or be opened to other users",
+                self.name,
+                ", ".join(closed),
+            )
 
     def _value(self, answer: dict[str, Any], question: dict[str, Any], row: int) -> Any:
         if "failed" in answer:
@@ -116,90 +133,22 @@ class Verifier:
         )
 
 
-class _Process:
-    """One worker process, started when first needed."""
-
-    def __init__(self, spec: str, timeout: float, memory_mb: int):
-        self.spec = spec
-        self.timeout = timeout
-        self.memory_mb = memory_mb
-        self.child: subprocess.Popen[bytes] | None = None
-        self.asked = 0
-        self.unread = b""
-
-    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """The worker's answer, or {"failed": why}."""
-        if self.child is None or self.asked >= _RECYCLE:
-            self.stop()
-            self._start()
-        assert self.child is not None
-        assert self.child.stdin is not None
-
-        self.asked += 1
-        try:
-            self.child.stdin.write(json.dumps(question, default=str).encode() + b"\n")
-            self.child.stdin.flush()
-            answer = self._read(self.timeout)
-        except BrokenPipeError:
-            answer = {"failed": "its process ended"}
-
-        if "failed" in answer:  # whatever it still does must not reach the next completion
-            self.stop()
-        return answer
-
-    def stop(self) -> None:
-        """Kill the worker and everything it started."""
-        if self.child is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.child.pid, signal.SIGKILL)
-            self.child.communicate()
-        self.child = None
-        self.asked = 0
-        self.unread = b""
-
-    def _start(self) -> None:
-        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        settings = [self.spec, str(self.timeout), str(self.memory_mb)]
-
-        # A session of its own: `stop` then ends everything that the verifier has started, too.
-        self.child = subprocess.Popen(
-            [sys.executable, "-m", "alignkit.rewards.worker", *settings],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
-        )
-        first = self._read(_START)
-        if "ready" not in first:
-            self.stop()
-            reason = first.get("broken") or first["failed"]
-            raise ConfigError(f"rewards.verifier: {self.spec} cannot be loaded: {reason}")
-
-    def _read(self, seconds: float) -> dict[str, Any]:
-        """The next line of the worker as JSON, or {"failed": why}."""
-        assert self.child is not None
-        assert self.child.stdout is not None
-        deadline = time.monotonic() + seconds
-        descriptor = self.child.stdout.fileno()
-
-        # Read piece by piece: a worker that writes half a line and hangs is over its time as well.
-        while b"\n" not in self.unread:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-                return {"failed": f"no answer within {seconds:g} s"}
-
-            chunk = os.read(descriptor, 65536)
-            if not chunk:
-                return {"failed": "its process ended"}
-            self.unread += chunk
-            if len(self.unread) > _LONGEST:
-                return {"failed": f"an answer of more than {_LONGEST} bytes"}
-
-        line, _, self.unread = self.unread.partition(b"\n")
-        return json.loads(line)
+def _worker(spec: str, timeout: float, memory_mb: int) -> Worker:
+    """A worker that is started when it is first asked."""
+    isolation = choose()
+    if isolation.kind == "none":
+        hide_process()  # else its environment could be read by whatever the worker runs
+    settings = {
+        "spec": spec,
+        "timeout": timeout,
+        "memory_mb": memory_mb,
+        "user": isolation.user,
+        "own_mounts": isolation.own_mounts,
+        "taken": processes_of_user(),
+    }
+    return Worker("alignkit.rewards.worker", [json.dumps(settings)], isolation)
 
 
-def _stop_all(processes: Sequence[_Process]) -> None:
-    for process in processes:
-        process.stop()
+def _stop_all(workers: Sequence[Worker]) -> None:
+    for worker in workers:
+        worker.stop()

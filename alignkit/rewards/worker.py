@@ -1,49 +1,155 @@
-"""The process in which a verifier runs: JSON lines in, JSON lines out. Started as `python -m
-alignkit.rewards.worker`.
+"""The process that has a verifier imported and starts one child per completion. It is started by
+alignkit.distributed.worker_pool as `python -m alignkit.rewards.worker SETTINGS`.
+
+No code of a completion runs in this process: each completion has a child of its own, which sends
+its answer through a pipe of its own and is killed with everything that it has started.
 """
 
 import contextlib
 import io
 import json
 import os
-import resource
-import signal
 import sys
 import traceback
-from math import ceil
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from alignkit.config.plugins import load_object
+from alignkit.distributed.confinement import (
+    adopt_orphans,
+    confine,
+    end_all,
+    hide_process,
+    let_in,
+    volunteer_for_out_of_memory,
+)
+from alignkit.distributed.worker_pool import Ended, Lines, NoLine
 
-_BACKSTOP = 5  # seconds after the limit at which the process ends itself, should its parent be gone
+_LONGEST_QUESTION = 1 << 34  # bytes: questions come from the run, which sets its own limits
+_LONGEST_ANSWER = 1 << 17  # bytes: a number, or an exception with its traceback
+_MESSAGE = 2000  # characters of an exception's text
+_TRACEBACK = 20_000  # characters of its traceback
 
 
-def main(spec: str, timeout: float, memory_mb: int) -> None:
-    """Answer {"prompt", "completion", "columns"} with {"value"} or {"error", "traceback"} until the
-    input ends.
+@dataclass(frozen=True)
+class Settings:
+    """What the run asks for.
+
+    spec        `module:name` or `file.py:name` of the verifier
+    timeout     seconds for one completion
+    memory_mb   MiB of address space of each of its processes
+    user        id of the user that runs the completions, None for this process's
+    own_mounts  whether this process may change what is mounted where, seen by itself alone
+    taken       processes that the run's user has anyway
     """
-    # Questions and answers go over the pipes that the process began with. The verifier gets
-    # others: what it prints must not look like an answer, and it must not read the questions.
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    questions = sys.stdin
-    sys.stdin = io.StringIO()
 
+    spec: str
+    timeout: float
+    memory_mb: int
+    user: int | None
+    own_mounts: bool
+    taken: int
+
+
+def main(settings: Settings) -> None:
+    """Answer {"id", "prompt", "completion", "columns"} by {"id"} and {"value"}, {"error",
+    "traceback"} or {"failed"}, until the input ends.
+    """
+    # Questions and answers go over the pipes that the process began with. The verifier gets others:
+    # what it prints while it is imported must not look like an answer.
+    questions = Lines(os.dup(0), longest=_LONGEST_QUESTION)
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(2, 1)
+
+    volunteer_for_out_of_memory()
+    hide_process()
+    adopt_orphans()
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the parent has announced the code
-            function: Any = load_object(spec, what="rewards.verifier")
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+            function: Any = load_object(settings.spec, what="rewards.verifier")
     except Exception as error:
         _send(replies, {"broken": f"{type(error).__name__}: {error}"})
         return
+    closed = _let_in_code(settings) if settings.user is not None else []
+    _send(replies, {"ready": True, "closed": closed})
 
-    _send(replies, {"ready": True})
-    for line in questions:
-        question = json.loads(line)
-        signal.alarm(ceil(timeout) + _BACKSTOP)
-        _send(replies, _answer(function, question))
-        signal.alarm(0)
+    # Without a question to come the run is over, or was killed.
+    with contextlib.suppress(NoLine):
+        while True:
+            question = json.loads(questions.next(None))
+            answer = _verified(function, question, settings, questions.descriptor, replies)
+            _send(replies, {**answer, "id": question["id"]})
+    end_all(None, settings.user)
+
+
+def _let_in_code(settings: Settings) -> list[str]:
+    """Let the other user read Python and the verifier; returns the folders that stay closed."""
+    file = settings.spec.rpartition(":")[0]
+    needed = {sys.prefix, sys.base_prefix, os.path.realpath(sys.executable), os.getcwd()}
+    needed |= {path or os.getcwd() for path in sys.path}
+    if file.endswith(".py"):
+        needed.add(str(Path(file).resolve().parent))
+
+    closed = let_in(needed, own_mounts=settings.own_mounts)
+    os.chdir(os.getcwd())  # the folder as it is now
+    return [str(path) for path in closed]
+
+
+def _verified(
+    function: Any, question: dict[str, Any], settings: Settings, questions: int, replies: Any
+) -> dict[str, Any]:
+    """The answer of a child, which ends with everything that it has started."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            for descriptor in (reading, questions, replies.fileno()):
+                os.close(descriptor)
+            _be_the_child(function, question, settings, writing)
+        finally:
+            os._exit(1)  # never back into the loop of its parent
+
+    # The run sends one question at a time: one that comes before this one is answered means that
+    # the run has ended.
+    os.close(writing)
+    lines = Lines(reading, longest=_LONGEST_ANSWER, lifeline=questions)
+    line = b""
+    failure: NoLine | None = None
+    try:
+        line = lines.next(settings.timeout)
+    except NoLine as error:
+        failure = error
+
+    # After this nobody is left who could still write.
+    status = end_all(child, settings.user)
+    more = _has_more(lines)
+    os.close(reading)
+
+    if failure is not None:
+        return {"failed": f"{failure}{_how(status) if isinstance(failure, Ended) else ''}"}
+    if more:
+        return {"failed": "more than one line where its answer belongs"}
+    return _checked(line, question["id"])
+
+
+def _be_the_child(function: Any, question: dict[str, Any], settings: Settings, pipe: int) -> None:
+    """Run the verifier on one completion and write its answer to `pipe`."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    try:
+        confine(settings.user, settings.memory_mb, settings.taken)
+    except (OSError, ValueError) as error:
+        answer = {"failed": f"it could not be confined: {error}"}
+    else:
+        answer = _answer(function, question)
+
+    message = json.dumps({**answer, "id": question["id"]}).encode() + b"\n"
+    while message:
+        message = message[os.write(pipe, message) :]
+    os._exit(0)
 
 
 def _answer(function: Any, question: dict[str, Any]) -> dict[str, Any]:
@@ -51,11 +157,45 @@ def _answer(function: Any, question: dict[str, Any]) -> dict[str, Any]:
         value = function(question["prompt"], question["completion"], **question["columns"])
         if value is None or isinstance(value, bool | int | float):
             return {"value": value}
-        return {"value": float(value)} if not isinstance(value, str | bytes) else {"value": value}
+        return {"value": str(value) if isinstance(value, str | bytes) else float(value)}
     except MemoryError:
         return {"failed": "out of memory"}
-    except BaseException as error:
-        return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    except Exception as error:
+        return {
+            "error": f"{type(error).__name__}: {error}"[:_MESSAGE],
+            "traceback": traceback.format_exc()[-_TRACEBACK:],
+        }
+    except BaseException as error:  # SystemExit, most likely: code of the completion called exit()
+        return {"failed": f"it raised {type(error).__name__}"}
+
+
+def _checked(line: bytes, identity: str) -> dict[str, Any]:
+    """`line` as the answer to the question `identity`, or {"failed": why}."""
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        return {"failed": "a line that is not JSON where its answer belongs"}
+
+    of_question = isinstance(answer, dict) and answer.pop("id", None) == identity
+    if not of_question or set(answer) not in ({"value"}, {"failed"}, {"error", "traceback"}):
+        return {"failed": "a line that is no answer to its question"}
+    if "value" not in answer:
+        return {name: str(text) for name, text in answer.items()}
+    if not isinstance(answer["value"], bool | int | float | str | None):
+        return {"failed": "an answer whose value is no number"}
+    return answer
+
+
+def _has_more(lines: Lines) -> bool:
+    """Whether something follows the line that was read."""
+    os.set_blocking(lines.descriptor, False)
+    with contextlib.suppress(BlockingIOError):
+        return bool(lines.unread or os.read(lines.descriptor, 1))
+    return False
+
+
+def _how(status: int) -> str:
+    return f" by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else ""
 
 
 def _send(replies: Any, message: dict[str, Any]) -> None:
@@ -64,4 +204,4 @@ def _send(replies: Any, message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
+    main(Settings(**json.loads(sys.argv[1])))

@@ -243,7 +243,7 @@ def test_a_verifier_that_hangs_dies_or_eats_memory_costs_one_score(verifier, mon
 def test_a_verifier_leaves_no_process_behind(verifier):
     reward = verifier(workers=1)
     reward(["p"], ["42"], answer=["42"])
-    child = reward.parts[0].call._idle.get().child.pid
+    child = reward.parts[0].call.workers[0].child.pid
     os.kill(child, 0)
     reward.close()
     with pytest.raises(ProcessLookupError):
