@@ -242,6 +242,17 @@ def add_adapter(model: Any, adapter: AdapterConfig, *, seed: int) -> Any:
         return loaded
 
 
+def _following_anchors(target: TargetConfig, plan: Plan, base: PolicyModule) -> dict[str, Anchor]:
+    """The anchors that the plan asks for and that follow the policy during the run."""
+    if "previous" in plan.anchors:
+        # It comes first: after a step it takes over from the target before the target moves.
+        synced = Anchor.of(target.kind, base, target)
+        return {"previous": Anchor.before(synced, base), "target": synced}
+    if "target" in plan.anchors:
+        return {"target": Anchor.of(target.kind, base, target)}
+    return {}
+
+
 def load_pair(
     model: ModelConfig,
     reference: ReferenceConfig,
@@ -297,14 +308,7 @@ def load_pair(
         other = _reference_model(kind, loaded, tokenizer, model, device, dtype)
         anchors["reference"] = Anchor("frozen", other)
 
-    # `previous` comes first: after a step it takes over from the target before the target moves.
-    followed = target or TargetConfig()
-    if "previous" in plan.anchors:
-        synced = Anchor.of(followed.kind, base, followed)
-        anchors |= {"previous": Anchor.before(synced, base), "target": synced}
-    elif "target" in plan.anchors:
-        anchors["target"] = Anchor.of(followed.kind, base, followed)
-
+    anchors |= _following_anchors(target or TargetConfig(), plan, base)
     return PolicyPair(
         base, tokenizer, anchors, layout=layout, notes=[note] if note else [], save_config=dropout
     )

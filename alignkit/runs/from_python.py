@@ -70,8 +70,7 @@ def train(
       several sections have has to stand in its section
     - `resume`: None, "auto" or a checkpoint folder, as on the command line
 
-    Raises the errors of the command line: ConfigError for arguments, DataError for rows, ModelError
-    for models, and so on.
+    Raises the errors of the command line, ConfigError for arguments and so on.
 
     >>> run = train(DPO(beta=0.1), model=model, tokenizer=tokenizer, data=pairs,
     ...             output_dir="runs/mine", steps=300, learning_rate=5e-6)  # doctest: +SKIP
@@ -79,51 +78,49 @@ def train(
     from alignkit.runs.launch import resolve_task, run_with_task
     from alignkit.training.run_folder import RunFolder
 
-    live_model = None if isinstance(model, str | Path) else model
-    if live_model is not None and tokenizer is None:
-        raise ConfigError("tokenizer: a model that is given as an object needs its tokenizer")
-    train_rows = None if isinstance(data, str | Path) else rows_of(data, "data")
-    eval_rows = None
-    if eval_data is not None and not isinstance(eval_data, str | Path):
-        eval_rows = rows_of(eval_data, "eval_data")
-
+    live = _live_inputs(model, tokenizer, data, eval_data)
     sections = _sections(settings)
     sections["objective"] = _objective_section(objective)
     sections["output_dir"] = str(Path(output_dir).expanduser().absolute())
-    model_name = str(model) if live_model is None else name_of_model(live_model)
-    _set(sections, "model", "name_or_path", model_name)
-    train_name = str(data) if train_rows is None else name_of_rows(train_rows)
-    _set(sections, "data", "train", train_name)
+    _set(sections, "model", "name_or_path", _name(live.get("model"), model, name_of_model))
+    _set(sections, "data", "train", _name(live.get("train_rows"), data, name_of_rows))
     if eval_data is not None:
-        name = str(eval_data) if eval_rows is None else name_of_rows(eval_rows)
-        _set(sections, "data", "eval", name)
+        _set(sections, "data", "eval", _name(live.get("eval_rows"), eval_data, name_of_rows))
     recipe = _recipe(sections)
 
-    reward = _reward(rewards)
-    live_judge = _judge(judge)
-    notes = [
-        f"{kind}: {name_of_function(function)}"
-        for kind, functions in (("reward", _as_list(rewards)), ("judge", _as_list(judge)))
-        for function in functions
-    ]
     task = LiveTask.of(
-        model=live_model,
-        tokenizer=tokenizer,
-        train_rows=train_rows,
-        eval_rows=eval_rows,
-        reward=reward,
-        judge=live_judge,
-        embedded=resolve_task(recipe),
+        **live, reward=_reward(rewards), judge=_judge(judge), embedded=resolve_task(recipe)
     )
+    notes = [f"reward: {name_of_function(function)}" for function in _as_list(rewards)]
+    notes += [f"judge: {name_of_function(function)}" for function in _as_list(judge)]
     job = run_with_task(
         recipe, objective, task, resume=resume, safe=safe, notes=notes, identity={"python": notes}
     )
     return TrainedModel(
-        job.pair.base.model if live_model is None else live_model,
+        live.get("model", job.pair.base.model),
         job.pair.tokenizer if tokenizer is None else tokenizer,
         _frame(RunFolder(recipe.output_dir).metrics_file),
         Path(recipe.output_dir),
     )
+
+
+def _live_inputs(model: Any, tokenizer: Any, data: Any, eval_data: Any) -> dict[str, Any]:
+    """What was given as an object, by the names that `LiveTask.of` has for it."""
+    live: dict[str, Any] = {}
+    if not isinstance(model, str | Path):
+        if tokenizer is None:
+            raise ConfigError("tokenizer: a model that is given as an object needs its tokenizer")
+        live |= {"model": model, "tokenizer": tokenizer}
+    if not isinstance(data, str | Path):
+        live["train_rows"] = rows_of(data, "data")
+    if eval_data is not None and not isinstance(eval_data, str | Path):
+        live["eval_rows"] = rows_of(eval_data, "eval_data")
+    return live
+
+
+def _name(live: Any, given: Any, name_of: Callable[[Any], str]) -> str:
+    """What a recipe calls an input: a hash of the live object, or the name that was given."""
+    return str(given) if live is None else name_of(live)
 
 
 def _sections(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class LiveTask(Task):
         if embedded is not None:
             reward = reward or embedded.reward
             judge = judge or embedded.judge
+
         return cls(
             PREFIX.rstrip(":"),
             embedded.model_folder if embedded else Path(),
