@@ -37,7 +37,7 @@ def translated(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for column in MESSAGE_COLUMNS:
         if isinstance(row.get(column), str | list | Mapping):
             row[column] = _text_or_messages(row[column], column, verdicts)
-    if isinstance(row.get("ranking"), str):
+    if isinstance(row.get("ranking"), str) and row["ranking"].lstrip().startswith("["):
         row["ranking"] = _parsed_list(row["ranking"], "ranking")
     if isinstance(row.get("ranking"), list):
         row["ranking"] = [

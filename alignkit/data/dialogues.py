@@ -117,15 +117,15 @@ def _agrees(prompt: Text, turns: Sequence[Message]) -> bool:
 
     # Or it writes all turns down one behind the other: then it is made of them for the most part.
     transcript = _squeezed(prompt)
-    said = [_squeezed(message["content"]) for message in turns if message["role"] != "system"]
+    spoken = [_squeezed(message["content"]) for message in turns if message["role"] != "system"]
     place = 0
-    for text in said:
-        found = transcript.find(text, place)
-        if found < 0:
+    for text in spoken:
+        start = transcript.find(text, place)
+        if start < 0:
             return False
-        place = found + len(text)
+        place = start + len(text)
     whole = sum(len(_squeezed(message["content"])) for message in turns)
-    return bool(said) and 2 * whole >= len(transcript)
+    return bool(spoken) and 2 * whole >= len(transcript)
 
 
 def _place_of(prompt: Sequence[Message], turns: Sequence[Message]) -> int | None:

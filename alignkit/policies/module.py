@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from alignkit.batches import Statistic
-from alignkit.errors import ModelError
+from alignkit.errors import DataError, ModelError
 from alignkit.policies.head import AnchorStates, Head, head_figures
 from alignkit.policies.layout import Rows, attention_mask
 from alignkit.policies.packing import FLEX, packing_of, take_runs
@@ -42,8 +42,30 @@ def context_length(model: Any) -> int:
     """Tokens that a transformers model reads at once; a very large number where its config names no
     limit.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    text = model.config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     return int(limit) if limit else 1 << 30
+
+
+def position_table(model: Any) -> int | None:
+    """Positions that a transformers model has an entry for in a table, beyond which it cannot read;
+    None for models without one, whose positions are computed (rotary embeddings, ALiBi).
+    """
+    sizes: list[int | None] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "pos" in name.rsplit(".", 1)[-1].replace(
+            "wpe", "pos"
+        ):
+            # OPT's table begins with two entries of another use, RoBERTa's with the padding's.
+            reserved = getattr(module, "offset", (module.padding_idx or -1) + 1)
+            sizes.append(module.num_embeddings - reserved)
+        rotations = getattr(module, "embed_positions", None)
+        if isinstance(rotations, Tensor):  # GPT-J computes its rotations once
+            sizes.append(len(rotations))
+
+    # MPT computes its distances once.
+    sizes.append(getattr(model.config.get_text_config(), "max_seq_len", None))
+    return min((size for size in sizes if size), default=None)
 
 
 def layer_windows(config: Any) -> dict[str, int | None]:
@@ -80,6 +102,7 @@ class PolicyModule(nn.Module):
         self.windows = layer_windows(model.config)
         # An anchor's: how much of its vocabulary the policy has too; None: all of it.
         self.vocabulary: int | None = None
+        self.positions = position_table(causal_lm(model))
         self.value_head: nn.Linear | None = None
         if values:
             first = next(model.parameters())
@@ -102,6 +125,9 @@ class PolicyModule(nn.Module):
     def _hidden(self, rows: Rows) -> Tensor:
         """Last hidden states at the tokens that predict the labels: [M, H]."""
         lm = causal_lm(self.model)
+        if self.positions is not None and rows.input_ids.shape[1] > self.positions:
+            _check_positions(rows, self.positions)
+
         kernel = lm.config._attn_implementation
         additive = next(lm.parameters()).dtype if kernel == "eager" else None
         mask = attention_mask(rows, self.windows, additive=additive, blocks=kernel == FLEX)
@@ -146,3 +172,13 @@ class PolicyModule(nn.Module):
             return nullcontext()
         context: AbstractContextManager[Any] = self.model.disable_adapter()
         return context
+
+
+def _check_positions(rows: Rows, limit: int) -> None:
+    """DataError for rows that reach beyond the model's table of positions."""
+    longest = int(rows.position_ids.max()) + 1 if rows.branched else rows.input_ids.shape[1]
+    if longest > limit:
+        raise DataError(
+            f"a row reaches position {longest}, but the model has {limit}; "
+            f"set data.max_length={limit} or lower"
+        )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from alignkit.batches import Bundle, Outputs, Plan, TokenLogps
 from alignkit.errors import DataError, ModelError
-from alignkit.policies.module import context_length
+from alignkit.policies.module import context_length, position_table
 from alignkit.policies.pair import PolicyPair
 
 
@@ -56,7 +56,7 @@ class TrainedScorer(PolicyPair):
         module: Any = ScoreModule(model)
         super().__init__(module, tokenizer, {}, layout="padded", save_config=save_config)
         self.pad = model.config.get_text_config().pad_token_id
-        self.longest = context_length(model)
+        self.longest = position_table(model) or context_length(model)
 
     def scores(self, bundles: Sequence[Bundle]) -> Outputs:
         """Outputs [N, D] of the N completions of `bundles`, with gradient iff it is enabled.

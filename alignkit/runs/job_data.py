@@ -28,6 +28,7 @@ from alignkit.rollout.engines import make_sampler
 from alignkit.rollout.importance import Correction
 from alignkit.rollout.text import as_reply, decode
 from alignkit.runs.context import RunContext
+from alignkit.runs.row_lengths import check_prompt_lengths, check_row_lengths
 from alignkit.sources.base import Source
 from alignkit.sources.dataset import DatasetSource
 from alignkit.sources.rollouts import RolloutSource
@@ -65,7 +66,7 @@ def fixed_data(context: RunContext) -> JobData:
         recipe.data, plan.data, pair.tokenizer, source=context.rows("train")
     )
     identity = {"rows": fingerprint(bundles)}
-    notes = report.lines()
+    notes = [*report.lines(), *check_row_lengths(context, bundles, report.source)]
 
     held_out: list[Bundle] = []
     if recipe.data.eval:
@@ -73,6 +74,7 @@ def fixed_data(context: RunContext) -> JobData:
             recipe.data, plan.data, pair.tokenizer, source=context.rows("eval")
         )
         notes = [*notes, *held_out_report.lines()]
+        notes += check_row_lengths(context, held_out, held_out_report.source)
         if context.task is None:
             notes += check_held_out(bundles, held_out, held_out_report.source)
 
@@ -111,6 +113,7 @@ def sampled_data(context: RunContext) -> JobData:
     prompts, report = load_prompts(
         recipe.data, context.pair.tokenizer, source=context.rows("train")
     )
+    check_prompt_lengths(context, prompts, report.source)
     notes = report.lines()
     reward = _reward(context)
     source = _rollouts(context, prompts, reward, _judge(context))
@@ -119,6 +122,7 @@ def sampled_data(context: RunContext) -> JobData:
     if recipe.data.eval and reward:
         measure, held_out_report = _held_out(context, reward)
         notes = [*notes, *held_out_report.lines()]
+        check_prompt_lengths(context, measure.prompts, held_out_report.source)
         if context.task is None:
             notes += check_held_out(prompts, measure.prompts, held_out_report.source)
     elif recipe.data.eval:

@@ -9,6 +9,7 @@ from alignkit.errors import ConfigError
 from alignkit.policies.scorer import TrainedScorer, joined, separator_of
 from alignkit.runs.context import RunContext
 from alignkit.runs.job_data import JobData
+from alignkit.runs.row_lengths import check_row_lengths
 from alignkit.sources.dataset import DatasetSource
 from alignkit.training.preference_metrics import PreferenceMetrics
 
@@ -25,6 +26,7 @@ def preference_data(context: RunContext) -> JobData:
         )
 
     bundles, report = _bundles(context, "train")
+    check_row_lengths(context, bundles, report.source)
     notes = report.lines()
     source = DatasetSource(
         bundles,
@@ -39,6 +41,7 @@ def preference_data(context: RunContext) -> JobData:
     measure = None
     if context.recipe.data.eval:
         every_held_out, held_out_report = _bundles(context, "eval")
+        check_row_lengths(context, every_held_out, held_out_report.source)
         notes = [*notes, *held_out_report.lines()]
         if context.task is None:
             notes += check_held_out(bundles, every_held_out, held_out_report.source)

@@ -1,0 +1,68 @@
+"""Whether the rows of a run fit into the model's positions, before any time is spent on training."""
+
+from collections.abc import Sequence
+
+from alignkit.batches import Bundle
+from alignkit.data.prompts import Prompt
+from alignkit.errors import DataError
+from alignkit.policies.module import causal_lm, context_length, position_table
+from alignkit.runs.context import RunContext
+
+
+def check_row_lengths(context: RunContext, bundles: Sequence[Bundle], where: str) -> list[str]:
+    """A warning on rows that are longer than what the model was made for; `where` names their
+    source.
+
+    Raises DataError where the model cannot read them: it has a table of positions, or is a reward
+    or preference model.
+    """
+    # Some objectives score the rows once more behind a text of their own.
+    prefixes = [
+        len(context.pair.tokenizer(text, add_special_tokens=False).input_ids)
+        for text in context.plan.prefixes.values()
+    ]
+    longest_prefix = max(prefixes, default=0)
+    lengths = [
+        len(bundle.prompt) + max(map(len, bundle.completions)) + longest_prefix
+        for bundle in bundles
+    ]
+
+    limit, is_table = _positions(context)
+    beyond = [length for length in lengths if length > limit]
+    if not beyond:
+        return []
+    counted = (
+        f"{where}: {len(beyond)} of {len(lengths)} rows are longer than the {limit} positions "
+        f"of the model (the longest: {max(beyond)} tokens)"
+    )
+    if is_table or context.plan.outputs:
+        raise DataError(f"{counted}; set data.max_length={limit - longest_prefix} or lower")
+    return [
+        f"warning: {counted}, which it may read badly; "
+        f"set data.max_length={limit - longest_prefix} or lower"
+    ]
+
+
+def check_prompt_lengths(context: RunContext, prompts: Sequence[Prompt], where: str) -> None:
+    """DataError where a prompt leaves no room for `rollout.max_new_tokens`, which sampling would
+    refuse in the step that draws it.
+    """
+    limit, _ = _positions(context)
+    new_tokens = context.recipe.rollout.max_new_tokens
+    longest = max(len(prompt.ids) for prompt in prompts)
+    crowded = sum(len(prompt.ids) + new_tokens > limit for prompt in prompts)
+    if crowded:
+        room = limit - new_tokens
+        advice = f"set data.max_length={room + 1} to drop them, or " if room > 0 else ""
+        raise DataError(
+            f"{where}: {crowded} of {len(prompts)} prompts (the longest: {longest} tokens) and "
+            f"{new_tokens} new tokens exceed the {limit} positions of the model; {advice}"
+            "lower rollout.max_new_tokens"
+        )
+
+
+def _positions(context: RunContext) -> tuple[int, bool]:
+    """How many positions the model reads at once, and whether it has no others."""
+    with context.pair.model("policy") as model:
+        table = position_table(causal_lm(model))
+        return (context_length(model), False) if table is None else (table, True)
