@@ -59,16 +59,18 @@ class RolloutObjective(Objective):
         statistics: dict[str, Statistic] | None = None,
         anchors: tuple[str, ...] = ("reference",),
         values: bool = False,
+        samples: tuple[Draw, ...] = (Draw(),),
+        scored: bool = True,
     ) -> Plan:
-        """Scored completions of each prompt, as many as the recipe's `rollout.completions`;
-        `epochs` x `minibatches` steps.
+        """Completions of each prompt, as many as the recipe's `rollout.completions`, with a score
+        unless `scored` is False; `epochs` x `minibatches` steps.
         """
         return Plan(
             "rollout",
             statistics=statistics or {},
             anchors=anchors,
-            samples=(Draw(),),
-            feedback="reward",
+            samples=samples,
+            feedback="reward" if scored else "none",
             values=values,
             epochs=self.epochs,
             minibatches=self.minibatches,
