@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from alignkit.errors import ResourceError
+
 
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
@@ -90,6 +92,35 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses inside the block into a ResourceError that names `path`.
+
+    A full disk, one without inodes, a folder that may not be written to: libraries written in Rust
+    raise errors of their own for these.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = refusal_of_disk(error)
+        if reason is None:
+            raise
+        raise ResourceError(
+            f"cannot write {path}: {reason}; free space or name another place, then run the "
+            "command again"
+        ) from error
+
+
+def refusal_of_disk(error: BaseException) -> str | None:
+    """What the disk refused, in words; None for an error of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # safetensors: "I/O error: ...", tokenizers: a bare Exception; both end in "(os error 28)"
+    text = str(error)
+    by_rust = type(error).__name__ == "SafetensorError" or "(os error " in text
+    return text.strip().partition("\n")[0] if by_rust else None
 
 
 @contextmanager

@@ -26,5 +26,7 @@ def compare(
 
     runs = run_comparison(loaded, safe=safe)["runs"]
     failed = sum(run["status"] == "failed" for run in runs)
+    stale = sum(run["status"] == "stale" for run in runs)
+    left_out = f", {stale} stale and left out" if stale else ""
     report = Path(loaded.output_dir) / "report.html"
-    typer.echo(f"{len(runs)} runs, {failed} failed; the report is {report}")
+    typer.echo(f"{len(runs)} runs, {failed} failed{left_out}; the report is {report}")

@@ -10,31 +10,39 @@ measured, `report` writes it down.
 
 The recipe's output_dir holds `runs/NAME` (ordinary run folders), `reference` (the one reference
 pass), `base.json`, `results.json`, `report.md`, `report.html` and the pictures. The same call goes
-on where an interrupted one stopped.
+on where an interrupted one stopped. Every run is tied to the content of the models, rows and code
+it was made from (`run_state`); where that has changed since, the run is named and left out.
 """
 
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from alignkit.comparison.folder import check_folder, mark_folder
 from alignkit.comparison.grid import Point, expand, section_of
 from alignkit.comparison.live_table import LiveTable
-from alignkit.comparison.run_state import clear_outdated_folders, read_run_state
+from alignkit.comparison.run_state import read_run_state, stale_runs, unchecked_runs
 from alignkit.comparison.single_run import LOG, measurer_of, record_failure, train_and_measure
 from alignkit.config.objective import build_objective
 from alignkit.config.recipe import Recipe, dump_recipe
-from alignkit.errors import ModelError, ResourceError
-from alignkit.files import write_text
+from alignkit.errors import CheckpointError, ModelError, ResourceError
+from alignkit.files import write_text, writing
 from alignkit.runs.checks import check_appraisal, check_without_torch
+from alignkit.runs.inputs import inputs_of
 from alignkit.runs.launch import resolve_task
 from alignkit.training.signals import Interrupted
+
+if TYPE_CHECKING:
+    from alignkit.objectives.base import Objective
 
 
 def compare(
@@ -43,15 +51,21 @@ def compare(
     """Run what is missing of the recipe's grid, measure it, write the report, and return what
     `results.json` holds.
 
-    A run that fails is recorded with its reason and shown in the report; the others go on. `safe`
-    refuses code that the recipe brings. Raises ConfigError, DataError or ModelError before anything
-    is trained where the grid, the prompts, the score or a tokenizer cannot be used, and Interrupted
-    on SIGINT and SIGTERM, after the runs in progress have written checkpoints.
+    A run that fails is recorded with its reason and shown in the report; the others go on. A
+    finished run whose model, rows or reward have changed since is named and left out. `safe`
+    refuses code that the recipe brings.
+
+    Raises ConfigError, DataError or ModelError before anything is trained where the grid, the
+    folder, the prompts, the score or a tokenizer cannot be used; CheckpointError where no run is
+    left that belongs to the recipe, or an interrupted one belongs to another; ResourceError where
+    the disk refuses; and Interrupted on SIGINT and SIGTERM, after the runs in progress have written
+    checkpoints.
     """
     console = console or Console(stderr=True)
     points = expand(recipe)
     for point in points:
         check_without_torch(point.recipe, safe)
+    check_folder(Path(recipe.output_dir).expanduser())
     if find_spec("matplotlib") is None:
         raise ResourceError("the report's pictures need matplotlib: pip install 'alignkit[eval]'")
 
@@ -60,41 +74,92 @@ def compare(
     from alignkit.comparison.results import gather
     from alignkit.training.run_folder import RunFolder
 
-    check_points(recipe, points, safe)
+    objectives = check_points(recipe, points, safe)
     out = RunFolder(recipe.output_dir)
     with out, _stoppable(points):
         start = time.monotonic()
-        clear_outdated_folders(points)
+        check_folder(out.path)  # once more, now that no other process can write to it
+        points = [with_inputs(*each) for each in zip(points, objectives)]
+        stale = _stale(points, console)
+        current = [point for point in points if point.name not in stale]
+
         measurer = measurer_of(recipe, safe)
-        write_text(out.path / "recipe.yaml", dump_recipe(recipe))
+        mark_folder(out.path)
+        with writing(out.path / "recipe.yaml"):
+            write_text(out.path / "recipe.yaml", dump_recipe(recipe))
         for note in measurer.notes:
-            console.print(
-                f"evaluation prompts: {note}", highlight=False, soft_wrap=True, markup=False
-            )
+            _print(console, f"evaluation prompts: {note}")
         if measurer.read_base() is None:
             measurer.measure_base()
 
         # A run is left to do where it is not trained, or not measured by these prompts and score.
         waiting = [
             point
-            for point in points
+            for point in current
             if read_run_state(point).status != "finished" or measurer.read_run(point) is None
         ]
-        done = len(points) - len(waiting)
+        for note in measurer.unreadable:
+            _print(console, note)
+        done = len(current) - len(waiting)
         if done:
-            console.print(
-                f"{done} of {len(points)} runs are finished and not repeated", highlight=False
-            )
-        _run_all(recipe, points, waiting, safe, console)
+            _print(console, f"{done} of {len(points)} runs are finished and not repeated")
+        _run_all(recipe, current, waiting, safe, console)
 
-        results = gather(recipe, points, measurer, seconds=time.monotonic() - start)
-        write_report(results, out.path)
+        results = gather(recipe, points, measurer, stale, seconds=time.monotonic() - start)
+        with writing(out.path):
+            write_report(results, out.path)
     return results
 
 
-def check_points(recipe: Recipe, points: Sequence[Point], safe: bool = False) -> None:
-    """The checks that need torch: the fields of objectives (ConfigError), rewards and judges that
-    are missing (ConfigError), models with another tokenizer (ModelError).
+def with_inputs(point: Point, objective: "Objective") -> Point:
+    """The point with the hashes of the models, rows and code that decide what it trains. A reward
+    or judge that its objective does not ask does not count.
+    """
+    feedback = objective.plan.feedback
+    unused = set()
+    if feedback != "reward":
+        unused.add("rewards")
+    if feedback in ("none", "reward"):
+        unused.add("judge")
+    sections = {name: value for name, value in point.settings.items() if name not in unused}
+    return replace(point, inputs=inputs_of(sections))
+
+
+def _stale(points: Sequence[Point], console: Console) -> Mapping[str, str]:
+    """`stale_runs`, named on the console. CheckpointError where no run would be left."""
+    unchecked = unchecked_runs(points)
+    if unchecked:
+        _print(
+            console,
+            f"{len(unchecked)} runs were trained before hashes of their inputs were kept, so it is "
+            "not checked that they belong to these models, rows and rewards",
+        )
+
+    stale = stale_runs(points)
+    if len(stale) == len(points):
+        reasons = "; ".join(dict.fromkeys(stale.values()))
+        raise CheckpointError(
+            f"no run in {Path(points[0].recipe.output_dir).parent} is of this comparison any more "
+            f"({reasons}): undo the change, delete the runs to train them again, or choose another "
+            "output_dir"
+        )
+    for name, reason in stale.items():
+        _print(
+            console,
+            f"{name} is stale and left out: {reason}; delete its folder to train it again",
+        )
+    return stale
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def check_points(
+    recipe: Recipe, points: Sequence[Point], safe: bool = False
+) -> list["Objective"]:
+    """The objectives of the points, after the checks that need torch: their fields (ConfigError),
+    rewards and judges that are missing (ConfigError), models with another tokenizer (ModelError).
     """
     from alignkit.policies.load import load_tokenizer, same_vocabulary
 
@@ -110,9 +175,7 @@ def check_points(recipe: Recipe, points: Sequence[Point], safe: bool = False) ->
     # One point per model is enough, and the recipe's own model needs no check.
     by_model = {point.recipe.model.name_or_path: point for point in points}
     by_model.pop(recipe.model.name_or_path, None)
-    if not by_model:
-        return
-    own = load_tokenizer(_model_on_disk(recipe))
+    own = load_tokenizer(_model_on_disk(recipe)) if by_model else None
     for name, point in by_model.items():
         theirs = load_tokenizer(_model_on_disk(point.recipe))
         if not same_vocabulary(own, theirs):
@@ -122,6 +185,7 @@ def check_points(recipe: Recipe, points: Sequence[Point], safe: bool = False) ->
                 f"{recipe.model.name_or_path} ({len(own)} tokens): models with different "
                 "tokenizers cannot be compared by KL"
             )
+    return objectives
 
 
 def _model_on_disk(recipe: Recipe) -> Any:

@@ -4,8 +4,9 @@ Imports no torch.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from alignkit.config.validation import nearest, validated
 from alignkit.errors import ConfigError
 from alignkit.files import sha256_of_json
 
+MOST_RUNS = 1000
 OVERRIDABLE = ("model", "reference", "target", "data", "train", "rollout", "rewards", "judge")
 
 
@@ -29,6 +31,8 @@ class Point:
     swept: Mapping[str, Any]  # its values of the fields in which the points of a curve differ
     seed: int
     recipe: Recipe
+    # Hashes of the models, data and code that the recipe names, once they are known.
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -62,6 +66,7 @@ def expand(recipe: Recipe) -> list[Point]:
     """
     section = section_of(recipe)
     _check_overrides(recipe, section)
+    _check_size(recipe, section)
     points: dict[str, Point] = {}
     for label, fields in section.grid.items():
         keys = ("compare", "grid", label)
@@ -110,6 +115,23 @@ def _point(
         "output_dir": str(out / "runs" / name),
     }
     return Point(name, label, swept, seed, shared.model_copy(update=changes))
+
+
+def _check_size(recipe: Recipe, section: CompareConfig) -> None:
+    """ConfigError for more runs than a comparison can have, before any of them is made."""
+    sizes = {
+        label: prod(len(values) for values in fields.values() if isinstance(values, list))
+        for label, fields in section.grid.items()
+    }
+    runs = sum(sizes.values()) * len(section.seeds)
+    if runs > MOST_RUNS:
+        largest = max(sizes, key=sizes.__getitem__)
+        seeds = len(section.seeds)
+        raise ConfigError(
+            f"{recipe.origin.at(('compare', 'grid', largest))}: the grid has {runs:,} runs, at "
+            f"most {MOST_RUNS:,} are allowed; `{largest}` has {sizes[largest]:,} combinations of "
+            f"values, and there are {seeds} seeds; give fewer values, or several comparisons"
+        )
 
 
 def _check_overrides(recipe: Recipe, section: CompareConfig) -> None:

@@ -11,7 +11,12 @@ import numpy as np
 
 from alignkit.batches import Draw
 from alignkit.comparison.grid import Point, section_of
-from alignkit.comparison.measurement import BASE_FILE, RUN_FILE, Measurement
+from alignkit.comparison.measurement import (
+    BASE_FILE,
+    RUN_FILE,
+    DamagedFileError,
+    Measurement,
+)
 from alignkit.config.objective import build_objective
 from alignkit.config.recipe import Recipe
 from alignkit.data.load import load_prompts
@@ -27,6 +32,7 @@ from alignkit.policies.pair import PolicyPair
 from alignkit.rewards.load import load_rewards
 from alignkit.rollout.hf import HFSampler
 from alignkit.rollout.text import decode_all
+from alignkit.runs.inputs import inputs_of
 from alignkit.runs.launch import resolve_task
 from alignkit.runs.trained_model import load_finished
 
@@ -53,6 +59,7 @@ class Measurer:
         )
         self.prompts = prompts[: self.section.max_prompts]
         self.notes = report.lines()
+        self.unreadable: list[str] = []  # notes about measurements that were damaged
 
         self.reward = self._reward()
         self.yardstick = Yardstick(
@@ -61,8 +68,8 @@ class Measurer:
 
     @cached_property
     def key(self) -> str:
-        """A hash of everything that decides what is measured of a model: two measurements of the
-        same key can be compared.
+        """A hash of everything that decides what is measured of a model, the content of files and
+        the code of rewards included: two measurements of the same key can be compared.
         """
         section = self.section.model_dump(
             mode="json", exclude={"grid", "overrides", "seeds", "workers"}
@@ -71,7 +78,8 @@ class Measurer:
             mode="json", include={"model", "rewards", "rollout", "data"}
         )
         texts = [prompt.text for prompt in self.prompts]
-        return sha256_of_json([[section, sections], self.base_name, texts])[:16]
+        contents = inputs_of({**sections, "compare": section})
+        return sha256_of_json([[section, sections], self.base_name, texts, contents])[:16]
 
     @cached_property
     def listed(self) -> Listed | None:
@@ -85,11 +93,19 @@ class Measurer:
 
     def read_base(self) -> Measurement | None:
         """The base model's measurement; None where it is still to be made."""
-        return Measurement.read(self._base_file(), self.key)
+        return self._read(self._base_file())
 
     def read_run(self, point: Point) -> Measurement | None:
         """The measurement of a run; None where it is still to be made."""
-        return Measurement.read(Path(point.recipe.output_dir) / RUN_FILE, self.key)
+        return self._read(Path(point.recipe.output_dir) / RUN_FILE)
+
+    def _read(self, file: Path) -> Measurement | None:
+        """The measurement in a file; a file that is damaged counts as none, with a note."""
+        try:
+            return Measurement.read(file, self.key)
+        except DamagedFileError as error:
+            self.unreadable.append(f"{file} cannot be used ({error}); it is measured again")
+            return None
 
     def measure_base(self) -> None:
         """Measure the base model and write its file.

@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 
 from alignkit.evaluation.measurements import BoolArray, Measured
-from alignkit.files import write_json
+from alignkit.files import sha256_of_json, write_json, writing
 from alignkit.metrics.intervals import Array
 
 BASE_FILE = "base.json"
 RUN_FILE = "measured.json"
+
+
+class DamagedFileError(Exception):
+    """A file of a measurement that cannot be used, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +39,32 @@ class Measurement:
     pool: Mapping[str, Array] | None = None  # score and logp [P, n] of more samples, for baselines
 
     def write(self, file: Path) -> None:
-        """Write it as JSON; numbers that JSON does not have (nan) become null."""
+        """Write it as JSON with its SHA-256; numbers that JSON does not have (nan) become null.
+        ResourceError where the disk refuses.
+        """
         content = {"key": self.key, "measured": self.measured.dump()}
         for name in ("wins", "valid", "exact", "margins", "pool"):
             value = getattr(self, name)
             if value is not None:
                 content[name] = value
-        write_json(file, as_json(content), indent=None)
+        content = as_json(content)
+        with writing(file):
+            write_json(file, {**content, "sha256": sha256_of_json(content)}, indent=None)
 
     @classmethod
     def read(cls, file: Path, key: str) -> "Measurement | None":
-        """The measurement in `file`; None where there is none, or one by another `key`."""
-        if not file.exists():
+        """The measurement in `file`; None where there is none, or one by another `key`.
+
+        DamagedFileError for a file that is not as `write` left it.
+        """
+        content = _content(file)
+        if content is None or content.get("key") != key:
             return None
-        content = json.loads(file.read_text())
-        if content["key"] != key:
-            return None
+
+        # A file of an earlier version has another key, and no hash.
+        sha256 = content.pop("sha256", None)
+        if sha256 != sha256_of_json(content):
+            raise DamagedFileError("it does not match its own SHA-256")
 
         return cls(
             key=key,
@@ -61,6 +75,21 @@ class Measurement:
             margins=_array(content.get("margins")),
             pool=_arrays(content.get("pool")),
         )
+
+
+def _content(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, None where there is no file. DamagedFileError for anything else."""
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DamagedFileError(error.strerror) from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"it is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DamagedFileError("it holds no JSON object")
+    return content
 
 
 def as_json(value: Any) -> Any:

@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from alignkit.files import replaced_file
+
 Row = Mapping[str, Any]  # one JSON object
 # The colours of Okabe and Ito for readers who do not see all colours, two of them changed.
 COLOURS = (
@@ -62,9 +64,10 @@ def draw(results: Row, out: Path) -> dict[str, str]:
             if figure is None:
                 continue
             file = out / f"{name}.png"
-            figure.savefig(file, bbox_inches="tight")
+            with replaced_file(file) as temporary:
+                figure.savefig(temporary, bbox_inches="tight", format="png")
+                _shrink(temporary)
             plt.close(figure)
-            _shrink(file)
             files[name] = file.name
     return files
 
@@ -73,7 +76,7 @@ def _shrink(file: Path) -> None:
     """Reduce a picture to 256 colours: a third of the size, and it looks the same."""
     with Image.open(file) as image:
         small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    small.save(file, optimize=True)
+    small.save(file, "PNG", optimize=True)
 
 
 def styles(results: Row) -> dict[str, dict[str, Any]]:

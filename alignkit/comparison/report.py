@@ -91,7 +91,9 @@ def _summary(results: Row) -> list[Block]:
         names = ", ".join(efficient) or "none"
         sentences.append(f"Efficiency above {EFFICIENT} somewhere: {names}.")
     failed = sum(run["status"] == "failed" for run in runs)
-    sentences.append(f"{len(runs)} runs, {failed or 'none'} failed.")
+    stale = sum(run["status"] == "stale" for run in runs)
+    left_out = f", {stale} stale and left out" if stale else ""
+    sentences.append(f"{len(runs)} runs, {failed or 'none'} failed{left_out}.")
 
     sampled = f"from {results['samples']} samples per prompt"
     how = "exact, all outcomes listed" if results["exact"] else sampled
@@ -229,6 +231,11 @@ def _run_part(results: Row) -> list[Block]:
     runs = results["runs"]
     problems = [
         f"`{run['name']}` failed: {run['reason']}" for run in runs if run["status"] == "failed"
+    ]
+    problems += [
+        f"`{run['name']}` is stale and left out: {run['reason']}"
+        for run in runs
+        if run["status"] == "stale"
     ]
     problems += [
         f"`{run['name']}`: {run['wins']['words']}"

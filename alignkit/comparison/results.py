@@ -27,7 +27,7 @@ from alignkit.comparison.run_state import read_run_state
 from alignkit.config.recipe import Recipe, shipped_recipes
 from alignkit.evaluation.exact import Listed
 from alignkit.evaluation.measurements import Measured
-from alignkit.files import read_jsonl, write_json
+from alignkit.files import read_jsonl, write_json, writing
 from alignkit.metrics.completions import (
     length_controlled_win_rate,
     majority_at_k,
@@ -41,17 +41,29 @@ from alignkit.metrics.intervals import mean_interval
 SHOWN_PROMPTS = 8
 TRAINING_PLACES = 100  # places of a training curve
 Row = dict[str, Any]  # one JSON object
+NO_CURVE: Row = {"metric": None, "step": [], "value": []}
 
 
-def gather(recipe: Recipe, points: Sequence[Point], measurer: Measurer, *, seconds: float) -> Row:
+def gather(
+    recipe: Recipe,
+    points: Sequence[Point],
+    measurer: Measurer,
+    stale: Mapping[str, str],
+    *,
+    seconds: float,
+) -> Row:
     """Collect the results of all `points`, write `results.json` and return its content.
 
-    `seconds`: how long the comparison took, this time.
+    `stale`: name -> reason of the runs that do not belong to the recipe any more; of them only that
+    is said. `seconds`: how long the comparison took, this time.
     """
     section = section_of(recipe)
     base = measurer.read_base()
     assert base is not None, "the base model is measured before the results are gathered"
-    measurements = {point.name: _finished_measurement(point, measurer) for point in points}
+    measurements = {
+        point.name: None if point.name in stale else _finished_measurement(point, measurer)
+        for point in points
+    }
     listed = measurer.listed
 
     # Where every outcome can be listed, exact figures take the place of samples.
@@ -72,17 +84,23 @@ def gather(recipe: Recipe, points: Sequence[Point], measurer: Measurer, *, secon
         "seconds": seconds,
         "base": base_summary,
         "runs": [
-            _run_row(point, measurements[point.name], base.measured, listed) for point in points
+            _run_row(point, measurements[point.name], base.measured, listed, stale.get(point.name))
+            for point in points
         ],
         "curves": [curve_row(curve, base_score, listed) for curve in curves],
         "baselines": baseline_rows(section.best_of, base, listed),
         "verdicts": verdict_rows(curves, base_score, listed),
         "samples_shown": _shown_samples(points, measurements, base.measured),
         "pass_at_k": _pass_rows(points, measurements, base.measured, section.correct),
-        "training": {point.name: _training_curve(point) for point in points},
+        "training": {
+            point.name: NO_CURVE if point.name in stale else _training_curve(point)
+            for point in points
+        },
     }
     results = as_json(results)
-    write_json(Path(recipe.output_dir) / "results.json", results)
+    file = Path(recipe.output_dir) / "results.json"
+    with writing(file):
+        write_json(file, results)
     return results
 
 
@@ -98,7 +116,11 @@ def _finished_measurement(point: Point, measurer: Measurer) -> Measurement | Non
 
 
 def _run_row(
-    point: Point, measurement: Measurement | None, base: Measured, listed: Listed | None
+    point: Point,
+    measurement: Measurement | None,
+    base: Measured,
+    listed: Listed | None,
+    why_stale: str | None,
 ) -> Row:
     """One row of the table of runs; of a run without a measurement only its state."""
     state = read_run_state(point)
@@ -107,8 +129,8 @@ def _run_row(
         "label": point.label,
         "swept": dict(point.swept),
         "seed": point.seed,
-        "status": state.status,
-        "reason": state.reason,
+        "status": "stale" if why_stale else state.status,
+        "reason": why_stale or state.reason,
         "seconds": state.seconds,
         "cpu_seconds": state.cpu_seconds,
         "objective": point.recipe.objective,
@@ -239,15 +261,17 @@ def _training_curve(point: Point) -> Row:
     margin and loss.
     """
     rows = read_jsonl(Path(point.recipe.output_dir) / "metrics.jsonl")
+    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
     names = ("reward", "kl", "rewards/margins", "loss")
     name = next((name for name in names if rows and name in rows[-1]), None)
     if name is None:
-        return {"metric": None, "step": [], "value": []}
+        return NO_CURVE
 
+    rows = [row for row in rows if isinstance(row.get(name), int | float)]
     width = max(1, math.ceil(len(rows) / TRAINING_PLACES))
     chunks = [rows[i : i + width] for i in range(0, len(rows), width)]
     return {
         "metric": name,
         "step": [chunk[-1]["step"] for chunk in chunks],
-        "value": [float(np.mean([row[name] for row in chunk if name in row])) for chunk in chunks],
+        "value": [float(np.mean([row[name] for row in chunk])) for chunk in chunks],
     }

@@ -14,6 +14,8 @@ from alignkit.comparison.grid import Point
 from alignkit.comparison.run_state import RunState, Status, read_run_state
 from alignkit.config.recipe import Recipe, dump_recipe
 from alignkit.errors import AlignkitError
+from alignkit.files import writing
+from alignkit.runs.inputs import content_hash, inputs_of
 
 if TYPE_CHECKING:
     from alignkit.comparison.measure_run import Measurer
@@ -50,18 +52,28 @@ def train_and_measure(point: Point, *, recipe: Recipe, safe: bool, quiet: bool) 
 
 def record_failure(point: Point, reason: str) -> None:
     """Write into the folder of `point` that its run failed, and why."""
-    failed = replace(read_run_state(point), status="failed", reason=reason, settings=point.settings)
+    failed = replace(_state_of(point), status="failed", reason=reason)
     failed.write(Path(point.recipe.output_dir))
+
+
+def _state_of(point: Point) -> RunState:
+    """The run's state so far, of the settings and inputs that it has today."""
+    return replace(
+        read_run_state(point), settings=point.settings, inputs=dict(point.inputs), reason=""
+    )
 
 
 _measurers: dict[str, "Measurer"] = {}
 
 
 def measurer_of(recipe: Recipe, safe: bool) -> "Measurer":
-    """The measurer of `recipe`, made once per process since it loads a model and the rewards."""
+    """The measurer of `recipe`, made once per process since it loads a model and the rewards; once
+    more where a model, rows or code have another content since.
+    """
     from alignkit.comparison.measure_run import Measurer
 
-    key = dump_recipe(recipe)
+    contents = inputs_of(recipe.model_dump(mode="json"))
+    key = dump_recipe(recipe) + repr(contents)
     if key not in _measurers:
         _measurers.clear()  # one at a time is enough
         _measurers[key] = Measurer(recipe, safe=safe)
@@ -72,9 +84,9 @@ def _train(point: Point, safe: bool) -> None:
     from alignkit.runs.launch import run_recipe
 
     folder = Path(point.recipe.output_dir)
-    before = read_run_state(point)
+    before = _state_of(point)
     status: Status = "started"
-    replace(before, status=status, reason="", settings=point.settings).write(folder)
+    replace(before, status=status).write(folder)
 
     # Both clocks start in the past by what earlier attempts took.
     clock_start = time.monotonic() - before.seconds
@@ -83,11 +95,12 @@ def _train(point: Point, safe: bool) -> None:
         run_recipe(point.recipe, "auto", safe=safe)
         status = "finished"
     finally:
-        RunState(
-            status,
+        replace(
+            before,
+            status=status,
             seconds=time.monotonic() - clock_start,
             cpu_seconds=time.process_time() - cpu_start,
-            settings=point.settings,
+            model=content_hash(folder / "model"),
         ).write(folder)
 
 
@@ -100,11 +113,15 @@ def _measure(point: Point, recipe: Recipe, safe: bool) -> None:
 @contextmanager
 def _printing_into(file: Path) -> Iterator[None]:
     """Append what is printed inside, by Python or by a library below it, to `file`."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # A link could lead to any file, so it is not followed.
+        log_file = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+
     terminal = [os.dup(1), os.dup(2)]
-    with file.open("a") as out:
-        for stream in (1, 2):
-            os.dup2(out.fileno(), stream)
+    for stream in (1, 2):
+        os.dup2(log_file, stream)
+    os.close(log_file)
     try:
         yield
     finally:

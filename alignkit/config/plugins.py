@@ -60,11 +60,13 @@ def _load_module(source: str, what: str) -> ModuleType:
 
 
 def _load_file(path: Path, what: str) -> ModuleType:
-    """Each file is loaded once per process, so that its classes stay the same objects."""
+    """Each file is loaded once per process, so that its classes stay the same objects; once more
+    where it has been edited since.
+    """
     if not path.is_file():
         raise ConfigError(f"{what}: there is no file {path.resolve()}")
 
-    path_hash = sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    path_hash = sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:12]
     module_name = f"_alignkit_{path.stem}_{path_hash}"
     if module_name in sys.modules:
         return sys.modules[module_name]
