@@ -155,14 +155,10 @@ def _print(console: Console, text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def check_points(
-    recipe: Recipe, points: Sequence[Point], safe: bool = False
-) -> list["Objective"]:
+def check_points(recipe: Recipe, points: Sequence[Point], safe: bool = False) -> list["Objective"]:
     """The objectives of the points, after the checks that need torch: their fields (ConfigError),
     rewards and judges that are missing (ConfigError), models with another tokenizer (ModelError).
     """
-    from alignkit.policies.load import load_tokenizer, same_vocabulary
-
     objectives = [
         build_objective(
             point.recipe.objective, recipe.origin, safe=safe, keys=("compare", "grid", point.label)
@@ -172,10 +168,20 @@ def check_points(
     for point, objective in zip(points, objectives):
         check_appraisal(point.recipe, objective, resolve_task(point.recipe))
 
+    _check_tokenizers(recipe, points)
+    return objectives
+
+
+def _check_tokenizers(recipe: Recipe, points: Sequence[Point]) -> None:
+    """ModelError where a point trains a model with other tokens than the recipe's."""
+    from alignkit.policies.load import load_tokenizer, same_vocabulary
+
     # One point per model is enough, and the recipe's own model needs no check.
     by_model = {point.recipe.model.name_or_path: point for point in points}
     by_model.pop(recipe.model.name_or_path, None)
-    own = load_tokenizer(_model_on_disk(recipe)) if by_model else None
+    if not by_model:
+        return
+    own = load_tokenizer(_model_on_disk(recipe))
     for name, point in by_model.items():
         theirs = load_tokenizer(_model_on_disk(point.recipe))
         if not same_vocabulary(own, theirs):
@@ -185,7 +191,6 @@ def check_points(
                 f"{recipe.model.name_or_path} ({len(own)} tokens): models with different "
                 "tokenizers cannot be compared by KL"
             )
-    return objectives
 
 
 def _model_on_disk(recipe: Recipe) -> Any:

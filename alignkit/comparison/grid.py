@@ -2,9 +2,10 @@
 Imports no torch.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -32,7 +33,7 @@ class Point:
     seed: int
     recipe: Recipe
     # Hashes of the models, data and code that the recipe names, once they are known.
-    inputs: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:

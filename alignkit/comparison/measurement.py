@@ -61,11 +61,17 @@ class Measurement:
         if content is None or content.get("key") != key:
             return None
 
-        # A file of an earlier version has another key, and no hash.
+        # Files of earlier versions have no hash.
         sha256 = content.pop("sha256", None)
-        if sha256 != sha256_of_json(content):
+        if sha256 is not None and sha256 != sha256_of_json(content):
             raise DamagedFileError("it does not match its own SHA-256")
+        try:
+            return cls._of(key, content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedFileError(f"a part of it is missing or wrong: {error}") from error
 
+    @classmethod
+    def _of(cls, key: str, content: Mapping[str, Any]) -> "Measurement":
         return cls(
             key=key,
             measured=Measured.load(content["measured"]),

@@ -14,7 +14,7 @@ from alignkit.config.code_hash import code_hash
 from alignkit.config.data import DataConfig
 from alignkit.config.recipe import REFERENCES
 from alignkit.config.text import Keys
-from alignkit.data.read import read_rows
+from alignkit.data.read import HeldOut, read_rows
 from alignkit.errors import DataError
 from alignkit.files import sha256_of_file, sha256_of_json
 from alignkit.tasks import DEFAULT_TASK, resolve
@@ -24,6 +24,7 @@ CODE = ("function", "verifier", "import")
 MODEL = ("name_or_path", "path", "kind", "model")
 DATA = ("train", "eval", "prompts")
 FILE = ("chat_template",)
+PARTS = ("train", "split", "subset", "eval_split", "eval_subset")
 
 # Files of a model's folder that change nothing about the model.
 BESIDE = (".md", ".txt", ".log", ".png")
@@ -107,7 +108,7 @@ def _hash(section: Section, field: str, value: str) -> str | None:
     if field in DATA:
         if value.startswith("task:"):
             return _task_hash(value)
-        return content_hash(path) or _hub_rows_hash(section, value)
+        return content_hash(path) or _hub_rows_hash(section, field, value)
     if field in FILE:
         return content_hash(path) or None
     return None
@@ -144,15 +145,16 @@ def _commit(section: Section, name: str) -> str | None:
     return None
 
 
-def _hub_rows_hash(section: Section, source: str) -> str | None:
+def _hub_rows_hash(section: Section, field: str, source: str) -> str | None:
     """Of the rows of a data set of the hub, as `section` chooses them."""
-    return _rows_hash(source, section.get("split"), section.get("subset"))
+    chosen = tuple((name, section[name]) for name in PARTS if section.get(name))
+    return _rows_hash(HeldOut(source) if field == "eval" else source, chosen)
 
 
 @cache
-def _rows_hash(source: str, split: str | None, subset: str | None) -> str | None:
+def _rows_hash(source: str | HeldOut, chosen: tuple[tuple[str, str], ...]) -> str | None:
     try:
-        rows = read_rows(DataConfig(train=source, split=split or "train", subset=subset)).rows
+        rows = read_rows(DataConfig.model_validate(dict(chosen)), source).rows
     except DataError:
         return None
     return sha256_of_json([repr(row.values) for row in rows])

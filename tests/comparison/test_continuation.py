@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def score(prompts, completions, **columns):
 """
 RECIPE = """\
 model: {name_or_path: model}
-data: {train: pairs.jsonl, eval: pairs.jsonl}
+data: {train: pairs.jsonl, eval: held_out.jsonl}
 train: {steps: 2, batch_size: 4, warmup_steps: 0, save_every: 1, log_samples_every: 0}
 rollout: {completions: 2, max_new_tokens: 3}
 rewards: [{function: "helpers.py:score"}]
@@ -51,6 +52,7 @@ def world(tmp_path, monkeypatch):
     save_model(tmp_path / "model")
     Path("helpers.py").write_text(HELPERS)
     write_rows(Path("pairs.jsonl"), pair_rows(8))
+    write_rows(Path("held_out.jsonl"), pair_rows(12)[8:])
     Path("mine.yaml").write_text(RECIPE)
     return tmp_path
 
@@ -70,7 +72,9 @@ def pretend(status, *, checkpoints=True, changes=()):
         if checkpoints:
             (folder / "checkpoints" / "step-1").mkdir(parents=True)
         state = RunState(status, settings=point.settings, inputs=dict(point.inputs))
-        RunState(**{**vars(state), "model": content_hash(Path(model)) if model else ""}).write(folder)
+        RunState(**{**vars(state), "model": content_hash(Path(model)) if model else ""}).write(
+            folder
+        )
 
 
 def swap_labels():
@@ -129,7 +133,11 @@ def test_unfinished_runs_of_other_inputs_are_kept_and_refused(world, swap, words
 @pytest.mark.parametrize("status", ["started", "failed"])
 @pytest.mark.parametrize(
     "change",
-    ["train.learning_rate=1", "compare.grid.dpo.label_smoothing=0.1", "compare.overrides.dpo.train.steps=9"],
+    [
+        "train.learning_rate=1",
+        "compare.grid.dpo.label_smoothing=0.1",
+        "compare.overrides.dpo.train.steps=9",
+    ],
 )
 def test_an_interrupted_comparison_with_a_changed_override_is_refused(world, status, change):
     pretend(status)
@@ -194,8 +202,8 @@ def test_a_folder_of_somebody_else_is_left_alone(world, name):
 
 
 def test_the_folder_of_an_earlier_version_is_known(tmp_path):
+    (tmp_path / "base.json").write_text("[1]")
     with pytest.raises(ConfigError, match="no comparison wrote"):
-        (tmp_path / "base.json").write_text("[1]")
         check_folder(tmp_path)
     (tmp_path / "base.json").write_text('{"key": "k", "measured": {}}')
     check_folder(tmp_path)
@@ -243,10 +251,8 @@ BROKEN = [b"", b"{", b"[1]", b"null", b"\xff\xfe", b'{"key": 1}', b'{"status": 5
 def test_a_broken_measurement_is_damaged_or_of_another_key(tmp_path, content):
     file = tmp_path / "measured.json"
     file.write_bytes(content)
-    try:
+    with suppress(DamagedFileError):
         assert Measurement.read(file, "key") is None
-    except DamagedFileError:
-        pass
     file.write_text('{"key": "key", "measured": {}}')
     with pytest.raises(DamagedFileError):
         Measurement.read(file, "key")
@@ -299,7 +305,9 @@ def test_a_grid_has_a_size_that_can_be_run(world):
     """Two lists of 518 and 519 values make 268,842 runs; nothing is made before that is refused."""
     values = [[i / 1000 for i in range(1, n)] for n in (519, 520)]
     Path("mine.yaml").write_text(
-        RECIPE.replace("dpo: {beta: 0.1}", f"dpo: {{beta: {values[0]}, label_smoothing: {values[1]}}}")
+        RECIPE.replace(
+            "dpo: {beta: 0.1}", f"dpo: {{beta: {values[0]}, label_smoothing: {values[1]}}}"
+        )
     )
     with pytest.raises(ConfigError, match=r"the grid has 268,843 runs, at most 1,000 are allowed"):
         expand(load_recipe("mine.yaml"))

@@ -108,7 +108,9 @@ def test_a_file_that_cannot_be_parsed_counts_byte_by_byte(tmp_path, text):
 
 
 def test_nothing_is_run_and_names_without_a_file_have_a_hash(files):
-    Path("loud.py").write_text("raise SystemExit(1)\ndef score(p, c):\n    return globals()['X']\nX = 1\n")
+    Path("loud.py").write_text(
+        "raise SystemExit(1)\ndef score(p, c):\n    return globals()['X']\nX = 1\n"
+    )
     before = code_hash("loud:score")
     Path("loud.py").write_text(Path("loud.py").read_text().replace("X = 1", "X = 2"))
     assert code_hash("loud:score") != before
