@@ -15,39 +15,12 @@ import torch
 
 from alignkit.batches import FAMILIES, Family, PairBatch, RolloutBatch, Term, TokenLogps
 from alignkit.errors import ConfigError
+from alignkit.integrations.trl_settings import OWN_LOSS, instead
 from alignkit.objectives.base import Objective, Weighted
 from alignkit.objectives.preference.ipo import IPO
 
 SUPPORTED = "trl>=0.29.1,<2, not 1.15.0 on a machine without a GPU"
 ANY_VERSION = "ALIGNKIT_ANY_TRL"  # environment: try an untested version
-# Arguments of TRL's own losses. The objective has its own, so a value other than the default would
-# change nothing.
-OWN_LOSS = (
-    # DPOTrainer
-    "label_smoothing",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "ld_alpha",
-    "loss_weights",
-    "use_weighting",
-    "discopop_tau",
-    # GRPOTrainer
-    "epsilon",
-    "epsilon_high",
-    "delta",
-    "importance_sampling_level",
-    "top_entropy_quantile",
-    "entropy_coef",
-    "use_adaptive_entropy",
-    "off_policy_mask_threshold",
-    "use_bias_correction_kl",
-    "sapo_temperature_neg",
-    "sapo_temperature_pos",
-    "vespo_k_pos",
-    "vespo_lambda_pos",
-    "vespo_k_neg",
-    "vespo_lambda_neg",
-)
 
 
 def check_version() -> None:
@@ -231,9 +204,10 @@ def checked_arguments(config: Any, objective: Objective, name: str, loss_type: s
         changed.append("loss_type")
     if changed:
         settings = ", ".join(f"{field}={getattr(config, field)!r}" for field in changed)
+        hints = "; ".join(instead(field, getattr(config, field)) for field in changed)
         raise ConfigError(
             f"{name}: {settings} would change nothing, the loss is {label}'s; "
-            "leave it out of the arguments"
+            f"leave it out of the arguments; {hints}"
         )
     config.loss_type = [loss_type] if isinstance(config.loss_type, list) else loss_type
     return config

@@ -84,8 +84,11 @@ LOSS_TYPES = [
 def test_pair_losses_equal_trls_loss_types(
     model, tmp_path, record_property, objective, loss_type, settings
 ):
-    if f'"{loss_type}"' not in inspect.getsource(inspect.getmodule(DPOTrainer)):
+    source = inspect.getsource(inspect.getmodule(DPOTrainer))
+    if f'"{loss_type}"' not in source:
         pytest.skip("this release of TRL has no such loss type")
+    if "forward_kl" in settings.values() and "1 - torch.exp" not in source:
+        pytest.skip("this release of TRL rounds forward_kl by more than the limit")
     common = {"per_device_train_batch_size": 4, "max_steps": 3}
     theirs = {**common, **settings, "loss_type": loss_type, "beta": 0.3}
     native = curve(dpo_trainer(DPOTrainer, model, tmp_path, **theirs))
