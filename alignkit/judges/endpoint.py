@@ -8,10 +8,12 @@ import ipaddress
 import json
 import os
 import random
+import re
 import socket
 import ssl
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +21,20 @@ from alignkit.errors import ConfigError, ResourceError
 
 _RETRIED = {408, 425, 429, *range(500, 600)}
 _LONGEST_WAIT = 30.0  # seconds between two attempts
+_LONGEST_NAME = 253  # characters of a host's name
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def _networks(*texts: str) -> list[_Network]:
+    return [ipaddress.ip_network(text) for text in texts]
+
+
+_PRIVATE = _networks("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
+_GIVEN_OUT = _networks("2000::/3")
+_DETOURS = _networks("192.0.0.0/24", "192.88.99.0/24", "2001::/32", "2002::/16")
+_METADATA = ("fd00:ec2::254",)
 
 
 class Unanswered(Exception):
@@ -45,21 +61,7 @@ class Endpoint:
         max_bytes: int = 1 << 20,
         allow_private: bool = False,
     ):
-        parts = urlsplit(url)
-        if (
-            parts.scheme not in ("https", "http")
-            or not parts.hostname
-            or "@" in parts.netloc
-            or parts.query
-            or parts.fragment
-        ):
-            raise ConfigError(
-                "judge.chat.url: write https://host/path, without user, query or fragment"
-            )
-        self.secure = parts.scheme == "https"
-        self.host = parts.hostname
-        self.path = parts.path.rstrip("/")
-        self.port = parts.port or (443 if self.secure else 80)
+        self.secure, self.host, self.port, self.path = _address_parts(url)
         self.api_key_env = api_key_env
         self.timeout = timeout
         self.retries = retries
@@ -143,11 +145,9 @@ class Endpoint:
         for text in texts:
             address = ipaddress.ip_address(text.partition("%")[0])
             address = getattr(address, "ipv4_mapped", None) or address
-            if address.is_loopback or (
-                self.allow_private and address.is_private and not address.is_link_local
-            ):
+            if address.is_loopback or (self.allow_private and _within(address, _PRIVATE)):
                 continue
-            if not address.is_global or address.is_multicast:
+            if not _public(address):
                 raise ConfigError(
                     f"judge.chat.url: {self.host} is the private, link-local or reserved address "
                     f"{address}; use a public or loopback address (a private one needs "
@@ -186,6 +186,70 @@ class _Pinned(http.client.HTTPConnection):
         if self.opened is not None:
             with contextlib.suppress(OSError):
                 self.opened.shutdown(socket.SHUT_RDWR)
+
+
+def _address_parts(url: str) -> tuple[bool, str, int, str]:
+    """Whether it is https, host, port and path. ConfigError for an address of another form."""
+    parts = None
+    with contextlib.suppress(ValueError):  # an open bracket, letters that hide a slash
+        parts = urlsplit(url)
+    if (
+        parts is None
+        or parts.scheme not in ("https", "http")
+        or not parts.hostname
+        or "@" in parts.netloc
+        or parts.query
+        or parts.fragment
+        or not (parts.path.isascii() and parts.path.isprintable() and " " not in parts.path)
+        or url != url.strip()
+    ):
+        raise ConfigError(
+            "judge.chat.url: write https://host/path, without user, query, fragment, white space "
+            "or letters that a path has to escape"
+        )
+
+    secure = parts.scheme == "https"
+    try:
+        port = parts.port if parts.port is not None else (443 if secure else 80)
+    except ValueError:
+        port = 0
+    if port == 0:
+        raise ConfigError("judge.chat.url: the port is a number from 1 to 65535")
+    return secure, _host(parts.hostname), port, parts.path.rstrip("/")
+
+
+def _host(name: str) -> str:
+    """`name` as a resolver takes it. ConfigError for what can be no name and no address."""
+    with contextlib.suppress(ValueError):
+        if "%" not in name:  # a zone belongs to link-local addresses, which are never used
+            ipaddress.ip_address(name)
+            return name
+    try:
+        ascii_name = name.encode("idna").decode()
+    except UnicodeError:  # a label that is empty, too long, or of letters that no name has
+        ascii_name = ""
+    if len(ascii_name) > _LONGEST_NAME or not re.fullmatch(r"[A-Za-z0-9_.-]+", ascii_name):
+        raise ConfigError(
+            "judge.chat.url: its host is neither an address nor a name of letters, digits and "
+            "hyphens, with at most 63 characters between two dots and 253 in all"
+        )
+    return ascii_name
+
+
+def _public(address: _Address) -> bool:
+    """Whether this is an address of the public network and leads to itself.
+
+    Of IPv6 only 2000::/3 is given out for that. Teredo, 6to4 and the addresses of their relays lead
+    to the IPv4 address that they carry inside, such as that of a cloud's metadata.
+    """
+    if address.version == 6 and not _within(address, _GIVEN_OUT):
+        return False
+    return address.is_global and not address.is_multicast and not _within(address, _DETOURS)
+
+
+def _within(address: _Address, networks: Sequence[_Network]) -> bool:
+    inside = any(address.version == other.version and address in other for other in networks)
+    return inside and str(address) not in _METADATA
 
 
 def _parsed(data: bytes) -> Any:

@@ -15,7 +15,7 @@ import pytest
 
 from alignkit.errors import ConfigError, ResourceError
 from alignkit.judges import load_judge
-from alignkit.judges.endpoint import Endpoint
+from alignkit.judges.endpoint import Endpoint, Unanswered
 
 
 def reply(content) -> bytes:
@@ -125,7 +125,8 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_an_endpoint_that_gives_no_verdict(endpoint, case):
     answer, reason = BROKEN[case]
-    judge = endpoint(answer, timeout=0.2)
+    # Short only where time is what is tried: 10 MB may take longer on a busy machine.
+    judge = endpoint(answer, timeout=0.2 if case == "never" else 20.0)
     began = time.monotonic()
     verdict = judge(["p"], ["a"], ["b"])
     assert time.monotonic() - began < 3
@@ -214,6 +215,24 @@ def test_a_key_that_cannot_be_sent_is_refused_without_quoting_it(monkeypatch, va
         "x/v1",
         "https://",
         "file:///etc/passwd",
+        "https://example.org:99999/v1",
+        "https://example.org:-1/v1",
+        "https://example.org:port/v1",
+        "https://example.org:0/v1",
+        "https://[::1/v1",
+        "https://[fe80::zz]/v1",
+        "https://[fe80::1%25lo]/v1",
+        "https://]/v1",
+        f"https://{'a' * 64}.org/v1",
+        f"https://{'a.' * 127}org/v1",
+        "https://two..dots/v1",
+        "https://a b/v1",
+        "https://x/v 1",
+        "https://x/v1\x07",
+        "https://x/caf\u00e9",
+        "https://\u200b/v1",
+        "https://\ud800/v1",
+        "https://a\u2100b/v1",
     ],
 )
 def test_addresses_of_the_wrong_form(url):
@@ -232,6 +251,22 @@ def test_addresses_of_the_wrong_form(url):
         ("https://0.0.0.0/v1", False, "reserved"),
         ("https://[fd00:ec2::254]/v1", False, "private"),
         ("https://[::ffff:169.254.169.254]/v1", False, "link-local"),
+        ("https://[::ffff:169.254.169.254]/v1", True, "link-local"),
+        ("https://[::169.254.169.254]/v1", True, "reserved"),
+        ("https://[fec0::1]/v1", True, "reserved"),
+        ("https://[64:ff9b::a9fe:a9fe]/v1", True, "reserved"),
+        ("https://[64:ff9b:1::a9fe:a9fe]/v1", True, "reserved"),
+        ("https://[2002:a9fe:a9fe::1]/v1", True, "reserved"),
+        ("https://[2001:0:a9fe:a9fe::1]/v1", True, "reserved"),
+        ("https://[fe80::1]/v1", True, "link-local"),
+        ("https://[fd00:ec2::254]/v1", True, "reserved"),
+        ("https://[ff02::1]/v1", True, "reserved"),
+        ("https://[::]/v1", True, "reserved"),
+        ("https://0.0.0.0/v1", True, "reserved"),
+        ("https://100.64.0.1/v1", True, "reserved"),
+        ("https://192.0.0.192/v1", True, "reserved"),
+        ("https://224.0.0.1/v1", True, "reserved"),
+        ("https://255.255.255.255/v1", True, "reserved"),
         ("http://93.184.216.34/v1", False, "in the clear"),
         ("http://93.184.216.34/v1", True, "in the clear"),
     ],
@@ -254,6 +289,31 @@ def test_a_name_that_resolves_to_a_private_address_is_refused(monkeypatch):
     )
     with pytest.raises(ConfigError, match=r"judge.example is the private.*10.0.0.1"):
         Endpoint("https://judge.example/v1").post("chat/completions", {})
+
+
+@pytest.mark.parametrize(
+    ("url", "allow", "host"),
+    [
+        ("https://93.184.216.34/v1", False, "93.184.216.34"),
+        ("https://[2606:2800:220:1::1]/v1", False, "2606:2800:220:1::1"),
+        ("http://127.0.0.1:1/v1", False, "127.0.0.1"),
+        ("http://[::1]:1/v1", False, "::1"),
+        ("https://10.0.0.1/v1", True, "10.0.0.1"),
+        ("http://192.168.1.1/v1", True, "192.168.1.1"),
+        ("https://[fd12::1]/v1", True, "fd12::1"),
+    ],
+)
+def test_addresses_that_are_contacted(monkeypatch, url, allow, host):
+    contacted = []
+
+    def connect(address, *_):
+        contacted.append(address[0])
+        raise OSError
+
+    monkeypatch.setattr("socket.create_connection", connect)
+    with pytest.raises(Unanswered):
+        Endpoint(url, allow_private=allow, retries=0).post("chat/completions", {})
+    assert contacted == [host]
 
 
 @pytest.mark.skipif(
