@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
+from alignkit.config.escaping import plain
 from alignkit.config.plugins import load_object
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.objectives import OBJECTIVES, locate
@@ -64,9 +65,14 @@ def verify(names: Sequence[str] = (), *, safe: bool = False) -> int:
         for objective in cls.examples():
             title = repr(objective)
             for check in run_checks(objective):
-                verdict = "[green]holds" if check.passed else f"[red]FAILS {check.detail}"
+                verdict = plain("holds" if check.passed else f"FAILS {check.detail}")
+                verdict.stylize("green" if check.passed else "red")
                 table.add_row(
-                    title, check.name, f"{check.figure:.1e}", f"{check.bound:.0e}", verdict
+                    plain(title),
+                    plain(check.name),
+                    f"{check.figure:.1e}",
+                    f"{check.bound:.0e}",
+                    verdict,
                 )
                 failed = failed + (not check.passed)
                 total = total + 1

@@ -26,7 +26,7 @@ from alignkit.tasks.reviews import REVIEWS, Reviews
 
 def main(recipe: str = "dpo", *overrides: str) -> Figures:
     """Run the recipe on the reviews and print what it did."""
-    console = Console(width=130)
+    console = Console(width=130, markup=False)  # samples may hold [brackets]
     start = time.monotonic()
     folder = f"output_dir=runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"
     loaded = load_recipe(recipe, [folder, *overrides])

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from alignkit.cli.options import Overrides, Source
+from alignkit.config.escaping import printable
 
 app = typer.Typer(help="Look at data before training on them.", no_args_is_help=True)
 
@@ -45,6 +46,6 @@ def check_data(
     if console.is_terminal and report.findings:
         console.print(report.table())
     else:
-        typer.echo("\n".join(report.lines()))
+        typer.echo(printable("\n".join(report.lines())))
     if refusal is not None:
         raise refusal

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from alignkit.cli.options import Model, Seed, Temperature
+from alignkit.config.escaping import printable
 
 
 def generate(
@@ -27,7 +28,7 @@ def generate(
         ),
     ] = False,
 ) -> None:
-    """Sample completions of a prompt."""
+    r"""Sample completions of a prompt. Control characters are printed as escapes, such as \x1b."""
     from alignkit.rollout.generate import generate as sample
     from alignkit.runs.trained_model import load_finished
 
@@ -41,4 +42,4 @@ def generate(
         seed=seed,
     )
     for text in texts[0]:
-        typer.echo(text)
+        typer.echo(printable(text))

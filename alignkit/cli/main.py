@@ -18,6 +18,7 @@ from alignkit.cli.pairs import pairs
 from alignkit.cli.recipes import app as recipes_app
 from alignkit.cli.train import train
 from alignkit.cli.verify import verify
+from alignkit.config.escaping import printable
 from alignkit.errors import AlignkitError
 from alignkit.training.messages import shown_messages
 
@@ -56,5 +57,5 @@ def main(arguments: list[str] | None = None) -> None:
     except AlignkitError as error:
         rank = os.environ.get("RANK")
         speaker = f"rank {rank}: " if rank else ""
-        typer.echo(f"alignkit: {speaker}{error}", err=True)
+        typer.echo(f"alignkit: {speaker}{printable(error)}", err=True)
         sys.exit(error.exit_code)

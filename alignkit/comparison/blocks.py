@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from alignkit.config.escaping import markdown_cell, markdown_line
+
 
 @dataclass(frozen=True)
 class Heading:
@@ -73,7 +75,9 @@ tr.failed td { background: #fbeaea; }
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:
     """The report for a repository or a terminal; pictures are linked."""
-    return "\n\n".join([f"# {title}", *(_markdown(block) for block in blocks)]) + "\n"
+    return (
+        "\n\n".join([f"# {markdown_line(title)}", *(_markdown(block) for block in blocks)]) + "\n"
+    )
 
 
 def html(title: str, blocks: Sequence[Block], folder: Path) -> str:
@@ -86,21 +90,15 @@ def html(title: str, blocks: Sequence[Block], folder: Path) -> str:
 
 def _markdown(block: Block) -> str:
     if isinstance(block, Heading):
-        return f"## {block.text}"
+        return f"## {markdown_line(block.text)}"
     if isinstance(block, Text):
-        return block.text
+        return markdown_line(block.text)
     if isinstance(block, Items):
-        return "\n".join(f"- {item}" for item in block.items)
+        return "\n".join(f"- {markdown_line(item)}" for item in block.items)
     if isinstance(block, Picture):
-        return f"![{block.name}]({block.file})\n\n{block.caption}"
+        return f"![{block.name}]({block.file})\n\n{markdown_line(block.caption)}"
     rows = [block.header, ["---"] * len(block.header), *block.rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows)
-
-
-def _cell(text: str) -> str:
-    """Text that cannot leave its cell: on one line, with bars and tags escaped."""
-    line = re.sub(r"\s+", " ", text).strip()
-    return line.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return "\n".join("| " + " | ".join(markdown_cell(cell) for cell in row) + " |" for row in rows)
 
 
 def _html(block: Block, folder: Path) -> str:

@@ -32,6 +32,7 @@ from alignkit.comparison.grid import Point, expand, section_of
 from alignkit.comparison.live_table import LiveTable
 from alignkit.comparison.run_state import read_run_state, stale_runs, unchecked_runs
 from alignkit.comparison.single_run import LOG, measurer_of, record_failure, train_and_measure
+from alignkit.config.escaping import plain
 from alignkit.config.objective import build_objective
 from alignkit.config.recipe import Recipe, dump_recipe
 from alignkit.errors import CheckpointError, ModelError, ResourceError
@@ -152,7 +153,7 @@ def _stale(points: Sequence[Point], console: Console) -> Mapping[str, str]:
 
 
 def _print(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    console.print(plain(text), highlight=False, soft_wrap=True)
 
 
 def check_points(recipe: Recipe, points: Sequence[Point], safe: bool = False) -> list["Objective"]:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from alignkit.comparison.grid import Point
 from alignkit.comparison.run_state import read_run_state
+from alignkit.config.escaping import plain
 from alignkit.training.progress import SHOWN
 
 TAIL = 8192  # bytes of metrics.jsonl that surely hold its last row
@@ -85,7 +86,7 @@ class LiveTable:
         done = sum(seen.state in ("finished", "failed") for seen in self.progress.values())
         eta = f"  {self._eta()}" if now.state != "running" else ""
         text = f"[{done}/{len(self.points)}] {point.name}: {now.state}  {now.note}".rstrip()
-        self.console.print(text + eta, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(plain(text + eta), highlight=False, soft_wrap=True)
 
     def _look(self, point: Point, working: bool) -> _Progress:
         """Read a point's folder; `working` says whether a process is busy with it."""
@@ -138,7 +139,7 @@ class LiveTable:
     def _table(self) -> Table:
         states = [seen.state for seen in self.progress.values()]
         counts = ", ".join(f"{states.count(state)} {state}" for state in STYLES if state in states)
-        table = Table(title=f"{counts}; {self._eta()}", title_justify="left", expand=True)
+        table = Table(title=plain(f"{counts}; {self._eta()}"), title_justify="left", expand=True)
         for column in ("run", "", "step", "time", ""):
             side: Literal["left", "right"] = "right" if column in ("step", "time") else "left"
             table.add_column(column, justify=side, no_wrap=True, overflow="ellipsis")
@@ -149,7 +150,8 @@ class LiveTable:
             step = f"{seen.step}/{seen.total_steps}" if seen.total_steps else str(seen.step or "")
             spent = _duration(seen.seconds) if seen.seconds else ""
             style = STYLES[seen.state]
-            table.add_row(point.name, seen.state, step, spent, seen.note, style=style)
+            note = plain(seen.note)
+            table.add_row(plain(point.name), seen.state, step, spent, note, style=style)
 
         hidden = len(self.points) - len(shown)
         if hidden:

@@ -40,6 +40,7 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "savefig.dpi": 110,
+    "text.parse_math": False,  # labels and samples are shown as they are, with their $
 }
 KL_AXIS = "KL to the base model, nats per completion"
 
@@ -350,7 +351,7 @@ def samples(results: Row) -> Figure | None:
             figure.text(
                 x,
                 top - 0.25 / total,
-                _literal(cell),
+                cell,
                 va="top",
                 fontsize=9.5,
                 weight="bold" if i == 0 else "normal",
@@ -361,11 +362,6 @@ def samples(results: Row) -> Figure | None:
         rule = plt.Line2D(*ends, color="#bbb", linewidth=0.8, transform=figure.transFigure)
         figure.add_artist(rule)
     return figure
-
-
-def _literal(text: str) -> str:
-    """Text as it is: matplotlib would read $...$ as mathematics."""
-    return text.replace("$", r"\$")
 
 
 def _last_message(prompt: Any) -> str:

@@ -129,10 +129,11 @@ class Report:
 
     def table(self) -> "Table":
         """The report as a rich table."""
-        from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=escape(self.lines()[0]), caption=escape("\n".join(self._token_lines())))
+        from alignkit.config.escaping import plain
+
+        table = Table(title=plain(self.lines()[0]), caption=plain("\n".join(self._token_lines())))
         for column in ("", "verdict", "rows", "first rows", "meaning"):
             table.add_column(column, justify="right" if column == "rows" else "left")
 
@@ -140,7 +141,7 @@ class Report:
             finding = self.findings[verdict]
             rows = ", ".join(map(str, finding.rows))
             meaning = finding.detail or VERDICTS[verdict][1]
-            table.add_row(severity, verdict, str(count), rows, escape(meaning))
+            table.add_row(severity, verdict, str(count), rows, plain(meaning))
         return table
 
     def _ordered(self) -> list[tuple[Severity, str, int]]:

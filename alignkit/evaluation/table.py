@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from alignkit.config.escaping import plain
+
 Results = Mapping[str, Any]  # of `evaluate`, or of one model in it
 
 FIGURES = {
@@ -33,11 +35,9 @@ BASELINE = "best of {n} of the base: score {score:.3f} at KL {kl:.3f} (at most {
 def show(results: Results, console: Console) -> None:
     """Print the results of `evaluate`: intervals are 95 % over prompts."""
     models = [results["base"], *results["models"]]
-    table = Table(
-        "mean [95 % over prompts]",
-        *(model["name"] for model in models),
-        title=TITLE.format(**results["settings"]),
-    )
+    table = Table(title=plain(TITLE.format(**results["settings"])))
+    for heading in ("mean [95 % over prompts]", *(model["name"] for model in models)):
+        table.add_column(plain(heading))
     for name, words in FIGURES.items():
         _row(table, words, [_interval(model["figures"].get(name)) for model in models])
     for name, words in EXACT.items():
@@ -50,9 +50,9 @@ def show(results: Results, console: Console) -> None:
     console.print(table)
 
     for baseline in results["baselines"]:
-        console.print(BASELINE.format(**baseline))
+        console.print(plain(BASELINE.format(**baseline)))
     for verdict in results["verdicts"]:
-        console.print(f"score: {verdict}", highlight=False, markup=False)
+        console.print(plain(f"score: {verdict}"))
 
 
 def _add_wins(table: Table, models: Sequence[Results]) -> None:
@@ -77,7 +77,7 @@ def _add_held_out(table: Table, models: Sequence[Results]) -> None:
 def _row(table: Table, words: str, cells: Sequence[str]) -> None:
     """Figures that no model has are left out."""
     if any(cells):
-        table.add_row(words, *cells)
+        table.add_row(words, *map(plain, cells))
 
 
 def _inner(model: Results, section: str, name: str) -> float | None:

@@ -5,6 +5,7 @@ which result.
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 
+from alignkit.config.escaping import fenced, markdown_cell, markdown_line
 from alignkit.config.recipe import Recipe, dump_recipe
 from alignkit.objectives.base import Objective, Weighted
 
@@ -25,11 +26,11 @@ def model_card(
             _front_matter(recipe),
             _objectives(objective),
             "## Data",
-            _fenced("", data),
+            fenced("", data),
             "## Results",
             _table(["metric", "last value"], results),
             "## Recipe",
-            _fenced("yaml", [dump_recipe(recipe).rstrip()]),
+            fenced("yaml", [dump_recipe(recipe).rstrip()]),
             f"Versions: {versions}",
         ]
         return "\n\n".join(blocks) + "\n"
@@ -45,7 +46,7 @@ def _front_matter(recipe: Recipe) -> str:
         "tags: [alignkit]",
         "---",
         "",
-        f"# {recipe.model.name_or_path}, trained with alignkit",
+        f"# {markdown_line(recipe.model.name_or_path)}, trained with alignkit",
     ]
     if recipe.model.trust_remote_code:
         lines += ["", "Its base model runs code of its own (`trust_remote_code`)."]
@@ -68,9 +69,5 @@ def _settings(objective: Objective) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = "|" + "---|" * len(header)
-    body = [f"| {' | '.join(row)} |" for row in rows]
+    body = [f"| {' | '.join(markdown_cell(cell) for cell in row)} |" for row in rows]
     return "\n".join([f"| {' | '.join(header)} |", rule, *body])
-
-
-def _fenced(language: str, lines: Sequence[str]) -> str:
-    return "\n".join([f"```{language}", *lines, "```"])

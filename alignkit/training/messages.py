@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from alignkit.config.escaping import printable
+
 log = logging.getLogger("alignkit")
 
 
@@ -20,7 +22,7 @@ class PlainLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
         try:
-            print(self.format(record), file=sys.stderr, flush=True)
+            print(printable(self.format(record)), file=sys.stderr, flush=True)
         except Exception:  # as every handler of the standard library: a message ends no run
             self.handleError(record)
 

@@ -245,3 +245,20 @@ def test_the_document_escapes_what_it_is_given(tmp_path):
     assert 'alt="a &quot;name&quot;" src="data:image/png;base64,cG5n"' in html(
         "T", [Picture("p.png", 'a "name"', "c")], tmp_path
     )
+
+
+def test_labels_and_paths_are_shown_and_never_obeyed(tmp_path):
+    hostile = "x`<img src=a onerror=b>[c](d) $\\frac$ \x1b[2J\n\n<script>"
+    content = results(labels=(hostile, "rpg"))
+    content |= {"model": hostile, "data": hostile, "recipe": hostile}
+    content["runs"][0]["reason"] = hostile
+    write_report(content, tmp_path)
+
+    page = (tmp_path / "report.html").read_text()
+    assert "<img src=a" not in page
+    assert "<script>" not in page
+
+    text = (tmp_path / "report.md").read_text()
+    assert "\x1b" not in text
+    code = re.sub(r"(?<!\\\\)`[^`\n]+`", "", text)  # what stands in a code span is inert
+    assert not re.search(r"<(img|script)|\]\(d\)", code)

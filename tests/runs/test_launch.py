@@ -143,6 +143,15 @@ def test_the_card_says_that_a_model_runs_code_of_its_own():
     assert "library_name: peft" in card
 
 
+def test_the_card_shows_paths_and_rows_and_obeys_none_of_them():
+    hostile = load_recipe("dpo", ["model.name_or_path=a<img src=x>|b[c](d)"])
+    rows = ["```", "<script>alert(1)</script>", "\x1b[2J"]
+    card = model_card(hostile, build_objective(hostile.objective), rows)({})
+    assert "# a&lt;img src=x>|b[c]\\(d), trained with alignkit" in card
+    assert "\n````\n```\n<script>alert(1)</script>\n\\x1b[2J\n````\n" in card
+    assert "\x1b" not in card
+
+
 def test_lora_and_merge(world, tmp_path):
     from alignkit.policies.load import merge
     from alignkit.runs.trained_model import load_finished
