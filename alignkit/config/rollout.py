@@ -33,7 +33,7 @@ class RolloutConfig(Section):
     max_new_tokens: PositiveInt = Field(MAX_NEW_TOKENS, description="most tokens per completion")
     temperature: PositiveFloat = Field(
         1.0,
-        description="sampling temperature; training needs 1, which the log-probs describe",
+        description="divides the logits of the policy and its anchors, in sampling, loss and KL alike",
     )
     pass_rate: tuple[float, float] | None = Field(
         None,

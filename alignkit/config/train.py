@@ -59,6 +59,11 @@ class TrainConfig(Section):
     max_grad_norm: NonNegativeFloat = Field(
         1.0, description="gradients are clipped to this norm; 0 = off"
     )
+    router_aux_loss: Literal["auto"] | NonNegativeFloat = Field(
+        "auto",
+        description="mixtures of experts: weight of the loss that balances their routers; "
+        "auto: the model config's coefficient; 0 = off",
+    )
     max_skipped_steps: NonNegativeInt = Field(
         0,
         description="steps with a loss or gradient that is not finite are skipped up to this often; "

@@ -31,11 +31,14 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Head:
-    """A model's own head module with the scale and soft cap that its config sets."""
+    """A model's own head module with the scale and soft cap that its config sets, and the
+    temperature of the policy, which divides the logits last.
+    """
 
     module: nn.Module
     scale: float = 1.0
     soft_cap: float | None = None
+    temperature: float = 1.0
     # Entered around the module: switches an adapter on the head off where the anchor has none.
     context: Callable[[], AbstractContextManager[Any]] = field(default=nullcontext)
     # Only the first so many logits count; None: all. The others pad the embedding.
@@ -60,6 +63,8 @@ class Head:
             logits = logits * self.scale
         if self.soft_cap is not None:
             logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
         dtype = torch.promote_types(logits.dtype, torch.float32)
         return torch.log_softmax(logits, -1, dtype=dtype)
 

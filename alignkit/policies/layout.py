@@ -33,6 +33,7 @@ class Rows:
 
     input_ids: Tensor  # [R, L] int64
     position_ids: Tensor  # [R, L] int64, depth in the row's tree
+    lengths: Tensor  # [R] int64, tokens without the pads behind them
     ends: Tensor  # [R, L] int64, the index after the token's subtree: tokens index .. ends-1 see it
     branched: bool  # False: every row is one chain, plain causal attention is right
     runs: tuple[Run, ...] | None  # of the one row into which all were packed; None: not packed
@@ -173,6 +174,7 @@ def build_rows(
     rows = Rows(
         input_ids=_stacked([tree.ids for tree in trees], [0] * length),
         position_ids=_stacked([tree.positions for tree in trees], range(length)),
+        lengths=torch.tensor([len(tree.ids) for tree in trees]),
         ends=_stacked([tree.ends for tree in trees], range(1, length + 1)),
         branched=any(end < len(tree.ids) for tree in trees for end in tree.ends),
         runs=runs,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.probe import check_head, choose_layout, probe_bundle
 from alignkit.policies.reference import KINDS, START_ADAPTER, Anchor, frozen, resolve_kind
+from alignkit.policies.router import router_of
 from alignkit.policies.scorer import TrainedScorer
 
 
@@ -264,13 +265,16 @@ def load_pair(
     fixed_data: bool,
     seed: int = 0,
     live: tuple[Any, Any] | None = None,
+    router_aux_loss: float | Literal["auto"] = "auto",
+    temperature: float = 1.0,
 ) -> PolicyPair:
     """The policy with its reference and target, ready to train.
 
     `dtype` is the weights' dtype where `model.dtype` is auto. `fixed_data`: the completions are
     known before training, so the reference can be scored once. `live` is a model (perhaps peft's)
-    with its tokenizer, used in place of what `model` names and trained in place. Raises ModelError
-    (exit 4) or ConfigError (exit 2).
+    with its tokenizer, used in place of what `model` names and trained in place. `router_aux_loss`
+    is the weight of the routers' loss, for mixtures of experts. `temperature` divides the logits of
+    policy and anchors. Raises ModelError (exit 4) or ConfigError (exit 2).
     """
     if model.attention == "flex_attention" and torch.device(device).type == "cpu":
         raise ConfigError(
@@ -298,7 +302,15 @@ def load_pair(
     window = max((w for w in base.windows.values() if w), default=None)
     bundle = probe_bundle(text.vocab_size, window, getattr(text, "max_position_embeddings", None))
     check_head(base, bundle)
-    layout, note = choose_layout(base, model.layout, bundle)
+    layout, about_layout = choose_layout(base, model.layout, bundle)
+    base.router, about_router = router_of(loaded, router_aux_loss)
+    notes = [note for note in (about_layout, about_router) if note]
+    if temperature != 1:
+        base.temperature = temperature  # before anchors are copied from it
+        notes.append(
+            f"the policy is trained and its KL measured at temperature {temperature:g}; sample from "
+            "the model at this temperature"
+        )
 
     anchors = {}
     kind = resolve_kind(reference.kind, plan, adapter=policy is not loaded, fixed_data=fixed_data)
@@ -306,12 +318,11 @@ def load_pair(
         anchors["reference"] = Anchor.of(kind, base, reference)
     elif kind != "none":
         other = _reference_model(kind, loaded, tokenizer, model, device, dtype)
+        other.temperature = temperature
         anchors["reference"] = Anchor("frozen", other)
 
     anchors |= _following_anchors(target or TargetConfig(), plan, base)
-    return PolicyPair(
-        base, tokenizer, anchors, layout=layout, notes=[note] if note else [], save_config=dropout
-    )
+    return PolicyPair(base, tokenizer, anchors, layout=layout, notes=notes, save_config=dropout)
 
 
 def load_scorer(

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from alignkit.batches import Statistic
@@ -15,6 +16,7 @@ from alignkit.errors import DataError, ModelError
 from alignkit.policies.head import AnchorStates, Head, head_figures
 from alignkit.policies.layout import Rows, attention_mask
 from alignkit.policies.packing import FLEX, packing_of, take_runs
+from alignkit.policies.router import Router
 
 
 def causal_lm(model: Any) -> Any:
@@ -103,6 +105,8 @@ class PolicyModule(nn.Module):
         # An anchor's: how much of its vocabulary the policy has too; None: all of it.
         self.vocabulary: int | None = None
         self.positions = position_table(causal_lm(model))
+        self.temperature = 1.0  # divides the logits: log-probs are those of samples drawn at it
+        self.router: Router | None = None  # set where its auxiliary loss is trained on
         self.value_head: nn.Linear | None = None
         if values:
             first = next(model.parameters())
@@ -114,16 +118,19 @@ class PolicyModule(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The model's own head, over the part of its vocabulary that counts."""
-        return replace(Head.of(causal_lm(self.model)), vocabulary=self.vocabulary)
+        """The model's own head, over the part of its vocabulary that counts, at the policy's
+        temperature.
+        """
+        own = Head.of(causal_lm(self.model))
+        return replace(own, vocabulary=self.vocabulary, temperature=self.temperature)
 
     @property
     def packing(self) -> float | None:
         """See `alignkit.policies.packing.packing_of`."""
         return packing_of(causal_lm(self.model))
 
-    def _hidden(self, rows: Rows) -> Tensor:
-        """Last hidden states at the tokens that predict the labels: [M, H]."""
+    def _run(self, rows: Rows, **options: Any) -> Any:
+        """What the backbone gives for these rows, with its last hidden states [R, L, H]."""
         lm = causal_lm(self.model)
         if self.positions is not None and rows.input_ids.shape[1] > self.positions:
             _check_positions(rows, self.positions)
@@ -134,11 +141,9 @@ class PolicyModule(nn.Module):
 
         # Position ids are given only where rows branch: models take slower paths with them.
         positions = {"position_ids": rows.position_ids} if rows.branched else {}
-        output = backbone(lm)(
-            input_ids=rows.input_ids, attention_mask=mask, use_cache=False, **positions
+        return backbone(lm)(
+            input_ids=rows.input_ids, attention_mask=mask, use_cache=False, **positions, **options
         )
-        hidden: Tensor = output.last_hidden_state.flatten(0, 1)
-        return hidden[rows.sources]
 
     def forward(
         self,
@@ -150,12 +155,14 @@ class PolicyModule(nn.Module):
         entropy: bool = True,
     ) -> dict[str, Tensor]:
         """Results of `head_figures` for the trained tokens, and "values" where there is a value
-        head: [M] each.
+        head: [M] each. With a gradient also the router's "aux_loss", the same number at each token.
 
         `hidden_only` returns {"hidden": [M, H]} instead: an anchor's states for the policy's
         statistics.
         """
-        hidden = self._hidden(rows)
+        balanced = self.router is not None and torch.is_grad_enabled() and not hidden_only
+        output = self._run(rows, **({"output_router_logits": True} if balanced else {}))
+        hidden: Tensor = output.last_hidden_state.flatten(0, 1)[rows.sources]
         if hidden_only:
             return {"hidden": hidden}
 
@@ -164,6 +171,8 @@ class PolicyModule(nn.Module):
         )
         if self.value_head is not None:
             results["values"] = self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
+        if self.router is not None and balanced:
+            results["aux_loss"] = self.router.loss(output.router_logits, rows).expand(len(hidden))
         return results
 
     def adapter_disabled(self) -> AbstractContextManager[Any]:

@@ -5,7 +5,6 @@ themselves. It scores completions, stores the reference's log-probs, lends a mod
 and knows what a checkpoint has to hold.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -122,7 +121,7 @@ class PolicyPair:
 
         With `anchors` also the plan's anchors (stored ones where every bundle has them, else live)
         and statistics; without, the policy alone. Extras: "entropy" (detached), "values", the
-        statistics.
+        statistics, and with a gradient "aux_loss" of a mixture of experts.
         """
         rows = self._rows(bundles)
 
@@ -250,16 +249,14 @@ class PolicyPair:
         """The largest difference between stored and live log-probs of a few bundles, infinite where
         one of them is not finite; call it before the policy moves.
         """
-        worst = 0.0
         step = -(-len(bundles) // RESCORED) or 1
-        for bundle in bundles[::step]:
-            live = self._reference_tokens([bundle])[0]
-            for one, other in zip(live, bundle.tokens["reference"]):
-                if len(one):
-                    difference = float((one - other).abs().max())
-                    # `max` drops a nan, with which every comparison is False.
-                    worst = max(worst, math.inf if math.isnan(difference) else difference)
-        return worst
+        differences = [
+            (one - other).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max()
+            for bundle in bundles[::step]
+            for one, other in zip(self._reference_tokens([bundle])[0], bundle.tokens["reference"])
+            if len(one)
+        ]
+        return float(max(differences, default=0.0))
 
     def _reference_tokens(self, bundles: Sequence[Bundle]) -> list[list[Tensor]]:
         """The reference's log-probs of each completion of each bundle, K x [T_k]."""

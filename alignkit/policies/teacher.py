@@ -44,6 +44,7 @@ def add_teacher(pair: PolicyPair, teacher: TeacherConfig, model: ModelConfig) ->
     check_head(module, probe)
     _check_cut(module, pair, shared, teacher.name_or_path)
     module.vocabulary = shared
+    module.temperature = pair.base.temperature
 
     # A row is laid out once for all models, so the teacher has to be able to branch too.
     if pair.layout != "padded":

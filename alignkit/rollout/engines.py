@@ -16,20 +16,22 @@ def make_sampler(
     *,
     seed: int,
     exact: bool = True,
+    temperature: float = 1.0,
     accelerator: "Accelerator | None" = None,
 ) -> Sampler:
     """The engine that the recipe's `rollout` section asks for.
 
     `exact` (the caller trains on the log-probs) refuses what the trainer's log-probs do not
-    describe: a temperature other than 1, and top_p below 1, under which tokens outside the nucleus
-    have no importance weight at all. A server on this machine gets its weights from the first
-    process of the machine, one elsewhere from the first of all. Raises ConfigError.
+    describe: another `temperature` than theirs, and top_p below 1, under which tokens outside the
+    nucleus have no importance weight at all. A server on this machine gets its weights from the
+    first process of the machine, one elsewhere from the first of all. Raises ConfigError.
     """
-    for name in ("temperature", "top_p"):
-        if exact and getattr(config, name) != 1:
+    described = {"temperature": temperature, "top_p": 1.0}
+    for name, value in described.items():
+        if exact and getattr(config, name) != value:
             raise ConfigError(
                 f"rollout.{name}: {getattr(config, name)} samples from another distribution than "
-                "the one that the policy's log-probs describe; training needs 1.0"
+                f"the one that the policy's log-probs describe; training needs {value}"
             )
 
     if config.engine == "hf":

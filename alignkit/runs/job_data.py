@@ -164,7 +164,11 @@ def _rollouts(
         context.objective,
         context.pair,
         make_sampler(
-            rollout, context.pair, seed=recipe.train.seed, accelerator=context.accelerator
+            rollout,
+            context.pair,
+            seed=recipe.train.seed,
+            temperature=context.pair.base.temperature,
+            accelerator=context.accelerator,
         ),
         Scoring(context.plan, _reply(context), reward, judge),
         context.accelerator,
@@ -186,6 +190,7 @@ def _held_out(context: RunContext, reward: RewardCall) -> tuple[HeldOut, Report]
         recipe.rollout,
         context.pair,
         seed=recipe.train.seed + 1,
+        temperature=context.pair.base.temperature,
         accelerator=context.accelerator,
     )
     return HeldOut(prompts, sampler, _reply(context), reward, context.accelerator), report

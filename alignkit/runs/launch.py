@@ -218,6 +218,11 @@ def _load_pair(
                 "model: reward and preference models get a new head on a loaded model; give the "
                 "folder or the name of a language model"
             )
+        if recipe.train.router_aux_loss not in ("auto", 0):
+            raise ConfigError(
+                f"train.router_aux_loss is {recipe.train.router_aux_loss}; reward and preference "
+                "models are trained without the routers' loss: leave it at auto, or set 0"
+            )
         return load_scorer(model, plan, device=accelerator.device, seed=recipe.train.seed)
 
     pair = load_pair(
@@ -229,6 +234,9 @@ def _load_pair(
         fixed_data=not FAMILIES[plan.data].sampled and not plan.samples,
         seed=recipe.train.seed,
         live=live,
+        router_aux_loss=recipe.train.router_aux_loss,
+        # What a run samples is what it trains on; rows of a file come from no temperature.
+        temperature=recipe.rollout.temperature if FAMILIES[plan.data].sampled else 1.0,
     )
     if plan.needs_teacher and recipe.teacher is not None:
         teacher = recipe.teacher

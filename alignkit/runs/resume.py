@@ -45,6 +45,7 @@ AUTOS = [
     ("data", "format"),
     ("train", "micro_batch_tokens"),
     ("train", "dtype"),
+    ("train", "router_aux_loss"),
     ("train", "metric"),
     ("train", "metric_goal"),
 ]
@@ -76,6 +77,7 @@ def measured_autos(context: "RunContext") -> dict[str, dict[str, Any]]:
     with pair.model("policy") as model:
         attention = kernel_of(model.config)
     dtype = str(pair.parameters()[0].dtype).removeprefix("torch.")
+    router = getattr(getattr(pair, "base", None), "router", None)  # reward models have none
     metric = context.recipe.train.metric
     if metric == "auto":
         metric = "eval_reward" if FAMILIES[context.plan.data].sampled else "eval_loss"
@@ -86,6 +88,7 @@ def measured_autos(context: "RunContext") -> dict[str, dict[str, Any]]:
         "train": {
             "dtype": "bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
             "micro_batch_tokens": default_budget(accelerator.device, pair.packing),
+            "router_aux_loss": 0.0 if router is None else router.coefficient,
             "metric": metric,
             "metric_goal": context.recipe.train.goal_of(metric),
         },
@@ -124,4 +127,6 @@ def identity_of(recipe: Recipe) -> dict[str, Any]:
     # A field that older checkpoints do not have is left out where it changes nothing.
     if recipe.train.metric_goal in ("auto", GOALS.get(recipe.train.metric)):
         del identity["train"]["metric_goal"]
+    if recipe.train.router_aux_loss in ("auto", 0):
+        del identity["train"]["router_aux_loss"]
     return identity

@@ -121,6 +121,8 @@ class Reducer:
                     loss = _pull_back(seen, leaves[i])
                 else:
                     loss = self._loss(chunk, seen, counts, sums)
+                if counted:
+                    loss = loss + self._auxiliary(seen, counts, sums)
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             sums.tokens += sum(b.n_tokens for b in chunk) if counted else 0
         parameters = list(self.pair.parameters())
@@ -162,8 +164,24 @@ class Reducer:
         sums.loss += loss.detach().double()
         return loss
 
+    def _auxiliary(
+        self, seen: TokenLogps | Outputs, counts: dict[str, float], sums: Sums
+    ) -> Tensor | float:
+        """A micro-batch's share of the routers' auxiliary loss, whose mean over the trained tokens
+        of the step is added to the loss; 0 for models without one.
+        """
+        if isinstance(seen, Outputs) or "aux_loss" not in seen.extras:
+            return 0.0
+        values = seen.extras["aux_loss"][seen.mask]
+        sums.add(LossTerms([], {"aux_loss": values.detach()}), [])
+        router = self.pair.base.router
+        assert router is not None
+        share = router.coefficient * values.sum() / counts["trained"]
+        sums.loss += share.detach().double()
+        return share
+
     def _counts(self, bundles: Sequence[Bundle]) -> dict[str, float]:
-        local = self.family.counts(bundles)
+        local = {**self.family.counts(bundles), "trained": sum(b.n_trained for b in bundles)}
         total = self.accelerator.reduce(
             torch.tensor([float(v) for v in local.values()], device=self.pair.device)
         )

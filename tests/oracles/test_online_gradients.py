@@ -25,6 +25,7 @@ from alignkit.oracles.gradients import (
     regularised_value,
     token_kl,
 )
+from alignkit.policies.head import Head
 
 EXACT = {"atol": 1e-10, "rtol": 0.0}
 TREES = {"bandit": Tree.build(5, 1), "tree": Tree.build(3, 3)}
@@ -173,6 +174,37 @@ def test_first_step_is_minus_grad_j(population, name):
         wanted_gradient(population, reward),
         **EXACT,
     )
+
+
+class TemperedTree(Tree):
+    """The head's log-probs at temperature 0.7 of logits theta."""
+
+    def logprobs(self, theta: Tensor) -> Tensor:
+        return Head(torch.nn.Identity(), temperature=0.7).logprobs(theta)[self.prefixes]
+
+
+@pytest.mark.parametrize("name", EXACT_OBJECTIVES)
+def test_at_another_temperature_it_is_the_tempered_policys_j(population, name):
+    """Sampled, trained and anchored at 0.7: J is that of softmax(theta / 0.7), its gradient with
+    respect to theta.
+    """
+    plain = population.tree
+    tempered = replace(
+        population, tree=TemperedTree(**vars(plain)), theta=0.7 * population.theta
+    )  # which samples as the population does
+    reward = REWARD[: len(plain.tokens)]
+    reference = population.reference
+    wanted = gradient(
+        lambda t: -regularised_value(plain, t / 0.7, reward, reference / 0.7, 0.3), tempered.theta
+    )
+    found = tempered.delivered(EXACT_OBJECTIVES[name], reward)
+    torch.testing.assert_close(found, wanted, **EXACT)
+
+    # the anchor left at temperature 1 would be another objective
+    other = gradient(
+        lambda t: -regularised_value(plain, t / 0.7, reward, reference, 0.3), tempered.theta
+    )
+    assert differs(found, other)
 
 
 @pytest.mark.parametrize("name", PROPORTIONAL)

@@ -134,7 +134,7 @@ def test_windows_are_needed(name):
     assert (rows.scatter(module(rows)["policy"]) - separate_logps(model, bundles)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", sorted(set(MODELS) - {"bloom"}))
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"bloom", "llama4"}))
 def test_bfloat16_weights_give_float32_figures(name):
     model, bundles = (
         tiny_model(name, initializer_range=0.1, dtype=torch.bfloat16),
