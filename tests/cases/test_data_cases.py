@@ -2,10 +2,19 @@
 
 import pytest
 from transformers import AutoTokenizer
+from world import run, write_rows
 
 from alignkit.config.data import DataConfig
 from alignkit.data.load import load_bundles, load_prompts
 from alignkit.data.read import held_out
+
+SHORT = (
+    "train.steps=1",
+    "train.batch_size=1",
+    "train.save_every=0",
+    "train.log_samples_every=0",
+    "data.eval=null",
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +83,31 @@ def test_reward_columns_that_clash_are_withheld(cases, tokenizer):
     prompts, report = load_prompts(DataConfig(), tokenizer, source=path)
     assert [prompt.columns for prompt in prompts] == [{}] * 4
     assert report.count("reserved_column") == 4
+
+
+def test_the_template_that_was_used_is_saved_with_the_model(cases, tmp_path):
+    case = cases / "chat_template_lost"
+    row = {
+        "prompt": [{"role": "user", "content": "hi"}],
+        "chosen": [{"role": "assistant", "content": "hello"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+    rows = write_rows(tmp_path / "pairs.jsonl", [row])
+    settings = [*SHORT, f"data.train={rows}", f"model.name_or_path={case / 'model'}"]
+    settings += [f"data.chat_template={case / 't.jinja'}", f"output_dir={tmp_path / 'run'}"]
+    assert run("train", "dpo", *settings) == 0
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert saved.chat_template == (case / "t.jinja").read_text().removesuffix("\n")
+    assert run("generate", tmp_path / "run", "hi", "--chat", "--max-new-tokens", "2") == 0
+
+
+def test_rows_beyond_the_position_table_are_a_sentence(cases, tmp_path, capsys):
+    answers = {"chosen": " the cat sat" * 20, "rejected": " no"}
+    rows = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "hello", **answers}])
+    model = cases / "context_overflow" / "model"
+    settings = [*SHORT, f"data.train={rows}", f"model.name_or_path={model}"]
+    settings += ["data.max_length=128", f"output_dir={tmp_path / 'run'}"]
+    assert run("train", "dpo", *settings) == 3
+    message = capsys.readouterr().err
+    assert "longer than the 48 positions of the model" in " ".join(message.split())
+    assert "Traceback" not in message

@@ -232,3 +232,13 @@ def test_columns_that_rewards_use_otherwise_are_withheld_and_noted(kinds):
     prompts, report = load_prompts(DataConfig(), kinds["metaspace"], source=rows)
     assert [dict(prompt.columns) for prompt in prompts] == [{"answer": 1}] * 2
     assert report.count("reserved_column") == 2
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"trainable": False}])
+def test_a_turn_of_weight_zero_between_others_is_masked(kinds, mark):
+    dialogue = [*QUESTION, *ANSWER, *QUESTION, {**OTHER[0], **mark}, *QUESTION, *ANSWER]
+    config = DataConfig(chat_template=TEMPLATE)
+    rows = [{"messages": dialogue}]
+    (bundle,), _ = load_bundles(config, "sequence", kinds["chat"], source=rows)
+    trained = bundle.completions[0][bundle.masks[0]]
+    assert kinds["chat"].decode(trained) == "world<|im_end|>" * 2
