@@ -47,6 +47,9 @@ class DataConfig(Section):
     max_length: Annotated[int, Field(ge=2)] = Field(
         1024, description="most tokens of prompt and completion; longer completions are cut"
     )
+    truncate: Literal["end", "start"] = Field(
+        "end", description="what rows above max_length lose: their end, or the prompt's beginning"
+    )
     append_eos: Literal["auto", True, False] = Field(
         "auto", description="end completions with EOS; auto: those of plain text, not of chats"
     )

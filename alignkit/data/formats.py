@@ -22,7 +22,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 FORMATS: dict[str, tuple[str, ...]] = {
     "pair": ("pair", "implicit_pair"),
     "sequence": ("completion", "messages", "text", "pair", "implicit_pair"),
-    "labelled": ("labelled",),
+    "labelled": ("labelled", "pair", "implicit_pair"),
     "ranked": ("ranking", "pair", "implicit_pair"),
     "rollout": ("prompt",),
     "game": ("prompt",),
@@ -35,7 +35,8 @@ DESCRIPTIONS = {
     "or preference pairs",
     "sequence": "demonstrations: columns prompt and completion, or messages, or text "
     "(of pairs, chosen is used)",
-    "labelled": "labelled completions: columns prompt, completion and label (true or false)",
+    "labelled": "labelled completions: columns prompt, completion and label (true or false), "
+    "or preference pairs",
     "rollout": "prompts: a column prompt",
     "game": "prompts: a column prompt",
 }

@@ -25,19 +25,19 @@ def load_bundles(
     config: DataConfig, family: str, tokenizer: Any, *, source: Source | None = None
 ) -> tuple[list["Bundle"], Report]:
     """Bundles for an objective of `family` (sequence, pair, labelled, ranked) from `source`
-    (default: config.train).
+    (default: config.train). For labelled ones a pair becomes two, chosen and rejected.
 
     Raises DataError for malformed rows (unless on_bad_row is drop) and for data that cannot teach
     anything; ConfigError and ModelError for options the tokenizer cannot serve.
     """
-    from alignkit.data.tokenise import tokenize_examples
+    from alignkit.data.tokenise import tokenize_examples, unpaired
 
     report, examples = _read_examples(config, family, source, tokenizer)
     _stop_on_malformed_rows(report, config)
     bundles = tokenize_examples(examples, config, tokenizer, report, family)
     report.usable = len(bundles)
     _stop_on_useless_data(report, config)
-    return bundles, report
+    return unpaired(bundles) if family == "labelled" else bundles, report
 
 
 def load_prompts(
@@ -149,6 +149,9 @@ def _read_examples(
     turns = tokenizer is None or template is not None
     examples = _make_examples(rows, report, family, system_turn=turns and "system" in rows.columns)
     _count_repetitions(examples, report)
+    if family == "labelled" and report.format != "labelled":
+        for example in examples:
+            report.add("unpaired", example.number)
     if template is not None:
         for example in examples:
             if not example.chat:

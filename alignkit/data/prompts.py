@@ -76,6 +76,9 @@ def _checked_ids(ids: Ids, number: int, encoder: TextEncoder, report: Report) ->
 
     if not ids and encoder.stand_in is None:
         raise BadRow("no_prompt")
+    if encoder.config.truncate == "start" and len(ids) >= encoder.config.max_length:
+        report.add("truncated", number)
+        ids = ids[-(encoder.config.max_length - 1) :]
     if len(ids) >= encoder.config.max_length:
         raise BadRow("overlong", f"the prompt has {len(ids)} tokens")
     if not ids and encoder.stand_in is not None:

@@ -61,6 +61,21 @@ def tokenize_examples(
     return [bundles[e.number] for e in examples if e.number in bundles]
 
 
+def unpaired(bundles: Sequence[Bundle]) -> list[Bundle]:
+    """Labelled bundles: those that have a label already as they are, and each pair as two, of which
+    the chosen completion is desirable.
+    """
+    labelled = []
+    for bundle in bundles:
+        if "label" in bundle.rows:
+            labelled.append(bundle)
+            continue
+        for ids, mask, label in zip(bundle.completions, bundle.masks, (True, False)):
+            rows = {"label": torch.tensor([label])}
+            labelled.append(Bundle(bundle.prompt, [ids], [mask], bundle.uid, rows))
+    return labelled
+
+
 def _render_texts(examples: Sequence[Example]) -> list[Rendered]:
     """Plain text: the prompt and each completion, one behind the other."""
     rendered = []
@@ -234,16 +249,21 @@ def _cut(
     encoder: TextEncoder,
     report: Report,
 ) -> Bundle:
-    """The bundle of the first max_length tokens of each row, if something to train on is left;
-    `length` is that of the prompt.
+    """The bundle of max_length tokens of each row, if something to train on is left; `length` is
+    that of the prompt.
     """
     limit = encoder.config.max_length
     longest = max(len(row.ids) for row in token_rows)
     report.prompt_lengths.append(length)
     report.lengths.append(longest)
 
-    completions = [row.ids[length:limit] for row in token_rows]
-    masks = [row.mask[length:limit] for row in token_rows]
+    # The prompt can make room for the completions; its last token has to stay.
+    skipped = 0
+    if encoder.config.truncate == "start":
+        skipped = min(max(longest - limit, 0), length - 1)
+
+    completions = [row.ids[length : limit + skipped] for row in token_rows]
+    masks = [row.mask[length : limit + skipped] for row in token_rows]
     if not all(any(mask) for mask in masks):
         raise BadRow("overlong", f"the prompt has {length} tokens")
     if len(completions) > 1 and all(ids == completions[0] for ids in completions):
@@ -254,7 +274,7 @@ def _cut(
     if min(longest, limit) > encoder.tokenizer.model_max_length:
         report.add("beyond_context", example.number)
     return Bundle(
-        torch.tensor(token_rows[0].ids[:length]),
+        torch.tensor(token_rows[0].ids[skipped:length]),
         [torch.tensor(ids) for ids in completions],
         [torch.tensor(mask) for mask in masks],
         uid=example.uid,

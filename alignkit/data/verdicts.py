@@ -34,7 +34,7 @@ VERDICTS: dict[str, tuple[Severity, str]] = {
     ),
     "no_common_prefix": ("warning", "chosen and rejected of an implicit prompt share no beginning"),
     "contradictory": ("warning", "the same pair occurs with chosen and rejected swapped"),
-    "truncated": ("warning", "completions cut at data.max_length"),
+    "truncated": ("warning", "rows cut at data.max_length"),
     "special_tokens": (
         "warning",
         "special tokens inside the text; data.split_special_tokens=true reads them as plain text",
@@ -82,6 +82,7 @@ VERDICTS: dict[str, tuple[Severity, str]] = {
         "nulls inside tool calls, tools and template options are left out; "
         "Arrow adds them for keys that other rows have",
     ),
+    "unpaired": ("note", "the pair becomes two labelled completions, chosen and rejected"),
     "reserved_column": ("note", "columns whose names rewards use otherwise are not handed to them"),
 }
 

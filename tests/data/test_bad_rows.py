@@ -225,7 +225,7 @@ def test_a_family_fed_with_the_wrong_data_names_columns_needs_and_what_they_suit
     assert "the columns are prompt, completion; needed are preference pairs" in message
     assert "these rows suit sft" in message
     assert "needed are labelled completions: columns prompt, completion and label" in refused(
-        [FAMILIES["pair"]], "labelled"
+        [FAMILIES["sequence"]], "labelled"
     )
     assert "sft would learn the undesirable ones too" in refused([FAMILIES["labelled"]], "sequence")
     assert "data.format=text needs text" in refused([FAMILIES["pair"]], "sequence", format="text")
