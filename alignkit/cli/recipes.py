@@ -7,6 +7,7 @@ import typer
 
 from alignkit.cli.options import Overrides, RecipeName
 from alignkit.errors import ConfigError
+from alignkit.files import write_text, writing
 
 app = typer.Typer(help="The recipes that ship with the package.", no_args_is_help=True)
 
@@ -43,7 +44,9 @@ def copy_recipe(
     target = to or Path(source.name)
     if target.exists():
         raise ConfigError(f"{target} exists already; name another file")
-    target.write_text(source.read_text())
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, source.read_text(encoding="utf-8"))
 
     # A bare name could also be that of a shipped recipe; `./` makes it this file.
     path = f"./{target}" if target.name == str(target) else str(target)

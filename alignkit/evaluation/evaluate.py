@@ -55,13 +55,20 @@ Results = dict[str, Any]  # JSON
 
 
 def evaluate_to_file(request: Request, file: Path) -> None:
-    """Print the table of `evaluate` and write its results to `file`."""
+    """Print the table of `evaluate` and write its results to `file`.
+
+    ResourceError where the disk refuses: a folder that cannot be made before anything is measured,
+    a full disk after the table was printed.
+    """
+    with files.writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
     results = evaluate(request)
     console = Console()
     if not console.is_terminal:  # a file has no width: give every model its column
         console = Console(width=40 + 28 * (1 + len(request.models)))
     show(results, console)
-    files.write_json(file, results)
+    with files.writing(file):
+        files.write_json(file, results)
 
 
 def evaluate(request: Request) -> Results:

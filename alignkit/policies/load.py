@@ -376,7 +376,8 @@ def merge(folder: Path | str, out: Path | str) -> None:
     """Fold the adapter of a run (or of an adapter folder) into its base model and write a plain
     model with its tokenizer.
 
-    Raises ModelError when there is no adapter, or its base model cannot be loaded.
+    The folder `out` appears whole or not at all. Raises ModelError when there is no adapter, or its
+    base model cannot be loaded, and ResourceError where the disk refuses.
     """
     from peft import PeftConfig, PeftModel
 
@@ -391,10 +392,14 @@ def merge(folder: Path | str, out: Path | str) -> None:
     base = PeftConfig.from_pretrained(str(source)).base_model_name_or_path or ""
     model, _ = load_model(ModelConfig(name_or_path=base), device="cpu")
     adapted: Any = PeftModel.from_pretrained(model, source)
-    adapted.merge_and_unload().save_pretrained(out)
+    merged = adapted.merge_and_unload()
 
     # The run's own tokenizer if it has one, else the base model's, as it was before `load_tokenizer`
     # gave it a pad token.
     loaded = load_tokenizer(ModelConfig(name_or_path=base))
     own = (source / "tokenizer_config.json").exists()
-    loaded.from_pretrained(source if own else base).save_pretrained(out)
+    tokenizer = loaded.from_pretrained(source if own else base)
+
+    with files.writing(Path(out)), files.replaced_folder(Path(out)) as temporary:
+        merged.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)

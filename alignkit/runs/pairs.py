@@ -17,7 +17,7 @@ from alignkit.batches import Draw
 from alignkit.config.data import DataConfig
 from alignkit.data.load import load_prompts
 from alignkit.data.prompts import Prompt
-from alignkit.errors import ConfigError, DataError, ResourceError
+from alignkit.errors import ConfigError, DataError
 from alignkit.rewards.call import RewardCall, Score, call_reward
 from alignkit.rewards.load import load_rewards
 from alignkit.rollout.hf import HFSampler
@@ -93,13 +93,9 @@ def make_pairs(request: PairRequest, to: Path) -> Counter[str]:
             "or check the reward"
         )
 
-    try:
+    with files.writing(to):
         to.parent.mkdir(parents=True, exist_ok=True)
         files.write_jsonl(to, rows)
-    except OSError as error:
-        raise ResourceError(
-            f"pairs: {to} could not be written: {error.strerror or error}"
-        ) from error
     return counts
 
 

@@ -7,8 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from alignkit import files
 from alignkit.errors import CheckpointError, ConfigError, ResourceError
 from alignkit.training import checkpoint
@@ -142,8 +140,10 @@ class RunFolder:
                 write(temporary)
                 (temporary / "README.md").write_text(card)
                 files.write_text(self.path / "README.md", card)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
+        except Exception as error:
+            reason = files.refusal_of_disk(error)
+            if reason is None:
+                raise
             raise ResourceError(
                 f"cannot write {self.model}: {reason}; free space, then --resume auto"
             ) from error
