@@ -9,7 +9,7 @@ chunks of a micro-batch are so few that keeping them is cheaper.
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,12 +69,33 @@ class Head:
         return torch.log_softmax(logits, -1, dtype=dtype)
 
 
+class AnchorLaws(Protocol):
+    """What statistics read of an anchor."""
+
+    def compared(
+        self, part: slice, logprobs: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For the tokens `part` of M, the policy's law over the outcomes that both can tell apart
+        [C, n], with gradient, the anchor's [C, n], which outcomes the labels are [C], and the
+        anchor's log-probs of the labels [C]. `logprobs` [C, V] are the policy's.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class AnchorStates:
     """An anchor's hidden states [M, H] at the trained tokens, and its head."""
 
     hidden: Tensor
     head: Head
+
+    def compared(
+        self, part: slice, logprobs: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `AnchorLaws`: the outcomes are the tokens that both models have."""
+        with torch.no_grad(), self.head.context():
+            theirs = self.head.logprobs(self.hidden[part])
+        return _cut(logprobs, theirs.shape[-1]), theirs, labels, _at(theirs, labels)
 
 
 @dataclass(frozen=True)
@@ -88,7 +109,7 @@ class _Job:
     head: Head
     labels: Tensor  # [M]
     statistics: Mapping[str, Statistic]
-    anchor: AnchorStates | None
+    anchor: AnchorLaws | None
     entropy: bool
     rows: int  # tokens per chunk
     keep: bool  # keep the chunks' graphs for backward, instead of computing them again
@@ -108,21 +129,21 @@ class _Job:
         labels = self.labels[part]
         logps = self.head.logprobs(hidden)
 
-        anchor = None
         detached = []
-        with torch.no_grad():
-            if self.entropy and not again:
+        if self.entropy and not again:
+            with torch.no_grad():
                 # Impossible tokens have log-prob -inf; clamped, they count 0 log 0 = 0.
                 lowest = torch.finfo(logps.dtype).min
                 detached.append(-torch.linalg.vecdot(logps.exp(), logps.clamp(min=lowest)))
-            if self.anchor is not None and (self.statistics or not again):
-                with self.anchor.head.context():
-                    anchor = self.anchor.head.logprobs(self.anchor.hidden[part])
-                detached.append(_at(anchor, labels).to(logps.dtype))
+
+        laws: tuple[Tensor, Tensor | None, Tensor] = (logps, None, labels)
+        if self.anchor is not None and (self.statistics or not again):
+            ours, theirs, outcomes, anchor_logps = self.anchor.compared(part, logps, labels)
+            laws = (ours, theirs, outcomes)
+            detached.append(anchor_logps.to(logps.dtype))
 
         trained = [_at(logps, labels)]
-        shared = logps if anchor is None else _cut(logps, anchor.shape[-1])
-        trained += [statistic(shared, anchor, labels) for statistic in self.statistics.values()]
+        trained += [statistic(*laws) for statistic in self.statistics.values()]
         if again or not detached:
             return torch.stack(trained), logps.new_zeros(0, len(labels))
         return torch.stack(trained), torch.stack(detached)
@@ -203,7 +224,7 @@ def head_figures(
     hidden: Tensor,
     labels: Tensor,
     statistics: Mapping[str, Statistic],
-    anchor: AnchorStates | None = None,
+    anchor: AnchorLaws | None = None,
     *,
     entropy: bool = True,
 ) -> dict[str, Tensor]:

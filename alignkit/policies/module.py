@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from alignkit.batches import Statistic
 from alignkit.errors import DataError, ModelError
-from alignkit.policies.head import AnchorStates, Head, head_figures
+from alignkit.policies.head import AnchorLaws, Head, head_figures
 from alignkit.policies.layout import Rows, attention_mask
 from alignkit.policies.packing import FLEX, packing_of, take_runs
 from alignkit.policies.router import Router
@@ -149,7 +149,7 @@ class PolicyModule(nn.Module):
         self,
         rows: Rows,
         statistics: Mapping[str, Statistic] | None = None,
-        anchor: AnchorStates | None = None,
+        anchor: AnchorLaws | None = None,
         *,
         hidden_only: bool = False,
         entropy: bool = True,

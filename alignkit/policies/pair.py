@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from alignkit.batches import Bundle, Outputs, Plan, TokenLogps
 from alignkit.errors import CheckpointError, ModelError
-from alignkit.policies.head import AnchorStates
+from alignkit.policies.head import AnchorLaws, AnchorStates
 from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches, stand_in
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.reference import START_ADAPTER, Anchor
@@ -29,6 +29,7 @@ from alignkit.policies.sharding import (
     shard,
     whole,
 )
+from alignkit.policies.stored_laws import IDS, StoredLaws
 
 SCORING_BUDGET = 8192  # tokens per forward without gradient
 RESCORED = 4  # bundles whose stored log-probs are compared with live ones
@@ -128,11 +129,13 @@ class PolicyPair:
         # Statistics compare whole vocabularies, so the first anchor only lends its hidden states:
         # the policy's head computes its log-probs chunk by chunk beside the policy's own.
         anchor_logps: dict[str, Tensor] = {}
-        states = None
+        laws: AnchorLaws | None = None
         for name in plan.anchors if anchors else ():
-            self._check_labels(name, rows)
+            if name in self.anchors:
+                self.anchors[name].check_labels(name, rows.labels, self.vocab_size)
             if plan.statistics and name == plan.anchors[0]:
-                states = self._states(name, rows)
+                stored = all(IDS in bundle.tokens for bundle in bundles)
+                laws = StoredLaws.of(bundles, rows) if stored else self.states(name, rows)
             elif all(name in bundle.tokens for bundle in bundles):
                 anchor_logps[name] = self._stored(bundles, name, rows)
             else:
@@ -140,9 +143,9 @@ class PolicyPair:
 
         self.module.train(torch.is_grad_enabled())
         with self._autocast():
-            results = self.module(rows, plan.statistics if anchors else {}, states)
+            results = self.module(rows, plan.statistics if anchors else {}, laws)
         extras = {name: rows.scatter(values) for name, values in results.items()}
-        if states is not None:
+        if laws is not None:
             anchor_logps[plan.anchors[0]] = extras.pop("anchor")
 
         behavior = None
@@ -185,7 +188,7 @@ class PolicyPair:
             return logps.float()
 
     @torch.no_grad()
-    def _states(self, name: str, rows: Rows) -> AnchorStates:
+    def states(self, name: str, rows: Rows) -> AnchorStates:
         """An anchor's hidden states and head, for statistics over its vocabulary."""
         with self._active(name) as module, self._autocast():
             hidden = module.eval()(rows, hidden_only=True)["hidden"]
@@ -196,18 +199,6 @@ class PolicyPair:
         # This anchor lives inside the policy: its head is the policy's, with the anchor's adapter.
         head = replace(self.base.head, context=lambda: anchor.active(self.base, self.base))
         return AnchorStates(hidden, head)
-
-    def _check_labels(self, name: str, rows: Rows) -> None:
-        """ModelError for a token that the anchor does not have: its vocabulary was cut."""
-        module = self.anchors[name].module if name in self.anchors else None
-        if module is None or module.vocabulary is None or module.vocabulary >= self.vocab_size:
-            return
-        if len(rows.labels) and int(rows.labels.max()) >= module.vocabulary:
-            raise ModelError(
-                f"a completion has the token {int(rows.labels.max())}, which the {name} does not "
-                f"have: its vocabulary ends at {module.vocabulary - 1}. It is padding of the "
-                "policy's embedding; lower train.learning_rate, or take a model without padding"
-            )
 
     def _active(self, name: str) -> AbstractContextManager[nn.Module]:
         """The module of an anchor, inside the block. ModelError where the run has no such anchor."""

@@ -115,6 +115,19 @@ class Anchor:
             with base.adapter_disabled():
                 yield policy
 
+    def check_labels(self, name: str, labels: Tensor, vocabulary: int) -> None:
+        """ModelError where one of the labels [M], tokens of a policy of so many, is one that this
+        anchor does not have, because its vocabulary was cut.
+        """
+        own = None if self.module is None else self.module.vocabulary
+        if own is None or own >= vocabulary or not len(labels) or int(labels.max()) < own:
+            return
+        raise ModelError(
+            f"a completion has the token {int(labels.max())}, which the {name} does not have: its "
+            f"vocabulary ends at {own - 1}. It is padding of the policy's embedding; lower "
+            "train.learning_rate, or take a model without padding"
+        )
+
     @torch.no_grad()
     def after_step(self, step: int, base: PolicyModule) -> None:
         """Move towards the policy after optimiser step `step` (counted from 1)."""

@@ -37,8 +37,8 @@ def cached_in(
     Raises ResourceError where that is too much.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{_weights_key(pair)}.safetensors"
-    keys = [_row_key(bundle) for bundle in bundles]
+    file = folder / f"{weights_key(pair, 'policy')}.safetensors"
+    keys = [row_key(bundle) for bundle in bundles]
 
     with locked(file.with_suffix(".lock")):
         stored = _read(file)
@@ -73,7 +73,7 @@ def _check(pair: PolicyPair, bundles: Sequence[Bundle], file: Path) -> None:
     )
 
 
-def _weights_key(pair: PolicyPair) -> str:
+def weights_key(pair: PolicyPair, name: str) -> str:
     """What a file belongs to: weights, dtypes, attention kernel and autocast, as 24 hex digits."""
 
     def parts(model: torch.nn.Module) -> Iterator[bytes]:
@@ -84,11 +84,11 @@ def _weights_key(pair: PolicyPair) -> str:
             flat = tensor.detach().cpu().contiguous().flatten()
             yield flat.view(torch.uint8).numpy().tobytes()
 
-    with pair.model("policy") as model:
+    with pair.model(name) as model:
         return sha256_of_parts(parts(model))[:24]
 
 
-def _row_key(bundle: Bundle) -> bytes:
+def row_key(bundle: Bundle) -> bytes:
     """What a row is found by: 16 bytes of the hash of its token ids and masks."""
     parts = [bundle.prompt.numpy().tobytes()]
     for ids, mask in zip(bundle.completions, bundle.masks):

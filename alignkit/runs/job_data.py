@@ -22,6 +22,7 @@ from alignkit.judges.load import load_judge
 from alignkit.policies.module import context_length
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.store import cached_in
+from alignkit.policies.teacher_store import with_stored_teacher
 from alignkit.rewards.call import RewardCall
 from alignkit.rewards.load import load_rewards
 from alignkit.rollout.engines import make_sampler
@@ -81,6 +82,8 @@ def fixed_data(context: RunContext) -> JobData:
     if pair.reference_kind == "cached":
         bundles = _with_reference(context, bundles)
         held_out = _with_reference(context, held_out)
+    bundles = _with_teacher(context, bundles)
+    held_out = _with_teacher(context, held_out)
     for name, text in plan.prefixes.items():
         bundles = _with_prefixed_reference(context, bundles, name, text)
         held_out = _with_prefixed_reference(context, held_out, name, text)
@@ -266,6 +269,17 @@ def _with_reference(context: RunContext, bundles: list[Bundle]) -> list[Bundle]:
         replace(bundle, tokens={**bundle.tokens, "reference": reference[place]})
         for place, bundle in enumerate(bundles)
     ]
+
+
+def _with_teacher(context: RunContext, bundles: list[Bundle]) -> list[Bundle]:
+    """The bundles with the teacher's most likely tokens, where the recipe asks for that. Every
+    process scores all of them, unless a store has them.
+    """
+    teacher = context.recipe.teacher
+    if teacher is None or teacher.top is None or not context.plan.needs_teacher or not bundles:
+        return bundles
+    folder = Path(teacher.store).expanduser() if teacher.store else None
+    return with_stored_teacher(context.pair, bundles, teacher.top, folder)
 
 
 def _with_prefixed_reference(

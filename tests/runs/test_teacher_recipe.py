@@ -41,6 +41,7 @@ def recipe(world, out, *overrides, rows="rows.jsonl"):
     ("rows", "overrides"),
     [
         ("rows.jsonl", ["objective.share=0", "objective.kd_ratio=0.5"]),
+        ("rows.jsonl", ["objective.share=0", "teacher.top=5", "objective.divergence=jsd"]),
         ("rows.jsonl", ["objective.share=0.5", "objective.divergence=jsd"]),
         ("prompts.jsonl", ["objective.share=1"]),
     ],

@@ -1,0 +1,149 @@
+"""The teacher's most likely tokens, scored once before training, and kept on disk for later runs.
+
+A file belongs to one teacher (weights, dtype, kernel), one length of vocabulary and one `top`; a row
+in it is found by its token ids and masks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from alignkit.batches import Bundle
+from alignkit.errors import ModelError, ResourceError
+from alignkit.files import locked, replaced_file, sha256_of_parts
+from alignkit.policies.head import chunk_rows
+from alignkit.policies.layout import Rows, build_rows
+from alignkit.policies.pair import SCORING_BUDGET, PolicyPair
+from alignkit.policies.store import row_key, weights_key
+from alignkit.policies.stored_laws import IDS, LABELS, LOGPROBS, top_law
+
+NAMES = (IDS, LOGPROBS, LABELS)
+
+Laws = dict[str, list[Tensor]]  # IDS, LOGPROBS, LABELS -> K x [T_k, ...]
+
+
+def with_stored_teacher(
+    pair: PolicyPair, bundles: Sequence[Bundle], top: int, folder: Path | None = None
+) -> list[Bundle]:
+    """The bundles with the teacher's `top` most likely tokens at each position and the mass of all
+    others in their tokens; read from `folder` where it has them, and added to it where not.
+
+    ModelError where `top` does not leave a token out, ResourceError for a damaged file.
+    """
+    module = pair.anchors["teacher"].module
+    vocabulary = pair.vocab_size if module is None else module.vocabulary or pair.vocab_size
+    if top >= vocabulary:
+        raise ModelError(
+            f"teacher.top: {top} of a vocabulary of {vocabulary} tokens leaves none out; give fewer, "
+            "or leave `top` out for the whole law"
+        )
+    if folder is None:
+        return _filled(bundles, _scored(pair, bundles, top))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    key = weights_key(pair, "teacher")
+    file = folder / f"teacher-{key}-{vocabulary}-top{top}.safetensors"
+    keys = [row_key(bundle) for bundle in bundles]
+    with locked(file.with_suffix(".lock")):
+        stored = _read(file, top)
+        missing = {key: bundle for key, bundle in zip(keys, bundles) if key not in stored}
+        stored |= zip(missing, _scored(pair, list(missing.values()), top))
+        if missing:
+            _write(file, stored)
+    pair.notes.append(f"teacher.store: {len(stored) - len(missing)} rows read from {file}")
+    return _filled(bundles, [stored[key] for key in keys])
+
+
+def _filled(bundles: Sequence[Bundle], laws: Sequence[Laws]) -> list[Bundle]:
+    return [replace(b, tokens={**b.tokens, **law}) for b, law in zip(bundles, laws)]
+
+
+@torch.no_grad()
+def _scored(pair: PolicyPair, bundles: Sequence[Bundle], top: int) -> list[Laws]:
+    """The teacher's laws at the tokens of each bundle; zeros where a token is not trained."""
+    scored: dict[int, Laws] = {}
+    for group in pair.micro_batches(bundles, SCORING_BUDGET):
+        members = [bundles[i] for i in group]
+        rows = build_rows(members, pair.layout, pair.device, packing=pair.packing)
+        tensors = [_by_completion(rows, values) for values in _top(pair, rows, top)]
+
+        at = 0
+        for i, bundle in zip(group, members):
+            ends = [len(ids) for ids in bundle.completions]
+            scored[i] = {
+                name: [values[at + k, :end].clone() for k, end in enumerate(ends)]
+                for name, values in zip(NAMES, tensors)
+            }
+            at += len(ends)
+    return [scored[i] for i in range(len(bundles))]
+
+
+def _top(pair: PolicyPair, rows: Rows, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids [M, top], log-probs [M, top + 1] and the labels' log-probs [M] of all trained tokens."""
+    states = pair.states("teacher", rows)
+    size = chunk_rows(pair.vocab_size, pair.device)
+    ids: list[Tensor] = []
+    laws: list[Tensor] = []
+    labels: list[Tensor] = []
+
+    for hidden, label in zip(states.hidden.split(size), rows.labels.split(size)):
+        logprobs = states.head.logprobs(hidden)
+        ids.append(logprobs.topk(top).indices)
+        laws.append(top_law(logprobs, ids[-1]))
+        labels.append(logprobs.gather(-1, label[:, None])[:, 0])
+    return torch.cat(ids), torch.cat(laws), torch.cat(labels)
+
+
+def _by_completion(rows: Rows, values: Tensor) -> Tensor:
+    """Values of the trained tokens [M, ...] -> [N, T, ...] on the CPU, zeros elsewhere."""
+    whole = values.new_zeros(rows.shape[0] * rows.shape[1], *values.shape[1:])
+    whole[rows.targets] = values
+    return whole.view(*rows.shape, *values.shape[1:]).cpu()
+
+
+def _read(file: Path, top: int) -> dict[bytes, Laws]:
+    """What a file holds. ResourceError where it is damaged."""
+    if not file.exists():
+        return {}
+    damaged = ResourceError(f"teacher.store: {file} is damaged; delete it")
+    try:
+        content = load_file(file)
+        intact = torch.equal(content.pop("digest"), _digest(content))
+        lengths = content["lengths"].tolist()
+        split = {name: iter(content[name].split(lengths)) for name in NAMES}
+        keys = [key.tobytes() for key in content["keys"].numpy()]
+        counts = content["completions"].tolist()
+        laws = {
+            key: {name: [next(split[name]) for _ in range(n)] for name in NAMES}
+            for key, n in zip(keys, counts, strict=True)
+        }
+    except (SafetensorError, KeyError, ValueError, RuntimeError, StopIteration) as error:
+        raise damaged from error
+
+    if not intact:
+        raise damaged
+    return laws
+
+
+def _write(file: Path, stored: dict[bytes, Laws]) -> None:
+    rows = {name: [row for laws in stored.values() for row in laws[name]] for name in NAMES}
+    content = {
+        "keys": torch.tensor([list(key) for key in stored], dtype=torch.uint8),
+        "completions": torch.tensor([len(laws[IDS]) for laws in stored.values()]),
+        "lengths": torch.tensor([len(row) for row in rows[IDS]]),
+        **{name: torch.cat(values) for name, values in rows.items()},
+    }
+    content["digest"] = _digest(content)
+    with replaced_file(file) as temporary:
+        save_file(content, temporary)
+
+
+def _digest(content: Mapping[str, Tensor]) -> Tensor:
+    """The SHA-256 of the tensors of a file, [32] uint8."""
+    parts = (content[name].contiguous().numpy().tobytes() for name in sorted(content))
+    return torch.tensor(list(bytes.fromhex(sha256_of_parts(parts))), dtype=torch.uint8)

@@ -1,0 +1,115 @@
+"""The teacher's most likely tokens: the same statistic on k + 1 outcomes, and the file that keeps
+them.
+"""
+
+import pytest
+import torch
+from tiny_models import VOCAB, random_bundles, separate_logps, tiny_model, write_model
+
+from alignkit.batches import Plan
+from alignkit.config.model import ModelConfig, ReferenceConfig
+from alignkit.config.teacher import TeacherConfig
+from alignkit.errors import ModelError, ResourceError
+from alignkit.losses import distillation_loss
+from alignkit.objectives.distillation.pld import PLD
+from alignkit.objectives.distillation.teacher_base import teacher_statistic
+from alignkit.policies.load import load_pair
+from alignkit.policies.teacher import add_teacher
+from alignkit.policies.teacher_store import with_stored_teacher
+
+NAMES = ("forward_kl", "reverse_kl", "jsd")
+LAWS = Plan("sequence", {n: teacher_statistic(divergence=n) for n in NAMES}, ("teacher",))
+
+
+@pytest.fixture
+def pair(tmp_path):
+    model = ModelConfig(name_or_path=write_model(tmp_path / "s"))
+    loaded = load_pair(model, ReferenceConfig(), None, LAWS, fixed_data=True)
+    teacher = write_model(tmp_path / "t", "gpt2", 5)
+    add_teacher(loaded, TeacherConfig(name_or_path=teacher), model)
+    return loaded
+
+
+def coarse(logprobs, ids):
+    others = torch.ones_like(logprobs).scatter(-1, ids, 0.0)
+    tail = (logprobs.exp() * others).sum(-1, keepdim=True).log()
+    return torch.cat([logprobs.gather(-1, ids), tail], -1)
+
+
+@pytest.mark.parametrize("top", [1, 7])
+def test_statistics_see_the_top_and_one_bucket(pair, top):
+    bundles = random_bundles(3)
+    stored = with_stored_teacher(pair, bundles, top)
+    laws = []
+    for network in (pair.base.model, tiny_model("gpt2", 5)):
+        kept = []
+        separate_logps(network, bundles, lambda lp, ids, kept=kept: kept.append(lp) or lp[:, 0])
+        laws.append(torch.cat(kept).detach())
+    policy, teacher = laws
+    ids = teacher.topk(top).indices
+    every = torch.cat([m for bundle in bundles for m in bundle.masks])
+
+    live = pair.logps(bundles, LAWS)
+    pair.anchors["teacher"].module = None  # nothing asks the teacher again
+    found = pair.logps(stored, LAWS)
+    for name in NAMES:
+        expected = distillation_loss(coarse(policy, ids), coarse(teacher, ids), divergence=name)
+        own = found.extras[name][found.mask]
+        torch.testing.assert_close(own, expected[every], rtol=0, atol=2e-5)
+        assert bool((own <= live.extras[name][live.mask] + 1e-5).all())
+    torch.testing.assert_close(found.anchors["teacher"], live.anchors["teacher"], rtol=0, atol=1e-5)
+
+
+def test_all_tokens_but_one_are_the_whole_law(pair):
+    bundles = random_bundles(3)
+    live = pair.logps(bundles, LAWS)
+    found = pair.logps(with_stored_teacher(pair, bundles, VOCAB - 1), LAWS)
+    for name in NAMES:
+        torch.testing.assert_close(found.extras[name], live.extras[name], rtol=0, atol=2e-5)
+    ranked = [
+        pair.logps(b, PLD().plan).extras["pld"]
+        for b in (bundles, with_stored_teacher(pair, bundles, VOCAB - 1))
+    ]
+    torch.testing.assert_close(*ranked, rtol=0, atol=1e-4)
+
+
+def test_the_gradient_goes_through_both_parts(pair):
+    bundles = random_bundles(3)
+    grads = []
+    for rows in (bundles, with_stored_teacher(pair, bundles, VOCAB - 1)):
+        pair.base.zero_grad()
+        pair.logps(rows, LAWS).extras["jsd"].sum().backward()
+        grads.append([p.grad.clone() for p in pair.parameters()])
+    for whole, stored in zip(*grads):
+        torch.testing.assert_close(stored, whole, rtol=0, atol=2e-4)
+
+
+def test_a_store_is_read_by_the_next_run(pair, tmp_path, monkeypatch):
+    first, more = random_bundles(3, 3), random_bundles(4, 2)
+    with_stored_teacher(pair, first, 4, tmp_path / "store")
+    both = with_stored_teacher(pair, [*first, *more], 4, tmp_path / "store")
+    assert "3 rows read" in pair.notes[-1]
+    monkeypatch.setattr("alignkit.policies.teacher_store._top", lambda *_: pytest.fail("scored"))
+    again = with_stored_teacher(pair, [*more[::-1], *first], 4, tmp_path / "store")
+    for one, other in zip(both, [*again[2:], *again[1::-1]], strict=True):
+        for name, values in one.tokens.items():
+            assert all(map(torch.equal, values, other.tokens[name]))
+    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 1
+
+
+def test_what_a_store_refuses(pair, tmp_path):
+    bundles = random_bundles(3)
+    for top in (VOCAB, VOCAB + 5):
+        with pytest.raises(ModelError, match=f"teacher.top: {top} of a vocabulary of {VOCAB}"):
+            with_stored_teacher(pair, bundles, top)
+    with_stored_teacher(pair, bundles, 4, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    content = file.read_bytes()
+    position = len(content) // 2
+    for damaged in (b"", content[:-9], content[:position] + b"\xff" * 8 + content[position + 8 :]):
+        file.write_bytes(damaged)
+        with pytest.raises(
+            ResourceError, match=r"teacher.store: .* is damaged; delete it"
+        ) as error:
+            with_stored_teacher(pair, bundles, 4, tmp_path)
+        assert error.value.exit_code == 7
