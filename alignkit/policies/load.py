@@ -24,6 +24,7 @@ from alignkit import files
 from alignkit.batches import Plan
 from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig, TargetConfig
 from alignkit.errors import ConfigError, ModelError, first_line
+from alignkit.policies.adapters import CONFIG, adapter_base, with_adapter
 from alignkit.policies.live import DTYPES, adopt, config_without_dropout
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.pair import PolicyPair
@@ -145,19 +146,16 @@ def load_frozen(
     An adapter names the model that it belongs on; its folder may hold a tokenizer of its own.
     """
     folder = Path(model.name_or_path).expanduser()
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / CONFIG).is_file():
         loaded, _ = load_model(model, device=device, dtype=dtype, field=field)
         return loaded, load_tokenizer(model, field)
 
-    from peft import PeftConfig, PeftModel
-
-    base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    base = model.model_copy(update={"name_or_path": base_name or "", "revision": None})
+    base_name = adapter_base(folder, field)
+    base = model.model_copy(update={"name_or_path": base_name, "revision": None})
     loaded, _ = load_model(base, device=device, dtype=dtype, field=field)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(model if has_tokenizer else base, field)
-    adapted: Any = PeftModel.from_pretrained(loaded, str(folder))
-    return adapted.eval(), tokenizer
+    return with_adapter(loaded, folder, field).eval(), tokenizer
 
 
 def same_vocabulary(first: Any, second: Any) -> bool:
@@ -216,7 +214,7 @@ def add_adapter(model: Any, adapter: AdapterConfig, *, seed: int) -> Any:
     """The model with a LoRA adapter: a new one, or one to train on, of which a frozen copy stays as
     the reference. Raises ModelError.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -233,14 +231,14 @@ def add_adapter(model: Any, adapter: AdapterConfig, *, seed: int) -> Any:
             except ValueError as error:
                 raise ModelError(f"model.adapter.target_modules: {first_line(error)}") from error
 
-        if not (Path(adapter.path) / "adapter_config.json").exists():
+        if not (Path(adapter.path) / CONFIG).exists():
             raise ModelError(
                 f"model.adapter.path: there is no adapter_config.json in {adapter.path}; give a "
                 "folder written by peft"
             )
-        loaded = PeftModel.from_pretrained(model, adapter.path, is_trainable=True)
-        loaded.load_adapter(adapter.path, START_ADAPTER, is_trainable=False)
-        return loaded
+        folder = Path(adapter.path)
+        loaded = with_adapter(model, folder, "model.adapter.path", trainable=True)
+        return with_adapter(loaded, folder, "model.adapter.path", name=START_ADAPTER)
 
 
 def _following_anchors(target: TargetConfig, plan: Plan, base: PolicyModule) -> dict[str, Anchor]:
@@ -379,20 +377,17 @@ def merge(folder: Path | str, out: Path | str) -> None:
     The folder `out` appears whole or not at all. Raises ModelError when there is no adapter, or its
     base model cannot be loaded, and ResourceError where the disk refuses.
     """
-    from peft import PeftConfig, PeftModel
-
     source = Path(folder)
-    if (source / "model" / "adapter_config.json").exists():
+    if (source / "model" / CONFIG).exists():
         source = source / "model"
-    if not (source / "adapter_config.json").exists():
+    if not (source / CONFIG).exists():
         raise ModelError(
             f"{folder} holds no adapter (adapter_config.json); only LoRA runs need merging"
         )
 
-    base = PeftConfig.from_pretrained(str(source)).base_model_name_or_path or ""
+    base = adapter_base(source, "merge")
     model, _ = load_model(ModelConfig(name_or_path=base), device="cpu")
-    adapted: Any = PeftModel.from_pretrained(model, source)
-    merged = adapted.merge_and_unload()
+    merged = with_adapter(model, source, "merge").merge_and_unload()
 
     # The run's own tokenizer if it has one, else the base model's, as it was before `load_tokenizer`
     # gave it a pad token.

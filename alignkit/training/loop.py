@@ -85,7 +85,8 @@ class _Loop:
             job.run.start(job.recipe, start)
 
         step = start
-        metrics: Metrics = {}
+        # A run that was stopped after its last step has this row for the card, and takes no other.
+        metrics: Metrics = job.run.logged(start) if resumed else {}
         stop_early = False
         progress = TrainProgress(job.steps, start, enabled=self.accelerator.is_main_process)
         with self.signals, progress:

@@ -55,6 +55,11 @@ class RunFolder:
         rows = files.read_jsonl(self.path / "metrics.jsonl")
         return rows[-1]["step"] if rows else 0
 
+    def logged(self, step: int) -> dict[str, Any]:
+        """The row of metrics.jsonl of `step`; empty where there is none."""
+        rows = files.read_jsonl(self.metrics_file)
+        return next((row for row in reversed(rows) if row.get("step") == step), {})
+
     def refuse_to_overwrite(self) -> None:
         """A run that has results is continued, never overwritten."""
         if self.finished or checkpoint.steps(self.checkpoints):

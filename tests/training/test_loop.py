@@ -205,6 +205,31 @@ def test_a_signal_leaves_a_checkpoint_and_resume_is_bit_equal(model, tmp_path, s
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_signal_in_the_last_step_costs_the_card_no_result(model, tmp_path):
+    def job(folder):
+        made = make_job(model, folder, DPO(), pairs(8), evaluation=pairs(8), eval_every=2)
+        made.card = lambda metrics: json.dumps(
+            {name: value for name, value in metrics.items() if name != "time"}
+        )
+        return made
+
+    whole, _, _ = run(job(tmp_path / "a"))
+    interrupted = job(tmp_path / "b")
+    collect = interrupted.source.collect
+    interrupted.source.collect = lambda step, half: (
+        signal.raise_signal(signal.SIGTERM) if step == 5 else None,
+        collect(step, half),
+    )[1]
+    with pytest.raises(Interrupted, match="after step 6"):
+        run(interrupted)
+
+    resumed, _, _ = run(job(tmp_path / "b"), "auto")
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert card == (tmp_path / "a" / "README.md").read_text()
+    assert {"loss", "eval_loss", "grad_norm"} <= set(json.loads(card))
+    assert resumed.metrics["loss"] == whole.metrics["loss"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
