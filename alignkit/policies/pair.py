@@ -131,8 +131,9 @@ class PolicyPair:
         anchor_logps: dict[str, Tensor] = {}
         laws: AnchorLaws | None = None
         for name in plan.anchors if anchors else ():
-            if name in self.anchors:
-                self.anchors[name].check_labels(name, rows.labels, self.vocab_size)
+            anchor = self.anchors.get(name)
+            if anchor is not None and anchor.module is not None:
+                anchor.check_labels(name, rows.labels, self.vocab_size)
             if plan.statistics and name == plan.anchors[0]:
                 stored = all(IDS in bundle.tokens for bundle in bundles)
                 laws = StoredLaws.of(bundles, rows) if stored else self.states(name, rows)
