@@ -79,7 +79,7 @@ def make_example(
 
     example = Example(
         number=row.number,
-        uid=f"{source}:{row.number}",
+        uid=row.place or f"{source}:{row.number}",
         prompt=prompt,
         completions=completions,
         label=_label(values["label"]) if format == "labelled" else None,

@@ -48,6 +48,7 @@ class Row:
     number: int  # the line of a JSONL file, the position from 1 elsewhere
     values: Mapping[str, Any] | None
     problem: str = ""
+    place: str = ""  # file and line, where the rows come from several files
 
 
 def data_suffix(path: Path) -> str:

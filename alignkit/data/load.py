@@ -135,6 +135,7 @@ def _read_examples(
     """
     rows = read_rows(config, source)
     report = Report(rows.where, rows.name, total=len(rows.rows))
+    report.places = {row.number: row.place for row in rows.rows if row.place}
     if not rows.rows:
         raise DataError(f"{rows.where} has 0 rows")
 

@@ -2,9 +2,10 @@
 through `datasets`, files through `file_formats.py`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,8 @@ def _read_named(source: str | Path, part: _Part) -> Rows:
             return Rows(path.name, str(path), list(read_file(path, part.splits)))
         except OSError as error:
             raise DataError(f"data: cannot read {path} ({error.strerror})") from None
+    if has_magic(name) and not path.exists():
+        return Rows(path.name, str(path), list(_read_files(path, part)))
     if path.is_dir():
         split, values = _read_folder(path, part)
         return Rows(path.name, f"{path} split {split}", numbered(values))
@@ -120,6 +123,19 @@ def _read_named(source: str | Path, part: _Part) -> Rows:
         raise _no_such_path(path)
     split, values = _read_hub(name, part)
     return Rows(name, f"dataset {name} split {split}", numbered(values))
+
+
+def _read_files(pattern: Path, part: _Part) -> Iterator[Row]:
+    """The rows of all files that match `pattern`, in the order of their names, numbered through."""
+    paths = sorted(path for path in map(Path, glob(str(pattern), recursive=True)) if path.is_file())
+    if not paths:
+        raise DataError(f"data: no file matches {pattern}")
+
+    number = 0
+    for path in paths:
+        for row in _read_named(path, part).rows:
+            number += 1
+            yield replace(row, number=number, place=f"{path.name}:{row.number}")
 
 
 def _no_such_path(path: Path) -> DataError:
@@ -200,7 +216,6 @@ def renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
         return others | mapped
 
     renamed = [
-        Row(row.number, None if row.values is None else rename(row.values), row.problem)
-        for row in rows.rows
+        row if row.values is None else replace(row, values=rename(row.values)) for row in rows.rows
     ]
     return Rows(rows.name, rows.where, renamed)

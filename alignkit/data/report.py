@@ -37,6 +37,7 @@ class Report:
     total: int = 0  # rows that were read
     usable: int = 0  # rows that are left to train on
     findings: dict[str, Finding] = field(default_factory=dict)
+    places: dict[int, str] = field(default_factory=dict)  # of rows that lie in several files
 
     # In tokens, one entry per row that was tokenised, rows that were dropped later included. A
     # length is that of the prompt and the longest completion, before the cut.
@@ -139,7 +140,7 @@ class Report:
 
         for severity, verdict, count in self._ordered():
             finding = self.findings[verdict]
-            rows = ", ".join(map(str, finding.rows))
+            rows = ", ".join(map(self._row, finding.rows))
             meaning = finding.detail or VERDICTS[verdict][1]
             table.add_row(severity, verdict, str(count), rows, plain(meaning))
         return table
@@ -152,12 +153,16 @@ class Report:
             if verdict in self.findings
         ]
 
+    def _row(self, number: int) -> str:
+        return self.places.get(number, str(number))
+
     def _sentence(self, verdict: str) -> str:
         finding = self.findings[verdict]
         plural = "s" if finding.count > 1 else ""
         more = ", ..." if finding.count > len(finding.rows) else ""
-        rows = ", ".join(map(str, finding.rows)) + more
-        detail = f"; {self.name}:{finding.rows[0]}: {finding.detail}" if finding.detail else ""
+        rows = ", ".join(map(self._row, finding.rows)) + more
+        first = self.places.get(finding.rows[0], f"{self.name}:{finding.rows[0]}")
+        detail = f"; {first}: {finding.detail}" if finding.detail else ""
         meaning = VERDICTS[verdict][1]
         return f"{verdict}: {finding.count} row{plural} ({rows}): {meaning}{detail}"
 

@@ -1,5 +1,6 @@
 """What a launch checks before any model is loaded. Importing this imports no torch."""
 
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,8 @@ def check_without_torch(recipe: Recipe, safe: bool = False) -> None:
     for field in ("train", "eval"):
         source = getattr(recipe.data, field) or ""
 
-        if data_suffix(Path(source)) in SUFFIXES and not Path(source).expanduser().exists():
+        is_file_name = data_suffix(Path(source)) in SUFFIXES and not has_magic(source)
+        if is_file_name and not Path(source).expanduser().exists():
             read_rows(recipe.data, source)  # raises, and names a file with a similar name
 
         name = source.removeprefix("task:")

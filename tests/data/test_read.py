@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from alignkit.config.data import DataConfig
 from alignkit.data.file_formats import Row, read_jsonl
+from alignkit.data.load import load_bundles
 from alignkit.data.read import read_rows
 from alignkit.errors import ConfigError, DataError
 
@@ -264,3 +265,24 @@ def test_json_columns_are_decoded_in_parquet_as_in_a_saved_dataset(tmp_path):
     bare = pq.read_table(tmp_path / "a.parquet").replace_schema_metadata(None)
     pq.write_table(bare, tmp_path / "bare.parquet")
     assert values(tmp_path / "bare.parquet") == rows
+
+
+def test_a_pattern_reads_all_files_in_the_order_of_their_names(tmp_path, kinds):
+    rows = [{"prompt": f"hello {i}", "chosen": " a", "rejected": " b"} for i in range(3)]
+    (tmp_path / "deep").mkdir()
+    save_table(tmp_path / "b.csv", rows[1:2])
+    (tmp_path / "a.jsonl").write_text("\n" + json.dumps(rows[0]))
+    (tmp_path / "deep" / "c.jsonl").write_text(json.dumps(rows[2]))
+    assert values(tmp_path / "*.jsonl") == rows[:1]
+    assert values(f"{tmp_path}/**/*.jsonl") == [rows[0], rows[2]]
+    assert values(tmp_path / "[ab].*") == rows[:2]
+    with pytest.raises(DataError, match=r"no file matches .*\*\.json$"):
+        values(f"{tmp_path}/*.json")
+
+    # A row is named by its own file and line, and rows of equal number stay apart.
+    (tmp_path / "deep" / "c.jsonl").write_text(f"{json.dumps(rows[2])}\n" + '{"prompt": 1}')
+    config = DataConfig(train=f"{tmp_path}/**/*.jsonl", on_bad_row="drop")
+    bundles, report = load_bundles(config, "pair", kinds["byte_level"])
+    assert [bundle.uid for bundle in bundles] == ["a.jsonl:2", "c.jsonl:1"]
+    assert "missing: 1 row (c.jsonl:2)" in "\n".join(report.lines())
+    assert "; c.jsonl:2: no `chosen`" in "\n".join(report.lines())
