@@ -1,8 +1,9 @@
 """The recipe's `data` section. Imports pydantic alone."""
 
+from datetime import date, datetime
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from alignkit.config.section import Section
 
@@ -59,3 +60,13 @@ class DataConfig(Section):
     on_bad_row: Literal["error", "drop"] = Field(
         "error", description="malformed rows stop the run, or are dropped and counted"
     )
+
+    @field_validator("template_time", mode="before")
+    @classmethod
+    def _check_template_time(cls, value: object) -> object:
+        """`auto` or a time in ISO 8601; YAML reads a bare date as one."""
+        if isinstance(value, date):  # a datetime is one too
+            return value.isoformat()
+        if isinstance(value, str) and value != "auto":
+            datetime.fromisoformat(value)
+        return value

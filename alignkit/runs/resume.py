@@ -3,6 +3,7 @@ run from another.
 """
 
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ FREE: dict[str, set[str] | None] = {  # None: the whole section
     "model": {"layout", "gradient_checkpointing"},
     "reference": {"store"},
     "teacher": {"store"},
-    "data": {"train", "eval", "format"},  # what is trained on is compared row by row
+    # what is trained on is compared row by row
+    "data": {"train", "eval", "format", "template_time"},
     "train": {
         "micro_batch_tokens",
         "eval_every",
@@ -43,6 +45,7 @@ AUTOS = [
     ("model", "layout"),
     ("reference", "kind"),
     ("data", "format"),
+    ("data", "template_time"),
     ("train", "micro_batch_tokens"),
     ("train", "dtype"),
     ("train", "router_aux_loss"),
@@ -84,6 +87,7 @@ def measured_autos(context: "RunContext") -> dict[str, dict[str, Any]]:
 
     return {
         "model": {"dtype": dtype, "attention": attention, "layout": pair.layout},
+        "data": {"template_time": _start_time()},
         "reference": {"kind": "auto" if pair.reference_kind == "none" else pair.reference_kind},
         "train": {
             "dtype": "bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
@@ -93,6 +97,14 @@ def measured_autos(context: "RunContext") -> dict[str, dict[str, Any]]:
             "metric_goal": context.recipe.train.goal_of(metric),
         },
     }
+
+
+def _start_time() -> str:
+    """This minute by the first process's clock, so that all processes render the same text."""
+    from accelerate.utils import broadcast_object_list
+
+    now = [datetime.now().isoformat(timespec="minutes")]
+    return str(broadcast_object_list(now)[0])
 
 
 def fill_autos(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
