@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo test test-long test-faults test-trl-matrix test-vllm test-wheel lint docs bench reproduce clean
+.PHONY: install demo test test-long test-templates test-faults test-trl-matrix test-vllm test-wheel lint docs bench reproduce clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -21,6 +21,9 @@ test: $(STAMP)  ## one thread per process: results repeat bit for bit; whole fil
 
 test-long: $(STAMP)  ## tests that train until a figure is reached, and longer comparisons with TRL
 	$(SINGLE) $(BIN)/python -m pytest -n 2 --dist load -m "long and not slow"
+
+test-templates: $(STAMP)  ## every chat template in TRL's package: the same ids and masks as TRL, or a listed reason
+	$(SINGLE) $(BIN)/python -m pytest -m slow tests/data/test_template_parity.py
 
 test-faults: $(STAMP)  ## 50 runs killed at random moments, each taken up again and compared bit by bit
 	$(SINGLE) ALIGNKIT_KILLS=50 $(BIN)/python -m pytest -s tests/faults

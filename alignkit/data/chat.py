@@ -155,10 +155,11 @@ class Renderer:
 
 
 def _append(turns: Turns, stop: str) -> None:
-    """Let the last turn, with which the text ends, end with `stop`."""
+    """Let the text, and the last turn if the text ends with it, end with `stop`."""
+    start, end = turns.spans[-1] if turns.spans else (0, -1)
+    if end == len(turns.text):
+        turns.spans[-1] = (start, end + len(stop))
     turns.text += stop
-    if turns.spans:
-        turns.spans[-1] = (turns.spans[-1][0], len(turns.text))
 
 
 def _note_losses(trained: Sequence[Message], turns: Turns, notes: set[str]) -> None:

@@ -166,24 +166,42 @@ class TurnFinder:
         previous_end = places[previous][1]
         for opening in self._openings(messages[:i], previous, options):
             length = common_prefix([text[previous_end:begin], opening.prompt])
-            if length >= common_prefix([opening.closing, opening.prompt]):
-                return Words(previous_end + length, end, opening.prompt[length:])
+            if length < common_prefix([opening.closing, opening.prompt]):
+                continue
+            missing = opening.prompt[length:]
+            if opening.closing == opening.prompt:
+                # Here the template prompts for nothing, as behind a tool's answer, but the header
+                # of a turn may stand in the text all the same.
+                header = self._header(options)
+                shared = common_prefix([text[previous_end + length : begin], header])
+                if shared >= SHORTEST_HEADER:
+                    length += shared
+                    missing = header[shared:]
+            return Words(previous_end + length, end, missing)
+
+        # Or the text before the turn changes with what follows, but not the header itself.
+        header = self._header(options)
+        if header and text[previous_end:begin].endswith(header):
+            return Words(begin, end, "")
         return None
 
     def _opening_words(self, options: dict[str, Any], text: str, begin: int, end: int) -> Words:
         """The words of a turn that opens the conversation. Nobody wrote anything before it, so its
         header is looked for in the text: as much of the generation prompt as can be found.
         """
-        opening = self._usual_opening("user", options)
-        header = ""
-        if opening:
-            header = opening.prompt[common_prefix([opening.closing, opening.prompt]) :]
-
+        header = self._header(options)
         for length in range(len(header), SHORTEST_HEADER - 1, -1):
             position = text.find(header[:length], 0, begin)
             if position >= 0:
                 return Words(position + length, end, header[length:])
         return Words(begin, end, "")
+
+    def _header(self, options: dict[str, Any]) -> str:
+        """The generation prompt behind a user's message."""
+        opening = self._usual_opening("user", options)
+        if opening is None:
+            return ""
+        return opening.prompt[common_prefix([opening.closing, opening.prompt]) :]
 
     def _openings(
         self, messages: list[Message], previous: int, options: dict[str, Any]

@@ -250,3 +250,16 @@ def test_white_space_around_turns_is_kept_or_trimmed_as_the_template_does(kinds)
     text, _ = taught(kinds["chat"], SYSTEM.replace("m.content", "m.content|trim"), *turns)
     assert "assistant\n⟦hello<|im_end|>\n⟧" in text
     assert "assistant\n⟦the cat<|im_end|>\n⟧" in text
+
+
+def test_a_lost_last_turn_does_not_lengthen_the_turn_before_it(kinds):
+    backwards = "m.content|reverse if loop.last and m.role == 'assistant' else m.content"
+    template = SYSTEM.replace("m.content", backwards)
+    bundles, report = load(
+        kinds["chat"],
+        template,
+        {"messages": [user("a"), assistant("hello"), user("on"), assistant("the cat")]},
+    )
+    assert report.count("untrained_turn") == 1
+    taught_text = marked(kinds["chat"], bundles[0]).partition("⟦")[2].partition("⟧")[0]
+    assert taught_text == "hello<|im_end|>\n"

@@ -1,0 +1,453 @@
+"""The same rows through TRL's own preparation and through alignkit's, for every chat template in TRL's
+package: token ids, where the prompt ends, and what is trained are equal, or differ for a reason that
+is listed here and checked. `make test-templates` prints how often each occurs.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl.chat_template_utils")
+world = pytest.importorskip("template_world")
+
+from alignkit.data import DataConfig, load_bundles  # noqa: E402
+from alignkit.errors import DataError  # noqa: E402
+
+pytestmark = pytest.mark.slow  # `make test-templates`, which CI runs
+
+REASONS = {
+    "refused": "both refuse the row: the template raises (no system prompt, no tools, ...)",
+    "trl_fails": "TRL fails where alignkit does not: the template joins a missing content, or "
+    "arguments in the other form, or the parts of a content, and alignkit gives it what it reads",
+    "no_training_template": "TRL has no training template and refuses to find the turns",
+    "prefilled": "alignkit refuses a prompt that ends with the assistant's turn: the template would "
+    "end that turn, and the answer would begin a second one",
+    "bos": "a BOS typed in the text is doubled by TRL",
+    "eos": "a tokenizer that adds EOS ends the prompt with it in TRL, and the row with two",
+    "stand_in": "behind an empty prompt TRL never scores the first token; alignkit scores it behind "
+    "BOS, or EOS where there is none",
+    "prefix": "of two implicit texts one is the beginning of the other: TRL's prompt ends a character "
+    "early, alignkit's is all that both share, and the shorter one goes on with EOS",
+    "parts": "TRL hands contents in parts to the template, which writes Python's lists; alignkit "
+    "joins them to the text that they are",
+    "turns": "of several turns in a completion TRL trains the user's and the tool's too",
+    "header": "TRL's training template trains the end of the generation prompt, which the model is "
+    "given and never writes; TRL itself does not train it for prompts and completions",
+    "words": "TRL's text leaves out thoughts (or words beside a call) of an earlier trained turn",
+    "thought_block": "TRL's raw template writes an empty thought for the last turn alone, alignkit "
+    "teaches it for every turn, as TRL does for messages",
+    "opening": "the assistant opens the conversation: the template writes no empty thought before "
+    "its words even when they are the last, TRL's training template does",
+    "stop": "for prompts and completions TRL's template teaches no stop token",
+    "moved": "the template moves words beside a call behind the tool's answer, and alignkit does not "
+    "train them there",
+    "lost": "the template glues words beside a call to the next turn's; alignkit leaves that turn out "
+    "of the loss and counts it (TRL has no training template)",
+    "tool_stop": "the token with which the template opens a tool's answer behind a call is where a "
+    "sampler stops, so it is trained; TRL's training template gives it to the tool",
+    "cut": "alignkit ends a conversation with the last trained turn, TRL with the user's behind it",
+}
+MESSAGES = {case for case, row in world.DEMONSTRATIONS.items() if "messages" in row}
+ALLOWED = {
+    "pairs": {
+        "header": {"calls_in_completion"},
+        "trl_fails": {
+            "parts",
+            "calls_without_content",
+            "arguments_as_text",
+            "tools",
+            "tool_results",
+            "calls_in_completion",
+        },
+        "prefilled": {"prefilled"},
+        "bos": {"text_with_bos"},
+        "stand_in": {"text_empty_prompt"},
+        "prefix": {"text_implicit_prefix"},
+        "parts": {"parts"},
+        "turns": {"turns_in_completion", "calls_in_completion", "implicit_early"},
+    },
+    "demonstrations": {
+        "no_training_template": MESSAGES,
+        "header": MESSAGES,
+        "bos": {"text_with_bos"},
+        "stand_in": {"text", "text_with_eos", "text_with_bos"},
+        "turns": {"turns_in_completion"},
+        "words": {"thoughts", "thoughts_beside", "words_and_calls"},
+        "thought_block": {"turns_in_completion"},
+        "opening": {"starts_with_assistant"},
+        "stop": {"completion", "completion_several_turns", "turns_in_completion"},
+        "cut": {"ends_with_user"},
+        "tool_stop": {"tools"},
+        "moved": {"words_and_calls"},
+        "lost": {"words_and_calls"},
+    },
+}
+THOUGHT_BLOCK = "<think>\n\n</think>\n\n"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One row as a model sees it."""
+
+    ids: list[int]
+    mask: list[bool]
+
+    def trained(self) -> list[int]:
+        return [i for i, on in enumerate(self.mask) if on and i]  # nothing predicts the first
+
+
+@dataclass
+class Comparison:
+    """One row in one template: both sides (two for a pair), or the errors."""
+
+    kind: str
+    name: str
+    case: str
+    row: dict[str, Any]
+    tokenizer: Any
+    theirs: list[Side] = field(default_factory=list)
+    ours: list[Side] = field(default_factory=list)
+    their_error: Exception | None = None
+    our_error: Exception | None = None
+    has_lost_turns: bool = False  # as alignkit's report says
+
+    def text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids))
+
+    def every(self, check: Callable[[Side, Side], bool]) -> bool:
+        return all(check(theirs, ours) for theirs, ours in zip(self.theirs, self.ours))
+
+
+def prepare_both(kind: str, name: str, case: str, row: dict[str, Any], tokenizer: Any):
+    row = world.filled(row, tokenizer)
+    compared = Comparison(kind, name, case, row, tokenizer)
+    try:
+        compared.theirs = theirs_of(kind, row, tokenizer)
+    except Exception as error:  # TRL lets through whatever a template raises
+        compared.their_error = error
+    try:
+        compared.ours, compared.has_lost_turns = ours_of(kind, row, tokenizer)
+    except DataError as error:
+        compared.our_error = error
+    return compared
+
+
+def theirs_of(kind: str, row: dict[str, Any], tokenizer: Any) -> list[Side]:
+    if kind == "demonstrations":
+        return [Side(*world.trl_demonstration(row, tokenizer))]
+    prompt, completions = world.trl_pair(row, tokenizer)
+    return [Side(prompt + c, [False] * len(prompt) + [True] * len(c)) for c in completions]
+
+
+def ours_of(kind: str, row: dict[str, Any], tokenizer: Any) -> tuple[list[Side], bool]:
+    family = "sequence" if kind == "demonstrations" else "pair"
+    config = DataConfig(max_length=8192)
+    (bundle,), report = load_bundles(config, family, tokenizer, source=[row])
+    prompt = bundle.prompt.tolist()
+    sides = [
+        Side(prompt + ids.tolist(), [False] * len(prompt) + mask.tolist())
+        for ids, mask in zip(bundle.completions, bundle.masks)
+    ]
+    return sides, report.count("untrained_turn") > 0
+
+
+def equal(theirs: Side, ours: Side) -> bool:
+    """Equal up to turns behind the last trained token, which have no effect."""
+    same_ids = ours.ids == theirs.ids[: len(ours.ids)]
+    return same_ids and ours.trained() == theirs.trained()
+
+
+def outcome(compared: Comparison) -> str:
+    """`equal`, the reason why not, or what is not explained."""
+    if compared.their_error and compared.our_error:
+        return "refused"
+    if compared.their_error:
+        if "patching is not supported" not in str(compared.their_error):
+            return "trl_fails"
+        if trains_the_assistant_alone(compared, beside_calls=True):
+            return "no_training_template"
+        only_moved = trains_the_assistant_alone(compared, beside_calls=False)
+        if compared.has_lost_turns:
+            return "lost"
+        return "moved" if only_moved else "unexplained"
+    if compared.our_error:
+        ends_with_answer = "the prompt ends with an assistant turn" in str(compared.our_error)
+        return "prefilled" if ends_with_answer else f"alignkit refuses: {compared.our_error}"
+    if compared.every(equal):
+        return "equal"
+    for reason, check in CHECKS.items():
+        if compared.every(lambda theirs, ours, check=check: check(compared, theirs, ours)):
+            return reason
+    return "unexplained"
+
+
+def trains_the_assistant_alone(compared: Comparison, *, beside_calls: bool) -> bool:
+    """Without TRL to compare with: all that the template writes of what the assistant says (with or
+    without words beside calls) is trained, nothing that others say, and no header.
+    """
+    (ours,) = compared.ours
+    nothing = Side(ours.ids, [False] * len(ours.ids))
+    runs = [compared.text(run) for run in runs_of(ours, nothing)]
+    messages = completion_messages(compared)
+    others = [m["content"].strip() for m in messages if m["role"] != "assistant"]
+    whole = compared.text(ours.ids)
+    said = [
+        part
+        for m in messages
+        for part in said_by(m)
+        if part in whole and (beside_calls or not m.get("tool_calls"))
+    ]
+    headers = [prompt.rpartition("\n")[0] for prompt in generation_prompts(compared)]
+    headers = [header for header in headers if header.strip()]
+    return (
+        bool(runs)
+        and all(any(part in run for run in runs) for part in said)
+        and not any(text in run for text in others for run in runs if text not in "".join(said))
+        and not any(run.startswith(header) for header in headers for run in runs)
+    )
+
+
+def has_doubled_bos(compared: Comparison, theirs: Side, ours: Side) -> bool:
+    bos = compared.tokenizer.bos_token_id
+    return theirs.ids[:2] == [bos, bos] and theirs.ids[1:] == ours.ids
+
+
+def has_a_stand_in(compared: Comparison, theirs: Side, ours: Side) -> bool:
+    tokenizer = compared.tokenizer
+    token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return ours.ids == [token, *theirs.ids] and all(ours.mask[1:])
+
+
+def is_the_beginning_of_the_other(compared: Comparison, theirs: Side, ours: Side) -> bool:
+    texts = [compared.row.get("chosen", ""), compared.row.get("rejected", "")]
+    shorter, longer = sorted(map(str, texts), key=len)
+    begins = bool(shorter) and "prompt" not in compared.row and longer.startswith(shorter)
+    return begins and theirs.ids == ours.ids and set(ours.trained()) < set(theirs.trained())
+
+
+def has_parts(compared: Comparison, theirs: Side, ours: Side) -> bool:
+    """With the parts joined to a text, TRL makes the same of the row."""
+    joined = {
+        column: [m | {"content": "".join(part["text"] for part in m["content"])} for m in messages]
+        for column, messages in compared.row.items()
+        if isinstance(messages, list)
+        and column in ("prompt", "chosen", "rejected")
+        and isinstance(messages[0].get("content"), list)
+    }
+    if not joined:
+        return False
+    again = theirs_of(compared.kind, compared.row | joined, compared.tokenizer)
+    return any(equal(side, ours) for side in again)
+
+
+def trains_other_turns(compared: Comparison, theirs: Side, ours: Side) -> bool:
+    """What only TRL trains holds what a user or a tool says, and nothing that the assistant says."""
+    if theirs.ids != ours.ids or not set(ours.trained()) < set(theirs.trained()):
+        return False
+    runs = [compared.text(run) for run in runs_of(theirs, ours)]
+    others = [m["content"] for m in completion_messages(compared) if m["role"] != "assistant"]
+    said = [m["content"] for m in completion_messages(compared) if m["role"] == "assistant"]
+    return all(any(text in run for text in others) for run in runs) and not any(
+        text and text in run for text in said for run in runs if text not in " ".join(others)
+    )
+
+
+def trains_the_header(compared: Comparison, theirs: Side, ours: Side) -> bool:
+    """What only TRL trains is in the generation prompt, directly before what both train."""
+    length = len(ours.ids)
+    if theirs.ids[:length] != ours.ids or any(theirs.mask[length:]):
+        return False
+    if not set(ours.trained()) < set(theirs.trained()):
+        return False
+    prompts = generation_prompts(compared)
+    return all(
+        any(compared.text(run) in prompt for prompt in prompts) for run in runs_of(theirs, ours)
+    )
+
+
+def leaves_out_words(compared: Comparison, theirs: Side, ours: Side) -> bool:
+    """Something that the assistant thinks or says is trained here and not in TRL's text at all."""
+    taught = compared.text([ours.ids[i] for i in ours.trained()])
+    words = [part for m in completion_messages(compared) for part in said_by(m)]
+    missing = [part for part in words if part not in compared.text(theirs.ids)]
+    return bool(missing) and all(part in taught for part in missing)
+
+
+def has_more_thought_blocks(compared: Comparison, theirs: Side, ours: Side) -> bool:
+    text, own = compared.text(theirs.ids), compared.text(ours.ids)
+    return own.count(THOUGHT_BLOCK) > text.count(THOUGHT_BLOCK) and without_blocks(text, own)
+
+
+def has_no_opening_thought_block(compared: Comparison, theirs: Side, ours: Side) -> bool:
+    text, own = compared.text(theirs.ids), compared.text(ours.ids)
+    opens = compared.row.get("messages", [{"role": ""}])[0]["role"] == "assistant"
+    return (
+        opens and text.count(THOUGHT_BLOCK) > own.count(THOUGHT_BLOCK) and without_blocks(text, own)
+    )
+
+
+def without_blocks(text: str, own: str) -> bool:
+    return text.replace(THOUGHT_BLOCK, "") == own.replace(THOUGHT_BLOCK, "")
+
+
+def has_a_stop_token(compared: Comparison, theirs: Side, ours: Side) -> bool:
+    stop = compared.text(ours.ids[-1:])
+    return ours.ids[:-1] == theirs.ids and ours.mask[-1] and stop in ("<|user|>", "<|observation|>")
+
+
+def trains_where_a_tool_answers(compared: Comparison, theirs: Side, ours: Side) -> bool:
+    extra = set(ours.trained()) - set(theirs.trained())
+    tokens = {compared.text([ours.ids[i]]) for i in extra}
+    lacking = set(theirs.trained()) - set(ours.trained())
+    return ours.ids == theirs.ids and tokens == {"<|tool_response>"} and not lacking
+
+
+def leaves_out_moved_words(compared: Comparison, theirs: Side, ours: Side) -> bool:
+    moved = [m["content"] for m in completion_messages(compared) if m.get("tool_calls")]
+    runs = [compared.text(run) for run in runs_of(theirs, ours)]
+    extra = {ours.ids[i] for i in set(ours.trained()) - set(theirs.trained())}
+    tokens = {compared.text([token]) for token in extra}
+    return (
+        ours.ids == theirs.ids
+        and bool(runs)
+        and set(runs) <= set(moved)
+        and (tokens <= {"<|tool_response>"})
+    )
+
+
+def goes_on_behind_the_answer(compared: Comparison, theirs: Side, ours: Side) -> bool:
+    """Without the turns behind the last answer TRL makes the same of the row."""
+    messages = compared.row.get("messages", [])
+    if not messages or messages[-1]["role"] == "assistant":
+        return False
+    shorter = Comparison(
+        compared.kind, compared.name, compared.case, {"messages": messages[:-1]}, compared.tokenizer
+    )
+    shorter.theirs = theirs_of(shorter.kind, shorter.row, shorter.tokenizer)
+    shorter.ours = [ours]
+    return outcome(shorter) in ("equal", "header")
+
+
+CHECKS = {
+    "bos": has_doubled_bos,
+    "stand_in": has_a_stand_in,
+    "prefix": is_the_beginning_of_the_other,
+    "parts": has_parts,
+    "turns": trains_other_turns,
+    "header": trains_the_header,
+    "stop": has_a_stop_token,
+    "thought_block": has_more_thought_blocks,
+    "opening": has_no_opening_thought_block,
+    "words": leaves_out_words,
+    "moved": leaves_out_moved_words,
+    "tool_stop": trains_where_a_tool_answers,
+    "cut": goes_on_behind_the_answer,
+}
+
+
+def runs_of(theirs: Side, ours: Side) -> list[list[int]]:
+    """The stretches of tokens that only TRL trains."""
+    extra = set(theirs.trained()) - set(ours.trained())
+    runs: list[list[int]] = []
+    for i in sorted(extra):
+        if i - 1 in extra:
+            runs[-1].append(theirs.ids[i])
+        else:
+            runs.append([theirs.ids[i]])
+    return runs
+
+
+def completion_messages(compared: Comparison) -> list[dict[str, Any]]:
+    columns = ("messages", "completion", "chosen", "rejected")
+    parts = [compared.row[column] for column in columns if column in compared.row]
+    return [message for part in parts if isinstance(part, list) for message in part]
+
+
+def said_by(message: dict[str, Any]) -> list[str]:
+    """What the assistant thinks and says in a message, in parts that every template keeps whole."""
+    if message["role"] != "assistant":
+        return []
+    thought, _, answer = (message["content"] or "").rpartition("</think>")
+    parts = [thought.removeprefix("<think>"), answer, message.get("reasoning_content", "")]
+    return [part.strip() for part in parts if part.strip()]
+
+
+def generation_prompts(compared: Comparison) -> list[str]:
+    """What the template writes between the last message and the assistant's words."""
+    conversations = [[world.user("QQQ")]]
+    for arguments in ({"a": 1}, '{"a": 1}'):
+        (call,) = world.calls(1, 2)
+        call["function"]["arguments"] = arguments
+        called = world.assistant("", tool_calls=[call])
+        conversations.append([world.user("Q"), called, world.result("QQQ")])
+
+    prompts = []
+    for messages in conversations:
+        try:
+            text = compared.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception:  # a template without tools, or with arguments in the other form
+            continue
+        prompts.append(text.rpartition("QQQ")[2])
+    return prompts
+
+
+def rows_of(kind: str) -> dict[str, dict[str, Any]]:
+    return world.PAIRS if kind == "pairs" else world.DEMONSTRATIONS
+
+
+@pytest.mark.parametrize("kind", ["pairs", "demonstrations"])
+def test_every_template_gives_what_trl_gives_or_differs_for_a_reason(kind, capsys):
+    counts: Counter[str] = Counter()
+    problems = []
+    for name in world.names():
+        if name.startswith(world.VISION_ONLY):
+            continue
+        tokenizer = world.tokenizer_of(name)
+        for case, row in rows_of(kind).items():
+            reason = outcome(prepare_both(kind, name, case, row, tokenizer))
+            counts[reason] += 1
+            if reason in ("equal", "refused"):
+                continue
+            if case not in ALLOWED[kind].get(reason, ()):
+                problems.append(f"{name}, {case}: {reason}")
+
+    with capsys.disabled():
+        print(f"\n{kind}: {counts['equal']} of {counts.total()} rows equal to TRL's")
+        for reason, count in counts.most_common():
+            if reason != "equal":
+                print(f"{count:>6}  {reason}: {REASONS.get(reason, '?')}")
+    assert not problems, "\n".join(problems)
+    assert counts["equal"] > counts.total() / 3
+
+
+def test_the_templates_that_are_left_out_write_no_text():
+    """The reason why they are: a content that is a text leaves no trace in what they write."""
+    tokenizer = world.tokenizer_of("qwen3")
+    left_out = [name for name in world.names() if name.startswith(world.VISION_ONLY)]
+    assert len(left_out) == len(world.VISION_ONLY)
+    for name in left_out:
+        template = (world.FOLDER / f"{name}.jinja").read_text()
+        try:
+            text = tokenizer.apply_chat_template(
+                [world.user("QQQ")], chat_template=template, tokenize=False
+            )
+        except Exception:  # it takes a text's characters for parts
+            continue
+        assert "QQQ" not in text
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3"])
+def test_tokenizers_that_add_eos(name):
+    """TRL's prompt ends with EOS, and its row has two; here a row has one, at its end."""
+    tokenizer = world.tokenizer_of(name, adds_eos=True)
+    eos = tokenizer.eos_token_id
+    for case in ("text", "text_with_eos"):
+        compared = prepare_both("pairs", name, case, world.PAIRS[case], tokenizer)
+        assert all(side.ids[-2:] == [eos, eos] for side in compared.theirs)
+        assert compared.every(lambda theirs, ours: ours.ids == theirs.ids[:-1])
+        assert all(side.ids.count(eos) == 1 for side in compared.ours)
