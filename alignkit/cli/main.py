@@ -13,7 +13,7 @@ from alignkit.cli.compare import compare
 from alignkit.cli.data import app as data_app
 from alignkit.cli.eval import evaluate
 from alignkit.cli.generate import generate
-from alignkit.cli.merge import merge
+from alignkit.cli.merge import NumbersCommand, merge
 from alignkit.cli.pairs import pairs
 from alignkit.cli.recipes import app as recipes_app
 from alignkit.cli.train import train
@@ -38,7 +38,7 @@ app.command("eval")(evaluate)
 app.command()(verify)
 app.command()(generate)
 app.command()(pairs)
-app.command()(merge)
+app.command(cls=NumbersCommand)(merge)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")

@@ -1,25 +1,87 @@
-"""`alignkit merge`: a LoRA adapter into its base. What it does is in `alignkit.policies.load`."""
+"""`alignkit merge`: a LoRA adapter into its base, or several models into one. What it does is in
+`alignkit.policies.load` and `alignkit.runs.merge`.
+"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, cast
 
 import typer
+from typer.core import TyperCommand
 
-from alignkit.cli.options import Run
 from alignkit.errors import ConfigError
+
+SEVERAL = ("--weights", "--share")
+
+
+class NumbersCommand(TyperCommand):
+    """A command whose options of `SEVERAL` take all the numbers that follow them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """`--share 0.3 0.5` stands for `--share 0.3 --share 0.5`."""
+        expanded: list[str] = []
+        option = None
+        for argument in args:
+            if argument in SEVERAL:
+                option = argument
+            elif option is not None and _is_number(argument):
+                expanded += [option, argument]
+            else:
+                option = None
+                expanded.append(argument)
+        return super().parse_args(ctx, expanded)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def merge(
-    run: Run,
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Run folders, models or adapters of one start."),
+    ],
     to: Annotated[
-        Path | None, typer.Option(help="Folder for the merged model; default: RUN/merged.")
+        Path | None,
+        typer.Option(help="Folder for the merged model; default for one LoRA run: RUN/merged."),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="linear: weighted sum of task vectors; slerp: along the sphere.")
+    ] = "linear",
+    weights: Annotated[
+        list[float] | None, typer.Option(help="One per model; default: equal, with the sum 1.")
+    ] = None,
+    toward: Annotated[
+        str | None, typer.Option(help="The model that all started from; default: as they say.")
+    ] = None,
+    share: Annotated[
+        list[float] | None,
+        typer.Option(help="How far to go from the start; several numbers: a folder for each."),
     ] = None,
 ) -> None:
-    """Fold a run's LoRA adapter into its base model."""
-    from alignkit.policies.load import merge as merge_adapter
-
-    target = to or run / "merged"
+    """Fold a run's LoRA adapter into its base model, or merge several models into one."""
+    if method not in ("linear", "slerp"):
+        raise ConfigError(f"merge: there is no method `{method}`; it is linear or slerp")
+    folds = len(models) == 1 and not (weights or toward or share or method != "linear")
+    if to is None and not folds:
+        raise ConfigError("merge: name a folder for the merged model with --to")
+    target = to or Path(models[0]) / "merged"
     if target.exists():
         raise ConfigError(f"{target} exists already; name another folder with --to")
-    merge_adapter(run, target)
-    typer.echo(f"{target}: the merged model")
+
+    if folds:
+        from alignkit.policies.load import merge as fold
+
+        fold(models[0], target)
+        typer.echo(f"{target}: the merged model")
+        return
+
+    from alignkit.runs.merge import MergeRequest, merge_models
+
+    kind = cast(Literal["linear", "slerp"], method)
+    request = MergeRequest(models, target, kind, weights or None, toward, share or [1.0])
+    for folder in merge_models(request):
+        typer.echo(f"{folder}: the merged model")
