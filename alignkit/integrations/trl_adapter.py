@@ -1,5 +1,5 @@
-"""What the adapters of TRL's trainers share: arguments, reference, reduction and metrics. Imports no
-trl.
+"""What the adapters of TRL's trainers share: arguments, reference, reduction and metrics. It
+imports no trl.
 """
 
 import inspect

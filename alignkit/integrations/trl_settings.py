@@ -23,12 +23,12 @@ OWN_LOSS = {
     "use_adaptive_entropy": "",
     "off_policy_mask_threshold": "",
     "use_bias_correction_kl": "GRPO(kl='k3_weighted')",
-    "sapo_temperature_neg": "",
-    "sapo_temperature_pos": "",
-    "vespo_k_pos": "",
-    "vespo_lambda_pos": "",
-    "vespo_k_neg": "",
-    "vespo_lambda_neg": "",
+    "sapo_temperature_neg": "SAPO(temperature_negative=...)",
+    "sapo_temperature_pos": "SAPO(temperature_positive=...)",
+    "vespo_k_pos": "VESPO(power_positive=...)",
+    "vespo_lambda_pos": "VESPO(decay_positive=...)",
+    "vespo_k_neg": "VESPO(power_negative=...)",
+    "vespo_lambda_neg": "VESPO(decay_negative=...)",
 }
 # Loss type of TRL -> the objective with that loss.
 LOSS_TYPES = {
@@ -52,6 +52,9 @@ LOSS_TYPES = {
     "dr_grpo": "DrGRPO",
     "dapo": "DAPO(drop_constant=False)",
     "cispo": "CISPO",
+    "sapo": "SAPO",
+    "luspo": "LUSPO",
+    "vespo": "VESPO",
 }
 
 

@@ -153,7 +153,7 @@ def run(cls, config, folder, out, scenario, defaults):
 
 
 def compare(ours, theirs, size, own):
-    """Equal losses and gradient norms; no metric of TRL's is lost but those that begin with `own`."""
+    """Equal losses and gradient norms; no metric of TRL's is lost but those beginning with `own`."""
     curves = [
         torch.tensor([(r["loss"], r["grad_norm"]) for r in log if "grad_norm" in r]).double()
         for log in (ours, theirs)
@@ -210,7 +210,7 @@ def test_online_scripts(model, tmp_path, name):
         (DPO(), {"use_weighting": True}, "no objective of alignkit has use_weighting=True"),
         (GRPO(beta=0), {"importance_sampling_level": "sequence"}, "use GSPO"),
         (GRPO(beta=0), {"loss_type": "dr_grpo"}, "instead of loss_type use DrGRPO"),
-        (GRPO(beta=0), {"loss_type": "luspo"}, "no objective of alignkit has loss_type='luspo'"),
+        (GRPO(beta=0), {"loss_type": "luspo"}, "instead of loss_type use LUSPO"),
         (GRPO(beta=0), {"epsilon_high": 0.28}, "use the objective's clip_high"),
         (GRPO(beta=0), {"top_entropy_quantile": 0.2}, "no objective of alignkit has top_entropy"),
     ],
