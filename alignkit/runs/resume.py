@@ -20,7 +20,15 @@ FREE: dict[str, set[str] | None] = {  # None: the whole section
     "reference": {"store"},
     "teacher": {"store"},
     # what is trained on is compared row by row
-    "data": {"train", "eval", "format", "template_time"},
+    "data": {
+        "train",
+        "eval",
+        "eval_split",
+        "eval_subset",
+        "format",
+        "truncate",
+        "template_time",
+    },
     "train": {
         "micro_batch_tokens",
         "eval_every",

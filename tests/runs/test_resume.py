@@ -16,6 +16,7 @@ from alignkit.errors import CheckpointError, ResourceError
 from alignkit.files import read_jsonl
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.runs.launch import run_recipe
+from alignkit.runs.resume import identity_of
 from alignkit.training import checkpoint
 from alignkit.training.loop import train
 from alignkit.training.run_folder import RunFolder
@@ -192,3 +193,17 @@ def test_a_clock_that_jumps_changes_nothing(model, tmp_path, monkeypatch):
     rows, others = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in "ab")
     assert [r["loss"] for r in rows] == [r["loss"] for r in others]
     assert all(row["time"] < 60 for row in others)
+
+
+def test_fields_that_decide_about_rows_leave_older_checkpoints_valid():
+    """Rows are compared themselves, so a field of `data` that came later is no difference."""
+    assert set(identity_of(load_recipe("dpo"))["data"]) == {
+        "split",
+        "subset",
+        "columns",
+        "chat_template",
+        "max_length",
+        "append_eos",
+        "split_special_tokens",
+        "on_bad_row",
+    }
