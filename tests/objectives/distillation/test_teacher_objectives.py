@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignkit import KDRL, OPD, PLD, Distill, MiniLLM, TrajectoryBalance
+from alignkit import FDPG, KDRL, OPD, PLD, Distill, MiniLLM, TrajectoryBalance
 from alignkit.batches import SequenceBatch
 from alignkit.oracles.gradients import (
     Population,
@@ -18,7 +18,7 @@ from alignkit.testing import check_objective
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 SUM = {"aggregation": "sequence_sum"}
-CLASSES = [PLD, OPD, KDRL, MiniLLM, TrajectoryBalance]
+CLASSES = [PLD, OPD, KDRL, MiniLLM, TrajectoryBalance, FDPG]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,17 @@ def test_trajectory_balance_vanishes_at_the_tilted_optimum_and_climbs_towards_it
         lambda theta: -regularised_value(tree, theta, scores, population.reference, beta) / beta,
         population.theta,
     )
+    torch.testing.assert_close(population.delivered(objective, scores), wanted, **EXACT)
+
+
+def test_fdpg_in_the_reverse_kl_climbs_the_reward_minus_the_kl(population):
+    tree, beta = population.tree, 0.7
+    scores = torch.linspace(-1, 1, len(tree.tokens), dtype=torch.float64)
+    wanted = gradient(
+        lambda theta: -regularised_value(tree, theta, scores, population.reference, beta) / beta,
+        population.theta,
+    )
+    objective = FDPG(beta=beta, divergence="reverse_kl", cap=100.0)
     torch.testing.assert_close(population.delivered(objective, scores), wanted, **EXACT)
 
 
