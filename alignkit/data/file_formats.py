@@ -17,6 +17,13 @@ from typing import Any, BinaryIO
 from alignkit.errors import DataError, first_line
 
 MAX_LINE = 64 * 2**20  # bytes of one JSONL line or CSV cell
+
+# A packed file that grows beyond both of these is refused: it would fill the memory.
+_GROWTH = 200  # times its size
+_ALWAYS_ALLOWED = 256 * 2**20  # bytes
+
+_BATCH = 256  # rows of a Parquet file that are decoded at once
+_ROW = 64  # bytes counted for a row beside its values
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXT_SUFFIXES = SUFFIXES[:-1]
 
@@ -88,8 +95,49 @@ def read_file(path: Path, splits: Sequence[str]) -> Iterable[Row]:
 
 def _open(path: Path) -> BinaryIO:
     """`path` for reading bytes, decompressed where its suffix says that it is compressed."""
-    opener: Callable[..., BinaryIO] = COMPRESSIONS.get(path.suffix.lower(), open)
-    return opener(path, "rb")
+    opener = COMPRESSIONS.get(path.suffix.lower())
+    return path.open("rb") if opener is None else io.BufferedReader(_Bounded(path, opener))
+
+
+class _Bounded(io.RawIOBase):
+    """The bytes of a compressed file. Raises DataError once there are far more than it has."""
+
+    def __init__(self, path: Path, opener: Callable[..., BinaryIO]):
+        self.path = path
+        self.unpacked = opener(path, "rb")
+        self.allowed = _allowed(path)
+        self.total = 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` as far as there is something, and return how far."""
+        data = self.unpacked.read(len(buffer))
+        buffer[: len(data)] = data
+        self.total += len(data)
+        _check_growth(self.path, self.total, self.allowed)
+        return len(data)
+
+    def close(self) -> None:
+        """Close the file too."""
+        self.unpacked.close()
+        super().close()
+
+
+def _allowed(path: Path) -> int:
+    """The most bytes that a packed file may grow to."""
+    return max(_ALWAYS_ALLOWED, _GROWTH * path.stat().st_size)
+
+
+def _check_growth(path: Path, unpacked: int, allowed: int) -> None:
+    if unpacked > allowed:
+        raise DataError(
+            f"{path}: its {path.stat().st_size:,} bytes grow to more than {allowed:,} when they "
+            f"are read; up to {_GROWTH} times their size, or {_ALWAYS_ALLOWED >> 20} MiB, are "
+            "allowed, since more would fill the memory. Unpack it into JSONL if it is meant so"
+        )
 
 
 def _decompressed(path: Path, rows: Iterable[Row]) -> Iterator[Row]:
@@ -219,11 +267,22 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     try:
+        allowed = _allowed(path)
         file = pq.ParquetFile(path)
         decode = _json_decoder(file.schema_arrow)
-        for batch in file.iter_batches():
+        groups = range(file.metadata.num_row_groups)
+        stated = sum(file.metadata.row_group(group).total_byte_size for group in groups)
+        _check_growth(path, stated, allowed)
+
+        decoded = 0
+        for batch in file.iter_batches(batch_size=_BATCH):
+            # Repeated values stand in the file once, so what it states is no limit.
+            decoded += batch.nbytes + batch.num_rows * _ROW
+            _check_growth(path, decoded, allowed)
             for row in batch.to_pylist():
                 yield decode(row)
+    except DataError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: not a valid Parquet file ({first_line(error)})") from None
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignkit.config.data import DataConfig
-from alignkit.data.file_formats import Row, read_jsonl
+from alignkit.data.file_formats import Row, read_file, read_jsonl
 from alignkit.data.load import load_bundles
 from alignkit.data.read import read_rows
 from alignkit.errors import ConfigError, DataError
@@ -190,6 +190,55 @@ def test_damaged_files_of_other_formats(tmp_path):
     (tmp_path / "broken" / "state.json").write_text("{")
     with pytest.raises(DataError, match="not a dataset saved with save_to_disk"):
         values(tmp_path / "broken")
+
+
+def _repeated_parquet(path, value, rows):
+    """Every row the same: the value stands in the file once."""
+    column = pa.array([value] * rows)
+    pq.write_table(pa.table({"text": column}), path, row_group_size=rows)
+
+
+def _packed_parquet(path, value, rows):
+    """Every row the same, in full, and compressed."""
+    column = pa.array([value] * rows)
+    pq.write_table(pa.table({"text": column}), path, compression="zstd", use_dictionary=False)
+
+
+def _packed_lines(path, value, rows):
+    with gzip.open(path, "wt") as file:
+        file.write((json.dumps({"text": value}) + "\n") * rows)
+
+
+def _packed_list(path, value, rows):
+    with gzip.open(path, "wt") as file:
+        json.dump([{"text": value}] * rows, file)
+
+
+def _packed_cells(path, value, rows):
+    with gzip.open(path, "wt") as file:
+        file.write("text\n" + f"{value}\n" * rows)
+
+
+PACKED = [
+    ("a.parquet", _repeated_parquet),
+    ("b.parquet", _packed_parquet),
+    ("c.jsonl.gz", _packed_lines),
+    ("d.json.gz", _packed_list),
+    ("e.csv.gz", _packed_cells),
+]
+
+
+@pytest.mark.parametrize(("name", "write"), PACKED)
+def test_a_file_that_grows_a_thousandfold_is_refused(tmp_path, monkeypatch, name, write):
+    path = tmp_path / name
+    write(path, "a" * 10_000, 3000)
+    unpacked = 30_000_000
+    assert path.stat().st_size * 200 < unpacked
+
+    assert len(list(read_file(path, ["train"]))) == 3000  # small enough for any memory
+    monkeypatch.setattr("alignkit.data.file_formats._ALWAYS_ALLOWED", 10_000_000)
+    with pytest.raises(DataError, match=r"bytes grow to more than 10,000,000 when they are read"):
+        list(read_file(path, ["train"]))
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst", ".lz4"])
