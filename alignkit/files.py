@@ -2,23 +2,37 @@
 library only.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from alignkit.errors import ResourceError
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+
+# What `flock` answers for a folder on a file system that locks files only, such as NFS.
+NO_FOLDER_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOTSUP)
 
 
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_files(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of several files, in their order; large files are read side by side."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(sha256_of_file, paths))
 
 
 def sha256_of_parts(parts: Iterable[bytes]) -> str:
@@ -72,26 +86,61 @@ def write_jsonl(
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
+    """Append one JSON object as a line. OSError where `path` is a link: it may lead anywhere."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file that this package wrote; none where there is no file.
+def json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Every line of a JSONL file with the object in it; None for a line that holds none.
 
-    A process that is killed may leave half a line at the end. Reading stops there.
+    A process that is killed may leave half a line, a damaged disk lines that are not UTF-8.
+    Nothing comes where there is no file.
     """
-    rows: list[dict[str, Any]] = []
     if not path.exists():
-        return rows
+        return
+    with path.open("rb") as file:
+        for line in file:
+            yield line, json_object(line)
 
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+
+def json_object(text: bytes) -> dict[str, Any] | None:
+    """The JSON object that `text` is, None where it is none."""
+    try:
+        value = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file that this package wrote; none where there is no file. Lines that
+    hold no JSON object are left out.
+    """
+    return [row for _, row in json_lines(path) if row is not None]
+
+
+def filter_jsonl(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> int:
+    """Leave only the rows in the file that are `wanted`. Lines that hold no JSON object go too;
+    returns how many those are.
+    """
+    unreadable = 0
+    with replaced_file(path) as temporary, temporary.open("wb") as file:
+        for line, row in json_lines(path):
+            if row is None:
+                unreadable += 1
+            elif wanted(row):
+                file.write(line.rstrip(b"\n") + b"\n")
+    return unreadable
+
+
+def check_no_link(path: Path) -> None:
+    """OSError where `path` is a symbolic link: what is written or deleted there would be
+    elsewhere.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, f"{path.name} is a symbolic link, which is not followed", path)
 
 
 @contextmanager
@@ -128,9 +177,10 @@ def replaced_file(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` when the block ends without an exception.
 
     Readers see the old file or the new one, whole; an exception leaves `path` as it was. OSError
-    where the disk refuses.
+    where the disk refuses, or where a link stands in the place of the temporary file.
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    check_no_link(temporary)
     try:
         yield temporary
         fsync(temporary)
@@ -145,11 +195,13 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     exception.
 
     Every file in it is synced before the rename. What an earlier, killed attempt left is removed
-    first; an exception leaves `folder` as it was. OSError where the disk refuses.
+    first; an exception leaves `folder` as it was. OSError where the disk refuses, or where a link
+    stands in the place of a temporary folder.
     """
     temporary = folder.with_name(f".tmp-{folder.name}")
     previous = folder.with_name(f".tmp-{folder.name}-old")
     for left_over in (temporary, previous):
+        check_no_link(left_over)
         shutil.rmtree(left_over, ignore_errors=True)
 
     try:
@@ -179,3 +231,102 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield file
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold the operating system's lock on a folder that exists; nothing that is deleted in it gives
+    the lock away.
+
+    Where the file system locks files only, the file `.lock` in it is locked instead.
+    BlockingIOError where another process holds the lock.
+    """
+    with ExitStack() as stack:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno not in NO_FOLDER_LOCKS:
+                raise
+            check_no_link(folder / ".lock")
+            stack.enter_context(locked(folder / ".lock", wait=False))
+        yield
+
+
+def write_manifest(
+    folder: Path, content: Mapping[str, Any], *, without: Sequence[str] = ()
+) -> None:
+    """Write `manifest.json`: `content` (JSON), size and SHA-256 of every file in `folder` but those
+    named in `without`, and a SHA-256 of all that.
+    """
+    names = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
+    names = [name for name in names if name not in (MANIFEST, *without)]
+    hashes = sha256_of_files([folder / name for name in names])
+    entries = {
+        name: {"sha256": sha256, "bytes": (folder / name).stat().st_size}
+        for name, sha256 in zip(names, hashes)
+    }
+
+    manifest = {"format": MANIFEST_FORMAT, **content, "files": entries}
+    signed = {**manifest, "sha256": sha256_of_json(manifest)}
+    (folder / MANIFEST).write_text(json.dumps(signed, indent=1))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, {} where it has none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def check_manifest(folder: Path) -> str | None:
+    """None if every file matches the folder's manifest, else the first thing that is wrong. Files
+    that the manifest does not name are nobody's business.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] > MANIFEST_FORMAT:
+            return (
+                f"format {manifest['format']} is newer than this version reads ({MANIFEST_FORMAT})"
+            )
+        if manifest.pop("sha256") != sha256_of_json(manifest):
+            return f"{MANIFEST} does not match its own SHA-256"
+
+        entries = manifest["files"].items()
+        reasons = (_check_size(folder, name, entry) for name, entry in entries)
+        reason = next((reason for reason in reasons if reason), None)
+        return reason or _check_hashes(folder, manifest["files"])
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or MANIFEST).name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+
+
+def _check_size(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with one file of a manifest before its content is read, if anything is."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return f"manifest names a file outside the folder: {name}"
+
+    file = folder / name
+    if not file.is_file():
+        return f"{name} is missing"
+    if file.stat().st_size != entry["bytes"]:
+        return f"{name} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}"
+    return None
+
+
+def _check_hashes(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> str | None:
+    hashes = sha256_of_files([folder / name for name in entries])
+    for (name, entry), sha256 in zip(entries.items(), hashes):
+        if entry["sha256"] != sha256:
+            return f"{name} does not match its SHA-256"
+    return None

@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from alignkit.cli.options import Run
+from alignkit.errors import CheckpointError
 
 app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True)
 
@@ -14,34 +15,72 @@ app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True
 @app.command("list")
 def list_checkpoints(run: Run) -> None:
     """List a run's checkpoints, oldest first."""
-    _print_checkpoints(run)
-
-
-@app.command("verify")
-def verify_checkpoints(run: Run) -> None:
-    """Check every file of every checkpoint against its SHA-256. Exit 6 if one is damaged."""
-    from alignkit.errors import CheckpointError
-
-    damaged = _print_checkpoints(run)
-    if damaged:
-        raise CheckpointError(
-            f"{run}: {damaged} damaged; `alignkit train ... --resume auto` passes them over"
-        )
-
-
-def _print_checkpoints(run: Path) -> int:
-    """Print one line per checkpoint and return the number of damaged ones."""
-    from alignkit.errors import CheckpointError
-    from alignkit.training import checkpoint
-
-    verdicts = checkpoint.verify(run / "checkpoints")
+    verdicts = _checkpoints(run)
     if not verdicts:
         raise CheckpointError(
             f"{run} holds no checkpoints (looked for {run / 'checkpoints' / 'step-N'})"
         )
+    _print(verdicts)
 
-    for verdict in verdicts:
-        state = "whole" if verdict.reason is None else verdict.reason
-        best = "  (best)" if verdict.best else ""
-        typer.echo(f"{verdict.path}  {state}{best}")
-    return sum(verdict.reason is not None for verdict in verdicts)
+
+@app.command("verify")
+def verify_checkpoints(run: Run) -> None:
+    """Check every file of every checkpoint, of the finished model and of the reference's store
+    against its SHA-256. Exit 6 if one is damaged.
+    """
+    verdicts = [*_checkpoints(run), *_model(run), *_store(run)]
+    if not verdicts:
+        raise CheckpointError(
+            f"{run} holds no checkpoints (looked for {run / 'checkpoints' / 'step-N'}) and no model"
+        )
+
+    _print(verdicts)
+    damaged = [path for path, reason, _ in verdicts if reason is not None]
+    if not damaged:
+        return
+    message = f"{run}: {len(damaged)} damaged"
+    if all(path.parent == run / "checkpoints" for path in damaged):
+        message += "; `alignkit train ... --resume auto` passes them over"
+    raise CheckpointError(message)
+
+
+Line = tuple[Path, str | None, bool]  # what was checked, what is wrong with it, whether it is best
+
+
+def _checkpoints(run: Path) -> list[Line]:
+    from alignkit.training import checkpoint
+
+    verdicts = checkpoint.verify(run / "checkpoints")
+    return [(verdict.path, verdict.reason, verdict.best) for verdict in verdicts]
+
+
+def _model(run: Path) -> list[Line]:
+    """The finished model, if it has a manifest; models of earlier versions have none."""
+    from alignkit.files import MANIFEST, check_manifest
+
+    folder = run / "model"
+    return [(folder, check_manifest(folder), False)] if (folder / MANIFEST).exists() else []
+
+
+def _store(run: Path) -> list[Line]:
+    """The files of the store that the run's recipe names."""
+    from alignkit.config.recipe import load_recipe
+
+    recipe = run / "recipe.yaml"
+    store = load_recipe(recipe).reference.store if recipe.is_file() else None
+    if store is None:
+        return []
+
+    from alignkit.policies.store import damage
+
+    return [
+        (file, damage(file), False)
+        for file in sorted(Path(store).expanduser().glob("*.safetensors"))
+        if not file.name.startswith(".")
+    ]
+
+
+def _print(lines: list[Line]) -> None:
+    for path, reason, best in lines:
+        state = "whole" if reason is None else reason
+        typer.echo(f"{path}  {state}{'  (best)' if best else ''}")

@@ -73,9 +73,12 @@ def merge(
         raise ConfigError(f"{target} exists already; name another folder with --to")
 
     if folds:
+        from alignkit.config.recipe import load_recipe
         from alignkit.policies.load import merge as fold
 
-        fold(models[0], target)
+        recipe = Path(models[0]) / "recipe.yaml"
+        dtype = load_recipe(recipe).model.save_dtype if recipe.is_file() else "auto"
+        fold(models[0], target, dtype=dtype)
         typer.echo(f"{target}: the merged model")
         return
 

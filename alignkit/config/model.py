@@ -31,6 +31,9 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="dtype of the weights"
     )
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the saved model; auto: that of the base model's files"
+    )
     attention: Literal["auto", "eager", "sdpa", "flex_attention"] = Field(
         "auto", description="attention kernel"
     )

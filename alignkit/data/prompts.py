@@ -1,5 +1,6 @@
 """From checked examples to prompts, for objectives that sample their completions."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from alignkit.data.messages import Text
 from alignkit.data.report import Report
 from alignkit.data.template import ChatTemplate
 from alignkit.data.verdicts import BadRow
+from alignkit.files import sha256_of_parts
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,25 @@ class Prompt:
     text: Text  # as it stood in the data: what rewards and judges see
     uid: str
     columns: Mapping[str, Any]  # the row's other columns: a reward's keyword arguments
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of the prompts with all that rewards and judges see of their rows, and of their
+    order, for the checkpoint's manifest.
+    """
+    rows = ([p.ids.tolist(), p.text, dict(p.columns)] for p in prompts)
+    return sha256_of_parts(
+        json.dumps(row, sort_keys=True, default=_as_json).encode() for row in rows
+    )
+
+
+def _as_json(value: Any) -> Any:
+    """JSON in place of a column's value that is none: an array, a date, bytes, an image."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, bytes):
+        return value.hex()
+    return value.isoformat() if hasattr(value, "isoformat") else type(value).__name__
 
 
 def tokenize_prompts(

@@ -1,15 +1,100 @@
-"""Adapters in peft's layout: which model they belong on, and putting them there. Their files are
-checked first, for peft's own errors do not say what is wrong with them.
+"""Adapters in peft's layout: added to a model, and found again together with the model that they
+belong on. Their files are checked first, for peft's own errors do not say what is wrong with them.
 """
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from alignkit.config.model import AdapterConfig, ModelConfig
 from alignkit.errors import ModelError, first_line
+from alignkit.files import read_manifest
+from alignkit.policies.reference import START_ADAPTER
+from alignkit.policies.weights import check_base, check_files
 
 CONFIG = "adapter_config.json"
+
+
+def add_adapter(model: Any, adapter: AdapterConfig, *, seed: int) -> Any:
+    """The model with a LoRA adapter: a new one, or one to train on, of which a frozen copy stays as
+    the reference. Raises ModelError.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = _new(model, adapter) if adapter.path is None else _loaded(model, adapter.path)
+
+    # What is saved is to be found from every working directory.
+    base = Path(model.name_or_path).expanduser()
+    for config in adapted.peft_config.values():
+        config.base_model_name_or_path = str(base.resolve()) if base.is_dir() else str(base)
+    return adapted
+
+
+def _new(model: Any, adapter: AdapterConfig) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=adapter.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        raise ModelError(f"model.adapter.target_modules: {first_line(error)}") from error
+
+
+def _loaded(model: Any, path: str) -> Any:
+    folder = Path(path)
+    if not (folder / CONFIG).exists():
+        raise ModelError(
+            f"model.adapter.path: there is no adapter_config.json in {path}; give a "
+            "folder written by peft"
+        )
+    check_files(folder, "model.adapter.path")
+    adapted = with_adapter(model, folder, "model.adapter.path", trainable=True)
+    return with_adapter(adapted, folder, "model.adapter.path", name=START_ADAPTER)
+
+
+def base_of(folder: Path, settings: ModelConfig, field: str) -> ModelConfig:
+    """The model that the adapter in `folder` belongs on, where it lies now; all other `settings`
+    stay. `field` of the recipe names the folder in errors.
+
+    ModelError for an adapter that is damaged or names no model, CheckpointError for a base model
+    that is not the one that the adapter was trained on.
+    """
+    check_files(folder, field)
+    name = adapter_base(folder, field)
+    name = next((str(place) for place in _places(folder, name) if _is_model(place)), name)
+
+    identity = read_manifest(folder).get("identity", {})
+    revision = identity.get("model", {}).get("revision")
+    check_base(folder, name, revision)
+    return settings.model_copy(update={"name_or_path": name, "revision": revision})
+
+
+def _places(folder: Path, name: str) -> Iterator[Path]:
+    """Where the base model may lie: where the adapter says, seen from the working directory and
+    from the adapter, and, if that is a path and no hub name, beside the adapter or its run.
+    """
+    named = Path(name).expanduser()
+    above = [folder, *folder.absolute().parents[:2]]
+    yield named
+    for place in above:
+        yield place / named
+    if named.is_absolute() or len(named.parts) > 2 or name.startswith("."):
+        for place in above:
+            yield place / named.name
+
+
+def _is_model(place: Path) -> bool:
+    return (place / "config.json").is_file()
 
 
 def adapter_base(folder: Path, field: str) -> str:

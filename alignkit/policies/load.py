@@ -22,16 +22,18 @@ from transformers.utils import logging as transformers_logging
 
 from alignkit import files
 from alignkit.batches import Plan
-from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig, TargetConfig
+from alignkit.config.model import ModelConfig, ReferenceConfig, TargetConfig
 from alignkit.errors import ConfigError, ModelError, first_line
-from alignkit.policies.adapters import CONFIG, adapter_base, with_adapter
+from alignkit.policies.adapters import CONFIG, add_adapter, base_of, with_adapter
+from alignkit.policies.export import dtype_to_save, save_in_dtype
 from alignkit.policies.live import DTYPES, adopt, config_without_dropout
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.probe import check_head, choose_layout, probe_bundle
-from alignkit.policies.reference import KINDS, START_ADAPTER, Anchor, frozen, resolve_kind
+from alignkit.policies.reference import KINDS, Anchor, frozen, resolve_kind
 from alignkit.policies.router import router_of
 from alignkit.policies.scorer import TrainedScorer
+from alignkit.policies.weights import check_files
 
 
 def _check_source(name: str, field: str = "model.name_or_path") -> None:
@@ -100,6 +102,8 @@ def load_model(
     many numbers per text. `field` of the recipe names the model in errors. Raises ModelError.
     """
     _check_source(model.name_or_path, field)
+    if Path(model.name_or_path).is_dir():
+        check_files(Path(model.name_or_path), field)
     # A bar per load would disturb the run's own display.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     kernel = {} if model.attention == "auto" else {"attn_implementation": model.attention}
@@ -150,8 +154,7 @@ def load_frozen(
         loaded, _ = load_model(model, device=device, dtype=dtype, field=field)
         return loaded, load_tokenizer(model, field)
 
-    base_name = adapter_base(folder, field)
-    base = model.model_copy(update={"name_or_path": base_name, "revision": None})
+    base = base_of(folder, model, field)
     loaded, _ = load_model(base, device=device, dtype=dtype, field=field)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(model if has_tokenizer else base, field)
@@ -208,37 +211,6 @@ def _reference_model(
             "must be the same"
         )
     return frozen(PolicyModule(loaded))
-
-
-def add_adapter(model: Any, adapter: AdapterConfig, *, seed: int) -> Any:
-    """The model with a LoRA adapter: a new one, or one to train on, of which a frozen copy stays as
-    the reference. Raises ModelError.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if adapter.path is None:
-            settings = LoraConfig(
-                r=adapter.r,
-                lora_alpha=adapter.alpha,
-                lora_dropout=adapter.dropout,
-                target_modules=adapter.target_modules,
-                task_type="CAUSAL_LM",
-            )
-            try:
-                return get_peft_model(model, settings)
-            except ValueError as error:
-                raise ModelError(f"model.adapter.target_modules: {first_line(error)}") from error
-
-        if not (Path(adapter.path) / CONFIG).exists():
-            raise ModelError(
-                f"model.adapter.path: there is no adapter_config.json in {adapter.path}; give a "
-                "folder written by peft"
-            )
-        folder = Path(adapter.path)
-        loaded = with_adapter(model, folder, "model.adapter.path", trainable=True)
-        return with_adapter(loaded, folder, "model.adapter.path", name=START_ADAPTER)
 
 
 def _following_anchors(target: TargetConfig, plan: Plan, base: PolicyModule) -> dict[str, Anchor]:
@@ -320,7 +292,15 @@ def load_pair(
         anchors["reference"] = Anchor("frozen", other)
 
     anchors |= _following_anchors(target or TargetConfig(), plan, base)
-    return PolicyPair(base, tokenizer, anchors, layout=layout, notes=notes, save_config=dropout)
+    return PolicyPair(
+        base,
+        tokenizer,
+        anchors,
+        layout=layout,
+        notes=notes,
+        save_config=dropout,
+        save_dtype=dtype_to_save(model, of=None if live is None else live[0]),
+    )
 
 
 def load_scorer(
@@ -356,7 +336,7 @@ def load_scorer(
         loaded.config.alignkit_outputs = "joined"
     else:
         loaded.config.alignkit_outputs = "reward" if plan.outputs == 1 else "embedding"
-    return TrainedScorer(loaded, tokenizer, save_config=dropout)
+    return TrainedScorer(loaded, tokenizer, save_config=dropout, save_dtype=dtype_to_save(model))
 
 
 @contextmanager
@@ -370,12 +350,13 @@ def _without_warnings() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def merge(folder: Path | str, out: Path | str) -> None:
+def merge(folder: Path | str, out: Path | str, *, dtype: str = "auto") -> None:
     """Fold the adapter of a run (or of an adapter folder) into its base model and write a plain
-    model with its tokenizer.
+    model with its tokenizer, in `dtype` (auto: that of the base model's files).
 
     The folder `out` appears whole or not at all. Raises ModelError when there is no adapter, or its
-    base model cannot be loaded, and ResourceError where the disk refuses.
+    base model cannot be loaded, CheckpointError when that is not the one it was trained on, and
+    ResourceError where the disk refuses.
     """
     source = Path(folder)
     if (source / "model" / CONFIG).exists():
@@ -385,16 +366,20 @@ def merge(folder: Path | str, out: Path | str) -> None:
             f"{folder} holds no adapter (adapter_config.json); only LoRA runs need merging"
         )
 
-    base = adapter_base(source, "merge")
-    model, _ = load_model(ModelConfig(name_or_path=base), device="cpu")
-    merged = with_adapter(model, source, "merge").merge_and_unload()
+    base = base_of(source, ModelConfig.model_validate({"save_dtype": dtype}), "merge")
+    model, _ = load_model(base, device="cpu")
+    adapted = with_adapter(model, source, "merge")
+    if not hasattr(adapted, "merge_and_unload"):
+        raise ModelError(f"the adapter in {source} is of a kind that cannot be folded into a model")
+    merged = adapted.merge_and_unload()
 
     # The run's own tokenizer if it has one, else the base model's, as it was before `load_tokenizer`
     # gave it a pad token.
-    loaded = load_tokenizer(ModelConfig(name_or_path=base))
+    loaded = load_tokenizer(base)
     own = (source / "tokenizer_config.json").exists()
-    tokenizer = loaded.from_pretrained(source if own else base)
+    tokenizer = loaded.from_pretrained(source if own else base.name_or_path)
 
     with files.writing(Path(out)), files.replaced_folder(Path(out)) as temporary:
-        merged.save_pretrained(temporary)
+        save_in_dtype(merged, temporary, merged.state_dict(), dtype_to_save(base))
         tokenizer.save_pretrained(temporary)
+        files.write_manifest(temporary, {}, without=["README.md"])

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from alignkit.batches import Bundle, Outputs, Plan, TokenLogps
 from alignkit.errors import CheckpointError, ModelError
+from alignkit.policies.export import save_model, with_fields
 from alignkit.policies.head import AnchorLaws, AnchorStates
 from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches, stand_in
 from alignkit.policies.module import PolicyModule, causal_lm
-from alignkit.policies.reference import START_ADAPTER, Anchor
+from alignkit.policies.reference import Anchor
 from alignkit.policies.sharding import (
     assign,
     check_launch,
@@ -48,6 +49,7 @@ class PolicyPair:
         layout: Layout = "shared_prefix",
         notes: Sequence[str] = (),
         save_config: Mapping[str, object] | None = None,
+        save_dtype: torch.dtype | None = None,
     ) -> None:
         self.base = base  # the PolicyModule itself
         self.module: nn.Module = base  # the same, or accelerate's wrapper around it
@@ -56,6 +58,7 @@ class PolicyPair:
         self.layout: Layout = layout
         self.notes = list(notes)
         self._save_config = dict(save_config or {})  # config fields that loading had changed
+        self._save_dtype = save_dtype  # of the saved weights; None: as they were trained
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._is_whole = False  # inside `whole`
 
@@ -366,21 +369,10 @@ class PolicyPair:
         A sharded policy needs `state`, its `whole_state`.
         """
         model = self.base.model
-        adapters = {}
-        if hasattr(model, "peft_config"):
-            adapters["selected_adapters"] = [a for a in model.peft_config if a != START_ADAPTER]
 
         # Loading switched dropout off; the saved config has the rates it came with.
-        config = causal_lm(model).config
-        during_training = {name: getattr(config, name) for name in self._save_config}
-        for name, value in self._save_config.items():
-            setattr(config, name, value)
-        try:
-            model.save_pretrained(folder, state_dict=state, **adapters)
-        finally:
-            for name, value in during_training.items():
-                setattr(config, name, value)
-
+        with with_fields(causal_lm(model).config, self._save_config):
+            save_model(model, folder, state, self._save_dtype)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 

@@ -51,10 +51,22 @@ class TrainedScorer(PolicyPair):
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, save_config: Mapping[str, object] | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        save_config: Mapping[str, object] | None = None,
+        save_dtype: torch.dtype | None = None,
     ) -> None:
         module: Any = ScoreModule(model)
-        super().__init__(module, tokenizer, {}, layout="padded", save_config=save_config)
+        super().__init__(
+            module,
+            tokenizer,
+            {},
+            layout="padded",
+            save_config=save_config,
+            save_dtype=save_dtype,
+        )
         self.pad = model.config.get_text_config().pad_token_id
         self.longest = position_table(model) or context_length(model)
 

@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit.batches import Bundle, Plan
-from alignkit.errors import ResourceError
+from alignkit.errors import CheckpointError, ResourceError, first_line
 from alignkit.files import locked, replaced_file, sha256_of_parts
 from alignkit.policies.module import causal_lm
 from alignkit.policies.pair import PolicyPair
@@ -34,7 +35,7 @@ def cached_in(
 
     Processes that ask at the same time wait for each other, so no row is scored twice. If every
     row was read, a few are scored live as well, and `pair.notes` says by how much they differ.
-    Raises ResourceError where that is too much.
+    Raises ResourceError where that is too much, CheckpointError where a file is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{weights_key(pair, 'policy')}.safetensors"
@@ -96,9 +97,34 @@ def row_key(bundle: Bundle) -> bytes:
     return bytes.fromhex(sha256_of_parts(parts))[:16]
 
 
+def damage(file: Path) -> str | None:
+    """What is wrong with a file of a store; None for one that is whole, or of a version that saved
+    no hash with it.
+    """
+    try:
+        with safe_open(file, framework="pt") as stored:
+            expected = (stored.metadata() or {}).get("sha256")
+        if expected is not None and _content_hash(load_file(file)) != expected:
+            return "it does not match its SHA-256"
+    except SafetensorError as error:
+        return first_line(error)
+    return None
+
+
+def _content_hash(content: Mapping[str, Tensor]) -> str:
+    return sha256_of_parts(
+        part
+        for name in sorted(content)
+        for part in (name.encode(), content[name].contiguous().numpy().tobytes())
+    )
+
+
 def _read(file: Path) -> LogpsByRow:
     if not file.exists():
         return {}
+    reason = damage(file)
+    if reason:
+        raise CheckpointError(f"reference.store: {file} is damaged: {reason}; delete it")
     content = load_file(file)
     rows = iter(content["logps"].split(content["lengths"].tolist()))
     keys = [key.tobytes() for key in content["keys"].numpy()]
@@ -115,4 +141,4 @@ def _write(file: Path, stored: Mapping[bytes, Sequence[Tensor]]) -> None:
         "logps": torch.cat(rows),
     }
     with replaced_file(file) as temporary:
-        save_file(content, temporary)
+        save_file(content, temporary, metadata={"sha256": _content_hash(content)})

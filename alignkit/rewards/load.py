@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from alignkit.config.plugins import load_object
 from alignkit.config.rewards import RewardConfig
 from alignkit.errors import ConfigError, ModelError
+from alignkit.policies.weights import check_files
 from alignkit.rewards.combine import Part, Reward
 from alignkit.rewards.functions import FormatMatch, FunctionReward, LengthPenalty
 from alignkit.rewards.model import RewardModel
@@ -68,6 +70,8 @@ def load_classifier(
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    if Path(name_or_path).is_dir():
+        check_files(Path(name_or_path), field)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
         model = AutoModelForSequenceClassification.from_pretrained(name_or_path, revision=revision)

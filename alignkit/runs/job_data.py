@@ -16,6 +16,7 @@ from torch import Tensor
 from alignkit.batches import Bundle, Draw
 from alignkit.data.load import check_held_out, fingerprint, load_bundles, load_prompts
 from alignkit.data.prompts import Prompt
+from alignkit.data.prompts import fingerprint as prompts_fingerprint
 from alignkit.data.report import Report
 from alignkit.errors import ConfigError
 from alignkit.judges.load import load_judge
@@ -140,7 +141,10 @@ def sampled_data(context: RunContext) -> JobData:
         source=source,
         rows=len(prompts),
         format=report.format,
-        identity={"rows": sha256(every_prompt.encode()).hexdigest()},
+        identity={
+            "rows": sha256(every_prompt.encode()).hexdigest(),
+            "prompts": prompts_fingerprint(prompts),
+        },
         notes=notes,
         samples=_shown_samples(context, [prompt.ids for prompt in prompts[:SHOWN_PROMPTS]]),
         measure=measure,

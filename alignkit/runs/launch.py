@@ -24,7 +24,13 @@ from alignkit.runs.checks import (
     unused_sections,
 )
 from alignkit.runs.live import LiveTask
-from alignkit.runs.resume import fill_autos, identity_of, measured_autos, with_resolved_autos
+from alignkit.runs.resume import (
+    check_unsigned_result,
+    fill_autos,
+    identity_of,
+    measured_autos,
+    with_resolved_autos,
+)
 from alignkit.tasks import DEFAULT_TASK, Task, resolve
 
 if TYPE_CHECKING:
@@ -86,7 +92,9 @@ def _run(
         # Ask before anything is loaded; the loop asks again once it holds the run's lock.
         RunFolder(recipe.output_dir).refuse_to_overwrite()
     else:
+        RunFolder(recipe.output_dir).refuse_foreign_files()
         recipe, changes = with_resolved_autos(recipe)
+        check_unsigned_result(recipe)
 
     check_engine(recipe, objective)
     check_teacher(recipe, objective)
@@ -264,6 +272,7 @@ def build_job(
 ) -> "Job":
     """Put together what the loop needs. `notes` are printed at the start, after the data report."""
     from alignkit.policies.load import vocabulary_hash
+    from alignkit.runs.identity import hashes_of_inputs
     from alignkit.runs.model_card import model_card
     from alignkit.training.job import Job
 
@@ -278,6 +287,7 @@ def build_job(
         **identity_of(recipe),
         **data.identity,
         "tokenizer": vocabulary_hash(context.pair.tokenizer),
+        **hashes_of_inputs(context),
     }
     return Job(
         context.objective,

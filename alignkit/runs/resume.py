@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.config.recipe import Recipe, load_recipe
 from alignkit.config.train import GOALS
+from alignkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from alignkit.runs.context import RunContext
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 # Fields that may change between a checkpoint and its resumption: they decide where, how fast and
 # how often, but not what is trained.
 FREE: dict[str, set[str] | None] = {  # None: the whole section
-    "model": {"layout", "gradient_checkpointing"},
+    "model": {"layout", "gradient_checkpointing", "save_dtype"},
     "reference": {"store"},
     "teacher": {"store"},
     # what is trained on is compared row by row
@@ -76,6 +77,28 @@ def with_resolved_autos(recipe: Recipe) -> tuple[Recipe, list[str]]:
     recipe = fill_autos(recipe, before.model_dump())
     changes = compare(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
     return recipe, [f"changed since this run began: {'; '.join(changes)}"] if changes else []
+
+
+def check_unsigned_result(recipe: Recipe) -> None:
+    """CheckpointError where the finished run in output_dir, of a version that recorded nothing in
+    its model/, has another recipe. A run with checkpoints is compared with those.
+    """
+    from alignkit.files import MANIFEST
+    from alignkit.training import checkpoint
+    from alignkit.training.run_folder import RunFolder, compare
+
+    run = RunFolder(recipe.output_dir)
+    is_signed = (run.model / MANIFEST).exists() or checkpoint.steps(run.checkpoints)
+    file = run.path / "recipe.yaml"
+    if not run.finished or is_signed or not file.is_file():
+        return
+
+    changes = compare(identity_of(load_recipe(file)), identity_of(recipe))
+    if changes:
+        raise CheckpointError(
+            f"{run.path} is finished and the result of another run: {'; '.join(changes)}. Undo the "
+            "change, or choose another output_dir"
+        )
 
 
 def measured_autos(context: "RunContext") -> dict[str, dict[str, Any]]:

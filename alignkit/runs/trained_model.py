@@ -39,7 +39,8 @@ def load_finished(name: str) -> "OneModel":
     """The model of a run folder, a model or adapter folder, a hub name or `task:NAME` (its base
     model), with its tokenizer; on a GPU where there is one.
 
-    ModelError where there is no model, or a run has not finished.
+    ModelError where there is no model, a run has not finished, or files do not match the hashes
+    that were saved with them; CheckpointError where an adapter's base model has been replaced.
     """
     import torch
 

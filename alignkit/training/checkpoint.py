@@ -8,6 +8,7 @@ before them is used.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from alignkit import files
 from alignkit.errors import CheckpointError
+from alignkit.files import MANIFEST
 
-MANIFEST = "manifest.json"
 BEST = "best.json"
-FORMAT = 1
+STATE = "state.json"
+STEP = re.compile(r"step-(0|[1-9][0-9]*)", re.ASCII)
+LIBRARIES = ("torch", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,21 @@ def save(
         with files.replaced_folder(final) as temporary:
             for group, content in tensors.items():
                 save_file(_own_tensors(content), temporary / f"{group}.safetensors")
-            (temporary / "state.json").write_text(json.dumps(state))
-            _write_manifest(temporary, step, identity)
+            (temporary / STATE).write_text(json.dumps(state))
+            files.write_manifest(temporary, {"step": step, **manifest_content(identity)})
         files.fsync(folder.parent)  # `folder` itself may be new
     except (OSError, SafetensorError) as error:
         # safetensors has an error of its own for a full disk
         reason = getattr(error, "strerror", None) or error
+        older = [n for n in steps(folder) if check(folder / f"step-{n}") is None]
+        way_on = (
+            ", then go on with --resume auto (older checkpoints are untouched)"
+            if older
+            else "; there is no older checkpoint to go on from"
+        )
         raise CheckpointError(
             f"could not write checkpoint step-{step} to {folder}: {reason}; "
-            "free space or mend the disk, then go on with --resume auto (older checkpoints are untouched)"
+            f"free space or mend the disk{way_on}"
         ) from error
     return final
 
@@ -85,59 +94,27 @@ def _own_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
 
 
-def _write_manifest(folder: Path, step: int, identity: Mapping[str, Any]) -> None:
-    """Write size and hash of every file in `folder`, with a hash of the manifest itself."""
-    entries = {
-        file.name: {"sha256": files.sha256_of_file(file), "bytes": file.stat().st_size}
-        for file in sorted(folder.iterdir())
-    }
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "files": entries,
-        "identity": dict(identity),
-        "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
-    }
-    signed = {**manifest, "sha256": files.sha256_of_json(manifest)}
-    (folder / MANIFEST).write_text(json.dumps(signed, indent=1))
+def manifest_content(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest of a checkpoint or of a finished model says besides its files."""
+    return {"identity": dict(identity), "versions": {name: version(name) for name in LIBRARIES}}
 
 
 def steps(folder: Path) -> list[int]:
     """Steps that have a checkpoint folder, oldest first."""
     names = [p.name for p in folder.glob("step-*") if p.is_dir() and not p.is_symlink()]
-    return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+    return sorted(int(name[5:]) for name in names if STEP.fullmatch(name))
 
 
 def check(path: Path) -> str | None:
     """None if every file matches the manifest, else the first thing that is wrong."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["format"] > FORMAT:
-            return f"format {manifest['format']} is newer than this version reads ({FORMAT})"
-        if manifest.pop("sha256") != files.sha256_of_json(manifest):
-            return f"{MANIFEST} does not match its own SHA-256"
+    reason = files.check_manifest(path)
+    if reason:
+        return reason
 
-        reasons = (_check_file(path, name, entry) for name, entry in manifest["files"].items())
-        return next((reason for reason in reasons if reason), None)
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__})"
-
-
-def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> str | None:
-    """What is wrong with one file of a manifest, if anything is."""
-    if Path(name).name != name:
-        return f"manifest names a file outside the folder: {name}"
-
-    file = folder / name
-    if not file.is_file():
-        return f"{name} is missing"
-    if file.stat().st_size != entry["bytes"]:
-        return f"{name} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}"
-    if files.sha256_of_file(file) != entry["sha256"]:
-        return f"{name} does not match its SHA-256"
-    return None
+    manifest = files.read_manifest(path)
+    needed = {"step": manifest, "identity": manifest, STATE: manifest["files"]}
+    missing = [name for name, place in needed.items() if name not in place]
+    return f"{MANIFEST} does not say {missing[0]}" if missing else None
 
 
 def verify(folder: Path) -> list[Verdict]:
@@ -160,13 +137,15 @@ def load(path: Path) -> Checkpoint:
 
 
 def _read(path: Path) -> Checkpoint:
-    manifest = json.loads((path / MANIFEST).read_text())
-    tensors = {p.stem: load_file(p) for p in sorted(path.glob("*.safetensors"))}
+    manifest = files.read_manifest(path)
+    # Only what the manifest names: a file browser or an archive may leave files of its own.
+    groups = [Path(name) for name in manifest["files"] if name.endswith(".safetensors")]
+    tensors = {name.stem: load_file(path / name) for name in groups}
     return Checkpoint(
         manifest["step"],
         path,
         tensors,
-        json.loads((path / "state.json").read_text()),
+        json.loads((path / STATE).read_text()),
         manifest["identity"],
     )
 
@@ -195,9 +174,10 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[Verdict]]:
 def best_step(folder: Path) -> int | None:
     """The step that an evaluation found best, which is kept, if there was one."""
     try:
-        return int(json.loads((folder / BEST).read_text())["step"])
-    except (OSError, ValueError, KeyError):
+        step = json.loads((folder / BEST).read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return step if isinstance(step, int) else None
 
 
 def mark_best(folder: Path, step: int) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from alignkit.batches import Bundle
 from alignkit.distributed.errors import raise_on_all_ranks
-from alignkit.errors import ConfigError, NumericsError, ResourceError
+from alignkit.errors import CheckpointError, ConfigError, NumericsError, ResourceError
 from alignkit.training import checkpoint
 from alignkit.training.guard import BrokenStep, broken_weights
 from alignkit.training.job import Job, Result
@@ -64,30 +64,30 @@ class _Loop:
             self.pair, self.optimizer, job.source, self.average, self.counters, self.accelerator
         )
         self.signals = Signals()
+        self.is_saved = False  # whether the run has a checkpoint to go on from
         self.began: float | None = None  # on the clock, set when the first step begins
 
     def run(self, resume: str | None) -> Result:
         """Take every step that is left, then write the model."""
         job = self.job
         with raise_on_all_ranks(self.accelerator):
-            resumed, search_notes = job.run.find(resume, job.identity)
+            is_done = resume is not None and job.run.is_result_of(job.identity)
+        if is_done:
+            return self._nothing_to_do()
+
+        with raise_on_all_ranks(self.accelerator):
+            resumed, search_notes = job.run.find(resume, job.identity, job.steps)
         start = resumed.step if resumed else 0
-
-        if job.run.finished:
-            last_step = job.run.last_step()
-            with TrainProgress(1, enabled=self.accelerator.is_main_process):
-                self._inform(f"{job.run.path} is finished; nothing to do")
-            return Result(last_step, {}, last_step)
-
         if resumed:
             self._restore(resumed)
+            self.is_saved = True
         with raise_on_all_ranks(self.accelerator):
-            job.run.start(job.recipe, start)
+            search_notes += job.run.start(job.recipe, start)
 
+        # A run that was stopped after its last step has nothing left but to write its model.
         step = start
-        # A run that was stopped after its last step has this row for the card, and takes no other.
         metrics: Metrics = job.run.logged(start) if resumed else {}
-        stop_early = False
+        stop_early = self._stops_early()
         progress = TrainProgress(job.steps, start, enabled=self.accelerator.is_main_process)
         with self.signals, progress:
             for note in (*job.notes, *self.pair.notes, *search_notes):
@@ -101,6 +101,16 @@ class _Loop:
                 stop_early = self._after_step(step, metrics, progress)
             self._finish(step, metrics, stop_early)
         return Result(step, {**metrics, **self.counters.evaluated}, start, stop_early)
+
+    def _nothing_to_do(self) -> Result:
+        last_step = self.job.run.last_step()
+        with TrainProgress(1, enabled=self.accelerator.is_main_process):
+            self._inform(f"{self.job.run.path} is finished; nothing to do")
+        return Result(last_step, {}, last_step)
+
+    def _stops_early(self) -> bool:
+        limit = self.config.early_stopping
+        return bool(limit) and self.counters.worse >= limit
 
     def _step(self, step: int) -> Metrics:
         """Take step `step`, counted from 0; its row of metrics.jsonl."""
@@ -208,7 +218,7 @@ class _Loop:
             raise Interrupted(
                 signum, f"stopped by signal {signum} after step {step}; go on with --resume auto"
             )
-        return bool(config.early_stopping) and self.counters.worse >= config.early_stopping
+        return self._stops_early()
 
     def _measures_held_out(self) -> bool:
         return self.job.evaluation is not None or self.job.measure is not None
@@ -250,12 +260,10 @@ class _Loop:
     def _finish(self, step: int, metrics: Metrics, stopped: bool) -> None:
         """Write the model and the card: of the best step after an early stop, else of the last."""
         run = self.job.run
+        if self.config.save_every and not self.is_saved:
+            self._save_last(step)
         if stopped and self.counters.best_step:
-            best = self.counters.best_step
-            self._restore(checkpoint.load(run.checkpoints / f"step-{best}"))
-            self._inform(
-                f"stopped early at step {step}; model/ is step {best}, the best by {self.metric}"
-            )
+            self._restore_best(step, self.counters.best_step)
         if self.average:
             self.pair.load_state(self.average)
 
@@ -264,7 +272,39 @@ class _Loop:
         card = self.job.card({**metrics, **self.counters.evaluated}) if self.job.card else ""
         state = self.pair.whole_state(keep=run.writes)
         with raise_on_all_ranks(self.accelerator):
-            run.save_model(partial(self.pair.save, state=state), card)
+            run.save_model(partial(self.pair.save, state=state), card, self.job.identity)
+
+    def _save_last(self, step: int) -> None:
+        """Save the last step of a run that has no checkpoint: should model/ not fit on the disk, or
+        more steps be wanted, the run can go on from it. A disk that refuses is no reason to stop.
+        """
+        try:
+            self._save(step)
+        except CheckpointError as error:
+            self._inform(f"{error}; model/ is written nevertheless")
+
+    def _restore_best(self, step: int, best: int) -> None:
+        """Put back the best step after an early stop; where its checkpoint is damaged, the newest
+        one that is whole, and where there is none, leave the last step's weights.
+        """
+        folder = self.job.run.checkpoints
+        stopped = f"stopped early at step {step}; model/ is step"
+        reason = checkpoint.check(folder / f"step-{best}")
+        if reason is None:
+            self._restore(checkpoint.load(folder / f"step-{best}"))
+            self._inform(f"{stopped} {best}, the best by {self.metric}")
+            return
+
+        damage = (
+            f"the checkpoint of the best step by {self.metric}, step-{best}, is damaged: {reason}"
+        )
+        try:
+            newest, _ = checkpoint.newest(folder)
+        except CheckpointError:  # none is whole
+            newest = None
+        if newest is not None:
+            self._restore(newest)
+        self._inform(f"{damage}; {stopped} {newest.step if newest else step} instead")
 
     def _log_samples(self, step: int) -> None:
         if not (self.job.samples and self.config.log_samples_every):
@@ -296,6 +336,7 @@ class _Loop:
                 if self.counters.best_step:
                     checkpoint.mark_best(folder, self.counters.best_step)
                 checkpoint.prune(folder, step, self.config.keep)
+        self.is_saved = True
 
     def _inform(self, message: str) -> None:
         """One line for the user, from the first process alone."""

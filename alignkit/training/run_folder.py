@@ -2,7 +2,9 @@
 card.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,28 @@ from typing import Any
 from alignkit import files
 from alignkit.errors import CheckpointError, ConfigError, ResourceError
 from alignkit.training import checkpoint
+
+CARD = "README.md"
+
+# Parts of an identity that earlier versions did not record, in words.
+ADDED = {
+    "weights": "the weights of the models",
+    "code": "the code that the recipe names",
+    "prompts": "the other columns of the prompts",
+}
+
+# The file by which a run knows a folder as its own.
+MARK = "run.json"
+
+# What a run writes besides its mark and its checkpoints. Files of these names are somebody else's
+# in a folder that is no run's.
+WRITTEN = ("recipe.yaml", "metrics.jsonl", "samples.jsonl", CARD, "model")
+
+# The sections of a resolved recipe, by which the folder of a run without a mark is known.
+SECTIONS = ("model", "reference", "data", "objective", "train", "rollout", "output_dir")
+
+# A row of metrics.jsonl is far shorter.
+LAST_BYTES = 1 << 20
 
 
 class RunFolder:
@@ -31,7 +55,7 @@ class RunFolder:
             return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.enter_context(files.locked(self.path / ".lock", wait=False))
+            self._lock.enter_context(files.locked_folder(self.path))
         except BlockingIOError:
             raise ResourceError(
                 f"{self.path} is in use by another run; wait for it, stop it, or choose another output_dir"
@@ -40,7 +64,21 @@ class RunFolder:
             raise ResourceError(
                 f"cannot write to {self.path}: {error.strerror}; choose another output_dir"
             ) from error
+
+        for link in self._links():
+            self._lock.close()
+            raise ResourceError(
+                f"{link} is a symbolic link; a run neither writes nor deletes behind one. Remove "
+                "the link, or choose another output_dir"
+            )
         return self
+
+    def _links(self) -> Iterator[Path]:
+        """The links that stand where a run writes or deletes."""
+        own = [self.path / name for name in (*WRITTEN, "checkpoints", MARK, ".lock")]
+        temporary = [*self.path.glob(".*.tmp"), *self.path.glob(".tmp-*")]
+        inside = [] if self.checkpoints.is_symlink() else self.checkpoints.glob(".*tmp*")
+        return (path for path in (*own, *temporary, *inside) if path.is_symlink())
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()
@@ -50,10 +88,20 @@ class RunFolder:
         """The model is renamed into place as a run's last act."""
         return self.model.is_dir()
 
+    def last_row(self) -> dict[str, Any]:
+        """The last row of metrics.jsonl, {} where there is none."""
+        if not self.metrics_file.is_file():
+            return {}
+        with self.metrics_file.open("rb") as file:
+            file.seek(max(0, self.metrics_file.stat().st_size - LAST_BYTES))
+            lines = file.read().splitlines()
+
+        rows = (files.json_object(line) for line in reversed(lines))
+        return next((row for row in rows if row is not None and _step(row) is not None), {})
+
     def last_step(self) -> int:
         """The last step that is logged, 0 where none is."""
-        rows = files.read_jsonl(self.path / "metrics.jsonl")
-        return rows[-1]["step"] if rows else 0
+        return _step(self.last_row()) or 0
 
     def logged(self, step: int) -> dict[str, Any]:
         """The row of metrics.jsonl of `step`; empty where there is none."""
@@ -61,39 +109,114 @@ class RunFolder:
         return next((row for row in reversed(rows) if row.get("step") == step), {})
 
     def refuse_to_overwrite(self) -> None:
-        """A run that has results is continued, never overwritten."""
+        """A run that has results is continued, never overwritten; and files that no run has written
+        are left alone. ConfigError.
+        """
+        self.refuse_foreign_files()
         if self.finished or checkpoint.steps(self.checkpoints):
             raise ConfigError(
                 f"output_dir {self.path} already holds a run; continue it with --resume auto, or choose another output_dir"
             )
 
+    def refuse_foreign_files(self) -> None:
+        """ConfigError where the folder holds files that a run would overwrite and is no run's."""
+        present = [name for name in WRITTEN if (self.path / name).exists()]
+        if present and not self._is_a_run():
+            raise ConfigError(
+                f"output_dir {self.path} is not the folder of a run, and its {', '.join(present)} would be overwritten; "
+                "choose an empty or new folder"
+            )
+
+    def _is_a_run(self) -> bool:
+        """Whether the folder belongs to a run, also of a version that wrote no mark: it has whole
+        checkpoints, or a resolved recipe beside its metrics.
+        """
+        if "alignkit" in _json_file(self.path / MARK):
+            return True
+        if any(v.reason is None for v in checkpoint.verify(self.checkpoints)):
+            return True
+
+        recipe = self.path / "recipe.yaml"
+        if not (recipe.is_file() and self.metrics_file.is_file()):
+            return False
+        lines = recipe.read_text(encoding="utf-8", errors="replace").splitlines()
+        return {line.partition(":")[0] for line in lines}.issuperset(SECTIONS)
+
     def find(
-        self, resume: str | None, identity: Mapping[str, Any]
+        self, resume: str | None, identity: Mapping[str, Any], steps: int
     ) -> tuple[checkpoint.Checkpoint | None, list[str]]:
         """The checkpoint that `resume` (None, "auto" or a folder) names, with lines for the user
-        about the search.
+        about the search. `steps` is how many the run is to take.
 
         CheckpointError if it belongs to another run: every difference from `identity` is named.
         """
         if resume is None:
             self.refuse_to_overwrite()
             return None, []
+        self.refuse_foreign_files()
+
         damaged: list[checkpoint.Verdict] = []
         if resume == "auto":
             newest, damaged = checkpoint.newest(self.checkpoints)
         else:
             newest = checkpoint.load(Path(resume).expanduser())
+        if newest is None and self.finished:
+            raise CheckpointError(
+                f"{self.path} is finished and has no checkpoint from which it could take more steps; start a new run from "
+                f"its model, with model.name_or_path={self.model}"
+            )
         if newest is None:
             return None, ["no checkpoint yet: starting from the beginning"]
 
-        differences = compare(newest.identity, identity)
-        if differences and not self.finished:
+        differences = compare(newest.identity, comparable(newest.identity, identity))
+        more_steps = _more_steps(newest.identity, identity)
+        if differences and not more_steps:
             raise CheckpointError(
                 f"checkpoint {newest.path.name} belongs to another run: {'; '.join(differences)}. Undo the change, or start "
                 "without --resume in another output_dir"
             )
+
         notes = [f"skipped damaged checkpoint {v.path.name}: {v.reason}" for v in damaged]
+        notes += _not_compared(newest, identity)
+        if more_steps:
+            notes.append(
+                f"more steps than before ({'; '.join(differences)}): the schedule of the learning rate now ends at step {steps}, "
+                f"from {newest.path.name} on"
+            )
         return newest, [*notes, f"resumed from {newest.path.name}"]
+
+    def is_result_of(self, identity: Mapping[str, Any]) -> bool:
+        """Whether the run is finished and nothing is left to do; False if `identity` asks for more
+        steps of the same run.
+
+        CheckpointError where model/ is the result of another run (every difference from `identity`
+        is named), or is damaged.
+        """
+        if not self.finished:
+            return False
+        self.refuse_foreign_files()
+
+        finished = files.read_manifest(self.model).get("identity")
+        if finished is None:  # of an earlier version, or damaged
+            whole = [v for v in checkpoint.verify(self.checkpoints) if v.reason is None]
+            finished = files.read_manifest(whole[-1].path)["identity"] if whole else identity
+
+        differences = compare(finished, comparable(finished, identity))
+        if _more_steps(finished, identity):
+            return False
+        if differences:
+            raise CheckpointError(
+                f"{self.path} is finished and the result of another run: {'; '.join(differences)}. Undo the change, or choose "
+                "another output_dir"
+            )
+
+        has_manifest = (self.model / files.MANIFEST).exists()
+        reason = files.check_manifest(self.model) if has_manifest else None
+        if reason:
+            raise CheckpointError(
+                f"{self.model} is damaged: {reason}. Delete the folder; --resume auto then writes it again"
+            )
+        return True
 
     def last_good(self) -> str:
         """Where a run that stopped can be taken up, in words."""
@@ -102,20 +225,25 @@ class RunFolder:
             return "There is no checkpoint to go on from"
         return f"The last good checkpoint is {good[-1].path.name}; --resume auto goes on from it"
 
-    def start(self, recipe: str, step: int) -> None:
-        """Write the resolved recipe and cut the logs back to `step` (0 for a new run)."""
+    def start(self, recipe: str, step: int) -> list[str]:
+        """Write the resolved recipe and cut the logs back to `step` (0 for a new run). Returns
+        lines for the user about rows that could not be read.
+        """
         if not self.writes:
-            return
+            return []
+        notes = []
         try:
+            files.write_json(self.path / MARK, {"alignkit": "run folder", "format": 1})
             files.write_text(self.path / "recipe.yaml", recipe)
             for file in (self.metrics_file, self.samples_file):
-                rows = files.read_jsonl(file) if step > 0 else []
-                past = [row for row in rows if row["step"] <= step]
-                files.write_jsonl(file, past, ensure_ascii=True)
+                lost = _cut(file, step)
+                if lost:
+                    notes.append(f"{file.name}: {lost} lines could not be read and are left out")
         except OSError as error:
             raise ResourceError(
                 f"cannot write to {self.path}: {error.strerror}; free space or mend the disk"
             ) from error
+        return notes
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl."""
@@ -133,25 +261,116 @@ class RunFolder:
             files.append_jsonl(file, row)
         except OSError as error:
             raise ResourceError(
-                f"cannot write {file}: {error.strerror}; free space, then go on with --resume auto"
+                f"cannot write {file}: {error.strerror}; free space. {self.last_good()}"
             ) from error
 
-    def save_model(self, write: Callable[[Path], None], card: str) -> None:
-        """Write the finished model and the run's card; `model/` appears whole or not at all."""
+    def save_model(
+        self, write: Callable[[Path], None], card: str, identity: Mapping[str, Any]
+    ) -> None:
+        """Write the finished model, a manifest of its files and the run's card; `model/` appears
+        whole or not at all.
+
+        ResourceError where the disk refuses. The model is then written to the folder for temporary
+        files, if it fits there, so that the training is not lost.
+        """
         if not self.writes:
             return
         try:
             with files.replaced_folder(self.model) as temporary:
                 write(temporary)
-                (temporary / "README.md").write_text(card)
-                files.write_text(self.path / "README.md", card)
+                (temporary / CARD).write_text(card)
+                # People edit the card, so its bytes are not vouched for.
+                content = checkpoint.manifest_content(identity)
+                files.write_manifest(temporary, content, without=[CARD])
+                files.write_text(self.path / CARD, card)
         except Exception as error:
             reason = files.refusal_of_disk(error)
             if reason is None:
                 raise
             raise ResourceError(
-                f"cannot write {self.model}: {reason}; free space, then --resume auto"
+                f"cannot write {self.model}: {reason}; free space. {self._rescued(write)}{self.last_good()}"
             ) from error
+
+    def _rescued(self, write: Callable[[Path], None]) -> str:
+        """Write the model where there may be room for it; where it is, in words."""
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=f"alignkit-{self.path.name}-"))
+        except OSError:
+            return ""
+        try:
+            write(folder)
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if files.refusal_of_disk(error) is None:
+                raise
+            return ""
+        return f"The trained model is in {folder} until then. "
+
+
+def comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity `new` without what a checkpoint of an earlier version, of identity `old`, does
+    not have.
+    """
+    return {key: value for key, value in new.items() if key in old or key not in ADDED}
+
+
+def _not_compared(old: checkpoint.Checkpoint, new: Mapping[str, Any]) -> list[str]:
+    """A line for the user about what `comparable` leaves out."""
+    missing = [ADDED[key] for key in ADDED if key not in old.identity and new.get(key)]
+    if not missing:
+        return []
+    return [
+        f"{old.path.name} is of an earlier version and does not say whether {', '.join(missing)} have changed"
+    ]
+
+
+def _more_steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether the identities differ in nothing but that the new run is longer."""
+    before = old.get("train")
+    after = new.get("train")
+    if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
+        return False
+
+    longer = []
+    for field in ("steps", "epochs"):
+        lengths = (before.get(field), after.get(field))
+        if lengths[0] != lengths[1]:
+            longer.append(None not in lengths and lengths[0] < lengths[1])
+    same_length = {**after, **{field: before.get(field) for field in ("steps", "epochs")}}
+    rest = compare(old, {**comparable(old, new), "train": same_length})
+    return bool(longer) and all(longer) and not rest
+
+
+def _cut(file: Path, step: int) -> int:
+    """Leave only the rows up to `step` in the file; how many lines had to go because they have no
+    step that can be read.
+    """
+    if step == 0:
+        files.write_text(file, "")
+        return 0
+    without_step = 0
+
+    def is_past(row: Mapping[str, Any]) -> bool:
+        nonlocal without_step
+        number = _step(row)
+        without_step += number is None
+        return number is not None and number <= step
+
+    unreadable = files.filter_jsonl(file, is_past)
+    return unreadable + without_step
+
+
+def _step(row: Mapping[str, Any]) -> int | None:
+    step = row.get("step")
+    return step if isinstance(step, int) else None
+
+
+def _json_file(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is none."""
+    try:
+        return files.json_object(path.read_bytes()) or {}
+    except OSError:
+        return {}
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -214,6 +214,53 @@ def test_a_disk_that_refuses_is_said(tmp_path, monkeypatch, owner, name, number,
     check_untouched(tmp_path)
 
 
+def test_stray_files_are_nobodys_business(tmp_path):
+    """What file browsers and archives leave, and names that only look like steps."""
+    path = save(tmp_path, 3)
+    (path / "._policy.safetensors").write_bytes(b"\0\5\26\7")
+    (path / ".DS_Store").write_bytes(b"")
+    for name in ("step-²", "step-٣", "step-", "step-03", "step--1", "step-9 copy"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.steps(tmp_path) == [3]
+    assert [v.reason for v in checkpoint.verify(tmp_path)] == [None]
+    newest, skipped = checkpoint.newest(tmp_path)
+    assert set(newest.tensors) == set(TENSORS)
+    assert skipped == []
+
+
+def test_a_manifest_that_is_a_folder_is_damage(tmp_path):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    (path / "manifest.json").unlink()
+    (path / "manifest.json").mkdir()
+    newest, skipped = checkpoint.newest(tmp_path)
+    assert newest.step == 1
+    assert "manifest.json cannot be read (Is a directory)" in skipped[0].reason
+
+
+@pytest.mark.parametrize(
+    "content", ["[1]", "1", "null", '{"step": null}', '{"step": [1]}', '{"step": "²"}', "{", ""]
+)
+def test_a_broken_note_of_the_best_step_is_no_note(tmp_path, content):
+    save(tmp_path, 1)
+    (tmp_path / "best.json").write_text(content)
+    assert [(v.step, v.best) for v in checkpoint.verify(tmp_path)] == [(1, False)]
+    checkpoint.prune(tmp_path, 1, keep=1)
+    assert checkpoint.steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("name", ["state.json", "step", "identity"])
+def test_a_manifest_that_leaves_something_out_is_damage(tmp_path, name):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]
+    manifest["files"].pop(name, None)
+    manifest.pop(name, None)
+    forged = {**manifest, "sha256": files.sha256_of_json(manifest)}
+    (path / "manifest.json").write_text(json.dumps(forged))
+    assert checkpoint.check(path) == f"manifest.json does not say {name}"
+
+
 def test_no_pickle_in_a_checkpoint(tmp_path):
     path = save(tmp_path, 1)
     assert sorted(p.suffix for p in path.iterdir()) == [
