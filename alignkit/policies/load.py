@@ -224,6 +224,19 @@ def _following_anchors(target: TargetConfig, plan: Plan, base: PolicyModule) -> 
     return {}
 
 
+def _load_or_adopt(
+    model: ModelConfig, live: tuple[Any, Any] | None, device: torch.device | str, dtype: str
+) -> tuple[Any, Any, Any, dict[str, float]]:
+    """Tokenizer, model, the model with its adapter (None where it has none) and dropout rates."""
+    if live is None:
+        tokenizer = load_tokenizer(model)
+        loaded, dropout = load_model(model, device=device, dtype=dtype)
+        return tokenizer, loaded, None, dropout
+
+    tokenizer = padded(deepcopy(live[1]), model.name_or_path)
+    return tokenizer, *adopt(live[0], model, device=device, dtype=dtype)
+
+
 def load_pair(
     model: ModelConfig,
     reference: ReferenceConfig,
@@ -252,13 +265,8 @@ def load_pair(
             "there); use sdpa"
         )
 
-    adapted = None  # a live model that has an adapter already
-    if live is None:
-        tokenizer = load_tokenizer(model)
-        loaded, dropout = load_model(model, device=device, dtype=dtype)
-    else:
-        tokenizer = padded(deepcopy(live[1]), model.name_or_path)
-        loaded, adapted, dropout = adopt(live[0], model, device=device, dtype=dtype)
+    # A live model may have an adapter already.
+    tokenizer, loaded, adapted, dropout = _load_or_adopt(model, live, device, dtype)
     check_vocabulary(loaded, tokenizer, model.name_or_path)
     if model.gradient_checkpointing:
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -17,6 +17,7 @@ def pack(bundles: Sequence[Bundle]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if not bundles:
         return {}, {"uids": []}
+
     names = {"rows": sorted(bundles[0].rows), "tokens": sorted(bundles[0].tokens)}
     tensors = {
         "prompt": torch.cat([b.prompt for b in bundles]),
@@ -28,6 +29,8 @@ def pack(bundles: Sequence[Bundle]) -> tuple[dict[str, Tensor], dict[str, Any]]:
             for n in names["tokens"]
         },
     }
+
+    # How the flat tensors are cut again.
     shapes = {
         "uids": [b.uid for b in bundles],
         "prompts": [len(b.prompt) for b in bundles],

@@ -68,6 +68,7 @@ class DatasetSource:
             raise DataError(
                 f"train.batch_size {batch_size} is smaller than the number of processes {world}"
             )
+
         self.bundles = bundles
         self.plan = plan
         self.batch_size = batch_size

@@ -64,10 +64,14 @@ class Guard:
         if not broken and math.isfinite(loss) and math.isfinite(norm):
             return
         rank = f"rank {accelerator.process_index}: " if accelerator.num_processes > 1 else ""
-        found = gather_object([f"{rank}{line}" for line in self._lines()])
-        where = "; ".join(found[:NAMED]) or "no row's own loss is broken: the gradient overflowed"
+        broken_rows = gather_object([f"{rank}{line}" for line in self._lines()])
+        where = (
+            "; ".join(broken_rows[:NAMED]) or "no row's own loss is broken: the gradient overflowed"
+        )
+        if len(broken_rows) > NAMED:
+            where += f" and {len(broken_rows) - NAMED} more"
         raise BrokenStep(
-            f"loss {loss}, gradient norm {norm}: {where}{f' and {len(found) - NAMED} more' if len(found) > NAMED else ''}. "
+            f"loss {loss}, gradient norm {norm}: {where}. "
             "Nothing was updated; lower train.learning_rate or check these rows"
         )
 

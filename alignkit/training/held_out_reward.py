@@ -56,12 +56,14 @@ class HeldOut:
             [p.ids for p in prompts], Draw(1), step=0, prompt_ids=[i for i, _ in numbered]
         )
         samples = [rows[0] for rows in drawn]
+
         scores = call_reward(
             self.reward,
             prompts,
             [[self.decode(p, s.ids)] for p, s in zip(prompts, samples)],
             [[s.ids.tolist()] for s in samples],
         )
+
         scored = [score for (score,) in scores if score is not None]
         return torch.tensor(
             [sum(scored), len(scored), sum(len(s.ids) for s in samples), len(samples)],

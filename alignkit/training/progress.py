@@ -49,6 +49,7 @@ class TrainProgress:
     def __enter__(self) -> "TrainProgress":
         if self.enabled:
             self._messages.enter_context(shown_messages())
+
         if self.enabled and self.console.is_terminal:
             columns = (
                 TextColumn("[bold]train"),
@@ -78,10 +79,12 @@ class TrainProgress:
         """Show that `step` steps are done."""
         if not self.enabled:
             return
+
         shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
         if self.bar:
             self.bar.update(self.task, completed=step, metrics=shown)
             return
+
         now = time.monotonic()
         if now - self.printed >= self.every or step == self.total:
             self.printed = now

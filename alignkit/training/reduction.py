@@ -96,8 +96,10 @@ class Reducer:
                 "train.micro_batch_tokens, set model.gradient_checkpointing=true, lower data.max_length, or train an adapter "
                 "(model.adapter.r=16); the first two change no result"
             ) from error
+
         while len(self.pair.micro_batches(bundles, self.budget)) == len(chunks):
             self.budget //= 2
+
         log.warning(
             "out of memory: train.micro_batch_tokens is %d from here on; this changes no gradient",
             self.budget,
@@ -215,15 +217,17 @@ class Reducer:
         """
         with torch.no_grad():
             parts = [self.pair.logps(chunk, self.plan) for chunk, _ in chunks]
-        kept = [part for part, (_, counted) in zip(parts, chunks) if counted]
+        counted_parts = [part for part, (_, counted) in zip(parts, chunks) if counted]
         light = [
             replace(b, prompt=b.prompt[:1], tokens={})
             for chunk, counted in chunks
             if counted
             for b in chunk
         ]
-        mine = concat(kept or [parts[0].map(lambda t: t[:0])])
+        mine = concat(counted_parts or [parts[0].map(lambda t: t[:0])])
         sums.guard.watch_logps(mine, light)
+
+        # The loss sees all ranks' log-probs as leaves, which collect its gradient.
         everyone, offset = gather_rows(mine, self.accelerator)
         everyone = replace(
             everyone,
@@ -236,11 +240,15 @@ class Reducer:
             loss = sum(term.weight * term.values.sum() / counts[term.unit] for term in out.terms)
         sums.add(out, rows, counted=self.accelerator.is_main_process)
         sums.loss += loss.detach().double() / self.accelerator.num_processes
+
         inputs = {"policy": everyone.policy, **everyone.extras}
-        found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+        gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
         grads = {
-            k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(inputs.items(), found)
+            k: torch.zeros_like(v) if g is None else g
+            for (k, v), g in zip(inputs.items(), gradients)
         }
+
+        # Each micro-batch gets its own part of it.
         result = []
         for part, (_, counted) in zip(parts, chunks):
             rows, length = part.policy.shape

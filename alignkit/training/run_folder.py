@@ -231,6 +231,7 @@ class RunFolder:
         """
         if not self.writes:
             return []
+
         notes = []
         try:
             files.write_json(self.path / MARK, {"alignkit": "run folder", "format": 1})

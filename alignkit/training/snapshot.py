@@ -54,6 +54,7 @@ class Snapshot:
         keep = self.accelerator.is_main_process
         moments, groups = optimizer_state(self.optimizer, keep=keep)
         numbers, rng = self._random_states()
+
         tensors = {
             "policy": self.pair.state(keep=keep),
             "optimizer": moments,
@@ -77,6 +78,8 @@ class Snapshot:
         load_optimizer_state(self.optimizer, tensors.get("optimizer", {}), state["optimizer"])
         self.source.load_state(tensors.get("source", {}), state["source"])
         self.average.update(tensors.get("average", {}))
+
+        # A rank that the checkpoint does not know goes on with the first one's random numbers.
         rank = (
             self.accelerator.process_index
             if self.accelerator.process_index < len(state["rng"])
@@ -86,6 +89,7 @@ class Snapshot:
             k.partition(".")[2]: v for k, v in tensors["rng"].items() if k.startswith(f"{rank}.")
         }
         set_random_state(mine, state["rng"][rank])
+
         for name, value in state["counters"].items():
             setattr(self.counters, name, value)
 
