@@ -58,7 +58,7 @@ class PolicyPair:
         self.layout: Layout = layout
         self.notes = list(notes)
         self._save_config = dict(save_config or {})  # config fields that loading had changed
-        self._save_dtype = save_dtype  # of the saved weights; None: as they were trained
+        self.save_dtype = save_dtype  # of the saved weights; None: as they were trained
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._is_whole = False  # inside `whole`
 
@@ -372,7 +372,7 @@ class PolicyPair:
 
         # Loading switched dropout off; the saved config has the rates it came with.
         with with_fields(causal_lm(model).config, self._save_config):
-            save_model(model, folder, state, self._save_dtype)
+            save_model(model, folder, state, self.save_dtype)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 

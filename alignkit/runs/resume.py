@@ -52,6 +52,7 @@ AUTOS = [
     ("model", "dtype"),
     ("model", "attention"),
     ("model", "layout"),
+    ("model", "save_dtype"),
     ("reference", "kind"),
     ("data", "format"),
     ("data", "template_time"),
@@ -117,7 +118,12 @@ def measured_autos(context: "RunContext") -> dict[str, dict[str, Any]]:
         metric = "eval_reward" if FAMILIES[context.plan.data].sampled else "eval_loss"
 
     return {
-        "model": {"dtype": dtype, "attention": attention, "layout": pair.layout},
+        "model": {
+            "dtype": dtype,
+            "attention": attention,
+            "layout": pair.layout,
+            "save_dtype": str(pair.save_dtype or dtype).removeprefix("torch."),
+        },
         "data": {"template_time": _start_time()},
         "reference": {"kind": "auto" if pair.reference_kind == "none" else pair.reference_kind},
         "train": {

@@ -23,7 +23,7 @@ ADDED = {
 }
 
 # The file by which a run knows a folder as its own.
-MARK = "run.json"
+MARK = ".run.json"
 
 # What a run writes besides its mark and its checkpoints. Files of these names are somebody else's
 # in a folder that is no run's.

@@ -80,7 +80,7 @@ def test_the_folder_of_an_older_run_is_known(world, tmp_path, left):
     """Versions before this one wrote no mark."""
     out = tmp_path / "run"
     assert run(*command(world, out)) == 0
-    (out / "run.json").unlink()
+    (out / ".run.json").unlink()
     shutil.rmtree(out / "model")
     if left == "checkpoints":
         (out / "recipe.yaml").unlink()
@@ -151,7 +151,7 @@ def test_a_lock_file_that_is_deleted_admits_nobody(tmp_path):
 PLANTED = [
     ".recipe.yaml.tmp",
     ".metrics.jsonl.tmp",
-    ".run.json.tmp",
+    "..run.json.tmp",
     "README.md",
     "recipe.yaml",
     "metrics.jsonl",
