@@ -43,6 +43,7 @@ from alignkit.runs.launch import resolve_task
 from alignkit.training.signals import Interrupted
 
 if TYPE_CHECKING:
+    from alignkit.comparison.measure_run import Measurer
     from alignkit.objectives.base import Objective
 
 
@@ -93,12 +94,7 @@ def compare(
         if measurer.read_base() is None:
             measurer.measure_base()
 
-        # A run is left to do where it is not trained, or not measured by these prompts and score.
-        waiting = [
-            point
-            for point in current
-            if read_run_state(point).status != "finished" or measurer.read_run(point) is None
-        ]
+        waiting = [point for point in current if _is_left_to_do(point, measurer)]
         for note in measurer.unreadable:
             _print(console, note)
         done = len(current) - len(waiting)
@@ -110,6 +106,11 @@ def compare(
         with writing(out.path):
             write_report(results, out.path)
     return results
+
+
+def _is_left_to_do(point: Point, measurer: "Measurer") -> bool:
+    """Whether a run is not trained yet, or not measured by these prompts and this score."""
+    return read_run_state(point).status != "finished" or measurer.read_run(point) is None
 
 
 def with_inputs(point: Point, objective: "Objective") -> Point:

@@ -26,8 +26,8 @@ def code_hash(spec: str) -> str:
     if source.endswith(".py"):
         file = Path(source).expanduser()
     else:
-        found = _module_file(source, [Path(), *map(Path, sys.path)])
-        file = found or Path(f"{source}.py")
+        located = _module_file(source, [Path(), *map(Path, sys.path)])
+        file = located or Path(f"{source}.py")
 
     code = _Code()
     code.add(file, name)

@@ -76,6 +76,7 @@ def _check_cut(module: PolicyModule, pair: PolicyPair, shared: int, name: str) -
     sizes = (pair.vocab_size, _size(module))
     if sizes[0] == sizes[1]:
         return
+
     larger = pair.base if sizes[0] > sizes[1] else module
     mass = mass_beyond(larger, shared, probe_bundle(shared, None, 128))
     if not mass <= LARGEST_CUT:

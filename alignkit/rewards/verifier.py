@@ -103,6 +103,7 @@ class Verifier:
         if self._warned:
             return
         self._warned = True
+
         if worker.isolation.kind == "none":
             log.warning(
                 "verifier %s: this machine offers neither another user nor process namespaces "

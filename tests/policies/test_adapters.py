@@ -8,7 +8,8 @@ from world import save_model
 
 from alignkit.config.model import AdapterConfig, ModelConfig
 from alignkit.errors import ModelError
-from alignkit.policies.load import add_adapter, load_frozen, load_model, merge
+from alignkit.policies.adapters import add_adapter
+from alignkit.policies.load import load_frozen, load_model, merge
 
 BROKEN = {
     "null base": ({"base_model_name_or_path": None}, "base_model_name_or_path"),

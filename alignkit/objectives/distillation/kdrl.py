@@ -74,6 +74,7 @@ class KDRL(RolloutObjective):
             scores=batch.scores,
             masking=self.masking,
         )
+
         metrics = ratio_metrics(tokens, importance(tokens.policy, old), None, None)
         metrics["kl/behavior_teacher_k1"] = masked_sum(old - teacher, tokens.mask)
         return LossTerms([self.term("kdrl", values, tokens)], metrics)
