@@ -243,6 +243,26 @@ def _load_or_adopt(
     return tokenizer, *adopt(live[0], model, device=device, dtype=dtype)
 
 
+def _start(
+    model: ModelConfig,
+    live: tuple[Any, Any] | None,
+    device: torch.device | str,
+    dtype: str,
+    seed: int,
+) -> tuple[Any, Any, Any, dict[str, float]]:
+    """Tokenizer, causal LM, the same with its adapter if it has one, and its dropout rates."""
+    # A live model may have an adapter already.
+    tokenizer, loaded, adapted, dropout = _load_or_adopt(model, live, device, dtype)
+    check_vocabulary(loaded, tokenizer, model.name_or_path)
+    if model.gradient_checkpointing:
+        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    policy = adapted if adapted is not None else loaded
+    if model.adapter is not None:
+        policy = add_adapter(loaded, model.adapter, seed=seed)
+    return tokenizer, loaded, policy, dropout
+
+
 def load_pair(
     model: ModelConfig,
     reference: ReferenceConfig,
@@ -265,14 +285,7 @@ def load_pair(
     is the weight of the routers' loss, for mixtures of experts. `temperature` divides the logits of
     policy and anchors. Raises ModelError (exit 4) or ConfigError (exit 2).
     """
-    # A live model may have an adapter already.
-    tokenizer, loaded, adapted, dropout = _load_or_adopt(model, live, device, dtype)
-    check_vocabulary(loaded, tokenizer, model.name_or_path)
-    if model.gradient_checkpointing:
-        loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = adapted if adapted is not None else loaded
-    if model.adapter is not None:
-        policy = add_adapter(loaded, model.adapter, seed=seed)
+    tokenizer, loaded, policy, dropout = _start(model, live, device, dtype, seed)
     base = PolicyModule(policy, values=plan.values).eval()
 
     # Compute a few log-probs both ways, before any time is spent on training.
