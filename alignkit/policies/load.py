@@ -30,7 +30,7 @@ from alignkit.policies.live import DTYPES, adopt, config_without_dropout
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.probe import check_head, choose_layout, probe_bundle
-from alignkit.policies.reference import KINDS, Anchor, frozen, resolve_kind
+from alignkit.policies.reference import KINDS, Anchor, following_anchors, frozen, resolve_kind
 from alignkit.policies.router import router_of
 from alignkit.policies.scorer import TrainedScorer
 from alignkit.policies.weights import check_files
@@ -213,17 +213,6 @@ def _reference_model(
     return frozen(PolicyModule(loaded))
 
 
-def _following_anchors(target: TargetConfig, plan: Plan, base: PolicyModule) -> dict[str, Anchor]:
-    """The anchors that the plan asks for and that follow the policy during the run."""
-    if "previous" in plan.anchors:
-        # It comes first: after a step it takes over from the target before the target moves.
-        synced = Anchor.of(target.kind, base, target)
-        return {"previous": Anchor.before(synced, base), "target": synced}
-    if "target" in plan.anchors:
-        return {"target": Anchor.of(target.kind, base, target)}
-    return {}
-
-
 def _load_or_adopt(
     model: ModelConfig, live: tuple[Any, Any] | None, device: torch.device | str, dtype: str
 ) -> tuple[Any, Any, Any, dict[str, float]]:
@@ -312,7 +301,7 @@ def load_pair(
         other.temperature = temperature
         anchors["reference"] = Anchor("frozen", other)
 
-    anchors |= _following_anchors(target or TargetConfig(), plan, base)
+    anchors |= following_anchors(target or TargetConfig(), plan, base)
     return PolicyPair(
         base,
         tokenizer,

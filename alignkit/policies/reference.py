@@ -168,3 +168,14 @@ def frozen(module: PolicyModule) -> PolicyModule:
     """The module without gradients or value head, in evaluation mode."""
     module.value_head = None
     return module.requires_grad_(False).eval()
+
+
+def following_anchors(target: TargetConfig, plan: Plan, base: PolicyModule) -> dict[str, Anchor]:
+    """The anchors that the plan asks for and that follow the policy during the run."""
+    if "previous" in plan.anchors:
+        # It comes first: after a step it takes over from the target before the target moves.
+        synced = Anchor.of(target.kind, base, target)
+        return {"previous": Anchor.before(synced, base), "target": synced}
+    if "target" in plan.anchors:
+        return {"target": Anchor.of(target.kind, base, target)}
+    return {}
