@@ -266,10 +266,10 @@ class RunFolder:
             ) from error
 
     def save_model(
-        self, write: Callable[[Path], None], card: str, identity: Mapping[str, Any]
+        self, write: Callable[[Path], None], card: str, identity: Mapping[str, Any] | None = None
     ) -> None:
-        """Write the finished model, a manifest of its files and the run's card; `model/` appears
-        whole or not at all.
+        """Write the finished model, a manifest of its files with the run's identity, and the run's
+        card; `model/` appears whole or not at all.
 
         ResourceError where the disk refuses. The model is then written to the folder for temporary
         files, if it fits there, so that the training is not lost.
@@ -281,7 +281,7 @@ class RunFolder:
                 write(temporary)
                 (temporary / CARD).write_text(card)
                 # People edit the card, so its bytes are not vouched for.
-                content = checkpoint.manifest_content(identity)
+                content = checkpoint.manifest_content(identity or {})
                 files.write_manifest(temporary, content, without=[CARD])
                 files.write_text(self.path / CARD, card)
         except Exception as error:
