@@ -16,8 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from alignkit.batches import Bundle
 from alignkit.cli.main import main
 from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig
+from alignkit.config.teacher import TeacherConfig
 from alignkit.config.train import TrainConfig
 from alignkit.policies.load import load_pair, load_scorer
+from alignkit.policies.teacher import add_teacher
 from alignkit.sources.dataset import DatasetSource
 from alignkit.training.job import Job
 from alignkit.training.run_folder import RunFolder
@@ -122,6 +124,9 @@ def make_job(
         pair = load_pair(
             model_config, kind, target, plan, device="cpu", fixed_data=True, seed=train.seed
         )
+    if "teacher" in plan.anchors:
+        folder = save_model(out.parent / f"{out.name}-teacher", seed=7)
+        add_teacher(pair, TeacherConfig(name_or_path=str(folder)), model_config)
     source = DatasetSource(
         bundles,
         plan,
