@@ -6,9 +6,12 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.long
 def test_the_command_of_make_docs_is_strict(tmp_path):
     """It is given a site of one bad page, with the project's own settings and hooks."""
     makefile = (ROOT / "Makefile").read_text()

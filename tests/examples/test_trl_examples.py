@@ -61,6 +61,7 @@ def finished(tmp_path_factory):
     ), folder / "out"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_example_runs(finished, name):
     done, out = finished

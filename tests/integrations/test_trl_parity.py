@@ -295,6 +295,7 @@ def processes(model, tmp_path_factory):
     return alone, worker.load(out / "two")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", worker.CASES)
 def test_two_processes_give_the_losses_of_one(processes, record_property, case):
     alone, two = (found[case] for found in processes)

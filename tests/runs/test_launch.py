@@ -194,6 +194,7 @@ EMBEDDED = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_every_shipped_recipe_runs_on_its_task(name, tmp_path):
     # the same world in a size for tests
