@@ -82,6 +82,7 @@ class SampledPairs:
             torch.tensor(positions),
             *torch.full((2, len(positions)), NO_COMPLETION),
         )
+        assert draw.share is not None  # the caller looked
         chosen = (uniform(coins, 1)[:, 0] < draw.share).nonzero()[:, 0].tolist()
         self.metrics = self.metrics | {"rollout/own_share": len(chosen) / len(bundles)}
 

@@ -7,7 +7,7 @@ speed, never the gradient.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -120,6 +120,7 @@ class Reducer:
                 if not counted:
                     loss = _zero(seen)
                 elif leaves is not None:
+                    assert isinstance(seen, TokenLogps)  # no coupled objective learns from outputs
                     loss = _pull_back(seen, leaves[i])
                 else:
                     loss = self._loss(chunk, seen, counts, sums)
@@ -162,7 +163,7 @@ class Reducer:
             sums.guard.watch_logps(seen, chunk)
         out = weighted(self.objective.loss(self.family.build(chunk, seen)), chunk)
         sums.add(out, chunk)
-        loss = sum(term.weight * term.values.sum() / counts[term.unit] for term in out.terms)
+        loss = _total(out, counts)
         sums.loss += loss.detach().double()
         return loss
 
@@ -237,7 +238,7 @@ class Reducer:
         with torch.enable_grad():
             rows = gather_object(light)
             out = self.objective.loss(self.family.build(rows, everyone))
-            loss = sum(term.weight * term.values.sum() / counts[term.unit] for term in out.terms)
+            loss = _total(out, counts)
         sums.add(out, rows, counted=self.accelerator.is_main_process)
         sums.loss += loss.detach().double() / self.accelerator.num_processes
 
@@ -277,6 +278,14 @@ def _zero(seen: TokenLogps | Outputs) -> Tensor:
     """A loss of 0 that every trained parameter takes part in."""
     tensors = [seen.values] if isinstance(seen, Outputs) else [seen.policy, *seen.extras.values()]
     return torch.stack([t.sum() * 0 for t in tensors if t.requires_grad]).sum()
+
+
+def _total(out: LossTerms, counts: Mapping[str, float]) -> Tensor:
+    """The terms, each divided by the step's global count of its unit, added up."""
+    first, *others = (term.weight * term.values.sum() / counts[term.unit] for term in out.terms)
+    for other in others:
+        first = first + other
+    return first
 
 
 def _pull_back(tokens: TokenLogps, gradient: TokenLogps) -> Tensor:

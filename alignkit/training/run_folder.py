@@ -334,9 +334,12 @@ def _more_steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
     longer = []
     for field in ("steps", "epochs"):
-        lengths = (before.get(field), after.get(field))
-        if lengths[0] != lengths[1]:
-            longer.append(None not in lengths and lengths[0] < lengths[1])
+        old_length = before.get(field)
+        new_length = after.get(field)
+        if old_length != new_length:
+            longer.append(
+                old_length is not None and new_length is not None and old_length < new_length
+            )
     same_length = {**after, **{field: before.get(field) for field in ("steps", "epochs")}}
     rest = compare(old, {**comparable(old, new), "train": same_length})
     return bool(longer) and all(longer) and not rest

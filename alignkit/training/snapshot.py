@@ -114,11 +114,11 @@ def seed_everything(seed: int) -> None:
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """States of python's, numpy's, torch's and the device's generators as tensors and JSON."""
     version, numbers, gauss = random.getstate()
-    kind, keys, *rest = numpy.random.get_state()
+    kind, keys, *rest = numpy.random.get_state(legacy=True)
     tensors = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(numbers),
-        "numpy": torch.from_numpy(keys.astype("int64")),
+        "numpy": torch.from_numpy(numpy.asarray(keys).astype("int64")),
     }
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
