@@ -68,14 +68,14 @@ shapes = st.tuples(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 4), 
 @settings(max_examples=8, deadline=None)
 @given(shape=shapes)
 def test_layouts_agree_with_separate_rows(name, shape):
-    """Float64 leaves rounding alone: 1e-6, because rotary angles and norms are computed in float32
-    in some models.
+    """Float64 leaves rounding alone: 2e-6, because rotary angles and norms are computed in float32
+    in some models (Gemma 2 differs by 1.2e-6 on some shapes).
     """
     seed, count, completions, longest = shape
     bundles = random_bundles(seed, count, completions, longest)
     if not any(b.n_trained for b in bundles):
         return
-    check(double(name), bundles, atol=1e-6)
+    check(double(name), bundles, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", BRANCHING)
