@@ -53,8 +53,9 @@ RECIPE = {
 def main(folder: str | Path = "runs/compare_objectives", *overrides: str) -> dict[str, Any]:
     """Run the grid and print how much of the best possible gain every run reached at its KL."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "grid.yaml"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # The recipe stands beside the folder, which belongs to the comparison alone.
+    file = folder.with_name(f"{folder.name}.yaml")
     file.write_text(yaml.safe_dump(RECIPE, sort_keys=False))
     results = compare(load_recipe(file, [f"output_dir={folder}", *overrides]))
 
