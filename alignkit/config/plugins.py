@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import logging
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -9,10 +10,12 @@ from types import ModuleType
 
 from alignkit.errors import ConfigError
 
+log = logging.getLogger("alignkit")
+
 
 def load_object(spec: str, *, what: str, safe: bool = False) -> object:
-    """The object that `spec` names, for the recipe field `what` (named in errors and announced on
-    stderr before its code runs).
+    """The object that `spec` names, for the recipe field `what` (named in errors, and in the log
+    before its code runs).
 
     `module:Name` is looked up on Python's path, then as `module.py` in the working directory; a
     name ending in `.py` is a file. ConfigError when `safe`, or when there is no such thing. Errors
@@ -26,7 +29,7 @@ def load_object(spec: str, *, what: str, safe: bool = False) -> object:
             f"{what}: `{spec}` would run code that the recipe names; --safe does not allow that"
         )
 
-    print(f"alignkit: {what} runs code from {spec}", file=sys.stderr)
+    log.warning("alignkit: %s runs code from %s", what, spec)
     module = _load_module(source, what)
     try:
         return getattr(module, name)

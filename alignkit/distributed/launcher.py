@@ -4,6 +4,7 @@ The same command line runs once per process, supervised by torch's elastic agent
 fails, it stops the others.
 """
 
+import logging
 import os
 import sys
 import time
@@ -13,6 +14,8 @@ from uuid import uuid4
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+log = logging.getLogger("alignkit")
 
 # Seconds that gloo's threads get to finish; one that waits for the GIL has it within 5 ms.
 LAST_WORK = 0.2
@@ -49,10 +52,10 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         elastic_launch(config, sys.executable)("-m", "alignkit", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(
-            f"alignkit: process {rank} ended with exit code {failure.exitcode}; "
-            "the others were stopped",
-            file=sys.stderr,
+        log.error(
+            "alignkit: process %d ended with exit code %d; the others were stopped",
+            rank,
+            failure.exitcode,
         )
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:

@@ -1,7 +1,7 @@
 """From the recipe's `judge` section to a judge."""
 
+import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +19,8 @@ from alignkit.rewards.checks import within
 from alignkit.rewards.load import load_classifier, load_rewards
 from alignkit.rewards.model import RewardModel
 
+log = logging.getLogger("alignkit")
+
 
 def load_judge(
     section: JudgeConfig | Mapping[str, Any],
@@ -30,7 +32,7 @@ def load_judge(
     """The section's judge. `allow_private` lets an endpoint be on a private network, as
     `--allow-private-judge` (an environment variable) does; a recipe cannot.
 
-    Code that the recipe names is announced on stderr before it is imported, and refused
+    Code that the recipe names is announced in the log before it is imported, and refused
     (ConfigError) when `safe`; an endpoint that prompts are sent to is announced too.
     """
     config = section if isinstance(section, JudgeConfig) else _parsed(section)
@@ -115,7 +117,7 @@ def _chat(config: ChatConfig, allow_private: bool) -> ChatJudge:
         max_bytes=config.max_bytes,
         allow_private=allow_private,
     )
-    print(f"alignkit: judge.chat sends prompts and completions to {endpoint.host}", file=sys.stderr)
+    log.warning("alignkit: judge.chat sends prompts and completions to %s", endpoint.host)
 
     return ChatJudge(
         endpoint,

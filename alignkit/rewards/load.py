@@ -1,6 +1,6 @@
 """From the recipe's `rewards` list to one reward."""
 
-import sys
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,13 +17,15 @@ from alignkit.rewards.functions import FormatMatch, FunctionReward, LengthPenalt
 from alignkit.rewards.model import RewardModel
 from alignkit.rewards.verifier import Verifier
 
+log = logging.getLogger("alignkit")
+
 
 def load_rewards(
     section: Sequence[RewardConfig | Mapping[str, Any]], *, safe: bool, device: Any = "cpu"
 ) -> Reward:
     """The weighted sum of the section's rewards; reward models go to `device`.
 
-    Code that the recipe names is announced on stderr before it is imported, and refused
+    Code that the recipe names is announced in the log before it is imported, and refused
     (ConfigError) when `safe`. Raises ConfigError for faults of the section and ModelError for a
     model that is no reward model.
     """
@@ -132,10 +134,11 @@ def _call(
                 f"{field}.verifier: `{entry.verifier}` would run code that the recipe names; "
                 "--safe does not allow that"
             )
-        print(
-            f"alignkit: {field}.verifier runs code from {entry.verifier} in {entry.workers} "
-            "processes",
-            file=sys.stderr,
+        log.warning(
+            "alignkit: %s.verifier runs code from %s in %d processes",
+            field,
+            entry.verifier,
+            entry.workers,
         )
         return Verifier(
             entry.verifier,

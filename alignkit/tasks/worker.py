@@ -2,12 +2,15 @@
 accelerator and its ranks.
 """
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 from alignkit.errors import ResourceError
+
+log = logging.getLogger("alignkit")
 
 STDERR = 2  # the descriptor: sys.stderr may be a notebook's or a test's, which has none
 
@@ -20,11 +23,8 @@ def run_apart(name: str, folder: Path, teacher_of: Path | None = None) -> None:
     `teacher_of`. Its output goes to stderr; ResourceError when it fails.
     """
     what = "base model and rows" if teacher_of is None else "teacher"
-    print(
-        f"making the task `{name}` ({what}; once, under a minute) ...",
-        file=sys.stderr,
-        flush=True,
-    )
+    # A warning, so that programs that have set up no logging see why they wait.
+    log.warning("making the task `%s` (%s; once, under a minute) ...", name, what)
 
     environment = {
         variable: value

@@ -341,11 +341,11 @@ def test_other_exceptions_keep_their_traceback(tmp_path, world, monkeypatch):
         )
 
 
-def test_several_processes_give_the_exit_code_of_the_first_that_fails(capfd):
+def test_several_processes_give_the_exit_code_of_the_first_that_fails(caplog):
     from alignkit.distributed.launcher import launch
 
     assert launch(2, ["recipes", "show", "nope"]) == 2
-    assert "ended with exit code 2" in capfd.readouterr().err
+    assert "ended with exit code 2" in caplog.text
 
 
 def test_a_signal_ends_several_processes_with_its_code(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 
 from alignkit.config.plugins import load_object
 from alignkit.errors import ConfigError
+from alignkit.training.messages import shown_messages
 
 
 @pytest.fixture
@@ -27,7 +28,8 @@ def test_an_installed_module_is_found():
 
 def test_it_is_announced_before_it_runs(folder, capsys):
     (folder / "loud.py").write_text("import sys\nprint('running', file=sys.stderr)\nx = 1\n")
-    load_object("loud.py:x", what="objective.import")
+    with shown_messages():
+        load_object("loud.py:x", what="objective.import")
     announced, running = capsys.readouterr().err.splitlines()
     assert announced == "alignkit: objective.import runs code from loud.py:x"
     assert running == "running"

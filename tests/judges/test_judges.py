@@ -125,12 +125,12 @@ def file(tmp_path_factory):
     return path
 
 
-def test_judges_of_the_section(file, capsys):
+def test_judges_of_the_section(file, caplog):
     assert (
         load_judge({"function": f"{file}:better"}, safe=False)(["p"], ["long"], ["no"]).probability
         == 1
     )
-    assert f"judge.function runs code from {file}:better" in capsys.readouterr().err
+    assert f"judge.function runs code from {file}:better" in caplog.text
     old = load_judge({"trl": f"{file}:Old"}, safe=False)(["p", "p"], ["long", "?"], ["no", "no"])
     assert (old.probability.tolist(), old.valid.tolist()) == ([1, 0.5], [True, False])
     terry = load_judge({"rewards": [{"format": "a+"}], "temperature": 0}, safe=True)

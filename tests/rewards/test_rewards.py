@@ -272,10 +272,10 @@ def test_a_verifier_that_always_fails_stops_the_run(verifier):
         verifier("absent")(["p"], ["a"])
 
 
-def test_code_is_announced_before_it_runs_and_refused_in_safe_mode(file, capsys):
+def test_code_is_announced_before_it_runs_and_refused_in_safe_mode(file, caplog):
     reward = load_rewards([{"function": f"{file}:score"}], safe=False)
     assert reward(PROMPTS, COMPLETIONS) == [1, 1, 1]
-    assert f"rewards.0.function runs code from {file}:score" in capsys.readouterr().err
+    assert f"rewards.0.function runs code from {file}:score" in caplog.text
     for kind in ("function", "verifier"):
         with pytest.raises(ConfigError, match="safe"):
             load_rewards([{kind: f"{file}:score"}], safe=True)

@@ -57,7 +57,7 @@ def recipe(world, out, rows, *overrides):
 
 
 @pytest.mark.parametrize("objective", ["rloo", "kl_ppo"])
-def test_an_online_recipe_with_a_reward_of_ones_own(world, tmp_path, capsys, objective):
+def test_an_online_recipe_with_a_reward_of_ones_own(world, tmp_path, caplog, objective):
     own = f"rewards.0.function={world / 'helpers.py'}:score"
     result = run_recipe(
         recipe(world, tmp_path / "run", "prompts.jsonl", f"objective={{name: {objective}}}", own)
@@ -65,9 +65,7 @@ def test_an_online_recipe_with_a_reward_of_ones_own(world, tmp_path, capsys, obj
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert result.step == len(rows) == 3
     assert all(0 <= row["reward"] <= 5 + 9 for row in rows)
-    assert (
-        f"rewards.0.function runs code from {world / 'helpers.py'}:score" in capsys.readouterr().err
-    )
+    assert f"rewards.0.function runs code from {world / 'helpers.py'}:score" in caplog.text
 
 
 def test_a_self_play_recipe_with_a_judge_of_ones_own(world, tmp_path):

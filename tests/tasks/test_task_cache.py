@@ -92,7 +92,7 @@ def test_without_the_variable_the_cache_is_the_users(monkeypatch):
     assert cache_root() == Path.home().resolve() / ".cache" / "alignkit"
 
 
-def test_a_world_is_made_where_stderr_has_no_descriptor(tmp_path, capsys):
+def test_a_world_is_made_where_stderr_has_no_descriptor(tmp_path, caplog):
     """As under pytest's capture and in notebooks; a world that does not exist ends at once, with
     its name.
     """
@@ -101,4 +101,4 @@ def test_a_world_is_made_where_stderr_has_no_descriptor(tmp_path, capsys):
         match=r"the task `no_such_world` could not be made \(its process ended with exit code 1\)",
     ):
         run_apart("no_such_world", tmp_path / "folder")
-    assert "making the task `no_such_world`" in capsys.readouterr().err
+    assert "making the task `no_such_world`" in caplog.text
