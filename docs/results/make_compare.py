@@ -1,11 +1,15 @@
 """Writes compare.md and compare_stories.md: the two shipped comparisons, as `alignkit compare`
 reports them.
 
-python docs/results/make_compare.py                               # both; the second only where
-$STORIES names the data python docs/results/make_compare.py --only compare --from FOLDER  # from a
-comparison that was run before
+Both; the second only where $STORIES names the data:
 
-Interrupted, the same command goes on: the runs are kept in runs/reproduce.
+    python docs/results/make_compare.py
+
+From a comparison that was run before:
+
+    python docs/results/make_compare.py --only compare --from FOLDER
+
+After an interruption the same command continues: the runs are kept in runs/reproduce.
 """
 
 import argparse

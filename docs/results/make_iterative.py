@@ -1,9 +1,13 @@
 """Writes iterative.md: three rounds of `alignkit pairs` and DPO on a real model, beside DPO on
 pairs that were made beforehand.
 
-STORIES=folder python docs/results/make_iterative.py                  # about 25 minutes on one core
-STORIES=folder python docs/results/make_iterative.py --only iterative # trains these only; the other
-rows stay as they are
+About 25 minutes on one core:
+
+    STORIES=folder python docs/results/make_iterative.py
+
+Train one of them; the other rows stay as they are:
+
+    STORIES=folder python docs/results/make_iterative.py --only iterative
 
 The folder holds `stories260k/` and `stories_sentiment/`. Needs vaderSentiment.
 """

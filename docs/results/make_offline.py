@@ -1,8 +1,13 @@
 """Writes offline.md: the offline objectives on the reviews, against the closed form that each of
 them promises.
 
-python docs/results/make_offline.py             # about two minutes for each row on one core
-python docs/results/make_offline.py --only hdpo # trains these only; the other rows stay as they are
+About two minutes for each row on one core:
+
+    python docs/results/make_offline.py
+
+Train one of them; the other rows stay as they are:
+
+    python docs/results/make_offline.py --only hdpo
 """
 
 import argparse

@@ -1,10 +1,13 @@
 """Writes online.md: what the shipped online recipes reach, exactly measured on reviews, on held-out
 prompts elsewhere.
 
-python docs/results/make_online.py                            # about 80 minutes on one core, nearly
-an hour of it the stories python docs/results/make_online.py --only rpg kl_ppo --seeds 0  # these
-runs only; the other rows stay as they are python docs/results/make_online.py --only
-# none: seconds
+About 80 minutes on one core, nearly an hour of it for the stories:
+
+    python docs/results/make_online.py
+
+These runs only; the other rows stay as they are. `--only` without a name takes seconds:
+
+    python docs/results/make_online.py --only rpg kl_ppo --seeds 0
 """
 
 import argparse

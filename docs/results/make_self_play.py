@@ -1,9 +1,13 @@
 """Writes self_play.md: the self-play algorithms on exact games, the objectives on the neural cyclic
 task.
 
-python docs/results/make_self_play.py                # about 20 minutes on one core python
-docs/results/make_self_play.py --neural egpo  # trains these only; the other rows stay as they are
-python docs/results/make_self_play.py --neural       # none: seconds
+About 20 minutes on one core:
+
+    python docs/results/make_self_play.py
+
+Train one of them; the other rows stay as they are. `--neural` without a name takes seconds:
+
+    python docs/results/make_self_play.py --neural egpo
 """
 
 import argparse

@@ -1,9 +1,13 @@
 """Writes self_play_stories.md: how often a self-play policy's stories are happier than the base
 model's, and at what distance.
 
-STORIES=folder python docs/results/make_self_play_stories.py              # about 20 minutes on one
-core STORIES=folder python docs/results/make_self_play_stories.py --train egpo # trains this one
-only; the other row stays as it is
+About 20 minutes on one core:
+
+    STORIES=folder python docs/results/make_self_play_stories.py
+
+Train one of them; the other row stays as it is:
+
+    STORIES=folder python docs/results/make_self_play_stories.py --train egpo
 
 The folder holds `stories260k/` and `stories_sentiment/prompts_test.jsonl` and
 `prompts_train.jsonl`. Needs vaderSentiment.

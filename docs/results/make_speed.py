@@ -1,8 +1,12 @@
 """Writes speed.md and speed_growth.png: what the benchmarks printed, with their commands.
 
-python docs/results/make_speed.py               # over an hour on two cores, which nothing else
-should use python docs/results/make_speed.py --only group  # runs this one; the other tables stay as
-they are python docs/results/make_speed.py --only        # none: seconds
+Over an hour on two cores, which nothing else should use:
+
+    python docs/results/make_speed.py
+
+Run one of them; the other tables stay as they are. `--only` without a name takes seconds:
+
+    python docs/results/make_speed.py --only group
 """
 
 import argparse
