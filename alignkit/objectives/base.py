@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from alignkit.batches import FAMILIES, Batch, LossTerms, RolloutBatch
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, ShapeError
+from alignkit.kl import exact
 from alignkit.plan import Family, Plan, combined
 
 State = dict[str, Tensor]
@@ -101,6 +102,25 @@ class Objective(BaseModel):
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
         """Turn the global rollout's scores into advantages [N, T] (rollout objectives only)."""
         return rollout, state
+
+
+def tilted(reward: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """log of reference * exp(reward / beta) / Z, the optimum of E[reward] - beta KL(policy ||
+    reference): rewards and log-probs [..., n] -> [..., n].
+    """
+    return (reference + reward / beta).log_softmax(-1)
+
+
+def forward_kl(
+    policy_logprobs: Tensor, reference_logprobs: Tensor | None, labels: Tensor
+) -> Tensor:
+    """A plan's statistic: KL(reference || policy) over the vocabulary, [C, V] x 2, [C] -> [C].
+
+    ShapeError where the plan has no anchor whose laws could be given.
+    """
+    if reference_logprobs is None:
+        raise ShapeError("forward_kl: the reference's log-probs over the vocabulary were not given")
+    return exact(policy_logprobs, reference_logprobs.detach(), "forward")
 
 
 class SequenceObjective(Objective):

@@ -12,7 +12,7 @@ from alignkit import divergences
 from alignkit.batches import LossTerms, RolloutBatch
 from alignkit.credit import group_baseline
 from alignkit.kl import Direction, importance
-from alignkit.objectives.base import Objective, State
+from alignkit.objectives.base import Objective, State, tilted
 from alignkit.objectives.online.rloo import rloo_loss
 from alignkit.objectives.rollout_base import (
     Credit,
@@ -82,4 +82,4 @@ class FDPG(RolloutObjective):
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """ref * exp(reward / beta), normalised, whatever the divergence."""
-        return (reference + reward / self.beta).log_softmax(-1)
+        return tilted(reward, reference, self.beta)

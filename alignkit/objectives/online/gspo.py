@@ -62,11 +62,15 @@ class GSPO(GroupObjective):
         return [cls(), cls(clip_low=0.2, clip_high=0.3, scale_by_std=False)]
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
+        values, metrics = self.completion_losses(batch)
+        return LossTerms([self.term("gspo", values, batch.tokens)], metrics)
+
+    def completion_losses(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`gspo_loss` of every completion [N], and the metrics of their ratios."""
         tokens = batch.tokens
         mask = tokens.mask
         logps = tokens.policy
         old = tokens.get("behavior")
         values = gspo_loss(logps, old, unspread(advantages_of(batch), tokens), mask, **self.clip)
-
         ratio = importance(masked_mean(logps, mask), masked_mean(old, mask))
-        return LossTerms([self.term("gspo", values, tokens)], self.metrics(tokens, ratio))
+        return values, self.metrics(tokens, ratio)

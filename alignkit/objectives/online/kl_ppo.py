@@ -11,7 +11,7 @@ from torch import Tensor
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.credit import adapt_beta, shaped_rewards, whiten
 from alignkit.kl import Direction, importance
-from alignkit.objectives.base import Objective, State
+from alignkit.objectives.base import Objective, State, tilted
 from alignkit.objectives.rollout_base import Credit, DualClip, ValueObjective, advantages_of
 from alignkit.objectives.surrogates import ppo_loss
 from alignkit.objectives.surrogates import value_loss as value_loss  # exported by the registry
@@ -107,4 +107,4 @@ class KLPPO(ValueObjective):
         adapts = self.kl_target is not None
         if adapts or self.whiten_rewards or self.gamma < 1 or self.kl_credit == "token":
             return None
-        return (reference + reward / self.beta).log_softmax(-1)
+        return tilted(reward, reference, self.beta)

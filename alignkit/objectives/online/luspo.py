@@ -1,16 +1,12 @@
 """LUSPO: GSPO with each completion weighted by its length, so that short ones are not favoured."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field
 
 from alignkit.batches import LossTerms, RolloutBatch
-from alignkit.kl import importance
-from alignkit.objectives.base import Objective
-from alignkit.objectives.online.gspo import GSPO, gspo_loss
-from alignkit.objectives.rollout_base import ClipWidth, advantages_of, unspread
-from alignkit.tensors import masked_mean
+from alignkit.objectives.online.gspo import GSPO
+from alignkit.objectives.rollout_base import ClipWidth
 
 
 class LUSPO(GSPO):
@@ -31,17 +27,7 @@ class LUSPO(GSPO):
         2.5e-3, description="no gain from a ratio above 1 + this; null = off"
     )
 
-    @classmethod
-    def examples(cls) -> Sequence[Objective]:
-        return [cls(), cls(clip_low=0.2, clip_high=0.3, scale_by_std=False)]
-
     def loss(self, batch: RolloutBatch) -> LossTerms:
-        tokens = batch.tokens
-        mask = tokens.mask
-        logps = tokens.policy
-        old = tokens.get("behavior")
-        values = gspo_loss(logps, old, unspread(advantages_of(batch), tokens), mask, **self.clip)
-
-        ratio = importance(masked_mean(logps, mask), masked_mean(old, mask))
-        term = self.term("luspo", tokens.lengths * values, tokens)
-        return LossTerms([term], self.metrics(tokens, ratio))
+        values, metrics = self.completion_losses(batch)
+        term = self.term("luspo", batch.tokens.lengths * values, batch.tokens)
+        return LossTerms([term], metrics)

@@ -7,21 +7,14 @@ from typing import ClassVar
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from alignkit import kl
 from alignkit.batches import LossTerms, Plan, RolloutBatch
-from alignkit.objectives.base import Objective, State
+from alignkit.objectives.base import Objective, State, forward_kl
 from alignkit.objectives.rollout_base import (
     Aggregation,
     RolloutObjective,
     advantages_of,
     spread,
 )
-
-
-def forward_kl(policy_logprobs: Tensor, anchor_logprobs: Tensor | None, labels: Tensor) -> Tensor:
-    """The plan's statistic: KL(reference || policy) at each position, [C, V] x 2 -> [C]."""
-    assert anchor_logprobs is not None, "RAFT's statistic needs the reference's log-probs"
-    return kl.exact(policy_logprobs, anchor_logprobs.detach(), direction="forward")
 
 
 def kept_shares(scores: Tensor, groups: Tensor, keep: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from alignkit.batches import LossTerms, RolloutBatch
 from alignkit.credit import alone, group_advantages, reward_to_go, shaped_rewards, whiten
 from alignkit.kl import Direction, importance, k2
-from alignkit.objectives.base import Objective, State
+from alignkit.objectives.base import Objective, State, tilted
 from alignkit.objectives.rollout_base import ClippedObjective, Credit, advantages_of, spread
 from alignkit.objectives.surrogates import ppo_loss
 from alignkit.tensors import masked_sum
@@ -78,4 +78,4 @@ class ReinforcePlusPlus(ClippedObjective):
         """ref * exp(reward / beta), normalised, where the KL is whitened together with the score;
         with the group none.
         """
-        return (reference + reward / self.beta).log_softmax(-1) if self.baseline == "none" else None
+        return tilted(reward, reference, self.beta) if self.baseline == "none" else None

@@ -10,7 +10,7 @@ from torch import Tensor
 from alignkit.batches import LossTerms, RolloutBatch
 from alignkit.credit import group_advantages
 from alignkit.kl import Direction, importance
-from alignkit.objectives.base import Objective, State
+from alignkit.objectives.base import Objective, State, tilted
 from alignkit.objectives.rollout_base import (
     ClippedObjective,
     Credit,
@@ -80,4 +80,4 @@ class RLOO(ClippedObjective):
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """ref * exp(reward / beta), normalised."""
-        return (reference + reward / self.beta).log_softmax(-1)
+        return tilted(reward, reference, self.beta)

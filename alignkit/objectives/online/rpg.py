@@ -10,7 +10,7 @@ from torch import Tensor
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.credit import Baseline, group_advantages, reward_to_go
 from alignkit.kl import Direction, importance
-from alignkit.objectives.base import Objective, State
+from alignkit.objectives.base import Objective, State, tilted
 from alignkit.objectives.rollout_base import (
     ClippedObjective,
     ClipWidth,
@@ -147,4 +147,4 @@ class RPG(ClippedObjective):
         """ref * exp(reward / beta), normalised, for a fixed reference with full credit."""
         if self.kl_gradient != ("sequence", "reverse"):
             return None
-        return (reference + reward / self.beta).log_softmax(-1)
+        return tilted(reward, reference, self.beta)

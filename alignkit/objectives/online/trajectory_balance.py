@@ -9,7 +9,7 @@ from torch import Tensor
 from alignkit.batches import LossTerms, RolloutBatch
 from alignkit.credit import group_baseline
 from alignkit.kl import Direction, importance
-from alignkit.objectives.base import Objective
+from alignkit.objectives.base import Objective, tilted
 from alignkit.objectives.rollout_base import Credit, RolloutObjective, ratio_metrics
 from alignkit.objectives.teacher_losses import trajectory_balance_loss
 
@@ -56,4 +56,4 @@ class TrajectoryBalance(RolloutObjective):
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """ref * exp(reward / beta), normalised."""
-        return (reference + reward / self.beta).log_softmax(-1)
+        return tilted(reward, reference, self.beta)

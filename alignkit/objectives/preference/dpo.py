@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from alignkit.batches import LossTerms, PairBatch
-from alignkit.objectives.base import Objective, PairObjective
+from alignkit.objectives.base import Objective, PairObjective, tilted
 from alignkit.tensors import pair_log_ratios
 
 
@@ -57,7 +57,7 @@ class DPO(PairObjective):
         """
         if self.label_smoothing:
             return None
-        return (reference + reward / self.beta).log_softmax(-1)
+        return tilted(reward, reference, self.beta)
 
     def backup(self, values: Tensor, reference: Tensor) -> Tensor | None:
         """The soft value beta * log E_ref exp(values / beta)."""

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from alignkit.batches import LossTerms, PairBatch
-from alignkit.objectives.base import Objective, PairObjective
+from alignkit.objectives.base import Objective, PairObjective, tilted
 from alignkit.objectives.preference.dpo import DPO, dpo_loss
 
 
@@ -73,7 +73,7 @@ class RobustDPO(PairObjective):
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """DPO's on clean labels: ref * exp(reward / beta), normalised."""
-        return (reference + reward / self.beta).log_softmax(-1)
+        return tilted(reward, reference, self.beta)
 
     @classmethod
     def limits(cls) -> Sequence[tuple[Objective, Objective]]:

@@ -9,10 +9,9 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from alignkit import kl
 from alignkit.batches import LossTerms, PairBatch, Plan
 from alignkit.errors import ConfigError
-from alignkit.objectives.base import Objective, PairObjective
+from alignkit.objectives.base import Objective, PairObjective, forward_kl, tilted
 from alignkit.tensors import check_same_shape, pair_log_ratios
 
 
@@ -51,14 +50,6 @@ def tdpo_loss(
     else:
         kl_gap = alpha * (rejected_kl - chosen_kl.detach())
     return -logsigmoid(beta * (chosen - rejected) - beta * kl_gap)
-
-
-def forward_kl(
-    policy_logprobs: Tensor, reference_logprobs: Tensor | None, labels: Tensor
-) -> Tensor:
-    """The plan's statistic: KL(ref || pi) at each position, [C, V] x 2 -> [C]."""
-    assert reference_logprobs is not None, "TDPO's statistic needs the reference's log-probs"
-    return kl.exact(policy_logprobs, reference_logprobs.detach(), direction="forward")
 
 
 class TDPO(PairObjective):
@@ -103,7 +94,7 @@ class TDPO(PairObjective):
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """Of one token: ref * exp(reward / beta), normalised. Version 2 has no closed form."""
-        return (reference + reward / self.beta).log_softmax(-1) if self.version == 1 else None
+        return tilted(reward, reference, self.beta) if self.version == 1 else None
 
     def backup(self, values: Tensor, reference: Tensor) -> Tensor | None:
         """The mean under the reference: version 1 improves on the reference by one step at each
