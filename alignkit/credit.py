@@ -185,8 +185,8 @@ def group_advantages(
 
 @torch.no_grad()
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, beta: float | Tensor) -> Tensor:
-    """-beta * kl_t on every unmasked token plus the score on the last one: [N], [N, T], [N, T] ->
-    [N, T].
+    """-beta * kl_t on every unmasked token plus the score on the
+    last one: [N], [N, T], [N, T] -> [N, T].
 
     With kl_t = k1 on the rollout policy this is the reward whose policy gradient is that of
     E[score] - beta * KL(policy || reference) (Ziegler et al. 2019, arXiv:1909.08593, eq. 2). Single
@@ -213,8 +213,8 @@ def reward_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def adapt_beta(beta: Tensor, kl: Tensor, *, target: float, horizon: float, samples: int) -> Tensor:
-    """The adaptive KL coefficient's next value, from the mean sequence KL (nats per completion) of
-    `samples` completions.
+    """The adaptive KL coefficient's next value, from the mean sequence
+    KL (nats per completion) of `samples` completions.
 
     beta * (1 + clip(kl / target - 1, -0.2, 0.2) * samples / horizon), never below 0. Ziegler et al.
     2019, section 2.2.

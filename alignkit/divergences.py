@@ -191,8 +191,8 @@ def names() -> Sequence[str]:
 
 
 def get(name: str, **parameters: float) -> Divergence:
-    """The divergence called `name`; only `alpha` takes a parameter (`alpha`, between 0 and 1;
-    default 0.5).
+    """The divergence called `name`; only `alpha` takes a parameter
+    (`alpha`, between 0 and 1; default 0.5).
 
     ConfigError for an unknown or inadmissible divergence and for a parameter outside its range. The
     `_ukl` forms are the KLs between unnormalised measures (f'(1) = 0); between distributions they

@@ -1,5 +1,5 @@
-"""Errors of alignkit: each says what was given, what is allowed and what to do, and carries its
-exit code.
+"""Errors of alignkit: each says what was given, what is
+allowed and what to do, and carries its exit code.
 """
 
 

@@ -1,5 +1,6 @@
-"""Files as a training run needs them: whole or not there, synced, locked and hashed. Standard
-library only.
+"""Files as a training run needs them: whole or not there, synced, locked and hashed.
+
+Standard library only.
 """
 
 import errno
@@ -136,8 +137,8 @@ def filter_jsonl(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> int
 
 
 def check_no_link(path: Path) -> None:
-    """OSError where `path` is a symbolic link: what is written or deleted there would be
-    elsewhere.
+    """OSError where `path` is a symbolic link: what is written or
+    deleted there would be elsewhere.
     """
     if path.is_symlink():
         raise OSError(errno.ELOOP, f"{path.name} is a symbolic link, which is not followed", path)
@@ -191,8 +192,8 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `folder` when the block ends without an
-    exception.
+    """An empty folder to fill, which takes the place of `folder`
+    when the block ends without an exception.
 
     Every file in it is synced before the rename. What an earlier, killed attempt left is removed
     first; an exception leaves `folder` as it was. OSError where the disk refuses, or where a link

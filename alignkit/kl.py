@@ -34,8 +34,9 @@ def clamp_log_ratio(log_ratio: Tensor) -> Tensor:
 
 
 def importance(policy_logps: Tensor, behavior_logps: Tensor) -> Tensor:
-    """exp(policy - behavior) under `clamp_log_ratio`: [...] x 2 -> [...]. Mean 1 over y from the
-    behaviour policy.
+    """exp(policy - behavior) under `clamp_log_ratio`: [...] x 2 -> [...].
+
+    Mean 1 over y from the behaviour policy.
     """
     check_same_shape(policy_logps=policy_logps, behavior_logps=behavior_logps)
     return clamp_log_ratio(policy_logps - behavior_logps).exp()
@@ -51,8 +52,9 @@ def k1(log_ratio: Tensor) -> Tensor:
 
 
 def k2(log_ratio: Tensor) -> Tensor:
-    """log_ratio^2 / 2: [...] -> [...]. Mean: biased, right to second order. Gradient as a loss: the
-    reverse KL's.
+    """log_ratio^2 / 2: [...] -> [...].
+
+    Mean: biased, right to second order. Gradient as a loss: the reverse KL's.
     """
     return 0.5 * log_ratio**2
 
@@ -80,24 +82,27 @@ def k3_forward(log_ratio: Tensor) -> Tensor:
 
 
 def k1_weighted(log_ratio: Tensor, log_importance: Tensor) -> Tensor:
-    """importance * k1 with the gradient through both: [...] x 2 -> [...]. Mean and gradient: the
-    reverse KL's.
+    """importance * k1 with the gradient through both: [...] x 2 -> [...].
+
+    Mean and gradient: the reverse KL's.
     """
     check_same_shape(log_ratio=log_ratio, log_importance=log_importance)
     return clamp_log_ratio(log_importance).exp() * log_ratio
 
 
 def k2_weighted(log_ratio: Tensor, log_importance: Tensor) -> Tensor:
-    """stopped importance * k2: [...] x 2 -> [...]. Mean: biased. Gradient: the reverse KL's,
-    off-policy too.
+    """stopped importance * k2: [...] x 2 -> [...].
+
+    Mean: biased. Gradient: the reverse KL's, off-policy too.
     """
     check_same_shape(log_ratio=log_ratio, log_importance=log_importance)
     return clamp_log_ratio(log_importance).exp().detach() * k2(log_ratio)
 
 
 def k3_weighted(log_ratio: Tensor, log_importance: Tensor) -> Tensor:
-    """importance * k3 with the gradient through both: [...] x 2 -> [...]. Mean and gradient: the
-    reverse KL's.
+    """importance * k3 with the gradient through both: [...] x 2 -> [...].
+
+    Mean and gradient: the reverse KL's.
     """
     check_same_shape(log_ratio=log_ratio, log_importance=log_importance)
     return clamp_log_ratio(log_importance).exp() * k3(log_ratio)

@@ -1,5 +1,5 @@
-"""Risk measures of the log-ratio X = log(reference / policy) when tokens are drawn from the
-reference.
+"""Risk measures of the log-ratio X = log(reference / policy)
+when tokens are drawn from the reference.
 
 The mean of X is the forward KL. CVaR and the entropic risk weigh its upper tail more: tokens that
 the policy has made less likely. Chen et al. 2025, arXiv:2505.20359; the upper tail is what the
@@ -27,8 +27,8 @@ def risk_ratio(
     level: float = 1.0,
     compat: Literal["repo"] | None = None,
 ) -> Tensor:
-    """Risk under the reference of X = log reference - log policy over the last axis: [..., V] x 2
-    -> [...].
+    """Risk under the reference of X = log reference - log policy
+    over the last axis: [..., V] x 2 -> [...].
 
     `kl`: the mean. `cvar`: the mean of the largest X that carry the reference mass `level` (0 <
     level <= 1; the boundary token counts with the fraction that fits; 1 is the KL). `erm`: log E
@@ -99,8 +99,8 @@ def _mean(values: Tensor, log_weights: Tensor) -> Tensor:
 
 
 def _cvar(values: Tensor, log_weights: Tensor, level: float) -> Tensor:
-    """t + E max(X - t, 0) / level (Rockafellar and Uryasev 2000) with t the value of the boundary
-    atoms.
+    """t + E max(X - t, 0) / level (Rockafellar and Uryasev 2000)
+    with t the value of the boundary atoms.
 
     Because t carries their gradient, those atoms receive exactly the fraction of their mass that
     fits; ties share it by their mass. The formula is flat at its minimum: where rounding of the
@@ -114,8 +114,8 @@ def _cvar(values: Tensor, log_weights: Tensor, level: float) -> Tensor:
 
 
 def _sorted(values: Tensor, log_weights: Tensor, level: float) -> Tensor:
-    """Which atoms [..., V] have the value with which the largest values first carry the mass
-    `level`.
+    """Which atoms [..., V] have the value with which the largest
+    values first carry the mass `level`.
     """
     support = log_weights > -math.inf
     index = torch.where(support, values, -math.inf).argsort(-1, descending=True)
@@ -156,8 +156,8 @@ def _searched(values: Tensor, log_weights: Tensor, level: float) -> Tensor:
 
 
 def _entropic(values: Tensor, log_weights: Tensor, level: float) -> Tensor:
-    """log E exp(level X) / level; by log1p and expm1 where level |X| < 1, so that small levels do
-    not cancel.
+    """log E exp(level X) / level; by log1p and expm1 where level
+    |X| < 1, so that small levels do not cancel.
     """
     scaled = level * values
     small = torch.where(log_weights > -math.inf, scaled, scaled.new_zeros(())).abs().amax(-1) < 1

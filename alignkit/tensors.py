@@ -9,8 +9,8 @@ from alignkit.errors import ShapeError
 
 
 def check_same_shape(**tensors: Tensor) -> None:
-    """Raise ShapeError unless all named tensors share one shape; the message names each with its
-    shape.
+    """Raise ShapeError unless all named tensors share one shape;
+    the message names each with its shape.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1:
@@ -35,8 +35,8 @@ def reverse_cumsum(values: Tensor) -> Tensor:
 
 
 def gather_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probs of `labels` under `logits`, log-softmax in float32 or wider. [..., V], [...] ->
-    [...].
+    """Log-probs of `labels` under `logits`, log-softmax in float32
+    or wider. [..., V], [...] -> [...].
     """
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     return wide.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)

@@ -1,5 +1,5 @@
-"""A report as blocks, written once and rendered twice: as Markdown, and as one HTML page that needs
-no network.
+"""A report as blocks, written once and rendered twice: as
+Markdown, and as one HTML page that needs no network.
 """
 
 import re
@@ -35,8 +35,8 @@ class Items:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG beside the report, with its meaning in words; `name` stands for it where it cannot be
-    seen.
+    """A PNG beside the report, with its meaning in words; `name`
+    stands for it where it cannot be seen.
     """
 
     file: str

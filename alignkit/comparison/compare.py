@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 def compare(
     recipe: Recipe, *, safe: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
-    """Run what is missing of the recipe's grid, measure it, write the report, and return what
-    `results.json` holds.
+    """Run what is missing of the recipe's grid, measure it, write
+    the report, and return what `results.json` holds.
 
     A run that fails is recorded with its reason and shown in the report; the others go on. A
     finished run whose model, rows or reward have changed since is named and left out. `safe`

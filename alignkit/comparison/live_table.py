@@ -159,8 +159,8 @@ class LiveTable:
         return table
 
     def _shown(self, room: int) -> list[Point]:
-        """As many points as the screen has `room` for; running and failed ones are never hidden
-        by others.
+        """As many points as the screen has `room` for; running and
+        failed ones are never hidden by others.
         """
         order = ["running", "measuring", "failed", "finished", "waiting"]
         ranked = sorted(self.points, key=lambda point: order.index(self.progress[point.name].state))

@@ -255,8 +255,8 @@ def training(results: Row) -> Figure | None:
 
 
 def calibration(results: Row) -> Figure | None:
-    """Reliability of the implicit rewards on held-out pairs: of each objective the run with the
-    smallest error.
+    """Reliability of the implicit rewards on held-out pairs: of
+    each objective the run with the smallest error.
     """
     best: dict[str, Row] = {}
     for run in results["runs"]:

@@ -1,5 +1,5 @@
-"""The report of a comparison: report.md, report.html and the pictures, all from the content of
-results.json.
+"""The report of a comparison: report.md, report.html and the
+pictures, all from the content of results.json.
 """
 
 from collections.abc import Mapping

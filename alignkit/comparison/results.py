@@ -193,8 +193,8 @@ def _win_row(measurement: Measurement, base: Measured) -> Row:
 def _shown_samples(
     points: Sequence[Point], measurements: Mapping[str, Measurement | None], base: Measured
 ) -> Row:
-    """The first completion of a few prompts by the base model, and by the run of each label that
-    scored best.
+    """The first completion of a few prompts by the base model, and
+    by the run of each label that scored best.
     """
     best: dict[str, Measured] = {}
     best_score: dict[str, float] = {}

@@ -1,5 +1,5 @@
-"""Several runs at once: long-lived worker processes that outlive a failed run and survive a crashed
-worker.
+"""Several runs at once: long-lived worker processes that
+outlive a failed run and survive a crashed worker.
 """
 
 import os
@@ -117,8 +117,8 @@ def _serve(pipe: Connection, work: Callable[[Any], None]) -> None:
 
 
 def _stop_with_parent(parent: int) -> None:
-    """Stop this process when its parent is gone: an orphan would hold its run's lock against the
-    next attempt.
+    """Stop this process when its parent is gone: an orphan would
+    hold its run's lock against the next attempt.
     """
     while os.getppid() == parent:
         time.sleep(1.0)

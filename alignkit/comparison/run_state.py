@@ -102,8 +102,8 @@ def stale_runs(points: Sequence[Point]) -> dict[str, str]:
 
 
 def _has_training(folder: Path) -> bool:
-    """Whether an unfinished run left something to go on from, or its model where only the
-    measurement failed.
+    """Whether an unfinished run left something to go on from, or
+    its model where only the measurement failed.
     """
     return bool(checkpoint.steps(folder / "checkpoints")) or (folder / "model").is_dir()
 

@@ -27,8 +27,8 @@ def plain(text: object) -> "Text":
 
 
 def markdown_line(text: str) -> str:
-    """A sentence as one line of Markdown: no tags, links or blocks; single back quotes still mark
-    code.
+    """A sentence as one line of Markdown: no tags, links or
+    blocks; single back quotes still mark code.
     """
     line = re.sub(r"\s+", " ", printable(text)).strip()
     line = re.sub("``+", "'", line)

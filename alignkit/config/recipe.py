@@ -1,5 +1,6 @@
-"""The recipe: all sections of one run, and how it is found, read, checked and written. Imports no
-torch.
+"""The recipe: all sections of one run, and how it is found, read, checked and written.
+
+Imports no torch.
 """
 
 from collections.abc import Sequence
@@ -78,8 +79,8 @@ class Recipe(Section):
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from a file, or by the bare name of one that ships with the package, with
-    `section.field=value` overrides.
+    """A recipe from a file, or by the bare name of one that ships with
+    the package, with `section.field=value` overrides.
 
     Raises ConfigError that names every fault with its file and line (or its override), what is
     allowed and the nearest valid name. The objective's own fields are checked by `build_objective`.
@@ -99,8 +100,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes that come with the package (installed: `alignkit/configs`;
-    checkout: `configs`).
+    """Name -> file of the recipes that come with the package
+    (installed: `alignkit/configs`; checkout: `configs`).
     """
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs"

@@ -8,8 +8,9 @@ from alignkit.config.section import Section
 
 
 class TeacherConfig(Section):
-    """Which model the objectives of distillation learn from. It is frozen, and it must have the
-    policy's tokenizer.
+    """Which model the objectives of distillation learn from.
+
+    It is frozen, and it must have the policy's tokenizer.
     """
 
     name_or_path: str = Field(

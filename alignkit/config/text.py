@@ -113,8 +113,8 @@ def parse_recipe(
 
 
 def _node_tree(text: str, at: At) -> yaml.Node | None:
-    """The node tree of `text`, None for an empty document; ConfigError for what a recipe may not
-    contain.
+    """The node tree of `text`, None for an empty document;
+    ConfigError for what a recipe may not contain.
     """
     depth = 0
     aliases = 0
@@ -153,8 +153,8 @@ def _refuse_code(event: yaml.Event, here: str) -> None:
 
 
 def _plain(text: str, at: At) -> Any:
-    """Python values by YAML 1.2's rules for numbers (`5e-4` is one), as OmegaConf reads them; no
-    key twice.
+    """Python values by YAML 1.2's rules for numbers (`5e-4` is
+    one), as OmegaConf reads them; no key twice.
     """
     try:
         return OmegaConf.to_container(OmegaConf.create(text), resolve=False)

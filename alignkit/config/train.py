@@ -121,7 +121,7 @@ class TrainConfig(Section):
         return self
 
     def goal_of(self, metric: str) -> Goal:
-        """Whether less or more of `metric`, this section's or the one that `auto` stood for, is
-        better.
+        """Whether less or more of `metric`, this section's or the one
+        that `auto` stood for, is better.
         """
         return GOALS[metric] if self.metric_goal == "auto" else self.metric_goal

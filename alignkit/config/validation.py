@@ -129,8 +129,8 @@ def _unknown(model: type[BaseModel], data: Mapping[str, Any], keys: Keys, place:
 
 
 def _nearest_elsewhere(model: type[BaseModel], data: Mapping[str, Any], place: Keys) -> str:
-    """A hint for a field of another section, or one written a level too high: `seed` should be
-    `train.seed`.
+    """A hint for a field of another section, or one written a
+    level too high: `seed` should be `train.seed`.
     """
     known = field_names(model)
     for section, value in data.items():  # the objective's fields are in no model, but in the recipe

@@ -150,8 +150,8 @@ def _parsed_or_same(text: str) -> Any:
 
 
 def _without_nulls(value: Any, verdicts: dict[str, None]) -> Any:
-    """`value` without the keys, at any depth, that hold null: Arrow gives every row the keys of all
-    the others.
+    """`value` without the keys, at any depth, that hold null:
+    Arrow gives every row the keys of all the others.
     """
     if isinstance(value, list):
         return [_without_nulls(item, verdicts) for item in value]

@@ -66,8 +66,8 @@ class TextEncoder:
         return ids[1:] if self.has_second_bos(ids) else ids
 
     def ending(self, ids: Ids, chat: bool) -> Ids:
-        """[EOS] where it belongs behind the finished text `ids`, else nothing; never a second
-        one.
+        """[EOS] where it belongs behind the finished text `ids`, else
+        nothing; never a second one.
         """
         append_eos = self.config.append_eos
         wanted = not chat if append_eos == "auto" else append_eos

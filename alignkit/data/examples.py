@@ -19,8 +19,9 @@ RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "trainer_state")
 
 @dataclass(frozen=True)
 class Example:
-    """A checked row. `prompt` is None where it is implicit: the common beginning of the
-    completions.
+    """A checked row.
+
+    `prompt` is None where it is implicit: the common beginning of the completions.
     """
 
     number: int  # of the row
@@ -38,8 +39,8 @@ class Example:
         return any(isinstance(part, list) for part in (self.prompt, *self.completions))
 
     def key(self, *, swapped: bool = False) -> str:
-        """Equal for examples of equal content; `swapped` is the content with chosen and rejected
-        exchanged.
+        """Equal for examples of equal content; `swapped` is the
+        content with chosen and rejected exchanged.
         """
         completions = self.completions[::-1] if swapped else self.completions
         return json.dumps([self.prompt, completions, self.label], sort_keys=True, default=str)

@@ -94,8 +94,8 @@ def conversation_column(columns: Sequence[str], family: str | None) -> dict[str,
 
 
 def detect_format(columns: Sequence[str], given: str, family: str | None, where: str) -> str:
-    """The format to read rows with `columns` in, for an objective of `family` (None: what fits the
-    columns best).
+    """The format to read rows with `columns` in, for an objective
+    of `family` (None: what fits the columns best).
 
     `given` is the configured format or auto; `where` names the source in errors. Raises DataError
     when the family cannot use these columns: it lists them, says what is needed and suggests the

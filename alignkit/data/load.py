@@ -43,8 +43,9 @@ def load_bundles(
 def load_prompts(
     config: DataConfig, tokenizer: Any, *, source: Source | None = None
 ) -> tuple[list["Prompt"], Report]:
-    """Prompts for online objectives; all other columns are kept for the rewards. Raises as
-    load_bundles does.
+    """Prompts for online objectives; all other columns are kept for the rewards.
+
+    Raises as load_bundles does.
     """
     from alignkit.data.prompts import tokenize_prompts
 
@@ -115,8 +116,8 @@ def _content(row: "Bundle | Prompt") -> Hashable:
 
 
 def fingerprint(bundles: Sequence["Bundle"]) -> str:
-    """SHA-256 of what is trained on (token ids, masks, labels, order), for the checkpoint's
-    manifest.
+    """SHA-256 of what is trained on (token ids, masks, labels,
+    order), for the checkpoint's manifest.
     """
     digest = sha256()
     for bundle in bundles:

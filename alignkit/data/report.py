@@ -27,8 +27,9 @@ class Finding:
 
 @dataclass
 class Report:
-    """The findings on one source. Row numbers are line numbers in JSONL files, positions from 1
-    elsewhere.
+    """The findings on one source.
+
+    Row numbers are line numbers in JSONL files, positions from 1 elsewhere.
     """
 
     source: str

@@ -106,6 +106,7 @@ class ChatTemplate:
 
 def given_template(config: DataConfig) -> str | None:
     """`data.chat_template` as Jinja text (it may be a path), or None for the tokenizer's own.
+
     Raises ConfigError.
     """
     given = config.chat_template

@@ -1,5 +1,5 @@
-"""From checked examples to bundles: where the prompt ends, which tokens are trained, and the cut at
-max_length.
+"""From checked examples to bundles: where the prompt ends, which
+tokens are trained, and the cut at max_length.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,9 @@ class TokenRow:
 def tokenize_examples(
     examples: Sequence[Example], config: DataConfig, tokenizer: Any, report: Report, family: str
 ) -> list[Bundle]:
-    """Bundles of `examples` in their order. Every row that is dropped or worth a word is counted in
-    `report`.
+    """Bundles of `examples` in their order.
+
+    Every row that is dropped or worth a word is counted in `report`.
 
     Raises ModelError for a tokenizer without the chat template or the EOS that is needed, and
     ConfigError for options that do not go with chats.
@@ -116,8 +117,8 @@ def _render_chats(
 def _count_special_tokens(
     rendered: Sequence[Rendered], encoder: TextEncoder, report: Report
 ) -> None:
-    """Count rows whose own text (not the template's) holds a special token that will be read as
-    one.
+    """Count rows whose own text (not the template's) holds a
+    special token that will be read as one.
     """
     if encoder.config.split_special_tokens:
         return

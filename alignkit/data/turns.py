@@ -227,8 +227,8 @@ class TurnFinder:
     def _opening(
         self, messages: list[Message], previous: int, options: dict[str, Any]
     ) -> Opening | None:
-        """What the template writes behind message `previous` of `messages`; None where it refuses
-        them.
+        """What the template writes behind message `previous` of
+        `messages`; None where it refuses them.
         """
         ends = []
         for prompt in (False, True):

@@ -25,15 +25,15 @@ _PAUSE = 0.002  # seconds between two looks at them
 
 
 def hide_process() -> None:
-    """Close this process's environment, memory and descriptors to its user's other processes
-    (Linux).
+    """Close this process's environment, memory and descriptors to
+    its user's other processes (Linux).
     """
     _prctl(_DUMPABLE, 0)
 
 
 def adopt_orphans() -> None:
-    """Become the parent of every descendant that loses its own, so that `end_all` finds it
-    (Linux).
+    """Become the parent of every descendant that loses its own, so
+    that `end_all` finds it (Linux).
     """
     _prctl(_SUBREAPER, 1)
 

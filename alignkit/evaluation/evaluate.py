@@ -211,8 +211,8 @@ def _listed(request: Request, task: Task | None, yardstick: Yardstick) -> Listed
 
 
 def _summary(request: Request, measured: Measured) -> Results:
-    """Means with their intervals, sampling errors, and where `correct` is given also pass@k and
-    majority@k.
+    """Means with their intervals, sampling errors, and where
+    `correct` is given also pass@k and majority@k.
     """
     results: Results = {
         "figures": {name: asdict(interval) for name, interval in measured.summary().items()},
@@ -323,8 +323,8 @@ def _forgetting(shared: _Shared, pair: PolicyPair) -> Results:
 
 
 def _baselines(base: Measured, listed: Listed | None) -> list[Results]:
-    """Best of n without training: exact where outcomes can be listed, else estimated from the
-    base's samples.
+    """Best of n without training: exact where outcomes can be
+    listed, else estimated from the base's samples.
     """
     if base.score is None or math.isnan(base.score.sum()):
         return []

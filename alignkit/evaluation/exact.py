@@ -40,8 +40,8 @@ class Listed:
         self.reference = folder_logps(reference, self.prompts, self.completions)  # [P, n + 1]
 
     def figures(self, model: Path | str | PolicyPair) -> ExactFigures:
-        """Exact figures of the model in a folder (a run's `model`), or of a pair's policy (adapters
-        too).
+        """Exact figures of the model in a folder (a run's `model`), or
+        of a pair's policy (adapters too).
         """
         if isinstance(model, PolicyPair):
             policy = outcome_logps(model, self.prompts, self.completions)

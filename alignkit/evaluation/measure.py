@@ -53,8 +53,8 @@ LIVE = Plan("sequence")
 
 
 def evaluation_pair(model: str | Path, reference: str | Path | OneModel) -> PolicyPair:
-    """A finished model (run folder, model or adapter folder, hub name, `task:NAME`) with what it is
-    measured against.
+    """A finished model (run folder, model or adapter folder, hub
+    name, `task:NAME`) with what it is measured against.
 
     Give an open reference (`alignkit.runs.trained_model.load_finished`) where several models share
     it. ModelError where there is no model, or its tokens are not the reference's.
@@ -89,8 +89,8 @@ def _text_config(model: OneModel) -> Any:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What stays the same for every model: prompts, noise, number and length of the completions,
-    the reward.
+    """What stays the same for every model: prompts, noise, number
+    and length of the completions, the reward.
     """
 
     prompts: Sequence[Prompt]
@@ -146,8 +146,8 @@ class Yardstick:
         )
 
     def scores(self, texts: list[list[str]], tokens: list[list[Tensor]]) -> np.ndarray | None:
-        """The reward of every completion [P, K], nan where it does not apply; None without a
-        reward.
+        """The reward of every completion [P, K], nan where it does not
+        apply; None without a reward.
         """
         if self.reward is None:
             return None
@@ -190,8 +190,8 @@ class Perplexity:
 
 
 def perplexity(pair: PolicyPair, source: Source, data: DataConfig | None = None) -> Perplexity:
-    """Of held-out text (rows with `text`, or demonstrations): what a model forgot shows as policy
-    above reference.
+    """Of held-out text (rows with `text`, or demonstrations): what a
+    model forgot shows as policy above reference.
     """
     bundles, _ = load_bundles(data or DataConfig(), "sequence", pair.tokenizer, source=source)
     sums = scored(pair, bundles, LIVE)

@@ -1,5 +1,6 @@
-"""What is asked of `alignkit eval`, checked before anything is loaded. Importing this imports no
-torch.
+"""What is asked of `alignkit eval`, checked before anything is loaded.
+
+Importing this imports no torch.
 """
 
 from collections.abc import Sequence

@@ -160,8 +160,8 @@ class _Pairs(Adapter):
 
 
 class _Groups(Adapter):
-    """On GRPOTrainer: TRL's advantages and behaviour log-probs; in training the loss is divided by
-    the accumulation.
+    """On GRPOTrainer: TRL's advantages and behaviour log-probs; in
+    training the loss is divided by the accumulation.
     """
 
     family = "rollout"

@@ -88,8 +88,8 @@ class Adapter:
             )
 
     def _outputs(self, model: Any, feed: Mapping[str, Any]) -> Any:
-        """The policy's forward; a mixture of experts is asked for its load-balancing loss, as TRL
-        does.
+        """The policy's forward; a mixture of experts is asked for its
+        load-balancing loss, as TRL does.
         """
         if getattr(self, "aux_loss_enabled", False):
             return model(**feed, output_router_logits=True)
@@ -97,8 +97,8 @@ class Adapter:
 
     @contextmanager
     def _reference(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-        """The reference in TRL's order: its own model, the adapter called "ref", the model without
-        its adapter.
+        """The reference in TRL's order: its own model, the adapter
+        called "ref", the model without its adapter.
         """
         if getattr(self, "ref_model", None) is not None:
             yield self.ref_model
@@ -187,8 +187,8 @@ class Adapter:
         self._keep({TOKENS: mask * share / getattr(self, "_tp_size", 1)})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """TRL's log with the metrics that were kept, averaged over their elements and all
-        processes.
+        """TRL's log with the metrics that were kept, averaged over
+        their elements and all processes.
         """
         mode = self._mode
         store = self._alignkit[mode]

@@ -1,5 +1,6 @@
-"""What fits into TRL's trainers: releases, objectives, arguments. Imports no trl; every refusal is
-one sentence.
+"""What fits into TRL's trainers: releases, objectives, arguments.
+
+Imports no trl; every refusal is one sentence.
 """
 
 import copy
@@ -42,8 +43,8 @@ def check_version() -> None:
 
 
 def check_objective(objective: Any, family: Family, base: str) -> None:
-    """Raise ConfigError for what trainer `base`, whose batches are of `family` (pair or rollout),
-    cannot train.
+    """Raise ConfigError for what trainer `base`, whose batches are
+    of `family` (pair or rollout), cannot train.
     """
     if not isinstance(objective, Objective):
         given = objective.__name__ if isinstance(objective, type) else type(objective).__name__
@@ -145,8 +146,8 @@ def advantage_rule(objective: Objective, size: int) -> tuple[str, float]:
 
 
 def _credited(objective: Objective, scores: torch.Tensor, *, apart: bool = False) -> torch.Tensor:
-    """The objective's advantages [groups, size, 2 tokens] for made-up completions with `scores`
-    [groups, size].
+    """The objective's advantages [groups, size, 2 tokens] for
+    made-up completions with `scores` [groups, size].
 
     `apart`: the reference differs from the policy, and every other completion has one token only.
     """
@@ -170,8 +171,8 @@ def _credited(objective: Objective, scores: torch.Tensor, *, apart: bool = False
 
 
 def checked_arguments(config: Any, objective: Objective, name: str, loss_type: str) -> Any:
-    """A copy of the trainer's arguments in which beta, loss type and reward scaling are the
-    objective's.
+    """A copy of the trainer's arguments in which beta, loss type
+    and reward scaling are the objective's.
 
     ConfigError for an argument that says something else, and for arguments of TRL's own losses.
     """
@@ -282,8 +283,8 @@ def wants_reference(objective: Objective) -> bool:
 
 
 def reads_reference_sums(objective: Objective) -> bool:
-    """Whether the loss stays the same when only each completion's sum of the reference's log-probs
-    is known.
+    """Whether the loss stays the same when only each completion's
+    sum of the reference's log-probs is known.
     """
     if objective.plan.statistics:
         return False

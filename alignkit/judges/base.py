@@ -18,8 +18,9 @@ _GRID = 2.0**53  # probabilities are multiples of 2^-53, so that P(a, b) + P(b, 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of B queries. Where `valid` is False the probability is 1/2 and means
-    nothing.
+    """What a judge says of B queries.
+
+    Where `valid` is False the probability is 1/2 and means nothing.
     """
 
     probability: Tensor  # [B] float64 in [0, 1]: the first completion beats the second

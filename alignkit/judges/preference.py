@@ -9,8 +9,8 @@ from alignkit.rewards.model import TextScorer
 
 
 class PreferenceJudge(TextScorer):
-    """P(first beats second) from a model that `preference_model` trained; ask it through
-    `BothOrders`.
+    """P(first beats second) from a model that `preference_model`
+    trained; ask it through `BothOrders`.
 
     Either the skew-symmetric product of two embeddings, or both completions read at once, in the
     order given (the config's `alignkit_outputs`, "embedding" or "joined").
@@ -41,8 +41,8 @@ class PreferenceJudge(TextScorer):
         return probabilities
 
     def _prompt(self, prompt: Any, first: list[int], second: list[int]) -> list[int]:
-        """The tokens that belong to the prompt: what both texts begin with, no longer than the
-        prompt alone.
+        """The tokens that belong to the prompt: what both texts begin
+        with, no longer than the prompt alone.
         """
         if isinstance(prompt, str):
             alone = self.tokenizer(prompt)["input_ids"]

@@ -9,8 +9,8 @@ from alignkit.judges.base import Ask, Judge
 
 
 def from_trl_judge(judge: Any) -> Ask:
-    """One-order answers from an object with `judge(prompts, completions, shuffle_order)`: wrap them
-    in `BothOrders`.
+    """One-order answers from an object with `judge(prompts,
+    completions, shuffle_order)`: wrap them in `BothOrders`.
 
     Ranks 0 and 1 become 1.0 and 0.0; -1 (failed) stays no verdict. A judge that offers
     `return_scores` is asked for its probabilities. Its own shuffling is off: both orders are asked
@@ -69,7 +69,7 @@ class TRLStyleJudge:
 
 
 def as_trl_judge(judge: Judge, *, seed: int = 0) -> TRLStyleJudge:
-    """`judge` with TRL's `.judge(prompts, completions, shuffle_order)`; `seed` decides the
-    shuffling.
+    """`judge` with TRL's `.judge(prompts, completions,
+    shuffle_order)`; `seed` decides the shuffling.
     """
     return TRLStyleJudge(judge, seed=seed)

@@ -1,5 +1,5 @@
-"""What needs no training: best-of-n, and the tilted optimum estimated from the reference's own
-samples.
+"""What needs no training: best-of-n, and the tilted optimum
+estimated from the reference's own samples.
 
 Axes: P prompts, K samples of the reference for each, n outcomes of a world that can be listed.
 """
@@ -81,8 +81,8 @@ def best_of_n(scores: ArrayLike, logps: ArrayLike, n: int) -> Baseline:
 
 
 def best_of_n_kl(logps: ArrayLike, n: int) -> Array:
-    """KL of best-of-n as estimated from the reference log-prob of the sample chosen: [...] ->
-    [...].
+    """KL of best-of-n as estimated from the reference log-prob of
+    the sample chosen: [...] -> [...].
 
     Exact for one outcome of probability e on top of a continuum: (1-e)^n [log n + (n-1) log(1-e) -
     (n-1)/n] + (1-(1-e)^n) log[(1-(1-e)^n) / e].
@@ -99,8 +99,8 @@ def best_of_n_kl(logps: ArrayLike, n: int) -> Array:
 
 
 def tilted_optimum(scores: ArrayLike, beta: float) -> Baseline:
-    """The optimum reference * exp(score / beta) / Z, from `scores` [P, K] of the reference's
-    samples, self-normalised.
+    """The optimum reference * exp(score / beta) / Z, from `scores` [P,
+    K] of the reference's samples, self-normalised.
 
     Score: sum of w s; KL: E_w[s] / beta - log Z with Z the mean of exp(s / beta). `effective` is
     (sum w)^2 / sum w^2 of K: where it is small both figures are too low, at most those of the best

@@ -35,8 +35,8 @@ def pass_at_k(correct: Sequence[int], n: int, k: int) -> float:
 
 
 def majority_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: int) -> float:
-    """P(the most frequent of `k` answers to one prompt is right), `k` drawn from these n without
-    replacement.
+    """P(the most frequent of `k` answers to one prompt is right),
+    `k` drawn from these n without replacement.
 
     The mean over all subsets; ties are broken at random; None abstains. `correct` says of each
     answer whether it is right. Wang et al. 2022, arXiv:2203.11171 (self-consistency). ConfigError
@@ -168,8 +168,9 @@ def length_controlled_win_rate(
 
 @dataclass(frozen=True)
 class Calibration:
-    """How confidence and accuracy agree. The bins (without empty ones) are what a reliability
-    diagram shows.
+    """How confidence and accuracy agree.
+
+    The bins (without empty ones) are what a reliability diagram shows.
     """
 
     accuracy: float
@@ -182,8 +183,8 @@ class Calibration:
 def calibration(
     confidence: ArrayLike, correct: ArrayLike, *, bins: int = 10, low: float = 0.5
 ) -> Calibration:
-    """Expected calibration error of N answers, `correct` [N] or not, given with `confidence` [N] in
-    [low, 1].
+    """Expected calibration error of N answers, `correct` [N] or
+    not, given with `confidence` [N] in [low, 1].
 
     It is the mean over answers of |accuracy - confidence| of their bin, for bins of equal width
     (Guo et al. 2017, arXiv:1706.04599, eq. 3).

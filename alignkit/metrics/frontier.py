@@ -267,8 +267,8 @@ class OptimalFrontier:
 
 
 def efficiency(kl: ArrayLike, score: ArrayLike, optimal: OptimalFrontier) -> Array:
-    """Gain over the reference divided by the optimal gain at the same KL: [...]; nan up to LEAST_KL
-    nats.
+    """Gain over the reference divided by the optimal gain at the
+    same KL: [...]; nan up to LEAST_KL nats.
     """
     distance = np.asarray(kl, dtype=float)
     known = distance > LEAST_KL

@@ -66,8 +66,8 @@ def bootstrap_weights(
 
 
 def jackknife_weights(prompts: int, seeds: int = 1) -> Weights:
-    """Each prompt left out once, all seeds kept: P replicates, for the acceleration of a BCa
-    interval.
+    """Each prompt left out once, all seeds kept: P replicates, for
+    the acceleration of a BCa interval.
     """
     left_out = (1 - np.eye(prompts)) / max(1, prompts - 1)
     return Weights(left_out, np.full((prompts, seeds), 1 / seeds))
@@ -171,8 +171,8 @@ def standard_error(values: ArrayLike) -> float:
 
 
 def sampling_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
-    """The mean of samples [P, K] with the interval of its `standard_error`: how exact it is on these
-    very prompts.
+    """The mean of samples [P, K] with the interval of its
+    `standard_error`: how exact it is on these very prompts.
 
     Where the prompts stand for others like them, `mean_interval` of the prompts' means is the wider
     one to quote.

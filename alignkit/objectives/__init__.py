@@ -91,8 +91,8 @@ FUNCTIONS: dict[str, str] = {
 
 
 def locate(name: str) -> tuple[str, str, str]:
-    """Module path, class name and comma-separated function names (may be empty) of a built-in
-    objective.
+    """Module path, class name and comma-separated function names
+    (may be empty) of a built-in objective.
     """
     module, cls, function = (OBJECTIVES[name] + "::").split(":")[:3]
     return f"alignkit.objectives.{module}", cls, function

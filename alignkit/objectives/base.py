@@ -76,8 +76,8 @@ class Objective(BaseModel):
         return None
 
     def label_probability(self, reward: Tensor) -> Tensor:
-        """Probability [..., n, n] that response i is labelled better than j, as `optimum` assumes
-        it: Bradley-Terry.
+        """Probability [..., n, n] that response i is labelled better
+        than j, as `optimum` assumes it: Bradley-Terry.
         """
         return (reward.unsqueeze(-1) - reward.unsqueeze(-2)).sigmoid()
 

@@ -77,8 +77,8 @@ class RolloutObjective(Objective):
         )
 
     def term(self, name: str, values: Tensor, tokens: TokenLogps, *, weight: float = 1.0) -> Term:
-        """A loss term from `values` per token [N, T] (by `aggregation`) or per completion [N]
-        (their mean).
+        """A loss term from `values` per token [N, T] (by
+        `aggregation`) or per completion [N] (their mean).
 
         "token_mean": all tokens of the step alike; "sequence_sum", "sequence_mean": per completion,
         summed or averaged over its tokens; "constant": summed and divided by `length`. Different
@@ -154,8 +154,9 @@ class ValueObjective(ClippedObjective):
     )
 
     def estimate(self, rewards: Tensor, tokens: TokenLogps) -> tuple[Tensor, Tensor]:
-        """Advantages and returns of token rewards [N, T] by GAE: [N, T] each. Advantages are not
-        whitened yet.
+        """Advantages and returns of token rewards [N, T] by GAE: [N, T] each.
+
+        Advantages are not whitened yet.
         """
         if self.whiten_rewards:
             rewards = whiten(rewards, tokens.mask, shift_mean=False)
@@ -172,8 +173,8 @@ class ValueObjective(ClippedObjective):
 
 
 def exact_kl(policy_logprobs: Tensor, anchor_logprobs: Tensor | None, labels: Tensor) -> Tensor:
-    """The plan's statistic KL(policy || reference) over the whole vocabulary: [C, V], [C, V], [C]
-    -> [C].
+    """The plan's statistic KL(policy || reference) over the whole
+    vocabulary: [C, V], [C, V], [C] -> [C].
     """
     if anchor_logprobs is None:
         raise ShapeError(

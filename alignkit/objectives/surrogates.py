@@ -1,5 +1,5 @@
-"""Policy-gradient surrogates per token or sequence: PPO's clip, RPG's four divergences, the value
-loss.
+"""Policy-gradient surrogates per token or sequence: PPO's
+clip, RPG's four divergences, the value loss.
 
 Gradients flow into the policy's log-probs and values alone; behaviour, advantages and returns are
 constants.
@@ -28,8 +28,8 @@ def ppo_loss(
     clip_high: float | None = None,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """Clipped surrogate per token or sequence: [...] x 3 -> [...]. w = exp(policy - behavior), see
-    `kl.importance`.
+    """Clipped surrogate per token or sequence: [...] x 3 -> [...]. w
+    = exp(policy - behavior), see `kl.importance`.
 
     max(-w A, -clip(w, 1 - clip_low, 1 + clip_high) A); where A < 0, at most -dual_clip A. None
     switches a bound off. Schulman et al. 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al. 2020,
@@ -86,8 +86,8 @@ def grpo_loss(
 def value_loss(
     values: Tensor, behavior_values: Tensor, returns: Tensor, *, clip: float | None = None
 ) -> Tensor:
-    """0.5 max((V - G)^2, (clip(V, V_old - clip, V_old + clip) - G)^2) per token: [...] x 3 ->
-    [...].
+    """0.5 max((V - G)^2, (clip(V, V_old - clip, V_old + clip) -
+    G)^2) per token: [...] x 3 -> [...].
 
     `behavior_values`: the value head's at rollout time. Without `clip`, 0.5 (V - G)^2.
     """
@@ -114,8 +114,8 @@ def rpg_loss(
     dual_clip: float | None = None,
     mass: float = 1.0,
 ) -> Tensor:
-    """Loss per sequence or token whose mean gradient is -grad(E_policy[R] - beta D): [...] x 3 ->
-    [...].
+    """Loss per sequence or token whose mean gradient is
+    -grad(E_policy[R] - beta D): [...] x 3 -> [...].
 
     D is KL(behavior || policy) ("forward") or KL(policy || behavior) ("reverse"), normalised or not
     ("ukl"); `mass` is the sum of exp(behavior_logps), other than 1 only for the latter. The theorem

@@ -60,8 +60,8 @@ def duality_gap(preference: Tensor, reference: Tensor, policy: Tensor, beta: flo
 
 
 def regularized_nash(preference: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """The symmetric equilibrium: preference [n, n], reference [n] (full support) -> probabilities
-    [n].
+    """The symmetric equilibrium: preference [n, n], reference [n]
+    (full support) -> probabilities [n].
 
     Newton's method on x = log ref + (P - 1/2) softmax(x) / beta while the temperature is lowered to
     `beta`. The Jacobian cannot be singular: P - 1/2 times the softmax's covariance has imaginary

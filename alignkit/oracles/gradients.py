@@ -67,8 +67,8 @@ def regularised_value(
 
 @dataclass(frozen=True)
 class Population:
-    """A rollout of groups of two in which every pair of responses occurs exactly as often as its
-    probability says.
+    """A rollout of groups of two in which every pair of responses
+    occurs exactly as often as its probability says.
 
     A mean over this batch IS an expectation over independent pairs, so leave-one-out baselines and
     whitening over the batch take their exact population values and the gradient of the reduced loss
@@ -122,8 +122,8 @@ class Population:
         return RolloutBatch(tokens.select(self.rows), scores[self.rows], groups)
 
     def delivered(self, objective: Objective, scores: Tensor, at: Tensor | None = None) -> Tensor:
-        """Expected gradient of the objective's whole way, credit, loss and reduction: scores [n] ->
-        [S, V].
+        """Expected gradient of the objective's whole way, credit, loss
+        and reduction: scores [n] -> [S, V].
 
         `at` [S, V]: the policy after some updates on the same rollout; left out, the one that
         sampled.

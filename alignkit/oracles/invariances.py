@@ -53,8 +53,8 @@ def apart(world: TabularWorld, size: float, signs: Tensor) -> TabularWorld:
 
 
 def finite(objective: Objective) -> Iterator[Check]:
-    """Losses and gradients at ordinary and extreme log-ratios of either sign, in float32 and
-    bfloat16.
+    """Losses and gradients at ordinary and extreme log-ratios of
+    either sign, in float32 and bfloat16.
     """
     world = TabularWorld.build(objective.plan)
     for dtype in (torch.float32, torch.bfloat16):
@@ -156,8 +156,8 @@ def _parts(
 def _coupled_parts(
     objective: Objective, world: TabularWorld, parts: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
-    """The loss of all parts on leaves, then its gradient with respect to them pulled back part by
-    part.
+    """The loss of all parts on leaves, then its gradient with
+    respect to them pulled back part by part.
     """
     tokens = world.tokens().map(Tensor.detach)
     extras = {name: value.requires_grad_() for name, value in tokens.extras.items()}

@@ -137,8 +137,8 @@ def moving_average(past: Tensor | None, log_policy: Tensor) -> Tensor:
 
 
 def nash_ema(game: Game, log_policy: Tensor, previous: Tensor | None, step: Step) -> Tensor:
-    """The mirror step against the moving average of the iterates' parameters (Munos et al. 2023,
-    arXiv:2312.00886).
+    """The mirror step against the moving average of the iterates'
+    parameters (Munos et al. 2023, arXiv:2312.00886).
     """
     return mirror_step(game, log_policy, moving_average(previous, log_policy), step)
 

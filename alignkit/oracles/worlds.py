@@ -78,8 +78,8 @@ def _table(count: int, noise: torch.Generator) -> Tensor:
 
 
 def _game(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
-    """Judged against the opponent that was set aside, or else against the last completion (1/2
-    against itself).
+    """Judged against the opponent that was set aside, or else
+    against the last completion (1/2 against itself).
     """
     count = sum(d.n or GROUP for d in plan.samples if d.scored)
     table = _table(count, noise)
@@ -159,8 +159,8 @@ class TabularWorld:
         )
 
     def tokens(self, dtype: torch.dtype | None = None) -> TokenLogps:
-        """Log-probs and statistics of these logits, as the head computes them; `dtype` casts the
-        result.
+        """Log-probs and statistics of these logits, as the head
+        computes them; `dtype` casts the result.
         """
         logprobs = {name: logits.log_softmax(-1) for name, logits in self.anchors.items()}
         policy = self.policy.log_softmax(-1)

@@ -23,8 +23,9 @@ KEPT_CHUNKS = 4  # a micro-batch of at most so many chunks keeps them for backwa
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Tokens per chunk. At least 64: each chunk also passes over the whole vocabulary matrix and
-    its gradient.
+    """Tokens per chunk.
+
+    At least 64: each chunk also passes over the whole vocabulary matrix and its gradient.
     """
     return max(64, CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE) // (4 * vocabulary))
 

@@ -27,8 +27,8 @@ Layout = Literal["shared_prefix", "padded"]
 
 @dataclass(frozen=True)
 class Rows:
-    """R rows of L tokens, and where the M trained tokens of N completions (padded to T) are in
-    them.
+    """R rows of L tokens, and where the M trained tokens of N
+    completions (padded to T) are in them.
     """
 
     input_ids: Tensor  # [R, L] int64
@@ -278,8 +278,8 @@ def attention_mask(
 
 
 def computed_tokens(bundle: Bundle, layout: Layout) -> list[int]:
-    """Row lengths of a bundle under a layout (an upper bound: completions that begin alike share
-    more).
+    """Row lengths of a bundle under a layout (an upper bound:
+    completions that begin alike share more).
     """
     used = [_used(mask) for mask in bundle.masks]
     prompt = len(bundle.prompt)
@@ -287,8 +287,8 @@ def computed_tokens(bundle: Bundle, layout: Layout) -> list[int]:
 
 
 def stand_in() -> Bundle:
-    """The smallest possible bundle, for a rank that has to take part in a forward without rows of
-    its own.
+    """The smallest possible bundle, for a rank that has to take
+    part in a forward without rows of its own.
     """
     token = torch.zeros(1, dtype=torch.long)
     return Bundle(token, [token], [torch.ones(1, dtype=torch.bool)])

@@ -41,8 +41,8 @@ def backbone(lm: Any) -> nn.Module:
 
 
 def context_length(model: Any) -> int:
-    """Tokens that a transformers model reads at once; a very large number where its config names no
-    limit.
+    """Tokens that a transformers model reads at once; a very large
+    number where its config names no limit.
     """
     text = model.config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
@@ -71,8 +71,8 @@ def position_table(model: Any) -> int | None:
 
 
 def layer_windows(config: Any) -> dict[str, int | None]:
-    """Sliding window per layer type of a model's config; the single key "" for a model that takes
-    one mask.
+    """Sliding window per layer type of a model's config; the
+    single key "" for a model that takes one mask.
 
     Chunked attention (Llama 4) is no sliding window, but sees as far back at most.
     """
@@ -91,8 +91,8 @@ def layer_windows(config: Any) -> dict[str, int | None]:
 
 
 class PolicyModule(nn.Module):
-    """A causal LM (with its adapters) and, where the plan asks for it, a value head on its last
-    hidden states.
+    """A causal LM (with its adapters) and, where the plan asks for
+    it, a value head on its last hidden states.
     """
 
     model: Any  # the transformers model, maybe in peft's wrapper
@@ -118,8 +118,8 @@ class PolicyModule(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The model's own head, over the part of its vocabulary that counts, at the policy's
-        temperature.
+        """The model's own head, over the part of its vocabulary that
+        counts, at the policy's temperature.
         """
         own = Head.of(causal_lm(self.model))
         return replace(own, vocabulary=self.vocabulary, temperature=self.temperature)

@@ -172,8 +172,8 @@ AttentionMaskInterface.register(KERNEL, sdpa_mask)
 
 
 def take_runs(model: Any) -> None:
-    """Let a transformers model on a CPU that attends by SDPA take runs, if it can change its
-    attention kernel.
+    """Let a transformers model on a CPU that attends by SDPA take
+    runs, if it can change its attention kernel.
     """
     if (
         model.config._attn_implementation == "sdpa"

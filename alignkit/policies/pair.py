@@ -159,8 +159,8 @@ class PolicyPair:
 
     @property
     def packing(self) -> float | None:
-        """The `packing` of `build_rows`: the policy's, if every anchor's attention can take packed
-        rows too.
+        """The `packing` of `build_rows`: the policy's, if every
+        anchor's attention can take packed rows too.
         """
         others = [a.module for a in self.anchors.values() if a.module is not None]
         if not all(module.packing for module in [self.base, *others]):
@@ -171,8 +171,8 @@ class PolicyPair:
         return build_rows(bundles, self.layout, self.device, packing=self.packing)
 
     def micro_batches(self, bundles: Sequence[Bundle], budget: int) -> list[list[int]]:
-        """Indices of the bundles of each forward of at most `budget` tokens; see
-        `alignkit.policies.layout.micro_batches`.
+        """Indices of the bundles of each forward of at most `budget`
+        tokens; see `alignkit.policies.layout.micro_batches`.
         """
         return micro_batches(bundles, budget, self.layout, packing=self.packing)
 
@@ -357,8 +357,8 @@ class PolicyPair:
             anchor.moved = True
 
     def whole_state(self, *, keep: bool = True) -> dict[str, Tensor] | None:
-        """What `save` needs of a sharded policy, gathered as by `state`; None for a policy that is
-        whole already.
+        """What `save` needs of a sharded policy, gathered as by
+        `state`; None for a policy that is whole already.
         """
         return gathered(self.base.model.state_dict(), keep) if is_sharded(self.base) else None
 

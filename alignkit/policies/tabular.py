@@ -1,5 +1,5 @@
-"""Policies small enough to enumerate: one softmax per prefix over a tiny vocabulary; with depth 1 a
-flat softmax.
+"""Policies small enough to enumerate: one softmax per prefix over
+a tiny vocabulary; with depth 1 a flat softmax.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,9 @@ from alignkit.batches import Plan, TokenLogps
 
 @dataclass(frozen=True)
 class Tree:
-    """All n responses of at most `depth` tokens. With `eos` the last vocabulary entry ends a
-    response early.
+    """All n responses of at most `depth` tokens.
+
+    With `eos` the last vocabulary entry ends a response early.
     """
 
     tokens: Tensor  # [n, depth] int64, 0 after the end
@@ -64,8 +65,8 @@ class Tree:
         return self.logps(theta).sum(-1)
 
     def conditionals(self, response_logps: Tensor) -> Tensor:
-        """The policy [S, V] (log-probs) whose responses have log-probs `response_logps` [n] up to a
-        constant.
+        """The policy [S, V] (log-probs) whose responses have log-probs
+        `response_logps` [n] up to a constant.
         """
         flat = (self.prefixes * self.vocab + self.tokens)[self.mask]
         relative = (response_logps - response_logps.max()).exp()  # [n], no overflow

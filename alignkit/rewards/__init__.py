@@ -1,5 +1,5 @@
-"""Rewards in TRL's signature: functions, reward models, verifiers in their own processes, length
-and format.
+"""Rewards in TRL's signature: functions, reward models,
+verifiers in their own processes, length and format.
 
 Names load lazily: the recipe's `rewards` section imports no torch.
 """

@@ -1,5 +1,5 @@
-"""How the rest of alignkit calls a reward: several completions of each prompt in, one score for
-each out.
+"""How the rest of alignkit calls a reward: several completions
+of each prompt in, one score for each out.
 """
 
 import math

@@ -21,8 +21,8 @@ class Part:
 
 
 class Reward:
-    """The weighted sum of its parts: reward(prompts, completions, **columns) -> one float or None
-    per completion.
+    """The weighted sum of its parts: reward(prompts, completions,
+    **columns) -> one float or None per completion.
 
     A part that answers None for a completion (not applicable) is left out of its sum. None is a
     completion that no part applies to, or that a part set aside. It is itself a reward function for

@@ -149,8 +149,8 @@ class LengthPenalty:
 
 
 class FormatMatch:
-    """1 where the regular expression matches the whole completion, else 0; `.` matches newlines
-    too.
+    """1 where the regular expression matches the whole completion,
+    else 0; `.` matches newlines too.
     """
 
     def __init__(self, pattern: str):

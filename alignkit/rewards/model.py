@@ -1,5 +1,5 @@
-"""A reward model: a sequence classifier with one output reads prompt and completion and gives a
-number.
+"""A reward model: a sequence classifier with one output reads
+prompt and completion and gives a number.
 """
 
 from collections.abc import Sequence
@@ -84,8 +84,9 @@ class RewardModel(TextScorer):
     """Scores completions with a model of one output."""
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
-        """One score per completion. DataError where prompt and completion exceed the model's
-        context.
+        """One score per completion.
+
+        DataError where prompt and completion exceed the model's context.
         """
         rows = [
             self.token_ids(prompt, completion)

@@ -26,8 +26,9 @@ class Unreachable(ResourceError):
 
 
 class Client:
-    """A sampling server at `url`. Raises ResourceError where it is gone or slow, or its answer is
-    malformed.
+    """A sampling server at `url`.
+
+    Raises ResourceError where it is gone or slow, or its answer is malformed.
 
     http goes to loopback addresses alone; https goes anywhere and needs the token. No redirect is
     followed, no proxy is used.

@@ -20,8 +20,8 @@ Prompt = str | Sequence[dict[str, Any]]  # plain text, or the messages of a chat
 
 @dataclass(frozen=True)
 class OneModel:
-    """A loaded causal language model and its tokenizer, in the place of `Models`: every name means
-    this model.
+    """A loaded causal language model and its tokenizer, in the
+    place of `Models`: every name means this model.
     """
 
     network: nn.Module
@@ -47,8 +47,8 @@ def generate(
     seed: int = 0,
     source: str = "policy",
 ) -> list[list[str]]:
-    """`completions` texts for each prompt, without special tokens; a chat prompt goes through the
-    tokenizer's template.
+    """`completions` texts for each prompt, without special tokens; a
+    chat prompt goes through the tokenizer's template.
 
     max_new_tokens is 64, or what the context leaves the longest prompt, unless given. temperature 0
     takes the most likely token at each place. Prompt i sees the same noise in every call with the

@@ -63,8 +63,9 @@ class HFSampler:
     def sample(
         self, prompts: Sequence[Tensor], draw: Draw, *, step: int, prompt_ids: Sequence[int]
     ) -> list[list[Sample]]:
-        """`draw.n` samples for each prompt; see `Sampler.sample`. Raises ConfigError, DataError,
-        ModelError, NumericsError.
+        """`draw.n` samples for each prompt; see `Sampler.sample`.
+
+        Raises ConfigError, DataError, ModelError, NumericsError.
         """
         n = check_request(prompts, draw, prompt_ids)
         drawn_from = [sampling_model(self.models, name, weight) for name, weight in _weights(draw)]
@@ -83,8 +84,8 @@ class HFSampler:
         """Nothing to do: these are the trainer's own weights."""
 
     def _batches(self, prompts: Sequence[Tensor], n: int) -> Iterator[list[tuple[int, int]]]:
-        """(prompt, completion) rows, short prompts first, as many per batch as the token budget
-        holds.
+        """(prompt, completion) rows, short prompts first, as many per
+        batch as the token budget holds.
         """
         batch: list[tuple[int, int]] = []
         for prompt in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):

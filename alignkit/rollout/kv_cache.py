@@ -12,8 +12,8 @@ _ROOM = 64  # tokens of spare room at least; it doubles with the length
 
 
 def roomy_cache(config: Any, layer: "type[RoomyLayer]") -> DynamicCache:
-    """The model's own cache with every plain full-attention layer replaced; sliding and recurrent
-    layers stay.
+    """The model's own cache with every plain full-attention layer
+    replaced; sliding and recurrent layers stay.
     """
     cache = DynamicCache(config=config)
     cache.layers = [layer() if type(usual) is DynamicLayer else usual for usual in cache.layers]

@@ -1,5 +1,5 @@
-"""Counter-based Gumbel noise: a pure function of (seed, step, prompt, completion, position,
-vocabulary index).
+"""Counter-based Gumbel noise: a pure function of (seed, step,
+prompt, completion, position, vocabulary index).
 
 Nothing is drawn from a stateful generator, so the noise of one token does not depend on which rows
 share its batch, on how many processes sample, or on what was sampled before; resume needs no random

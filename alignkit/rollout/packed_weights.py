@@ -20,8 +20,8 @@ ONEDNN = (
 
 
 class PackedWeights:
-    """A model's large linear layers, packed as its weights are now, in the dtype that autocast
-    computes in.
+    """A model's large linear layers, packed as its weights are
+    now, in the dtype that autocast computes in.
 
     They take the weights' memory once more. Layers stay as they are where oneDNN does not compute
     the product: on another device or processor, or in another dtype.

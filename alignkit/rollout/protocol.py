@@ -25,8 +25,9 @@ class Sample:
 
 
 class Sampler(Protocol):
-    """Draws completions. The noise depends on (seed, step, prompt id, completion, position) and on
-    nothing else.
+    """Draws completions.
+
+    The noise depends on (seed, step, prompt id, completion, position) and on nothing else.
     """
 
     def sample(
@@ -75,8 +76,8 @@ def check_request(prompts: Sequence[Tensor], draw: Draw, prompt_ids: Sequence[in
 
 
 def stop_tokens(models: Models) -> list[int]:
-    """The tokenizer's end token and those of the model's generation config (chat models have
-    several).
+    """The tokenizer's end token and those of the model's
+    generation config (chat models have several).
     """
     with models.model("policy") as model:
         configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

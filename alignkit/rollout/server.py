@@ -53,8 +53,8 @@ class Engine(Protocol):
         ...
 
     def load(self, folder: Path) -> None:
-        """Take the weights of `folder`/model.safetensors, named as in a checkpoint, and forget all
-        caches.
+        """Take the weights of `folder`/model.safetensors, named as in
+        a checkpoint, and forget all caches.
         """
         ...
 

@@ -81,8 +81,9 @@ class VLLMSampler:
     def sample(
         self, prompts: Sequence[Tensor], draw: Draw, *, step: int, prompt_ids: Sequence[int]
     ) -> list[list[Sample]]:
-        """`draw.n` samples for each prompt; see `Sampler.sample`. Raises ConfigError, DataError,
-        NumericsError, ResourceError.
+        """`draw.n` samples for each prompt; see `Sampler.sample`.
+
+        Raises ConfigError, DataError, NumericsError, ResourceError.
         """
         n = check_request(prompts, draw, prompt_ids)
         check_draw(draw)

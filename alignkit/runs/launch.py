@@ -120,8 +120,8 @@ def _run(
 
 
 def resolve_task(recipe: Recipe) -> Task | None:
-    """The embedded task that a model or the data name, made on first use; None where neither
-    does.
+    """The embedded task that a model or the data name, made on
+    first use; None where neither does.
 
     ConfigError where the training and the held-out rows name two tasks.
     """

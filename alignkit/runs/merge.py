@@ -29,8 +29,9 @@ Tensors = dict[str, Tensor]  # name -> tensor; tied tensors stand there once
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """`start + share * merged task vector`, for each share. None: equal weights, the start that the
-    runs name.
+    """`start + share * merged task vector`, for each share.
+
+    None: equal weights, the start that the runs name.
     """
 
     models: Sequence[str]  # run folders, models or adapters

@@ -1,5 +1,5 @@
-"""The model card that a run writes: what was trained, by which equation, on which data and with
-which result.
+"""The model card that a run writes: what was trained, by which
+equation, on which data and with which result.
 """
 
 from collections.abc import Callable, Mapping, Sequence

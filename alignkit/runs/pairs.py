@@ -197,8 +197,8 @@ def _rows(
 
 
 def label(scores: Sequence[float], request: PairRequest, generator: Generator) -> list[Pick]:
-    """The labelled pairs of one prompt from the scores of its completions, as the request's method
-    says.
+    """The labelled pairs of one prompt from the scores of its
+    completions, as the request's method says.
     """
     if request.method == "best_worst":
         order = sorted(range(len(scores)), key=scores.__getitem__)

@@ -1,5 +1,5 @@
-"""The data for training reward and preference models: pairs or rankings, and metrics on held-out
-ones.
+"""The data for training reward and preference models: pairs or
+rankings, and metrics on held-out ones.
 """
 
 from alignkit.batches import Bundle

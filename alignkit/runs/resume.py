@@ -145,8 +145,8 @@ def _start_time() -> str:
 
 
 def fill_autos(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """The recipe with each `auto` replaced for which `values` (section -> field -> value) has a
-    value.
+    """The recipe with each `auto` replaced for which `values`
+    (section -> field -> value) has a value.
     """
     sections: dict[str, dict[str, Any]] = {}
     for section, field in AUTOS:

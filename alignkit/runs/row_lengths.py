@@ -10,8 +10,8 @@ from alignkit.runs.context import RunContext
 
 
 def check_row_lengths(context: RunContext, bundles: Sequence[Bundle], where: str) -> list[str]:
-    """A warning on rows that are longer than what the model was made for; `where` names their
-    source.
+    """A warning on rows that are longer than what the model was
+    made for; `where` names their source.
 
     Raises DataError where the model cannot read them: it has a table of positions, or is a reward
     or preference model.

@@ -1,5 +1,5 @@
-"""Bundles as a few flat tensors and back: how a rollout buffer goes into a checkpoint without
-pickle.
+"""Bundles as a few flat tensors and back: how a rollout buffer
+goes into a checkpoint without pickle.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,9 @@ from alignkit.batches import Bundle
 
 
 def pack(bundles: Sequence[Bundle]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Flat tensors and the JSON that `unpack` needs. All bundles must carry the same `rows` and
-    `tokens` names.
+    """Flat tensors and the JSON that `unpack` needs.
+
+    All bundles must carry the same `rows` and `tokens` names.
     """
     if not bundles:
         return {}, {"uids": []}

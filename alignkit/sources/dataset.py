@@ -12,8 +12,8 @@ from alignkit.errors import DataError
 
 
 class Order:
-    """The order in which `n` items are visited: one permutation per epoch, a pure function of
-    (seed, position).
+    """The order in which `n` items are visited: one permutation
+    per epoch, a pure function of (seed, position).
 
     It needs no saving, and it is the same for any number of processes.
     """

@@ -27,8 +27,8 @@ from alignkit.sources.scoring import FlatScores, Scoring, rollout_metrics
 
 @dataclass
 class RolloutSource:
-    """Samples a rollout every `epochs * minibatches` optimiser steps and hands it out bundle by
-    bundle.
+    """Samples a rollout every `epochs * minibatches` optimiser
+    steps and hands it out bundle by bundle.
 
     One rollout takes `minibatches * batch_size` prompts over all processes. Which prompts, their
     order and the sampling noise are functions of the seed and the rollout's number, never of the
@@ -160,8 +160,8 @@ class RolloutSource:
         return [place for place in range(first, end) if place % world == rank]
 
     def _fits(self, bundle: Bundle) -> bool:
-        """Whether the prompt is neither too hard nor too easy for the policy (Bae et al. 2025,
-        arXiv:2504.03380).
+        """Whether the prompt is neither too hard nor too easy for the
+        policy (Bae et al. 2025, arXiv:2504.03380).
         """
         if self.pass_rate is None:
             return True
@@ -244,8 +244,8 @@ class RolloutSource:
         return self.pair.logps([nothing], self.plan).map(lambda t: t[:0])
 
     def _advantages(self, bundles: list[Bundle], tokens: TokenLogps) -> dict[str, Tensor]:
-        """The objective's credit of the global rollout; returns this rank's part of it, [N, T]
-        each.
+        """The objective's credit of the global rollout; returns this
+        rank's part of it, [N, T] each.
         """
         everyone, offset = gather_rows(tokens, self.accelerator)
         every_score = gather_object([RolloutBatch.scores_of(b).tolist() for b in bundles])

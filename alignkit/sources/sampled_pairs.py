@@ -131,8 +131,9 @@ class SampledPairs:
 
 
 def _extended(bundle: Bundle, samples: list[Sample]) -> Bundle:
-    """The bundle with `samples` behind its completions. Stored anchors do not cover them and are
-    dropped.
+    """The bundle with `samples` behind its completions.
+
+    Stored anchors do not cover them and are dropped.
     """
     ids = [sample.ids for sample in samples]
     masks = [torch.ones(len(row), dtype=torch.bool) for row in ids]

@@ -24,8 +24,8 @@ CHARACTERS = "0123456789+="
 
 
 def answer(prompt: str) -> str | None:
-    """The right completion of a prompt like `47+85=`, digits reversed; None where the prompt is not
-    a sum.
+    """The right completion of a prompt like `47+85=`, digits
+    reversed; None where the prompt is not a sum.
     """
     first, plus, rest = prompt.strip().partition("+")
     second, equals, after = rest.partition("=")

@@ -76,8 +76,8 @@ def train_base(
     folder: Path,
     enough: Enough | None = None,
 ) -> Path:
-    """Train a Llama on `rows` (prompt, completion) with alignkit's own loop; `folder`/model is what
-    `from_pretrained` loads.
+    """Train a Llama on `rows` (prompt, completion) with alignkit's own
+    loop; `folder`/model is what `from_pretrained` loads.
 
     `enough` is asked with the policy pair every few steps; training ends where it says True, or
     after `config.steps`.

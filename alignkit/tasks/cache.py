@@ -1,5 +1,5 @@
-"""A cache of folders that are made once: locked while they are made, renamed into place when they
-are whole.
+"""A cache of folders that are made once: locked while they are
+made, renamed into place when they are whole.
 """
 
 import os

@@ -1,5 +1,5 @@
-"""Film reviews whose readers go in circles: a preference game of known table on top of the task
-`reviews`.
+"""Film reviews whose readers go in circles: a preference game
+of known table on top of the task `reviews`.
 
 Every part of a review (story, acting, ending) is glowing, even or harsh. Readers find glowing
 livelier than even, even fairer than harsh, and harsh more honest than glowing: rock, paper,

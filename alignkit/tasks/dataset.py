@@ -98,8 +98,8 @@ class _Samples:
 
 
 def _pairs(samples: _Samples, n: int) -> list[Row]:
-    """Two samples each, the chosen one by Bradley-Terry: P(first is chosen) = sigmoid(reward
-    difference).
+    """Two samples each, the chosen one by Bradley-Terry: P(first
+    is chosen) = sigmoid(reward difference).
     """
     rows = []
     for prompt, texts, scores in samples.groups(n, (1.0, samples.reviews.heat)):

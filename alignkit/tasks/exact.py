@@ -181,8 +181,8 @@ def _value(policy: Tensor, reference: Tensor, rewards: Tensor, beta: float) -> f
 
 @torch.no_grad()
 def _token_logps(pair: PolicyPair, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
-    """Log-prob of each token of each completion under the pair's policy: [P, n, T], 0 after the
-    end.
+    """Log-prob of each token of each completion under the pair's
+    policy: [P, n, T], 0 after the end.
     """
     bundles = [_bundle(pair.tokenizer, prompt, completions) for prompt in prompts]
     longest = max(len(ids) for ids in bundles[0].completions)

@@ -1,5 +1,5 @@
-"""Short film reviews whose every completion can be listed: controlled sentiment with an exact
-reward.
+"""Short film reviews whose every completion can be listed:
+controlled sentiment with an exact reward.
 
     the western about a small circus : | gripping story , wooden acting , weak ending
 

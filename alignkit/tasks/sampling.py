@@ -55,8 +55,8 @@ def sample_counts(
 def shuffled(
     counts: Sequence[tuple[Outcome, int]], generator: np.random.Generator
 ) -> list[Outcome]:
-    """The samples one by one in random order: exchangeable, so that any two of them are independent
-    draws.
+    """The samples one by one in random order: exchangeable, so
+    that any two of them are independent draws.
     """
     samples = [outcome for outcome, count in counts for _ in range(count)]
     return [samples[i] for i in generator.permutation(len(samples))]

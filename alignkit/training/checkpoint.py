@@ -1,5 +1,5 @@
-"""Atomic, verified checkpoints: safetensors and JSON under a manifest with SHA-256; no pickle in or
-out.
+"""Atomic, verified checkpoints: safetensors and JSON under a
+manifest with SHA-256; no pickle in or out.
 
 `step-N/` appears by one rename after every file and the folder were written and synced, so a reader
 sees a whole checkpoint or none. Files that do not match their manifest are named and the checkpoint
@@ -88,8 +88,8 @@ def save(
 
 
 def _own_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU. safetensors refuses views that share memory, such as tied or expanded
-    tensors.
+    """Copies on the CPU. safetensors refuses views that share
+    memory, such as tied or expanded tensors.
     """
     return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
 

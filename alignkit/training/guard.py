@@ -18,8 +18,9 @@ NAMED = 8  # findings that a message lists
 
 
 class BrokenStep(NumericsError):
-    """An optimiser step that is not finite. Raised on every rank in the same step; nothing was
-    updated.
+    """An optimiser step that is not finite.
+
+    Raised on every rank in the same step; nothing was updated.
     """
 
 
@@ -34,8 +35,8 @@ class Guard:
         self._seen: list[tuple[str, Tensor, Sequence[Bundle]]] = []
 
     def watch_logps(self, tokens: TokenLogps, bundles: Sequence[Bundle]) -> None:
-        """Log-probs of the policy, the sampler and the anchors: an infinite one can hide behind a
-        finite loss.
+        """Log-probs of the policy, the sampler and the anchors: an
+        infinite one can hide behind a finite loss.
         """
         named = {"policy": tokens.policy, "behavior": tokens.behavior, **tokens.anchors}
         for name, values in named.items():

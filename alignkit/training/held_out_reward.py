@@ -48,8 +48,8 @@ class HeldOut:
         return {"reward": total / count, "completions/mean_length": tokens / rows}
 
     def _sums(self, numbered: Sequence[tuple[int, Any]]) -> Tensor:
-        """[4]: sum and number of the scores of these prompts' answers, tokens and number of the
-        answers.
+        """[4]: sum and number of the scores of these prompts' answers,
+        tokens and number of the answers.
         """
         prompts = [prompt for _, prompt in numbered]
         drawn = self.sampler.sample(

@@ -1,5 +1,6 @@
-"""The only training loop. It knows plans, bundles and terms; it never learns which objective it
-runs.
+"""The only training loop.
+
+It knows plans, bundles and terms; it never learns which objective it runs.
 """
 
 import logging
@@ -188,8 +189,9 @@ class _Loop:
         return message
 
     def _after_step(self, step: int, metrics: Metrics, progress: TrainProgress) -> bool:
-        """Evaluate, log and save after `step` steps, and look for signals. True if the run ends
-        here.
+        """Evaluate, log and save after `step` steps, and look for signals.
+
+        True if the run ends here.
         """
         config = self.config
         last = step == self.job.steps

@@ -1,5 +1,5 @@
-"""The one place where losses are reduced: each term's sum over the optimiser step, divided by its
-global count.
+"""The one place where losses are reduced: each term's sum over
+the optimiser step, divided by its global count.
 
 The step's bundles are known before the first forward, so its counts (rows, tokens) are too; they
 are all-reduced once. Micro-batches, accumulation and the number of processes then change memory and
@@ -191,8 +191,8 @@ class Reducer:
         return {name: max(value, 1.0) for name, value in zip(local, total.tolist())}
 
     def _chunks(self, bundles: Sequence[Bundle]) -> tuple[list[tuple[list[Bundle], bool]], bool]:
-        """Micro-batches of this rank, as many as the rank with most has, and whether every rank has
-        a row.
+        """Micro-batches of this rank, as many as the rank with most
+        has, and whether every rank has a row.
 
         (chunk, False) is a stand-in that counts nothing. It is of the same make as the others'
         bundles: what they have stored is not computed, what they have not is, on all ranks.
@@ -259,8 +259,8 @@ class Reducer:
         return result
 
     def _reduce(self, sums: Sums, everywhere: bool) -> tuple[Metrics, float, int]:
-        """Over all ranks: the loss with the metrics, the rows that are not finite, the tokens
-        computed.
+        """Over all ranks: the loss with the metrics, the rows that are
+        not finite, the tokens computed.
         """
         for name in (
             () if everywhere else gather_object(list(sums.metrics))
@@ -289,8 +289,8 @@ def _total(out: LossTerms, counts: Mapping[str, float]) -> Tensor:
 
 
 def _pull_back(tokens: TokenLogps, gradient: TokenLogps) -> Tensor:
-    """A scalar whose gradient is the coupled loss's gradient with respect to this micro-batch's
-    log-probs.
+    """A scalar whose gradient is the coupled loss's gradient with
+    respect to this micro-batch's log-probs.
     """
     total = (tokens.policy * gradient.policy).sum()
     for name, value in gradient.extras.items():

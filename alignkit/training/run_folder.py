@@ -1,5 +1,5 @@
-"""The run folder: lock, resolved recipe, metrics, samples, checkpoints, the finished model and its
-card.
+"""The run folder: lock, resolved recipe, metrics, samples,
+checkpoints, the finished model and its card.
 """
 
 import shutil
@@ -309,8 +309,8 @@ class RunFolder:
 
 
 def comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity `new` without what a checkpoint of an earlier version, of identity `old`, does
-    not have.
+    """The identity `new` without what a checkpoint of an earlier
+    version, of identity `old`, does not have.
     """
     return {key: value for key, value in new.items() if key in old or key not in ADDED}
 

@@ -1,5 +1,5 @@
-"""SIGTERM and SIGINT end a run at the next step boundary, after a checkpoint; a second one ends it
-at once.
+"""SIGTERM and SIGINT end a run at the next step boundary,
+after a checkpoint; a second one ends it at once.
 """
 
 import signal

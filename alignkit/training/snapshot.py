@@ -47,8 +47,8 @@ class Snapshot:
     accelerator: Accelerator
 
     def capture(self) -> tuple[Groups, dict[str, Any]]:
-        """Tensors by group, and JSON. Called on every rank: shards, rollouts and random numbers are
-        gathered.
+        """Tensors by group, and JSON. Called on every rank: shards,
+        rollouts and random numbers are gathered.
         """
         rollout, source = self.source.state()
         keep = self.accelerator.is_main_process
@@ -103,8 +103,8 @@ class Snapshot:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python's, numpy's and torch's generators, which rewards and judges of a user's own may
-    draw from.
+    """Seed python's, numpy's and torch's generators, which rewards
+    and judges of a user's own may draw from.
     """
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
@@ -139,8 +139,8 @@ def set_random_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) ->
 def optimizer_state(
     optimizer: torch.optim.Optimizer, *, keep: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as flat whole tensors ("0.exp_avg") and JSON (groups without parameters,
-    scalar entries).
+    """An optimiser's state as flat whole tensors ("0.exp_avg") and
+    JSON (groups without parameters, scalar entries).
 
     Every process has to ask for shards; those that do not `keep` the answer get no tensors.
     """

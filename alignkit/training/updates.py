@@ -29,8 +29,8 @@ def gradient(
 def extragradient(
     collect: Collect, backward: Backward, pair: PolicyPair, optimizer: torch.optim.Optimizer
 ) -> Metrics:
-    """Look ahead one step, sample there, go back, step from the original point with the gradient on
-    those samples.
+    """Look ahead one step, sample there, go back, step from the
+    original point with the gradient on those samples.
 
     Zhou et al. 2025, arXiv:2503.08942, section 4: the second gradient is taken at the original
     parameters; only the samples (and with them the opponents) come from the half step. Parameters

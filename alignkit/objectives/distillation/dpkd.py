@@ -1,5 +1,5 @@
-"""DPKD: distillation as preference, the teacher's response over the student's own, anchored at the
-teacher.
+"""DPKD: distillation as preference, the teacher's response
+over the student's own, anchored at the teacher.
 """
 
 from collections.abc import Sequence

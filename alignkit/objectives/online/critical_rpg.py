@@ -32,8 +32,8 @@ def critical_kl(
 
 
 class CriticalRPG(RPG):
-    """`rpg` with a fixed reference and the KL of critical tokens (Vassoyan et al. 2025,
-    arXiv:2502.06533).
+    """`rpg` with a fixed reference and the KL of critical tokens
+    (Vassoyan et al. 2025, arXiv:2502.06533).
 
     The penalty stays where the reference knows what comes next and goes where it does not, so that
     the policy may explore there. The weight is the reference's alone: at power 0 it is 1, and the

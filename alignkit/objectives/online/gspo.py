@@ -25,8 +25,8 @@ def gspo_loss(
     clip_low: float | None = None,
     clip_high: float | None = None,
 ) -> Tensor:
-    """max(-s A, -clip(s) A) per completion with s = exp(mean_t log w_t): [N, T] x 2, [N], [N, T] ->
-    [N].
+    """max(-s A, -clip(s) A) per completion with s = exp(mean_t log
+    w_t): [N, T] x 2, [N], [N, T] -> [N].
 
     The gradient flows through s. Zheng et al. 2025, arXiv:2507.18071, eq. 5 and 7.
     """

@@ -19,8 +19,8 @@ from alignkit.tensors import masked_sum
 
 
 class KLPPO(ValueObjective):
-    """PPO on rewards with the KL inside (Ziegler et al. 2019, arXiv:1909.08593; Ouyang et al. 2022,
-    arXiv:2203.02155).
+    """PPO on rewards with the KL inside (Ziegler et al. 2019,
+    arXiv:1909.08593; Ouyang et al. 2022, arXiv:2203.02155).
     """
 
     paper: ClassVar[str] = (

@@ -12,8 +12,8 @@ from alignkit.objectives.preference.dpo import dpo_loss
 
 
 class AcceleratedPO(PairObjective):
-    """Accelerated preference optimisation (He et al. 2024, arXiv:2410.06293): DPO from an
-    extrapolated past.
+    """Accelerated preference optimisation (He et al. 2024,
+    arXiv:2410.06293): DPO from an extrapolated past.
 
     Each iteration ends where the recipe's `target` section copies the policy. The next one is
     anchored to target (target / previous)^alpha, of the last two copies; after T exact iterations

@@ -21,8 +21,9 @@ def dpo_loss(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """DPO loss per pair: [B] x 4 -> [B]. `label_smoothing` is the probability that a label is
-    flipped (cDPO).
+    """DPO loss per pair: [B] x 4 -> [B].
+
+    `label_smoothing` is the probability that a label is flipped (cDPO).
 
     Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing: Mitchell 2023, "A note on DPO
     with noisy preferences".
@@ -52,8 +53,8 @@ class DPO(PairObjective):
         return batch.rows("dpo", losses, scale=self.beta)
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
-        """ref * exp(reward / beta), normalised; none with label smoothing (the smoothed labels are
-        not Bradley-Terry).
+        """ref * exp(reward / beta), normalised; none with label
+        smoothing (the smoothed labels are not Bradley-Terry).
         """
         if self.label_smoothing:
             return None

@@ -1,5 +1,5 @@
-"""HyPO: DPO on offline pairs and the reverse KL on the policy's own completions, drawn in every
-step.
+"""HyPO: DPO on offline pairs and the reverse KL on the
+policy's own completions, drawn in every step.
 """
 
 from collections.abc import Sequence

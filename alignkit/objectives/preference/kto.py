@@ -77,8 +77,8 @@ class KTO(Objective):
 
     @staticmethod
     def _baseline(batch: LabelledBatch) -> Tensor:
-        """z0 over the whole step; 0, the least it can be, where a step of one row has no mismatched
-        pair.
+        """z0 over the whole step; 0, the least it can be, where a step
+        of one row has no mismatched pair.
         """
         if batch.mismatched is None:
             return batch.tokens.policy.new_zeros(())

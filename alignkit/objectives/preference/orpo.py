@@ -17,8 +17,9 @@ CERTAIN = -1e-6
 
 
 def log_odds(logps: Tensor) -> Tensor:
-    """log(p / (1 - p)) from log p <= 0: [...] -> [...]. Above -1e-6 its tangent, so that certainty
-    stays finite.
+    """log(p / (1 - p)) from log p <= 0: [...] -> [...].
+
+    Above -1e-6 its tangent, so that certainty stays finite.
     """
     inside = logps.clamp(max=CERTAIN)
     near = inside > -math.log(2)

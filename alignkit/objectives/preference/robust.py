@@ -1,5 +1,5 @@
-"""Robust DPO: an unbiased estimate of the clean DPO loss from labels that are flipped with a known
-probability.
+"""Robust DPO: an unbiased estimate of the clean DPO loss from
+labels that are flipped with a known probability.
 """
 
 from collections.abc import Sequence

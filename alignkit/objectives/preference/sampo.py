@@ -1,5 +1,5 @@
-"""SamPO: DPO on equally many tokens of both responses, drawn at random, so that length carries no
-reward.
+"""SamPO: DPO on equally many tokens of both responses, drawn
+at random, so that length carries no reward.
 """
 
 from typing import Annotated, ClassVar
@@ -17,8 +17,8 @@ BITS = 0x7FFFFFFF
 
 
 def mix(x: Tensor) -> Tensor:
-    """A pseudo-random integer below 2^31 for each non-negative integer below 2^31: int64 [...] ->
-    [...].
+    """A pseudo-random integer below 2^31 for each non-negative
+    integer below 2^31: int64 [...] -> [...].
     """
     for multiplier in (0x45D9F3B, 0x119DE1F3):
         x = ((x ^ (x >> 16)) * multiplier) & BITS
@@ -45,8 +45,8 @@ def drawn(labels: Tensor, mask: Tensor, count: Tensor, *, seed: int) -> Tensor:
 
 
 def token_ids(policy_logprobs: Tensor, reference_logprobs: Tensor | None, labels: Tensor) -> Tensor:
-    """The plan's statistic: which token stands at each position, [C, V] x 2, [C] -> [C]; exact
-    below 2^24.
+    """The plan's statistic: which token stands at each position,
+    [C, V] x 2, [C] -> [C]; exact below 2^24.
     """
     return labels.to(policy_logprobs.dtype)
 

@@ -20,8 +20,8 @@ def sft_loss(policy_logps: Tensor, mask: Tensor) -> Tensor:
 
 
 class SFT(SequenceObjective):
-    """Supervised fine-tuning on demonstrations, or on the chosen completions of pairs in a weighted
-    list.
+    """Supervised fine-tuning on demonstrations, or on the chosen
+    completions of pairs in a weighted list.
     """
 
     paper: ClassVar[str] = "maximum likelihood"

@@ -1,5 +1,5 @@
-"""SLiC-HF: a margin on the log-probs themselves, without a reference, beside the likelihood of the
-chosen response.
+"""SLiC-HF: a margin on the log-probs themselves, without a
+reference, beside the likelihood of the chosen response.
 """
 
 from typing import ClassVar
@@ -19,8 +19,8 @@ def slic_loss(
     delta: float,
     sft_weight: float = 0.0,
 ) -> Tensor:
-    """max(0, delta - log pi(w) + log pi(l)) - sft_weight * log pi(w) per pair: [B] x 2 -> [B],
-    log-prob sums.
+    """max(0, delta - log pi(w) + log pi(l)) - sft_weight * log
+    pi(w) per pair: [B] x 2 -> [B], log-prob sums.
 
     Zhao et al. 2023, arXiv:2305.10425, with the chosen response as the target of the likelihood
     term.
@@ -34,8 +34,9 @@ def slic_loss(
 
 
 class SLiC(PairObjective):
-    """SLiC-HF (Zhao et al. 2023, arXiv:2305.10425). Nothing but the likelihood term anchors the
-    policy.
+    """SLiC-HF (Zhao et al. 2023, arXiv:2305.10425).
+
+    Nothing but the likelihood term anchors the policy.
     """
 
     paper: ClassVar[str] = "Zhao et al. 2023, arXiv:2305.10425"

@@ -1,5 +1,5 @@
-"""TDPO: token-level direct preference optimisation, which controls the forward KL of each
-response's prefixes.
+"""TDPO: token-level direct preference optimisation, which
+controls the forward KL of each response's prefixes.
 """
 
 from collections.abc import Sequence
@@ -97,8 +97,8 @@ class TDPO(PairObjective):
         return tilted(reward, reference, self.beta) if self.version == 1 else None
 
     def backup(self, values: Tensor, reference: Tensor) -> Tensor | None:
-        """The mean under the reference: version 1 improves on the reference by one step at each
-        token.
+        """The mean under the reference: version 1 improves on the
+        reference by one step at each token.
         """
         return (reference.exp() * values).sum(-1) if self.version == 1 else None
 

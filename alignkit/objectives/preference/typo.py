@@ -32,8 +32,9 @@ def typo_loss(
 
 
 class TYPO(PairObjective):
-    """TYPO (Hu et al. 2024, arXiv:2407.09072). Both responses of a pair must be samples of the
-    reference.
+    """TYPO (Hu et al. 2024, arXiv:2407.09072).
+
+    Both responses of a pair must be samples of the reference.
     """
 
     paper: ClassVar[str] = "Hu et al. 2024, arXiv:2407.09072"

@@ -1,5 +1,5 @@
-"""Preference models: what beats what, without assuming a reward; preferences that go in circles
-included.
+"""Preference models: what beats what, without assuming a
+reward; preferences that go in circles included.
 """
 
 from collections.abc import Sequence

@@ -14,8 +14,8 @@ from alignkit.tensors import check_same_shape
 
 
 def plackett_luce_loss(rewards: Tensor, mask: Tensor) -> Tensor:
-    """-log P(ranking): rewards and mask [B, K], best first, the ranked ones True and in front: ->
-    [B].
+    """-log P(ranking): rewards and mask [B, K], best first, the
+    ranked ones True and in front: -> [B].
 
     The best of those that are left is drawn again and again with probability softmax(rewards); for
     K = 2 that is Bradley-Terry. Plackett 1975; Luce 1959; for reward models Ouyang et al. 2022,

@@ -62,8 +62,8 @@ class NashPolicyGradient(Objective):
 
 
 class NashMD(NashPolicyGradient):
-    """Nash learning by mirror descent, policy-gradient form (Munos et al. 2023, arXiv:2312.00886,
-    section 7).
+    """Nash learning by mirror descent, policy-gradient form (Munos
+    et al. 2023, arXiv:2312.00886, section 7).
 
     The opponent mixes next-token distributions, q proportional to pi^(1 - mixture) ref^mixture at
     every token. A constant mixture ends at the best response to itself, near but not at the

@@ -1,5 +1,5 @@
-"""Online IPO: squared loss on two fresh samples of the policy; the core that EGPO, IPO-MD and
-Nash-MP share.
+"""Online IPO: squared loss on two fresh samples of the policy;
+the core that EGPO, IPO-MD and Nash-MP share.
 """
 
 from typing import ClassVar, Literal
