@@ -35,6 +35,10 @@ from alignkit.objectives.preference.sigmoid_norm import SigmoidNorm
 from alignkit.objectives.preference.sppo_hard import SPPOHard
 
 LIMIT = 1e-6
+# After an optimiser step the weights differ by rounding already: Adam divides each gradient by its
+# own size, so the last bit of a small one is no longer small. Which bits differ depends on the
+# processor's vector instructions.
+LATER_LIMIT = 3e-6
 # GRPO's loss is a sum of advantages of this size that cancel: what is left is rounded as they are
 TERMS = 1.0
 
@@ -98,8 +102,9 @@ def test_pair_losses_equal_trls_loss_types(
     ours = curve(dpo_trainer(as_trl_trainer(objective), model, tmp_path, **common))
     assert len(ours) == common["max_steps"]
     assert ours[:, 1].min() > 1e-3
+    assert difference(ours[:1], native[:1]) < LIMIT
     record_property("difference", found := difference(ours, native))
-    assert found < LIMIT
+    assert found < LATER_LIMIT
 
 
 def grpo(beta, corrected):
