@@ -38,7 +38,7 @@ class Draw:
     """Completions of each prompt that one policy samples: who draws, and how many.
 
     >>> Draw(2)  # two from the policy
-    Draw(n=2, source='policy', mix=0.0, share=None, scored=True)
+    Draw(n=2, source='policy', weights={}, share=None, scored=True)
     """
 
     # Completions per prompt; None takes the recipe's `rollout.completions`.
@@ -49,10 +49,10 @@ class Draw:
     # Example: Draw(1, source="reference") draws XPO's second answer.
     source: str = "policy"
 
-    # Weight of the reference in the geometric mixture that samples each token, from 0 (`source`
-    # alone) to 1: the next token's log-probs are (1 - mix) * policy + mix * reference, normalised.
-    # Example: Draw(2, mix=0.125) for IPO-MD.
-    mix: float = 0.0
+    # Models that sample each token together, by name: the next token's log-probs are the sum of
+    # weight * log-probs, normalised. Weights have any sign and any sum; empty is `source` alone.
+    # Example: Draw(2, weights={"policy": 0.875, "reference": 0.125}) for IPO-MD.
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     # Fixed data: with this probability the completion takes the place of the row's own answer;
     # None puts it beside it. Which rows these are follows from the seed and the step.
@@ -63,6 +63,24 @@ class Draw:
     # the others with them, and then they are dropped.
     # Example: Draw(1, mix=0.125, scored=False) is Nash-MD's opponent.
     scored: bool = True
+
+    @property
+    def models(self) -> dict[str, float]:
+        """The weight of every model that takes part, by name; those of weight 0 are left out.
+
+        ConfigError for a weight that is not finite, or where nothing is left.
+        """
+        if not self.weights:
+            return {self.source: 1.0}
+        for name, weight in self.weights.items():
+            if not abs(weight) < float("inf"):
+                raise ConfigError(f"the weight of {name} is {weight}; give a finite number")
+        used = {name: float(weight) for name, weight in self.weights.items() if weight != 0}
+        if not used:
+            raise ConfigError(
+                f"every weight of {', '.join(self.weights)} is 0; give at least one model a weight"
+            )
+        return used
 
 
 @dataclass(frozen=True)
@@ -150,7 +168,7 @@ class Plan:
     @property
     def needs_teacher(self) -> bool:
         """Whether a run needs the recipe's teacher: to read its log-probs, or to sample from it."""
-        return "teacher" in self.anchors or any(d.source == "teacher" for d in self.samples)
+        return "teacher" in self.anchors or any("teacher" in d.models for d in self.samples)
 
 
 @dataclass(frozen=True)

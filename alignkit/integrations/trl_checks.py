@@ -72,7 +72,7 @@ def check_objective(objective: Any, family: Family, base: str) -> None:
         "a head of its own": plan.outputs,
         "completions drawn beside the rows": family == "pair" and plan.samples,
         "completions of another policy": any(
-            draw.source != "policy" or draw.mix for draw in plan.samples
+            set(draw.models) != {"policy"} for draw in plan.samples
         ),
         "the whole step's rows at once": family == "rollout" and plan.coupled,
         "prompts with other prompts' completions": plan.mismatched,

@@ -29,7 +29,7 @@ def resolve_kind(kind: str, plan: Plan, *, adapter: bool, fixed_data: bool) -> s
 
     Raises ConfigError for a kind that this run cannot have.
     """
-    sampled = any(draw.source == "reference" or draw.mix for draw in plan.samples)
+    sampled = any("reference" in draw.models for draw in plan.samples)
     if "reference" not in plan.anchors and not sampled:
         return "none"
     if kind == "adapter_off" and not adapter:

@@ -170,19 +170,20 @@ def mixed_logits(models: Sequence[CachedModel], logits: Sequence[Tensor]) -> Ten
     of each model is constant over the vocabulary and cancels. ModelError where the vocabularies
     differ in size.
     """
-    if len(models) == 1:
-        return logits[0]
-
     if len({part.shape[-1] for part in logits}) > 1:
         sizes = ", ".join(
             f"{model.name} {part.shape[-1]}" for model, part in zip(models, logits, strict=True)
         )
         raise ModelError(
-            f"a mixture needs one vocabulary, got sizes {sizes}; take a reference with the "
-            "policy's tokenizer"
+            f"a fusion needs one vocabulary, got sizes {sizes}; take models with one tokenizer"
         )
-    weighted = [model.weight * part.float() for model, part in zip(models, logits, strict=True)]
-    return torch.stack(weighted).sum(0)
+
+    # Models of weight 0 only read along; one of weight 1 alone is left as it is, to the last bit.
+    taking_part = [each for each in zip(models, logits, strict=True) if each[0].weight]
+    if len(taking_part) == 1 and taking_part[0][0].weight == 1:
+        return taking_part[0][1]
+    wide = torch.promote_types(taking_part[0][1].dtype, torch.float32)
+    return torch.stack([model.weight * part.to(wide) for model, part in taking_part]).sum(0)
 
 
 def _check_context(model: nn.Module, prompt: int, new_tokens: int) -> None:

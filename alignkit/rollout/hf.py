@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alignkit.batches import Draw
 from alignkit.errors import ConfigError, NumericsError
+from alignkit.kl import exact
 from alignkit.rollout.cache_probe import sampling_model
 from alignkit.rollout.cached_model import CachedModel, mixed_logits
 from alignkit.rollout.noise import gumbel, row_keys
@@ -21,6 +22,9 @@ _LOGITS_AT_A_TIME = 1 << 16
 
 # Finished rows leave the batch once this share of it is left: removing them copies the cache.
 _COMPACT_AT = 0.75
+
+# What a sample also has of every token where the sampler measures.
+MEASURED = ("kl", "entropy", "reference_logps")
 
 
 class HFSampler:
@@ -34,6 +38,8 @@ class HFSampler:
     seed            of the noise
     token_budget    prompt and completion tokens of one batch (a single row may exceed it): bounds
                     the memory and does not change the samples
+    measured        each `Sample` also has the KL of every step's law to that of the model called
+                    "reference", which then reads along
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class HFSampler:
         top_p: float = 1.0,
         seed: int = 0,
         token_budget: int = 65536,
+        measured: bool = False,
     ):
         if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
             raise ConfigError(
@@ -58,6 +65,7 @@ class HFSampler:
         self.token_budget = token_budget
         self.temperature = temperature
         self.top_p = top_p
+        self.measured = measured
 
     @torch.no_grad()
     def sample(
@@ -68,7 +76,10 @@ class HFSampler:
         Raises ConfigError, DataError, ModelError, NumericsError.
         """
         n = check_request(prompts, draw, prompt_ids)
-        drawn_from = [sampling_model(self.models, name, weight) for name, weight in _weights(draw)]
+        weights = draw.models
+        if self.measured:
+            weights.setdefault("reference", 0.0)
+        drawn_from = [sampling_model(self.models, *each) for each in weights.items()]
         samples: list[list[Sample]] = [[] for _ in prompts]
 
         # One model is entered for the whole call. The two of a mixture may be one network with its
@@ -112,10 +123,8 @@ class HFSampler:
         """
         unique = list(dict.fromkeys(prompt for prompt, _ in batch))
         room = self.max_new_tokens
-        logits = mixed_logits(
-            drawn_from, [model.prefill([prompts[i] for i in unique], room) for model in drawn_from]
-        )
-        device = logits.device
+        logits = [model.prefill([prompts[i] for i in unique], room) for model in drawn_from]
+        device = logits[0].device
 
         owner = torch.tensor([unique.index(prompt) for prompt, _ in batch]).to(device)
         rows = _Rows(
@@ -125,23 +134,30 @@ class HFSampler:
         )
         for model in drawn_from:
             model.select(owner)
-        return self._decode(drawn_from, logits[owner], rows)
+        return self._decode(drawn_from, [part[owner] for part in logits], rows)
 
-    def _decode(self, drawn_from: list[CachedModel], logits: Tensor, rows: "_Rows") -> list[Sample]:
-        """One sample per row, token by token, from the logits [R, V] of the first token on.
+    def _decode(
+        self, drawn_from: list[CachedModel], logits: list[Tensor], rows: "_Rows"
+    ) -> list[Sample]:
+        """One sample per row, token by token, from every model's logits [R, V] of the first token
+        on.
 
         The rows that the models still advance are the live ones. A row that has ended stays among
         them, its further tokens unread, until enough rows have ended for removing them to pay.
         """
-        drawn = _Drawn(len(logits), self.max_new_tokens, logits.device)
-        stop = torch.tensor(stop_tokens(self.models), device=logits.device)
-        live = torch.arange(len(logits), device=logits.device)  # [L] into the R rows
+        first = logits[0]
+        drawn = _Drawn(len(first), self.max_new_tokens, first.device, self.measured)
+        stop = torch.tensor(stop_tokens(self.models), device=first.device)
+        live = torch.arange(len(first), device=first.device)  # [L] into the R rows
         running = torch.ones_like(live, dtype=torch.bool)  # [L]: has not ended
 
         for position in range(self.max_new_tokens):
-            tokens, logps = self._choose(logits, rows.keys(self.seed, live, position))
+            keys = rows.keys(self.seed, live, position)
+            mixed = mixed_logits(drawn_from, logits)
+            anchor = _of_reference(drawn_from, logits) if self.measured else None
+            tokens, numbers = self._choose(mixed, keys, anchor)
             stopped = running & torch.isin(tokens, stop)
-            drawn.put(live, position, tokens, logps)
+            drawn.put(live, position, tokens, numbers)
             drawn.end(live[stopped], position)
 
             running = running & ~stopped
@@ -156,20 +172,29 @@ class HFSampler:
                 running = running[unfinished]
                 for model in drawn_from:
                     model.select(unfinished)
-            logits = mixed_logits(drawn_from, [model.advance(tokens) for model in drawn_from])
+            logits = [model.advance(tokens) for model in drawn_from]
         return drawn.samples()
 
-    def _choose(self, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and their log-probs: logits [R, V], noise keys [R] -> [R], [R]."""
+    def _choose(
+        self, logits: Tensor, keys: Tensor, anchor: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Tokens [R] and numbers about each of them ([R], by the names of `_Drawn`): logits [R, V],
+        noise keys [R], and the reference's logits [R, V] where the KL is measured.
+        """
         rows = len(logits) if logits.is_cuda else max(1, _LOGITS_AT_A_TIME // logits.shape[-1])
+        anchors = [None] * len(logits.split(rows)) if anchor is None else anchor.split(rows)
         parts = [
             self._choose_rows(*part)
-            for part in zip(logits.split(rows), keys.split(rows), strict=True)
+            for part in zip(logits.split(rows), keys.split(rows), anchors, strict=True)
         ]
-        tokens, logps = zip(*parts, strict=True)
-        return torch.cat(tokens), torch.cat(logps)
+        tokens, numbers = zip(*parts, strict=True)
+        return torch.cat(tokens), {
+            name: torch.cat([part[name] for part in numbers]) for name in numbers[0]
+        }
 
-    def _choose_rows(self, logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose_rows(
+        self, logits: Tensor, keys: Tensor, anchor: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         if self.temperature not in (0, 1):
             wide = wide / self.temperature
@@ -182,7 +207,10 @@ class HFSampler:
             tokens = logprobs.argmax(-1)
         else:
             tokens = gumbel(keys, logprobs.shape[-1]).add_(logprobs).argmax(-1)
-        return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+        numbers = {"logps": logprobs.gather(-1, tokens[:, None])[:, 0]}
+        if anchor is not None:
+            numbers |= _of_step(logprobs, anchor, tokens)
+        return tokens, numbers
 
 
 @dataclass(frozen=True)
@@ -207,16 +235,18 @@ class _Rows:
 class _Drawn:
     """The tokens of R rows as they are drawn, `cap` at most of each."""
 
-    def __init__(self, rows: int, cap: int, device: torch.device) -> None:
+    def __init__(self, rows: int, cap: int, device: torch.device, measured: bool) -> None:
         self.tokens = torch.zeros((rows, cap), dtype=torch.int64, device=device)
-        self.logps = torch.zeros((rows, cap), dtype=torch.float32, device=device)
+        names = ["logps", *(MEASURED if measured else ())]
+        self.numbers = {name: torch.zeros((rows, cap), device=device) for name in names}
         self.lengths = torch.full((rows,), cap, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
 
-    def put(self, rows: Tensor, position: int, tokens: Tensor, logps: Tensor) -> None:
-        """The tokens [L] of these rows at a position, with their log-probs."""
+    def put(self, rows: Tensor, position: int, tokens: Tensor, numbers: dict[str, Tensor]) -> None:
+        """The tokens [L] of these rows at a position, with numbers about each of them."""
         self.tokens[rows, position] = tokens
-        self.logps[rows, position] = logps.float()
+        for name, values in numbers.items():
+            self.numbers[name][rows, position] = values.float()
 
     def end(self, rows: Tensor, position: int) -> None:
         """The token at this position is the last of these rows."""
@@ -226,12 +256,13 @@ class _Drawn:
     def samples(self) -> list[Sample]:
         """One sample per row. NumericsError where log-probs are not finite."""
         tokens = self.tokens.cpu()
-        logps = self.logps.cpu()
+        numbers = {name: values.cpu() for name, values in self.numbers.items()}
         ends = zip(self.lengths.tolist(), self.ended.tolist(), strict=True)
 
         samples = []
         for row, (length, ended) in enumerate(ends):
-            sample = Sample(tokens[row, :length].clone(), logps[row, :length].clone(), ended)
+            own = {name: values[row, :length].clone() for name, values in numbers.items()}
+            sample = Sample(tokens[row, :length].clone(), ended=ended, **own)
             if not bool(torch.isfinite(sample.logps).all()):
                 raise NumericsError(
                     "sampling: the model's log-probs are not finite; its weights or its logits "
@@ -241,12 +272,21 @@ class _Drawn:
         return samples
 
 
-def _weights(draw: Draw) -> list[tuple[str, float]]:
-    """The models of a draw with their weights on the logits."""
-    if not 0 <= draw.mix <= 1:
-        raise ConfigError(f"mixture weight on the reference: {draw.mix} is outside [0, 1]")
-    pairs = [(draw.source, 1 - draw.mix), ("reference", draw.mix)]
-    return [(name, weight) for name, weight in pairs if weight > 0]
+def _of_reference(models: list[CachedModel], logits: list[Tensor]) -> Tensor:
+    """The reference's logits [R, V] among those of every model."""
+    return next(part for model, part in zip(models, logits) if model.name == "reference")
+
+
+def _of_step(logprobs: Tensor, anchor: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """The numbers `MEASURED` of one step: the law that is sampled [R, V] in log-probs, the
+    reference's logits [R, V] and the tokens [R] -> [R] each.
+    """
+    reference = anchor.to(logprobs.dtype).log_softmax(-1)
+    return {
+        "kl": exact(logprobs, reference),
+        "entropy": torch.special.entr(logprobs.exp()).sum(-1),
+        "reference_logps": reference.gather(-1, tokens[:, None])[:, 0],
+    }
 
 
 def _nucleus(logprobs: Tensor, top_p: float) -> Tensor:

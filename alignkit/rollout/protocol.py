@@ -23,6 +23,12 @@ class Sample:
     logps: Tensor  # [T] float32, natural log
     ended: bool  # an end token was sampled; False: cut at the cap
 
+    # Of the law that each token was drawn from, [T] each, where the sampler was asked to measure it.
+    # The mean of summed `kl` over samples is the exact KL of whatever was sampled.
+    kl: Tensor | None = None  # KL(law of the step || the reference's next-token law)
+    entropy: Tensor | None = None  # of the law of the step
+    reference_logps: Tensor | None = None  # log-prob of the token under the reference
+
 
 class Sampler(Protocol):
     """Draws completions.

@@ -204,13 +204,14 @@ class VLLMSampler:
 
 def check_draw(draw: Draw) -> None:
     """ConfigError for what a server that holds the policy alone cannot draw."""
-    if draw.mix:
+    if len(draw.models) > 1:
         raise ConfigError(
             "rollout.engine: vllm cannot sample the token-level mixture of policy and reference "
             "that this objective asks for; use rollout.engine: hf"
         )
-    if draw.source != "policy":
+    source = next(iter(draw.models))
+    if source != "policy":
         raise ConfigError(
             "rollout.engine: vllm holds the policy alone; this objective draws from its "
-            f"`{draw.source}`: use rollout.engine: hf"
+            f"`{source}`: use rollout.engine: hf"
         )

@@ -59,7 +59,12 @@ def weights_of(pair):
         ),
         (Plan("labelled", mismatched=True), None, True, "frozen"),
         (Plan("sequence", anchors=()), None, True, "none"),
-        (Plan("game", samples=(Draw(1, mix=0.5),), anchors=()), None, False, "frozen"),
+        (
+            Plan("game", samples=(Draw(1, weights={"reference": 0.5}),), anchors=()),
+            None,
+            False,
+            "frozen",
+        ),
     ],
 )
 def test_auto_reference(folder, plan, adapter, fixed, kind):
@@ -266,7 +271,7 @@ def test_the_reference_half_of_a_mixture_is_the_base_model(folder):
     step(pair, random_bundles(4), lr=1.0)
     base = AutoModelForCausalLM.from_pretrained(folder)
     (samples,) = HFSampler(pair, max_new_tokens=4).sample(
-        [prompt], Draw(8, mix=0.5), step=0, prompt_ids=[0]
+        [prompt], Draw(8, weights={"policy": 0.5, "reference": 0.5}), step=0, prompt_ids=[0]
     )
     with pair.model("policy") as policy, torch.no_grad():
         for sample in samples:

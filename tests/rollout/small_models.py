@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
+from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM
 
 EOS = 0
@@ -135,3 +136,19 @@ def enumerate_completions(logprobs, prompt: list[int], cap: int) -> dict[tuple[i
     return {
         ids: float(torch.tensor(logp, dtype=torch.float64).exp()) for ids, logp in found.items()
     }
+
+
+def p_value(samples, expected: dict) -> float:
+    """Chi-square of the sampled completions against exact probabilities; cells expected less than 5
+    times are pooled.
+    """
+    counts = dict.fromkeys(expected, 0)
+    for sample in samples:
+        counts[tuple(sample.ids.tolist())] += 1  # a KeyError is a completion that cannot be
+    big = [ids for ids, p in expected.items() if p * len(samples) >= 5]
+    observed, wanted = [counts[i] for i in big], [expected[i] * len(samples) for i in big]
+    rest = len(samples) - sum(wanted)
+    if rest > 5:
+        observed, wanted = [*observed, len(samples) - sum(observed)], [*wanted, rest]
+    scale = sum(observed) / sum(wanted)
+    return float(stats.chisquare(observed, [w * scale for w in wanted]).pvalue)

@@ -100,7 +100,7 @@ def test_the_reference_half_of_a_lora_mixture_is_the_base_model(folder):
             parameter.normal_()
     base, prompt = AutoModelForCausalLM.from_pretrained(folder).eval(), torch.tensor([2, 3, 3])
     sampled = HFSampler(pair, max_new_tokens=4).sample(
-        [prompt], Draw(20, mix=0.4), step=0, prompt_ids=[0]
+        [prompt], Draw(20, weights={"policy": 0.6, "reference": 0.4}), step=0, prompt_ids=[0]
     )[0]
     gaps = []
     for sample in sampled:

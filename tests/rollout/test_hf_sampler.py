@@ -4,8 +4,15 @@ and caps.
 
 import pytest
 import torch
-from scipy import stats
-from small_models import EOS, FAMILIES, enumerate_completions, models_of, next_logits, small_model
+from small_models import (
+    EOS,
+    FAMILIES,
+    enumerate_completions,
+    models_of,
+    next_logits,
+    p_value,
+    small_model,
+)
 
 from alignkit.batches import Draw
 from alignkit.config.rollout import RolloutConfig
@@ -14,22 +21,6 @@ from alignkit.rollout import HFSampler, make_sampler
 from alignkit.rollout.cache_probe import sampling_model
 
 PROMPTS = [torch.tensor(ids) for ids in ([1, 2], [3, 1, 2, 3, 1, 1, 2], [2, 2, 3, 1], [1])]
-
-
-def p_value(samples, expected: dict) -> float:
-    """Chi-square of the sampled completions against exact probabilities; cells expected less than 5
-    times are pooled.
-    """
-    counts = dict.fromkeys(expected, 0)
-    for sample in samples:
-        counts[tuple(sample.ids.tolist())] += 1  # a KeyError is a completion that cannot be
-    big = [ids for ids, p in expected.items() if p * len(samples) >= 5]
-    observed, wanted = [counts[i] for i in big], [expected[i] * len(samples) for i in big]
-    rest = len(samples) - sum(wanted)
-    if rest > 5:
-        observed, wanted = [*observed, len(samples) - sum(observed)], [*wanted, rest]
-    scale = sum(observed) / sum(wanted)
-    return float(stats.chisquare(observed, [w * scale for w in wanted]).pvalue)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -63,7 +54,10 @@ def test_a_mixture_follows_the_token_level_joint(mix):
         ).log_softmax(-1)
 
     drawn = HFSampler(models_of(policy, reference), max_new_tokens=3).sample(
-        PROMPTS[:2], Draw(4000, mix=mix), step=0, prompt_ids=[7, 8]
+        PROMPTS[:2],
+        Draw(4000, weights={"policy": 1 - mix, "reference": mix}),
+        step=0,
+        prompt_ids=[7, 8],
     )
     for prompt, samples in zip(PROMPTS, drawn):
         exact = enumerate_completions(mixed, prompt.tolist(), 3)
@@ -242,12 +236,18 @@ BAD = [
     ({"temperature": -1.0}, {}, ConfigError, "temperature -1.0"),
     ({"temperature": float("nan")}, {}, ConfigError, "temperature nan"),
     ({"top_p": 0.0}, {}, ConfigError, "top_p 0.0"),
-    ({}, {"draw": Draw(1, mix=1.5)}, ConfigError, "1.5 is outside"),
+    ({}, {"draw": Draw(1, weights={"policy": float("nan")})}, ConfigError, "policy is nan"),
+    ({}, {"draw": Draw(1, weights={"policy": 0.0})}, ConfigError, "policy is 0"),
     ({}, {"draw": Draw(0)}, ConfigError, "0 completions"),
     ({}, {"prompt_ids": [0, 1]}, ConfigError, "2 prompt ids"),
     ({}, {"prompts": [torch.tensor([], dtype=torch.int64)]}, DataError, "no tokens"),
     ({}, {"prompts": [torch.ones(62, dtype=torch.int64)]}, ConfigError, "context of 64"),
-    ({}, {"draw": Draw(1, mix=0.5)}, ModelError, "policy 5, reference 4"),
+    (
+        {},
+        {"draw": Draw(1, weights={"policy": 0.5, "reference": 0.5})},
+        ModelError,
+        "policy 5, reference 4",
+    ),
 ]
 
 

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from alignkit.batches import Draw, Plan
 from alignkit.objectives.base import Objective
-from alignkit.objectives.self_play.nash_md import Mixture
+from alignkit.objectives.self_play.nash_md import Mixture, mixture_weights
 from alignkit.objectives.self_play.online_ipo import OnlineIPO
 
 
@@ -29,7 +29,8 @@ class IPOMD(OnlineIPO):
 
     @property
     def plan(self) -> Plan:
-        return Plan("game", samples=(Draw(2, mix=self.mixture),), feedback="pairwise")
+        draw = Draw(2, weights=mixture_weights(self.mixture))
+        return Plan("game", samples=(draw,), feedback="pairwise")
 
     @classmethod
     def limits(cls) -> list[tuple[Objective, Objective]]:

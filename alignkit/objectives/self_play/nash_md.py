@@ -13,6 +13,13 @@ from alignkit.tensors import check_same_shape, masked_sum, reverse_cumsum
 Mixture = Annotated[float, Field(ge=0, le=1)]
 
 
+def mixture_weights(mixture: float) -> dict[str, float]:
+    """The weights of a draw from the geometric mixture of policy and reference, `mixture` on the
+    reference; none where the policy samples alone.
+    """
+    return {"policy": 1 - mixture, "reference": mixture} if mixture else {}
+
+
 def nash_md_loss(
     policy_logps: Tensor, reference_logps: Tensor, preference: Tensor, mask: Tensor, *, beta: float
 ) -> Tensor:
@@ -82,6 +89,5 @@ class NashMD(NashPolicyGradient):
 
     @property
     def plan(self) -> Plan:
-        return Plan(
-            "game", samples=(Draw(1), Draw(1, mix=self.mixture, scored=False)), feedback="pairwise"
-        )
+        opponent = Draw(1, weights=mixture_weights(self.mixture), scored=False)
+        return Plan("game", samples=(Draw(1), opponent), feedback="pairwise")

@@ -96,6 +96,6 @@ class OnlineIPO(Objective):
             "rewards/probabilities": batch.preference[:, 0],
         }
         # Samples of a mixture say nothing about the policy's own KL.
-        if not any(draw.mix for draw in self.plan.samples if draw.scored):
+        if all(set(draw.models) == {"policy"} for draw in self.plan.samples if draw.scored):
             metrics["kl"] = (ratios[0] + ratios[1]) / 2
         return LossTerms([Term("online_ipo", losses)], metrics)

@@ -13,6 +13,7 @@ from alignkit import EGPO, IPOMD, NashMD, NashMP, OnlineIPO
 from alignkit.batches import Draw, GameBatch, TokenLogps
 from alignkit.errors import ShapeError
 from alignkit.losses import nash_md_loss, online_ipo_loss
+from alignkit.objectives.self_play.nash_md import mixture_weights
 from alignkit.oracles import regularized_nash
 from alignkit.oracles.games import Game, random_games
 from alignkit.oracles.self_play import gradient_to_mirror_step, omd
@@ -196,9 +197,12 @@ def sums(batch: GameBatch, name: str) -> list[Tensor]:
 
 
 def test_plans():
-    assert NashMD(mixture=0.3).plan.samples == (Draw(1), Draw(1, mix=0.3, scored=False))
+    assert NashMD(mixture=0.3).plan.samples == (
+        Draw(1),
+        Draw(1, weights=mixture_weights(0.3), scored=False),
+    )
     assert OnlineIPO().plan.samples == NashMP().plan.samples == (Draw(2),)
-    assert IPOMD(mixture=0.3).plan.samples == (Draw(2, mix=0.3),)
+    assert IPOMD(mixture=0.3).plan.samples == (Draw(2, weights=mixture_weights(0.3)),)
     assert EGPO().plan.samples == (Draw(2), Draw(1, scored=False))
     assert [o().plan.update for o in (NashMD, OnlineIPO, IPOMD, NashMP, EGPO)] == [
         "gradient"
