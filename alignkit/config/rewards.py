@@ -59,8 +59,8 @@ class RewardConfig(Section):
     )
     timeout: PositiveFloat | None = Field(
         None,
-        description="seconds that one call may take; null: no limit for a function (it runs in the "
-        "main thread and may set signals of its own), 10 for one completion of a verifier",
+        description="seconds that one call may take; null: no limit for a function, "
+        "10 for one completion of a verifier",
     )
     failed: float = Field(
         0.0,

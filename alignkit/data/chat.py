@@ -95,7 +95,7 @@ class Renderer:
 
         if teach and trained[-1] == len(messages) - 1:
             _append(turns, self.finder.stop(messages[-1], options, turns.text))
-        _note_losses([messages[i] for i in trained], turns, notes)
+        _note_losses(messages, trained, turns, notes)
         return turns
 
     def _with_calls(
@@ -162,16 +162,35 @@ def _append(turns: Turns, stop: str) -> None:
     turns.text += stop
 
 
-def _note_losses(trained: Sequence[Message], turns: Turns, notes: set[str]) -> None:
-    """Add the verdicts on what the template left out of the trained turns."""
+def _note_losses(
+    messages: Sequence[Message], trained: Sequence[int], turns: Turns, notes: set[str]
+) -> None:
+    """Add the verdicts on what the template left out of the text, and of the trained turns."""
     if turns.lost:
         notes.add("untrained_turn")
     spans = turns.spans or [(0, len(turns.text))]
     own = "\n".join(turns.text[start:end] for start, end in spans)
-    if not all(_all_in(_thoughts(message), own) for message in trained):
+    taught = [messages[i] for i in trained]
+
+    if not all(_all_in(_thoughts(message), own) for message in taught):
         notes.add("thoughts_dropped")
-    if not all(_all_in(_called(message), own) for message in trained):
+    if not all(_all_in(_called(message), own) for message in taught):
         notes.add("calls_dropped")
+    if not turns.lost and not all(_words(message) in own for message in taught):
+        notes.add("words_dropped")
+    if leaves_out_others(messages, turns.text):
+        notes.add("message_dropped")
+
+
+def leaves_out_others(messages: Sequence[Message], text: str) -> bool:
+    """Whether something that others than the assistant say is not in `text`, the conversation."""
+    others = (message for message in messages if message["role"] != "assistant")
+    return not all(_words(message) in text for message in others)
+
+
+def _words(message: Message) -> str:
+    """What a turn says, without the thoughts before it and the white space around it."""
+    return split_thoughts(message.get("content") or "")[1].strip()
 
 
 def _thoughts(message: Message) -> list[str]:

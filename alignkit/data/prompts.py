@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alignkit.config.data import DataConfig
+from alignkit.data.chat import leaves_out_others
 from alignkit.data.encode import Ids, TextEncoder
 from alignkit.data.examples import Example
 from alignkit.data.messages import Text
@@ -82,10 +83,13 @@ def _texts(examples: Sequence[Example], encoder: TextEncoder, report: Report) ->
     for example in examples:
         assert isinstance(example.prompt, list), "a chat's prompt is messages"
         try:
-            options = dict(example.template)
-            texts[example.number] = template.text(example.prompt, options, prompt=True)
+            text = template.text(example.prompt, dict(example.template), prompt=True)
         except BadRow as bad:
             report.add_bad(bad, example.number)
+            continue
+        texts[example.number] = text
+        if leaves_out_others(example.prompt, text):
+            report.add("message_dropped", example.number)
     return texts
 
 

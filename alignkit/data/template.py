@@ -3,29 +3,32 @@ date that it prints is the run's.
 """
 
 import json
-import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from alignkit.config.data import DataConfig
 from alignkit.data.messages import Message, checked_unicode
+from alignkit.data.template_time import with_time
 from alignkit.data.verdicts import BadRow
-from alignkit.errors import AlignkitError, ConfigError, ModelError
+from alignkit.distributed import deadline
+from alignkit.errors import AlignkitError, ConfigError, DataError, ModelError
 
 MAX_SECONDS = 10.0  # for one conversation
 MAX_TEMPLATE = 1 << 20  # bytes of a template file; those of known models have less than 50,000
 FREE_LENGTH = 1_000_000  # characters of rendered text that are never too many
 MAX_GROWTH = 20  # above that: characters of text per character of the conversation
 
-# How a template asks for the date. The templates of known models write the format as a literal.
-DATE_CALL = re.compile(r"""strftime_now\(\s*(?:'([^'\n]*)'|"([^"\n]*)")\s*\)""")
+# A conversation by which the form of contents that a template reads is recognised.
+SMALL_TALK: list[Message] = [
+    {"role": "user", "content": "question-7351"},
+    {"role": "assistant", "content": "answer-7351"},
+]
 
 CLOSING_TAG = "</think>"  # the end of a thought inside an answer
 HIDDEN_TAG = "\U000fff00"  # stands for it in messages whose thoughts the template must not see
@@ -40,6 +43,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.given = given_template(config)
         self.now = _moment(config.template_time)
+        self.reads_parts: dict[str, bool] = {}  # template -> whether it reads contents in parts
         if self.given is None and not getattr(tokenizer, "chat_template", None):
             raise ModelError(
                 "the rows are conversations, but the tokenizer has no chat template; "
@@ -67,19 +71,24 @@ class ChatTemplate:
         text = text.replace(HIDDEN_TAG, CLOSING_TAG)
         return checked_unicode(text, "the rendered conversation")
 
+    def ids(self, messages: Sequence[Message], *, prompt: bool = False) -> list[int]:
+        """The token ids of `text`, for conversations that are no rows. Raises DataError where the
+        template refuses them.
+        """
+        try:
+            text = self.text(list(messages), {}, prompt=prompt)
+        except BadRow as bad:
+            raise DataError(f"the chat template refuses a conversation: {bad.detail}") from None
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def _text(self, messages: list[Message], options: dict[str, Any], prompt: bool) -> str:
         from jinja2 import TemplateError
 
         try:
             template = self.tokenizer.get_chat_template(self.given, options.get("tools"))
-            with _time_limit(MAX_SECONDS):
-                text: str = self.tokenizer.apply_chat_template(
-                    messages,
-                    chat_template=_with_date(template, self.now),
-                    tokenize=False,
-                    add_generation_prompt=prompt,
-                    **options,
-                )
+            if self._reads_parts(template):
+                messages = _in_parts(messages)
+            text = self._rendered(template, messages, options, prompt=prompt)
         except TimeoutError:
             raise self._fault(f"runs for more than {MAX_SECONDS:.0f} s") from None
         except (MemoryError, OverflowError, RecursionError) as error:
@@ -93,6 +102,42 @@ class ChatTemplate:
             if len(text) > FREE_LENGTH + MAX_GROWTH * given:
                 raise self._fault(f"makes {len(text):,} characters of about {given:,}")
         return text
+
+    def _rendered(
+        self, template: str, messages: list[Message], options: dict[str, Any], *, prompt: bool
+    ) -> str:
+        """What `template` makes of `messages`. Raises whatever it raises, and TimeoutError."""
+
+        def render() -> str:
+            text: str = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=with_time(template, self.now),
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **options,
+            )
+            return text
+
+        return _in_time(MAX_SECONDS, render)
+
+    def _reads_parts(self, template: str) -> bool:
+        """Whether `template` writes contents in parts alone, as templates of vision models do: of a
+        content that is a text they write nothing, or they refuse it.
+        """
+        if template not in self.reads_parts:
+            as_text, as_parts = (
+                self._writes(template, messages) for messages in (SMALL_TALK, _in_parts(SMALL_TALK))
+            )
+            self.reads_parts[template] = as_parts and not as_text
+        return self.reads_parts[template]
+
+    def _writes(self, template: str, messages: list[Message]) -> bool:
+        """Whether the words of SMALL_TALK are in what `template` makes of `messages`."""
+        try:
+            text = self._rendered(template, messages, {}, prompt=False)
+        except Exception:  # it refuses them in this form
+            return False
+        return all(message["content"] in text for message in SMALL_TALK)
 
     def _fault(self, what: str) -> AlignkitError:
         """The error for a template that `what` on one conversation."""
@@ -134,17 +179,14 @@ def _moment(template_time: str) -> datetime | None:
     return None if template_time == "auto" else datetime.fromisoformat(template_time)
 
 
-@lru_cache(maxsize=8)
-def _with_date(template: str, now: datetime | None) -> str:
-    """`template` with the date that it would print written into it, so that a run that is resumed
-    on another day sees the same text.
-    """
-    if now is None:
-        return template
-    return DATE_CALL.sub(
-        lambda call: json.dumps(now.strftime(call[1] or call[2] or ""), ensure_ascii=False),
-        template,
-    )
+def _in_parts(messages: list[Message]) -> list[Message]:
+    """`messages` with each content as a list of one text."""
+    return [
+        message | {"content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
 
 
 def _with_other_arguments(messages: list[Message]) -> list[Message] | None:
@@ -179,15 +221,23 @@ def _other_form(arguments: object) -> object:
     return parsed if isinstance(parsed, dict) else None
 
 
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the body after `seconds`. Signals reach the main thread alone, so in
-    another thread (and on systems without them) there is no limit.
+def _in_time(seconds: float, call: Callable[[], str]) -> str:
+    """The result of `call`. TimeoutError after `seconds`.
+
+    A timer costs next to nothing, but reaches the main thread alone.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or not hasattr(signal, "setitimer"):
-        yield
-        return
+    if threading.current_thread() is threading.main_thread():
+        with _timer(seconds):
+            return call()
+    try:
+        return deadline.in_thread(seconds, "a chat template", call)
+    except deadline.TimeIsUp:
+        raise TimeoutError from None
+
+
+@contextmanager
+def _timer(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the body after `seconds`."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise TimeoutError

@@ -51,6 +51,16 @@ VERDICTS: dict[str, tuple[Severity, str]] = {
         "warning",
         "an assistant turn that the chat template rewrites is left out of the loss",
     ),
+    "words_dropped": (
+        "warning",
+        "words of the assistant are not in the loss: the chat template leaves them out, rewrites "
+        "them, or moves them behind a tool's answer; use one that writes them in their turn",
+    ),
+    "message_dropped": (
+        "warning",
+        "the chat template leaves out or rewrites what a turn says that is not the assistant's; use "
+        "one that writes it as it is",
+    ),
     "thoughts_dropped": (
         "warning",
         "the chat template leaves out thoughts of the assistant; use one that keeps them",

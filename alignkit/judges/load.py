@@ -15,7 +15,7 @@ from alignkit.judges.chat import ChatJudge
 from alignkit.judges.endpoint import Endpoint
 from alignkit.judges.preference import PreferenceJudge
 from alignkit.judges.trl_style import from_trl_judge
-from alignkit.rewards.checks import within
+from alignkit.rewards.checks import refusal_of_signals, within
 from alignkit.rewards.load import load_classifier, load_rewards
 from alignkit.rewards.model import RewardModel
 
@@ -95,13 +95,17 @@ def _trained(name: str, config: JudgeConfig, device: Any) -> Judge:
 def _guarded(function: Callable[..., Any], name: str, timeout: float) -> Ask:
     """`function` under a wall-clock limit, its exceptions named."""
 
+    what = f"judge {name}"
+
     def ask(prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any]) -> Any:
         try:
-            return within(timeout, f"judge {name}", lambda: function(prompts, first, second))
+            return within(timeout, what, lambda: function(prompts, first, second))
         except AlignkitError:
             raise
         except Exception as error:
-            raise DataError(f"judge {name} raised {type(error).__name__}: {error}") from error
+            refusal = refusal_of_signals(what, error)
+            raised = DataError(f"{what} raised {type(error).__name__}: {error}")
+            raise refusal or raised from error
 
     return ask
 

@@ -47,9 +47,7 @@ class PreferenceJudge(TextScorer):
         if isinstance(prompt, str):
             alone = self.tokenizer(prompt)["input_ids"]
         else:
-            alone = self.tokenizer.apply_chat_template(
-                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            alone = self.template.ids(prompt, prompt=True)
 
         # Each completion keeps at least one token of its own.
         limit = min(len(first), len(second)) - 1

@@ -1,13 +1,12 @@
 """What a user's reward function may return, and one clear error for everything else."""
 
 import math
-import queue
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
+from alignkit.distributed import deadline
 from alignkit.errors import DataError, NumericsError, ResourceError
 
 T = TypeVar("T")
@@ -84,36 +83,40 @@ def finite_or_inf(value: Any) -> float:
 
 
 def within(seconds: float | None, what: str, call: Callable[[], T]) -> T:
-    """The result of `call`, without gradients. Under a limit it runs in a thread of its own, and
-    ResourceError says that it took longer; with None it runs in this thread for as long as it takes.
+    """The result of `call`, without gradients; ResourceError says that it took longer than `seconds`.
+    With None it may take as long as it takes.
 
-    A thread cannot be killed, so a function that hangs stops the run. A reward that may hang on a
-    single completion is better written as a verifier.
+    It runs in this thread where that is the main one, else under a limit in a thread of its own.
     """
-    if seconds is None:
+
+    def without_gradients() -> T:
         with torch.no_grad():
             return call()
 
-    box: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            with torch.no_grad():
-                box.put((call(), None))
-        except BaseException as error:
-            box.put((None, error))
-
-    threading.Thread(target=work, daemon=True, name=what).start()
+    if seconds is None:
+        return without_gradients()
     try:
-        result, error = box.get(timeout=seconds)
-    except queue.Empty:
+        # Once more around it: the limit may interrupt anything inside, even the way out.
+        with torch.no_grad():
+            return deadline.within(seconds, what, without_gradients)
+    except deadline.TimeIsUp:
         raise ResourceError(
             f"{what} did not return within {seconds:g} s; raise its `timeout`, or mend it (a "
             "reward that can hang on a single completion should be a `verifier`)"
         ) from None
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
+
+
+def refusal_of_signals(what: str, error: Exception) -> DataError | None:
+    """The error for a function that sets a signal where Python allows none; None where `error` says
+    something else.
+    """
+    if not (isinstance(error, ValueError) and "main thread" in str(error)):
+        return None
+    return DataError(
+        f"{what} sets a signal (a timeout of its own), which Python allows in the main thread alone; "
+        "run alignkit in the main thread, or take the signal out of it (a reward can be a "
+        "`verifier`, which has a process of its own)"
+    )
 
 
 def quoted(prompt: Any, completion: Any) -> str:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from alignkit.errors import AlignkitError, DataError
-from alignkit.rewards.checks import quoted, within
+from alignkit.rewards.checks import quoted, refusal_of_signals, within
 
 Values = Sequence[float | None]
 CONTEXT = ("trainer_state", "log_metric", "log_extra")  # what TRL hands over beside the columns
@@ -19,8 +19,8 @@ log = logging.getLogger("alignkit")
 class FunctionReward:
     """A user's function f(prompts, completions, **columns) -> list, sync or async.
 
-    It runs in the thread that calls it, so that it may set signals, as libraries with timeouts of
-    their own do. With a `timeout` in seconds it runs in another thread, where Python allows none.
+    It runs in the thread that calls it, mostly the main one, so that it may set signals, as
+    libraries with timeouts of their own do. `timeout` is in seconds.
 
     It is given what it names, or everything when it takes **kwargs: prompts, completions, the
     columns, and TRL's `trainer_state` (of which there is `global_step`), `log_metric` (into
@@ -55,12 +55,8 @@ class FunctionReward:
         except AlignkitError:
             raise
         except Exception as error:
-            if _needs_main_thread(error):
-                raise DataError(
-                    f"reward {self.name} sets a signal (a timeout of its own), which Python allows "
-                    "in the main thread alone. Leave out the reward's `timeout`, so that it runs "
-                    "there, or write it as a `verifier`, which has a process of its own"
-                ) from error
+            if refusal := refusal_of_signals(what, error):
+                raise refusal from error
             of_batch = error  # Python unbinds `error` at the end of the clause
 
         return within(
@@ -98,6 +94,8 @@ class FunctionReward:
             }
             try:
                 values += self._call([prompts[row]], [completions[row]], one)
+            except AlignkitError:  # of our own: a second signal that ends the run, for one
+                raise
             except Exception as again:
                 failed += 1
                 if not self.drop:
@@ -167,10 +165,6 @@ class FormatMatch:
 def plain_text(completion: Any) -> str:
     """A completion as text: a chat's last message, or the text itself."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
-
-
-def _needs_main_thread(error: Exception) -> bool:
-    return isinstance(error, ValueError) and "main thread" in str(error)
 
 
 def _finished(awaitable: Any) -> Any:

@@ -3,12 +3,15 @@ prompt and completion and gives a number.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignkit.errors import DataError
+from alignkit.config.data import DataConfig
+from alignkit.data.template import ChatTemplate
+from alignkit.errors import DataError, ModelError
 from alignkit.policies.module import context_length
 from alignkit.rollout.text import as_reply
 
@@ -26,15 +29,23 @@ class TextScorer:
         self.token_budget = token_budget
         self.longest = context_length(model)
 
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The template for chats. ModelError where the tokenizer has none."""
+        if not self.tokenizer.chat_template:
+            raise ModelError(
+                "the prompts are chats, but the tokenizer of the reward or preference model has no "
+                "chat template; give it one, or plain texts as prompts"
+            )
+        return ChatTemplate(self.tokenizer, DataConfig())
+
     def token_ids(self, prompt: Any, completion: Any) -> list[int]:
         """Token ids of a prompt with its completion. DataError where they exceed the context."""
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt + completion)["input_ids"]
         else:
             reply = as_reply(prompt, completion) if isinstance(completion, str) else completion
-            ids = self.tokenizer.apply_chat_template(
-                [*prompt, *reply], tokenize=True, return_dict=False
-            )
+            ids = self.template.ids([*prompt, *reply])
         return self.within_context(ids)
 
     def within_context(self, ids: list[int]) -> list[int]:

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn, tensor
 
 from alignkit.batches import Draw
+from alignkit.config.data import DataConfig
 from alignkit.config.rollout import MAX_NEW_TOKENS
+from alignkit.data.template import ChatTemplate
 from alignkit.errors import ConfigError, DataError
 from alignkit.policies.module import context_length
 from alignkit.rollout.hf import HFSampler
@@ -97,8 +99,4 @@ def _chat_ids(messages: Sequence[dict[str, Any]], tokenizer: Any) -> list[int]:
         raise ConfigError(
             "the prompt is a chat but the tokenizer has no chat template; give plain text"
         )
-    return list(
-        tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-    )
+    return ChatTemplate(tokenizer, DataConfig()).ids(messages, prompt=True)

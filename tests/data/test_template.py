@@ -1,12 +1,18 @@
 """The limits of chat templates, and the date that they print."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 
 import pytest
+import torch
+from transformers import LlamaConfig
 
 from alignkit.data import DataConfig, load_bundles, template
-from alignkit.data.template import given_template
+from alignkit.data.template import ChatTemplate, given_template
+from alignkit.data.template_time import with_time
 from alignkit.errors import ConfigError, ModelError
+from alignkit.rewards.model import TextScorer
+from alignkit.rollout.generate import prompt_ids
 
 ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "hello"}]}
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -42,12 +48,14 @@ def test_a_template_that_calls_itself_for_ever_is_refused(kinds):
         load(kinds["chat"], chat_template=endless)
 
 
-def test_templates_in_other_threads_have_no_time_limit_but_work(kinds):
-    made = []
-    thread = threading.Thread(target=lambda: made.append(load(kinds["chat"], chat_template=DATED)))
-    thread.start()
-    thread.join()
-    assert made
+def test_other_threads_have_the_same_limits(kinds, monkeypatch):
+    """Signals reach the main thread alone; a notebook's executor is another."""
+    with ThreadPoolExecutor(1) as elsewhere:
+        assert elsewhere.submit(load, kinds["chat"], chat_template=DATED).result()
+        monkeypatch.setattr(template, "MAX_SECONDS", 0.2)
+        endless = elsewhere.submit(load, kinds["chat"], chat_template=ENDLESS)
+        with pytest.raises(ConfigError, match="runs for more than 0 s on one conversation"):
+            endless.result(timeout=20)
 
 
 def test_files_that_are_no_templates_are_refused(tmp_path):
@@ -67,3 +75,77 @@ def test_the_date_that_a_template_prints_is_the_recipes(kinds, monkeypatch):
     own = load(tokenizer, template_time="2025-03-04T05:06")
     assert own.prompt.tolist() == given.prompt.tolist()
     assert load(tokenizer).prompt.tolist() != given.prompt.tolist()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "{% set f = '%d ' ~ '%b' %}{{ strftime_now(f) }}",
+        "{% macro today(f) %}{{ strftime_now(f) }}{% endmacro %}{{ today('%d %b') }}",
+        "{{ strftime_now(format='%d %b') }}",
+        "{{ strftime_now(date_format | default('%d %b')) }}",
+        "  {% if strftime_now is defined %}{{ strftime_now('%d') | int }} Mar{% endif %}",
+    ],
+)
+def test_the_clock_is_the_recipes_however_a_template_asks(kinds, call):
+    shown = []
+    for time in ("2025-03-14T05:06", "2025-03-14"):
+        config = DataConfig(chat_template=call, template_time=time)
+        shown.append(ChatTemplate(kinds["chat"], config).text(ROW["messages"], {}))
+    assert shown == ["14 Mar", "14 Mar"]
+
+
+def test_the_clock_writes_every_directive_as_python_does(kinds):
+    now = datetime(2025, 3, 4, 5, 6, 7)
+    letters = "aAbBcdDeFgGHIjlmMnprRStTuUVwWxXyYzZ%"
+    formats = [f"<%{letter}>" for letter in letters] + ["%-d/%-m", "100%% %%d %%%H", "%Q", "a%", ""]
+    asks = "|".join("{{ strftime_now(" + repr(format) + ") }}" for format in formats)
+    text = kinds["chat"].apply_chat_template(
+        ROW["messages"], chat_template=with_time(asks, now), tokenize=False
+    )
+    assert text.split("|") == [now.strftime(format) for format in formats]
+
+
+IN_PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# It refuses a content that is a text.
+IN_STRICT_PARTS = IN_PARTS.replace(
+    "{% for part",
+    "{% if m.content is string %}{{ raise_exception('parts') }}{% endif %}{% for part",
+)
+
+
+@pytest.mark.parametrize("in_parts", [IN_PARTS, IN_STRICT_PARTS])
+def test_a_template_that_reads_parts_alone_gets_them(kinds, in_parts):
+    """As templates of vision models do: of a content that is a text they write nothing."""
+    as_text = IN_PARTS.replace(
+        "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}",
+        "{{ m.content }}",
+    )
+    read, expected = (load(kinds["chat"], chat_template=text) for text in (in_parts, as_text))
+    assert read.prompt.tolist() == expected.prompt.tolist()
+    assert read.completions[0].tolist() == expected.completions[0].tolist()
+    assert read.masks[0].tolist() == expected.masks[0].tolist()
+    assert "hello" in kinds["chat"].decode(read.completions[0])
+
+
+def test_prompts_of_generate_and_of_reward_models_reach_a_template_that_reads_parts(
+    kinds, monkeypatch
+):
+    tokenizer = kinds["chat"]
+    monkeypatch.setattr(tokenizer, "chat_template", IN_PARTS)
+    prompt = tokenizer.decode(prompt_ids(ROW["messages"][:1], tokenizer))
+    assert prompt == "<|im_start|>user\na<|im_end|><|im_start|>assistant\n"
+
+    model = torch.nn.Identity()
+    model.config = LlamaConfig(max_position_embeddings=100)
+    scorer = TextScorer(model, tokenizer)
+    ids = scorer.token_ids(ROW["messages"][:1], ROW["messages"][1:])
+    assert "hello" in tokenizer.decode(ids)
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    del scorer.template
+    with pytest.raises(ModelError, match="the tokenizer of the reward or preference model has no"):
+        scorer.token_ids(ROW["messages"][:1], ROW["messages"][1:])

@@ -4,7 +4,7 @@ they leave to the next turn, and turns that are switched off.
 
 import pytest
 
-from alignkit.data import DataConfig, load_bundles
+from alignkit.data import DataConfig, load_bundles, load_prompts
 from alignkit.errors import DataError
 
 # A system prompt of its own, as Qwen 2.5's and Llama 3's templates have.
@@ -201,6 +201,50 @@ def test_calls_of_turns_without_content_are_taught(kinds):
     assert not report.count("calls_dropped")
     _, report = taught(kinds["chat"], SYSTEM, *turns)
     assert report.count("calls_dropped") == 1
+
+
+def test_words_beside_a_call_that_no_turn_holds_are_a_warning(kinds):
+    """Llama 3's template writes the call alone; Gemma 4's moves the words behind the tool's answer."""
+    turns = [user("what is"), assistant("the cat", tool_calls=[call("world")])]
+    ends = [{"role": "tool", "content": "hello"}, assistant("sat")]
+    left_out = SYSTEM.replace(
+        "{{ m.content }}", "{{ m.tool_calls[0].function.name if m.tool_calls else m.content }}"
+    )
+    text, report = taught(kinds["chat"], left_out, *turns, *ends)
+    assert "⟦world<|im_end|>" in text
+    assert "the cat" not in text
+    assert report.count("words_dropped") == 1
+
+    behind = "{% if m.role == 'tool' %}{{ messages[loop.index0 - 1].content }}{% endif %}"
+    moved = left_out.replace("<|im_end|>\n{% endfor %}", behind + "<|im_end|>\n{% endfor %}")
+    text, report = taught(kinds["chat"], moved, *turns, *ends)
+    assert "the cat" in text
+    assert report.count("words_dropped") == 1
+
+    _, report = taught(kinds["chat"], SYSTEM, *turns, *ends)  # in their turn, without the call
+    assert report.count("words_dropped") == 0
+    assert report.count("calls_dropped") == 1
+
+
+@pytest.mark.parametrize("family", ["sequence", "pair", "rollout"])
+def test_what_others_say_and_a_template_leaves_out_is_a_warning(kinds, family):
+    """A system prompt, a tool's answer: templates that know no such role pass over it."""
+    knows_two = SYSTEM.replace(
+        "for m in messages", "for m in messages if m.role in ('user', 'assistant')"
+    )
+    asked = [{"role": "system", "content": "hello there"}, user("the cat")]
+    row = {
+        "sequence": {"messages": [*asked, assistant("sat")]},
+        "pair": {"prompt": asked, "chosen": [assistant("sat")], "rejected": [assistant("on")]},
+        "rollout": {"prompt": asked},
+    }[family]
+    for template, expected in [(knows_two, 1), (SYSTEM, 0)]:
+        config = DataConfig(chat_template=template)
+        if family == "rollout":
+            _, report = load_prompts(config, kinds["chat"], source=[row])
+        else:
+            _, report = load_bundles(config, family, kinds["chat"], source=[row])
+        assert report.count("message_dropped") == expected
 
 
 def test_arguments_of_calls_come_in_the_form_that_the_template_reads(kinds):

@@ -2,6 +2,8 @@
 misbehaves in every way.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,7 +104,16 @@ def test_rewards_that_do_not_apply_or_are_not_finite():
 
 
 FILE = """
-import time
+import signal, time
+def alarmed(prompts, first, second):
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(5)
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    return [1.0] * len(first)
+class Alarmed:
+    def judge(self, prompts, completions, shuffle_order=True):
+        return [1 - int(x) for x in alarmed(prompts, *zip(*completions))]
 def better(prompts, first, second): return [float(len(a) > len(b)) for a, b in zip(first, second)]
 def scalar(prompts, first, second): return 0.5
 def short(prompts, first, second): return [0.5]
@@ -137,6 +148,18 @@ def test_judges_of_the_section(file, caplog):
     assert terry(["p"] * 3, ["a", "b", "aa"], ["b", "a", "a"]).probability.tolist() == [1, 0, 0.5]
     with pytest.raises(NumericsError, match="nans returned nan"):
         load_judge({"rewards": [{"function": f"{file}:nans"}]}, safe=False)(["p"], ["a"], ["b"])
+
+
+@pytest.mark.parametrize("section", [{"function": "alarmed"}, {"trl": "Alarmed"}])
+def test_a_judge_may_set_signals(file, section):
+    """Libraries put timeouts of their own around each answer (`signal.alarm`)."""
+    ((kind, name),) = section.items()
+    judge = load_judge({kind: f"{file}:{name}", "both_orders": False}, safe=False)
+    assert judge(["p"], ["a"], ["b"]).probability.tolist() == [1.0]
+    with ThreadPoolExecutor(1) as elsewhere:
+        future = elsewhere.submit(judge, ["p"], ["a"], ["b"])
+        with pytest.raises(DataError, match=rf"judge {name} sets a signal .* main thread"):
+            future.result()
 
 
 @pytest.mark.parametrize(

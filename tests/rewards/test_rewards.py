@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from alignkit.errors import ConfigError, DataError, ModelError, NumericsError, R
 from alignkit.rewards import Reward, load_reward_model, load_rewards
 from alignkit.rewards.combine import Part
 from alignkit.rewards.functions import FunctionReward
+from alignkit.training.signals import Interrupted, Signals
 
 PROMPTS, COMPLETIONS = ["p0", "p1", "p2"], ["one", "three", "ab"]
 IDS = [[1], [1, 2, 3], [1, 2]]
@@ -353,7 +355,7 @@ def test_models_that_are_no_reward_models(tmp_path):
         load_reward_model(str(tmp_path / "absent"))
 
 
-def test_a_reward_without_a_limit_runs_where_it_may_set_signals():
+def test_a_reward_may_set_signals_with_a_limit_and_without():
     """Libraries put timeouts of their own around each answer (`signal.alarm`)."""
 
     def alarmed(completions, **columns):
@@ -366,11 +368,33 @@ def test_a_reward_without_a_limit_runs_where_it_may_set_signals():
 
     before = signal.getsignal(signal.SIGALRM)
     try:
-        assert reward_of(alarmed)(PROMPTS, COMPLETIONS) == [float(len(c)) for c in COMPLETIONS]
-        with pytest.raises(DataError, match=r"mine sets a signal .* main thread .*`verifier`"):
-            reward_of(alarmed, timeout=5.0)(PROMPTS, COMPLETIONS)
+        for timeout in (None, 5.0):
+            scores = reward_of(alarmed, timeout=timeout)(PROMPTS, COMPLETIONS)
+            assert scores == [float(len(c)) for c in COMPLETIONS]
+        with ThreadPoolExecutor(1) as thread:  # as in a notebook's executor
+            future = thread.submit(reward_of(alarmed), PROMPTS, COMPLETIONS)
+            with pytest.raises(DataError, match=r"mine sets a signal .* main thread .*`verifier`"):
+                future.result()
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_second_signal_inside_a_reward_ends_the_run_and_is_no_bad_row():
+    """The first lets the step end; the second ends the run at once, even where rows that raise are
+    set aside.
+    """
+
+    def slow(completions, **columns):
+        if len(completions) > 1:
+            raise RuntimeError("one by one, please")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        return [1.0] * len(completions)
+
+    with Signals() as signals, pytest.raises(Interrupted) as stopped:
+        reward_of(slow, drop=True)(PROMPTS, COMPLETIONS)
+    assert signals.caught == signal.SIGTERM
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
 
 
 def test_an_async_reward_works_inside_a_running_event_loop():
