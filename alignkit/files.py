@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -120,20 +120,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     hold no JSON object are left out.
     """
     return [row for _, row in json_lines(path) if row is not None]
-
-
-def filter_jsonl(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> int:
-    """Leave only the rows in the file that are `wanted`. Lines that hold no JSON object go too;
-    returns how many those are.
-    """
-    unreadable = 0
-    with replaced_file(path) as temporary, temporary.open("wb") as file:
-        for line, row in json_lines(path):
-            if row is None:
-                unreadable += 1
-            elif wanted(row):
-                file.write(line.rstrip(b"\n") + b"\n")
-    return unreadable
 
 
 def check_no_link(path: Path) -> None:

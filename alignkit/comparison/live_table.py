@@ -2,14 +2,12 @@
 left, in a log a line for each run that starts or ends.
 """
 
-import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.live import Live
@@ -18,9 +16,9 @@ from rich.table import Table
 from alignkit.comparison.grid import Point
 from alignkit.comparison.run_state import read_run_state
 from alignkit.config.escaping import plain
+from alignkit.training.log_end import rows_backwards
 from alignkit.training.progress import SHOWN
 
-TAIL = 8192  # bytes of metrics.jsonl that surely hold its last row
 STYLES = {
     "failed": "bold red",
     "running": "bold",
@@ -96,7 +94,7 @@ class LiveTable:
             reason = run.reason.partition("\n")[0]
             return _Progress("failed", total_steps=total, note=reason, seconds=run.seconds)
 
-        row = last_row(Path(point.recipe.output_dir) / "metrics.jsonl")
+        row = next(rows_backwards(Path(point.recipe.output_dir) / "metrics.jsonl"), {})
         note = "  ".join(f"{name} {row[name]:.3g}" for name in SHOWN if name in row)
         step = int(row.get("step", 0))
         if not working:
@@ -166,23 +164,6 @@ class LiveTable:
         ranked = sorted(self.points, key=lambda point: order.index(self.progress[point.name].state))
         names = {point.name for point in ranked[:room]}
         return [point for point in self.points if point.name in names]
-
-
-def last_row(file: Path) -> dict[str, Any]:
-    """The last whole row of a JSONL file that may be growing; nothing where there is none."""
-    try:
-        with file.open("rb") as handle:
-            handle.seek(max(0, os.fstat(handle.fileno()).st_size - TAIL))
-            lines = handle.read().splitlines()
-    except FileNotFoundError:
-        return {}
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        return row if isinstance(row, dict) else {}
-    return {}
 
 
 def _duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from alignkit import files
 from alignkit.errors import CheckpointError, ConfigError, ResourceError
 from alignkit.training import checkpoint
+from alignkit.training.log_end import cut_behind, rows_backwards
 
 CARD = "README.md"
 
@@ -31,9 +32,6 @@ WRITTEN = ("recipe.yaml", "metrics.jsonl", "samples.jsonl", CARD, "model")
 
 # The sections of a resolved recipe, by which the folder of a run without a mark is known.
 SECTIONS = ("model", "reference", "data", "objective", "train", "rollout", "output_dir")
-
-# A row of metrics.jsonl is far shorter.
-LAST_BYTES = 1 << 20
 
 
 class RunFolder:
@@ -90,14 +88,8 @@ class RunFolder:
 
     def last_row(self) -> dict[str, Any]:
         """The last row of metrics.jsonl, {} where there is none."""
-        if not self.metrics_file.is_file():
-            return {}
-        with self.metrics_file.open("rb") as file:
-            file.seek(max(0, self.metrics_file.stat().st_size - LAST_BYTES))
-            lines = file.read().splitlines()
-
-        rows = (files.json_object(line) for line in reversed(lines))
-        return next((row for row in rows if row is not None and _step(row) is not None), {})
+        rows = rows_backwards(self.metrics_file)
+        return next((row for row in rows if _step(row) is not None), {})
 
     def last_step(self) -> int:
         """The last step that is logged, 0 where none is."""
@@ -105,8 +97,11 @@ class RunFolder:
 
     def logged(self, step: int) -> dict[str, Any]:
         """The row of metrics.jsonl of `step`; empty where there is none."""
-        rows = files.read_jsonl(self.metrics_file)
-        return next((row for row in reversed(rows) if row.get("step") == step), {})
+        for row in rows_backwards(self.metrics_file):
+            number = _step(row)
+            if number is not None and number <= step:
+                return row if number == step else {}
+        return {}
 
     def refuse_to_overwrite(self) -> None:
         """A run that has results is continued, never overwritten; and files that no run has written
@@ -346,8 +341,8 @@ def _more_steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 
 def _cut(file: Path, step: int) -> int:
-    """Leave only the rows up to `step` in the file; how many lines had to go because they have no
-    step that can be read.
+    """Cut the file back to the row of `step`; how many lines had to go because they have no step
+    that can be read.
     """
     if step == 0:
         files.write_text(file, "")
@@ -360,7 +355,7 @@ def _cut(file: Path, step: int) -> int:
         without_step += number is None
         return number is not None and number <= step
 
-    unreadable = files.filter_jsonl(file, is_past)
+    unreadable = cut_behind(file, is_past)
     return unreadable + without_step
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from alignkit.comparison import live_table as live
 from alignkit.comparison.grid import expand
-from alignkit.comparison.live_table import LiveTable, last_row
+from alignkit.comparison.live_table import LiveTable
 from alignkit.comparison.run_state import RunState
 from alignkit.config.recipe import load_recipe
 
@@ -96,11 +96,3 @@ def test_more_runs_than_lines(points):
     assert "ipo-tau=0.2-seed=0" in text  # at work: never hidden
     assert "... and 1 more" in text
     assert "ETA not known yet" in text
-
-
-def test_the_last_whole_row_of_a_growing_file(points):
-    file = log(points[0], {"step": 1}, {"step": 2}, torn='{"step"')
-    assert last_row(file) == {"step": 2}
-    assert last_row(file.with_name("none.jsonl")) == {}
-    file.write_text("")
-    assert last_row(file) == {}
