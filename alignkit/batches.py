@@ -330,13 +330,16 @@ class RolloutBatch:
             draws=_draws(bundles, device),
         )
 
+    def drawn_by(self, draw: int) -> Tensor:
+        """Which completions are from the plan's draw of that number: [N] bool."""
+        draws = torch.zeros_like(self.groups) if self.draws is None else self.draws
+        return draws == draw
+
     @staticmethod
     def scores_of(bundle: Bundle) -> Tensor:
         """The score of each completion of a bundle, [K]; 0 where nothing scores them."""
-        scores = bundle.rows.get("score")
-        return (
-            torch.zeros(len(bundle.completions), dtype=torch.float64) if scores is None else scores
-        )
+        unscored = torch.zeros(len(bundle.completions), dtype=torch.float64)
+        return bundle.rows.get("score", unscored)
 
     @staticmethod
     def counts(bundles: Sequence[Bundle]) -> dict[str, int]:

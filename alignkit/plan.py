@@ -38,7 +38,7 @@ class Draw:
     """Completions of each prompt that one policy samples: who draws, and how many.
 
     >>> Draw(2)  # two from the policy
-    Draw(n=2, source='policy', weights={}, share=None, scored=True)
+    Draw(n=2, source='policy', weights={}, share=None, once=False, scored=True)
     """
 
     # Completions per prompt; None takes the recipe's `rollout.completions`.
@@ -58,6 +58,11 @@ class Draw:
     # None puts it beside it. Which rows these are follows from the seed and the step.
     # Example: Draw(1, share=0.5) for distillation on half of the policy's own answers.
     share: float | None = None
+
+    # Whether a prompt's completions are drawn once and come back each time the prompt does. For a
+    # source that does not move: they are a function of the seed and the prompt.
+    # Example: Draw(1, source="reference", once=True) for the answers that DPH-RL rehearses.
+    once: bool = False
 
     # Whether the objective sees these completions. False makes them opponents: the judge compares
     # the others with them, and then they are dropped.

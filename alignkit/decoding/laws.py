@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
+from alignkit.objectives.base import best_of_n_logprobs
 from alignkit.tensors import check_same_shape
 
 # The integral of `soft_best_of_n` is a trapezoid sum in log t. Its integrand is analytic in a strip
@@ -29,16 +30,7 @@ def best_of_n(reference: Tensor, rewards: Tensor, n: int) -> Tensor:
     reference, rewards = _checked(reference, rewards)
     _check_count(n)
 
-    # Every distinct reward is one level; a sample of the level wins if no sample stands above it.
-    levels, level = torch.unique(rewards, return_inverse=True)
-    mass = reference.new_zeros(len(levels)).index_add(0, level, reference)
-    up_to = mass.cumsum(0).clamp(max=1.0)
-    below = torch.cat([up_to.new_zeros(1), up_to[:-1]])
-    wins = up_to**n - below**n
-
-    share = torch.where(mass > 0, wins / mass.clamp(min=torch.finfo(mass.dtype).tiny), 0.0)
-    law = reference * share[level]
-    return law / law.sum()
+    return best_of_n_logprobs(reference.log(), rewards, n).exp()
 
 
 def soft_best_of_n(reference: Tensor, rewards: Tensor, n: int, beta: float) -> Tensor:

@@ -60,6 +60,8 @@ OBJECTIVES: dict[str, str] = {
     "vespo": "online.vespo:VESPO:",
     "trajectory_balance": "online.trajectory_balance:TrajectoryBalance:",
     "fdpg": "online.fdpg:FDPG:",
+    "dph": "online.dph:DPH:",
+    "bond": "online.bond:BOND:",
     "nash_md": "self_play.nash_md:NashMD:nash_md_loss",
     "online_ipo": "self_play.online_ipo:OnlineIPO:online_ipo_loss",
     "ipo_md": "self_play.ipo_md:IPOMD:",

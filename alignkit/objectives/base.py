@@ -6,6 +6,7 @@ An objective sees tensors only: no model, no tokenizer, no device, no recipe.
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -109,6 +110,30 @@ def tilted(reward: Tensor, reference: Tensor, beta: float) -> Tensor:
     reference): rewards and log-probs [..., n] -> [..., n].
     """
     return (reference + reward / beta).log_softmax(-1)
+
+
+def best_of_n_logprobs(reference_logprobs: Tensor, rewards: Tensor, n: int) -> Tensor:
+    """Log-probs of the best of `n` samples of the reference: [..., m] x 2 -> [..., m].
+
+    With p_le and p_lt the reference's mass of rewards up to and below an outcome's, the law is
+    reference * (p_le^n - p_lt^n) / (p_le - p_lt); outcomes of one reward share their mass in
+    proportion to the reference. Sources: Beirami et al. 2024, arXiv:2401.01879, lemma 1; Sessa et
+    al. 2024, arXiv:2407.14622, theorem 1.
+    """
+    reference = reference_logprobs.exp()
+    rewards = rewards.expand_as(reference).contiguous()
+    order = rewards.argsort(-1)
+    ascending = rewards.gather(-1, order)
+    up_to = torch.nn.functional.pad(reference.gather(-1, order).cumsum(-1).clamp(max=1), (1, 0))
+    p_le = up_to.gather(-1, torch.searchsorted(ascending, rewards, right=True))
+    p_lt = up_to.gather(-1, torch.searchsorted(ascending, rewards))
+
+    # (p_le^n - p_lt^n) / (p_le - p_lt) as a sum of powers of their ratio, which loses no digits.
+    log_ratio = (p_lt / p_le).log()
+    powers = torch.expm1(n * log_ratio) / torch.expm1(log_ratio)
+    factor = torch.where(log_ratio < 0, powers, float(n))
+    law = reference_logprobs + (n - 1) * p_le.log() + factor.log()
+    return law.where(reference > 0, -torch.inf).log_softmax(-1)
 
 
 def forward_kl(

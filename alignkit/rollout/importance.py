@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from alignkit.batches import Bundle, LossTerms, Term, TokenLogps
+from alignkit.batches import Bundle, LossTerms, Plan, Term, TokenLogps
 from alignkit.errors import ResourceError
 from alignkit.kl import clamp_log_ratio
 from alignkit.tensors import masked_sum
@@ -32,6 +33,21 @@ def mismatch(tokens: TokenLogps, accelerator: Accelerator) -> dict[str, float]:
         "sampling/logp_difference_max": float(maxima.max()),
         "sampling/mismatch_kl": float(sums.sum() / counts.sum().clamp(min=1)),
     }
+
+
+def own_rows(plan: Plan, bundles: Sequence[Bundle]) -> Tensor:
+    """The completions that the policy itself drew, whose log-probs `mismatch` compares: indices [n]
+    into those of all bundles. Every one where the plan has a single draw.
+    """
+    rows = [
+        bundle.rows.get("draw", torch.zeros(len(bundle.completions), dtype=torch.long))
+        for bundle in bundles
+    ]
+    draws = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
+    if len(plan.samples) < 2:
+        return torch.arange(len(draws))
+    own = torch.tensor([draw.source == "policy" and not draw.weights for draw in plan.samples])
+    return own[draws].nonzero()[:, 0]
 
 
 @dataclass(frozen=True)

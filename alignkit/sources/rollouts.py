@@ -18,7 +18,7 @@ from alignkit.errors import DataError, NumericsError
 from alignkit.objectives.base import Objective
 from alignkit.policies.layout import stand_in
 from alignkit.policies.pair import PolicyPair
-from alignkit.rollout.importance import Correction, mismatch
+from alignkit.rollout.importance import Correction, mismatch, own_rows
 from alignkit.rollout.protocol import Sample, Sampler
 from alignkit.sources.bundle_io import pack, unpack
 from alignkit.sources.dataset import Order
@@ -71,6 +71,7 @@ class RolloutSource:
         self.order = Order(len(self.prompts), self.seed)
         self.flat_scores = FlatScores()
         self.credit_state = self.objective.init_state()
+        self.drawn_once: dict[tuple[int, int], list[Sample]] = {}  # by draw and prompt
 
         # The current rollout. A place is a prompt's position in it; rank r has those with
         # place % world == r.
@@ -186,7 +187,10 @@ class RolloutSource:
             counted = replace(draw, n=count)
             # Every draw of every visit gets noise of its own.
             clock = visit * len(self.plan.samples) + index
-            drawn = self._sampled([prompt.ids for prompt in prompts], counted, clock, positions)
+            if draw.once:
+                drawn = self._kept_samples(positions, counted, index)
+            else:
+                drawn = self._sampled([prompt.ids for prompt in prompts], counted, clock, positions)
             for row, samples in zip(answers if draw.scored else opponents, drawn):
                 row.extend(samples)
             draws += [index] * count if draw.scored else []
@@ -195,6 +199,19 @@ class RolloutSource:
         bundles = [_bundle(prompt, samples, rows) for prompt, samples in zip(prompts, answers)]
         step = self.number * self.plan.epochs * self.plan.minibatches
         return answers, self.scoring.score(prompts, bundles, answers, opponents, step)
+
+    def _kept_samples(self, positions: Sequence[int], draw: Draw, index: int) -> list[list[Sample]]:
+        """The samples of draw `index` for the prompts at `positions` of the order, drawn where a
+        prompt comes up for the first time. Their noise follows from the prompt alone, so that
+        another number of processes and a resumed run have the same ones.
+        """
+        numbers = [i for position in positions for i in self.order[position : position + 1]]
+        missing = [i for i in dict.fromkeys(numbers) if (index, i) not in self.drawn_once]
+        if missing:
+            ids = [self.prompts[i].ids for i in missing]
+            drawn = self._sampled(ids, draw, -1 - index, missing)
+            self.drawn_once |= {(index, i): samples for i, samples in zip(missing, drawn)}
+        return [self.drawn_once[index, i] for i in numbers]
 
     def _sampled(
         self, prompts: list[Tensor], draw: Draw, clock: int, prompt_ids: Sequence[int]
@@ -221,7 +238,8 @@ class RolloutSource:
 
         # Statistics are computed with the gradient later, and their anchors with them.
         channels = dict(tokens.anchors) if not self.plan.statistics else {}
-        self.metrics |= mismatch(tokens, self.accelerator)
+        own = tokens.select(own_rows(self.plan, ordered).to(tokens.mask.device))
+        self.metrics |= mismatch(own, self.accelerator)
 
         if self.correction is not None:
             self.correction.check(self.metrics)

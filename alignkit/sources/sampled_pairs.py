@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alignkit.batches import Bundle, Draw, Plan
 from alignkit.distributed.errors import raise_on_all_ranks
-from alignkit.errors import NumericsError
+from alignkit.errors import ConfigError, NumericsError
 from alignkit.judges.rows import INVALID, Compare, judged
 from alignkit.rollout.noise import row_keys, uniform
 from alignkit.rollout.protocol import Sample, Sampler
@@ -38,6 +38,13 @@ class SampledPairs:
     judge: Compare | None = None
     decode: Callable[[Tensor], str] = str  # token ids -> what the judge reads
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if any(draw.once for draw in self.plan.samples):
+            raise ConfigError(
+                "the plan draws completions once for each prompt, which fixed rows do not keep; "
+                "put them into the rows, or leave `once` out"
+            )
 
     def collect(self, step: int, half: int = 0) -> list[Bundle]:
         """This rank's bundles of optimiser step `step`."""

@@ -13,6 +13,7 @@ from world import save_model
 
 from alignkit.errors import DataError, NumericsError
 from alignkit.files import read_jsonl
+from alignkit.objectives.online.dph import DPH
 from alignkit.objectives.online.grpo import GRPO
 from alignkit.objectives.online.kl_ppo import KLPPO
 from alignkit.objectives.online.reinforce_plus_plus import ReinforcePlusPlus
@@ -104,6 +105,32 @@ def test_each_epoch_visits_every_bundle_of_the_rollout_once(model, tmp_path):
     assert epochs[0] == epochs[1]
     assert len(set(epochs[0])) == 12
     assert steps[0] != steps[3]  # in another order
+
+
+def test_answers_that_are_drawn_once_come_back_and_others_do_not(model, tmp_path):
+    """DPH keeps the reference's answers: those of a prompt are the same in every rollout, in a run
+    that starts later and on another number of processes.
+    """
+
+    def kept(source, number):
+        bundles = source._rollout(number, 0).values()
+        return {
+            b.uid: [
+                [ids.tolist() for ids, d in zip(b.completions, b.rows["draw"]) if d == draw]
+                for draw in (0, 1)
+            ]
+            for b in bundles
+        }
+
+    source = online_job(model, tmp_path, DPH(stored=2), n_prompts=4).source
+    first, second = kept(source, 0), kept(source, 1)
+    later = kept(online_job(model, tmp_path, DPH(stored=2), n_prompts=4).source, 1)
+    assert first.keys() == second.keys() == later.keys()
+    for uid in first:
+        assert len(first[uid][1]) == 2
+        assert first[uid][1] == second[uid][1] == later[uid][1]
+        assert first[uid][0] != second[uid][0]
+    assert source.metrics["sampling/logp_difference_max"] < 1e-4  # of the policy's own alone
 
 
 def test_prompts_that_are_too_hard_or_too_easy_make_room_for_others(model, tmp_path):
