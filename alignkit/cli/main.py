@@ -15,6 +15,7 @@ from alignkit.cli.eval import evaluate
 from alignkit.cli.generate import generate
 from alignkit.cli.merge import NumbersCommand, merge
 from alignkit.cli.pairs import pairs
+from alignkit.cli.plan import plan
 from alignkit.cli.recipes import app as recipes_app
 from alignkit.cli.train import train
 from alignkit.cli.verify import verify
@@ -33,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train)
+app.command()(plan)
 app.command()(compare)
 app.command("eval")(evaluate)
 app.command()(verify)

@@ -20,6 +20,7 @@ from alignkit.files import read_jsonl
 COMMANDS = [
     "",
     "train",
+    "plan",
     "compare",
     "eval",
     "verify",

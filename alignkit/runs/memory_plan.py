@@ -1,0 +1,224 @@
+"""`alignkit plan`: what a recipe takes of each GPU, and what would make it fit.
+
+Bytes are worked out from the model's config; no weights are read. Rows are taken to be as long as
+`data.max_length` allows.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from alignkit.config.model import ModelConfig
+from alignkit.config.objective import build_objective
+from alignkit.config.recipe import Recipe
+from alignkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from alignkit.batches import Plan
+    from alignkit.policies.footprint import Footprint
+
+GB = 10**9
+MICRO_BATCH = 16384  # tokens, where the recipe leaves them to a GPU
+HEAD_CHUNKS = 4 * (64 - 8) * 2**20  # a GPU's head works on 64 MiB at a time, a CPU's on 8
+SAMPLING_TOKENS = 65536  # prompt and completion tokens that are sampled at once
+BYTES = {"auto": 4, "float32": 4, "bfloat16": 2}
+
+# Tried one after the other until the run fits; the first of them change no result.
+REMEDIES = (
+    "train.shard=true",
+    "model.gradient_checkpointing=true",
+    "train.micro_batch_tokens=4096",
+    "train.micro_batch_tokens=2048",
+    "model.adapter.r=16",
+    "model.dtype=bfloat16",
+)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What one run takes on so many GPUs."""
+
+    footprint: "Footprint"
+    gpus: int
+    memory: dict[str, float]  # what for -> bytes on each GPU, at the moment that takes most
+    traffic: dict[str, float]  # what for -> bytes that each GPU sends per step
+    micro_batches: int  # per step and GPU
+    sampling: float  # bytes on each GPU while completions are sampled; 0: none are
+
+    @property
+    def peak(self) -> float:
+        """Bytes that each GPU needs."""
+        return max(sum(self.memory.values()), self.sampling)
+
+
+def plan_memory(recipe: Recipe, gpus: int, *, device: str = "cuda") -> MemoryPlan:
+    """The plan of a recipe on `gpus` GPUs of any size. Raises ConfigError, ModelError."""
+    from alignkit.policies.footprint import footprint
+
+    if recipe.train.batch_size < gpus:
+        raise ConfigError(
+            f"--gpus {gpus}: train.batch_size {recipe.train.batch_size} is smaller, so some GPUs "
+            f"would have no row; set train.batch_size={gpus} or more"
+        )
+    plan = build_objective(recipe.objective, recipe.origin).plan
+    budget = recipe.train.micro_batch_tokens
+    tokens = MICRO_BATCH if budget == "auto" else budget
+    length = min(recipe.data.max_length, tokens)
+    rows = _rows_per_step(recipe, plan, gpus)
+    micro_batches = max(1, math.ceil(rows * length / tokens))
+
+    compute = "float32" if recipe.train.dtype == "float32" else "bfloat16"
+    print_of = footprint(
+        _without_task(recipe),
+        tokens=min(tokens, math.ceil(rows) * length),
+        length=length,
+        dtype=compute,
+    )
+    memory = _memory(recipe, plan, print_of, gpus, micro_batches, device)
+    return MemoryPlan(
+        print_of,
+        gpus,
+        memory,
+        _traffic(recipe, plan, print_of, gpus, micro_batches),
+        micro_batches,
+        _sampling(recipe, plan, print_of, gpus),
+    )
+
+
+def remedies(
+    recipe_name: str, overrides: list[str], gpus: int, limit: float
+) -> tuple[list[str], MemoryPlan | None]:
+    """The settings that make the recipe fit into `limit` bytes per GPU, and the plan with them;
+    None where no setting does.
+
+    Remedies are added one by one; what the recipe has already is left out.
+    """
+    from alignkit.config.recipe import load_recipe
+
+    chosen: dict[str, str] = {}  # by field
+    for remedy in REMEDIES:
+        before = load_recipe(recipe_name, [*overrides, *chosen.values()])
+        after = load_recipe(recipe_name, [*overrides, *chosen.values(), remedy])
+        if after == before or _is_undone(before, remedy):
+            continue
+
+        chosen[remedy.partition("=")[0]] = remedy
+        settings = list(chosen.values())
+        plan = plan_memory(load_recipe(recipe_name, [*overrides, *settings]), gpus)
+        if plan.peak <= limit:
+            return settings, plan
+    return list(chosen.values()), None
+
+
+def _is_undone(recipe: Recipe, remedy: str) -> bool:
+    """Whether a remedy would take more than the recipe's own setting."""
+    field, _, value = remedy.partition("=")
+    budget = recipe.train.micro_batch_tokens
+    if field == "train.micro_batch_tokens":
+        return budget != "auto" and budget <= int(value)
+    return field == "model.adapter.r" and recipe.model.adapter is not None
+
+
+def _without_task(recipe: Recipe) -> ModelConfig:
+    """The recipe's model; the embedded task's stands in a folder of its own."""
+    if recipe.model.name_or_path != "task":
+        return recipe.model
+    from alignkit.runs.launch import resolve_task
+
+    task = resolve_task(recipe)
+    assert task is not None
+    return recipe.model.model_copy(update={"name_or_path": str(task.model_folder)})
+
+
+def _rows_per_step(recipe: Recipe, plan: "Plan", gpus: int) -> float:
+    """Rows of one step on the GPU that has most."""
+    per_bundle = {"pair": 2, "rollout": recipe.rollout.completions, "game": 2}.get(plan.data, 1)
+    return math.ceil(recipe.train.batch_size / gpus) * per_bundle
+
+
+def _memory(
+    recipe: Recipe,
+    plan: "Plan",
+    of: "Footprint",
+    gpus: int,
+    micro_batches: int,
+    device: str,
+) -> dict[str, float]:
+    """Bytes on each GPU while a step's gradient is computed."""
+    size = BYTES[recipe.model.dtype]
+    # An adapter is trained in float32 over weights of any dtype.
+    trained_size = 4 if recipe.model.adapter is not None else size
+    share = gpus if recipe.train.shard else 1
+    moments = 0 if recipe.train.optimizer == "sgd" else 2
+
+    frozen = of.parameters - of.trained
+    memory = {
+        "weights": (size * frozen + trained_size * of.trained) / share,
+        "gradients": trained_size * of.trained / share,
+        "moments of the optimiser": moments * trained_size * of.trained / share,
+        "anchors": size * of.parameters * _copies(recipe, plan) / share,
+        "activations": of.saved,
+        "while a layer or a part of the head is computed": of.workspace
+        + (HEAD_CHUNKS if device == "cuda" else 0),
+    }
+    if recipe.train.shard and gpus > 1:
+        # The next block is gathered while one computes; the rest stays whole to the end.
+        memory["blocks that are gathered"] = size * (2 * of.block + of.rest) + trained_size * (
+            of.block_trained + of.rest_trained
+        )
+    elif gpus > 1:
+        memory["buckets of gradients (DDP)"] = trained_size * of.trained
+
+    if micro_batches == 1:
+        # A single backward makes gradients as activations go: never both whole.
+        memory["gradients"], memory["activations"] = _larger(
+            memory["gradients"], memory["activations"]
+        )
+    return memory
+
+
+def _larger(gradients: float, activations: float) -> tuple[float, float]:
+    return (gradients, 0.0) if gradients > activations else (0.0, activations)
+
+
+def _copies(recipe: Recipe, plan: "Plan") -> int:
+    """Anchors that are whole models of their own."""
+    from alignkit.batches import FAMILIES
+    from alignkit.policies.reference import resolve_kind
+
+    fixed = not FAMILIES[plan.data].sampled and not plan.samples
+    has_adapter = recipe.model.adapter is not None
+    kind = resolve_kind(recipe.reference.kind, plan, adapter=has_adapter, fixed_data=fixed)
+    others = sum(name != "reference" for name in plan.anchors)
+    return others + (kind not in ("none", "cached", "adapter_off"))
+
+
+def _traffic(
+    recipe: Recipe, plan: "Plan", of: "Footprint", gpus: int, micro_batches: int
+) -> dict[str, float]:
+    """Bytes that each GPU sends per step: rings pass on (N - 1) / N of what they carry."""
+    size = BYTES[recipe.model.dtype]
+    trained_size = 4 if recipe.model.adapter is not None else size
+    ring = (gpus - 1) / gpus
+    if not recipe.train.shard:
+        return {"sum of the gradients, once per step": 2 * trained_size * of.trained * ring}
+
+    gathers = 2 + _copies(recipe, plan)
+    return {
+        "weights, gathered for forward, backward and anchors": (
+            size * of.parameters * ring * gathers * micro_batches
+        ),
+        "gradients, scattered": trained_size * of.trained * ring * micro_batches,
+    }
+
+
+def _sampling(recipe: Recipe, plan: "Plan", of: "Footprint", gpus: int) -> float:
+    """Bytes on each GPU while its completions are sampled; gradients are gone by then."""
+    if not plan.samples or recipe.rollout.engine == "vllm":
+        return 0.0
+    memory = _memory(recipe, plan, of, gpus, 2, "cuda")
+    standing = ("weights", "moments of the optimiser", "anchors", "blocks that are gathered")
+    rows = _rows_per_step(recipe, plan, gpus)
+    length = min(recipe.data.max_length, SAMPLING_TOKENS)
+    tokens = min(SAMPLING_TOKENS, rows * length)
+    return sum(memory.get(name, 0.0) for name in standing) + of.cache * tokens
