@@ -4,8 +4,32 @@ from typing import Annotated, Any
 
 import typer
 
-from alignkit.cli.options import Model, Seed, Temperature
+from alignkit.cli.options import Model, Safe, Seed, Temperature
+from alignkit.config.decode import DecodeConfig, parsed_decode
 from alignkit.config.escaping import printable
+from alignkit.config.text import Origin
+from alignkit.errors import ConfigError
+
+# Toward a reward.
+Toward = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.py:NAME",
+        help="A reward: completions are drawn toward the model's law tilted by it.",
+    ),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(help="With --toward: best_of, soft_best_of or smc; default: soft_best_of."),
+]
+Beta = Annotated[
+    float | None,
+    typer.Option(help="With --toward: strength of the tilt e^(reward / beta); not for best_of."),
+]
+Particles = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --toward: candidates or particles; default: 8."),
+]
 
 
 def generate(
@@ -27,8 +51,32 @@ def generate(
             "--chat", help="Send the prompt as a user's message, through the chat template."
         ),
     ] = False,
+    toward: Toward = None,
+    method: Method = None,
+    beta: Beta = None,
+    particles: Particles = None,
+    safe: Safe = False,
 ) -> None:
-    r"""Sample completions of a prompt. Control characters are printed as escapes, such as \x1b."""
+    r"""Sample completions of a prompt, as the model gives them or toward a reward. Control
+    characters are printed as escapes, such as \x1b.
+    """
+    decoder = toward_section(toward, method, beta, particles, temperature)
+    if decoder is not None:
+        from alignkit.decoding.generate import generate_toward
+        from alignkit.runs.trained_model import load_finished
+
+        toward_reward = generate_toward(
+            load_finished(model),
+            [{"role": "user", "content": prompt}] if chat else prompt,
+            decoder,
+            completions=completions,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            safe=safe,
+        )
+        _show(toward_reward)
+        return
+
     from alignkit.rollout.generate import generate as sample
     from alignkit.runs.trained_model import load_finished
 
@@ -41,5 +89,49 @@ def generate(
         temperature=temperature,
         seed=seed,
     )
-    for text in texts[0]:
+    _show(texts[0])
+
+
+def _show(texts: list[str]) -> None:
+    for text in texts:
         typer.echo(printable(text))
+
+
+def toward_section(
+    toward: str | None,
+    method: str | None,
+    beta: float | None,
+    particles: int | None,
+    temperature: float,
+) -> DecodeConfig | None:
+    """The `decode` section that the options stand for; None without --toward. ConfigError for
+    options that do not belong together.
+    """
+    given = {"--method": method, "--beta": beta, "--particles": particles}
+    if toward is None:
+        alone = [name for name, value in given.items() if value is not None]
+        if alone:
+            raise ConfigError(
+                f"{alone[0]} goes with --toward FILE.py:NAME, which says what to seek"
+            )
+        return None
+    if temperature != 1:
+        raise ConfigError(
+            f"--temperature is {temperature:g}, and --toward tilts the model's own law; leave it out"
+        )
+
+    chosen = method or "soft_best_of"
+    if chosen not in ("best_of", "soft_best_of", "smc"):
+        raise ConfigError(f"--method is {chosen}; allowed: best_of, soft_best_of, smc")
+    if beta is None and chosen != "best_of":
+        raise ConfigError(f"--method {chosen} needs --beta, such as --beta 0.1")
+
+    count = particles or 8
+    fields = {
+        "method": chosen,
+        "particles" if chosen == "smc" else "n": count,
+        "rewards": [{"function": toward}],
+        **({} if beta is None else {"beta": beta}),
+        **({"fresh": 0} if chosen == "smc" else {}),  # nobody asks for the KL here
+    }
+    return parsed_decode({"decode": fields}, Origin("--toward"))

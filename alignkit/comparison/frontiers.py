@@ -157,6 +157,7 @@ def baseline_rows(counts: Sequence[int], base: Measurement, listed: Listed | Non
         logps = base.pool["logp"]
     else:
         assert base.measured.score is not None
+        assert base.measured.logp is not None
         scores = base.measured.score
         logps = base.measured.logp
     samples = scores.shape[1]

@@ -1,4 +1,7 @@
-"""One step of a particle sampler: when to resample, whom, and what it says about log Z."""
+"""Resampling of particles: when, whom, and what it says about log Z.
+
+Axes: R independent runs, N particles of each.
+"""
 
 import math
 
@@ -32,26 +35,69 @@ def particle_step(
         raise ConfigError(f"uniform is {uniform}; it should be in [0, 1)")
     if not 0 <= ess <= 1:
         raise ConfigError(f"ess is {ess}; it should be in [0, 1]")
+
+    steps = torch.arange(len(log_weights), dtype=torch.float64, device=log_weights.device)
+    points = (uniform + steps) / len(log_weights)
+    weights, ancestors, gained = _resampled(log_weights.double()[None], points[None], ess)
+    return weights[0], ancestors[0], float(gained)
+
+
+def resampled(
+    log_weights: Tensor, uniforms: Tensor, *, ess: float, keep_first: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adaptive systematic resampling of many runs, with the slots turned by a random number of
+    places: slot j takes the particle at the point frac(uniform + j / N) of the cumulated weights.
+
+    log_weights [R, N] float64, uniforms [R] in [0, 1) -> log-weights [R, N] that go on, ancestors
+    [R, N] int64 and the additions to log Z [R].
+
+    Turned like this every slot takes particle i with probability W_i, and nothing tells one slot
+    from another. That is what conditional runs need: with `keep_first` slot 0 takes particle 0, its
+    point being uniform among those that do, and the other slots follow from it. So the law of
+    everything else is the one given that slot 0 descends from particle 0 (Andrieu et al. 2010, with
+    this scheme in the place of the multinomial one; the tests enumerate it). NumericsError as for
+    `particle_step`.
+    """
+    n = log_weights.shape[1]
     log_weights = log_weights.double()
+    first = uniforms.double()
+    if keep_first:
+        first = first * log_weights.softmax(1)[:, 0]
+
+    steps = torch.arange(n, dtype=torch.float64, device=log_weights.device) / n
+    points = (first[:, None] + steps).remainder(1.0)
+    return _resampled(log_weights, points, ess)
+
+
+def _resampled(log_weights: Tensor, points: Tensor, ess: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Resampling at the points [R, N] in [0, 1) where too few particles are effective."""
+    check_alive(log_weights)
+    n = log_weights.shape[1]
+    shares = log_weights.softmax(1)
+    due = 1 / shares.square().sum(1) < ess * n  # [R]
+
+    # A particle of weight 0 has no place between two sums, so that no point falls on it; rounding
+    # may leave the last point beyond the last sum, where the last living particle takes it.
+    sums = shares.cumsum(1)
+    last = n - 1 - (shares > 0).flip(1).int().argmax(1)  # [R]
+    places = torch.searchsorted(sums, points.contiguous(), right=True)
+    ancestors = torch.minimum(places, last[:, None])
+
+    own = torch.arange(n, device=log_weights.device).expand_as(ancestors)
+    gained = torch.logsumexp(log_weights, dim=1) - math.log(n)
+    return (
+        torch.where(due[:, None], torch.zeros_like(log_weights), log_weights),
+        torch.where(due[:, None], ancestors, own),
+        torch.where(due, gained, torch.zeros_like(gained)),
+    )
+
+
+def check_alive(log_weights: Tensor) -> None:
+    """NumericsError where a weight of [R, N] is not a number, or all of one run are 0."""
     if bool((log_weights.isnan() | (log_weights == torch.inf)).any()):
         raise NumericsError("particles: a log-weight is not a number or infinite")
-    if bool((log_weights == -torch.inf).all()):
+    if bool((log_weights == -torch.inf).all(1).any()):
         raise NumericsError(
             "particles: every particle has weight 0, so nothing can go on; use more particles or a "
             "twist that leaves some weight to unfinished text"
         )
-
-    n = len(log_weights)
-    shares = log_weights.softmax(0)
-    if float(1 / shares.square().sum()) >= ess * n:
-        return log_weights, torch.arange(n, device=log_weights.device), 0.0
-
-    # Particles of weight 0 are left out of the search, or a point that falls on 0 would take one.
-    alive = (shares > 0).nonzero()[:, 0]
-    steps = torch.arange(n, dtype=torch.float64, device=log_weights.device)
-    points = (uniform + steps) / n
-    places = torch.searchsorted(shares[alive].cumsum(0), points)
-    ancestors = alive[places.clamp(max=len(alive) - 1)]
-
-    gained = float(torch.logsumexp(log_weights, dim=0)) - math.log(n)
-    return torch.zeros_like(log_weights), ancestors, gained

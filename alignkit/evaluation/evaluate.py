@@ -20,6 +20,7 @@ from alignkit.data.load import load_prompts
 from alignkit.data.prompts import Prompt
 from alignkit.data.read import Source, held_out
 from alignkit.errors import ConfigError
+from alignkit.evaluation.decoded import listed_law, measure_decoder
 from alignkit.evaluation.exact import Listed, listed_reviews
 from alignkit.evaluation.measure import (
     Yardstick,
@@ -41,6 +42,7 @@ from alignkit.metrics.completions import (
     win_rate,
 )
 from alignkit.metrics.frontier import efficiency
+from alignkit.metrics.intervals import Array
 from alignkit.policies.module import context_length
 from alignkit.policies.pair import PolicyPair
 from alignkit.rewards.call import RewardCall
@@ -83,18 +85,12 @@ def evaluate(request: Request) -> Results:
     measured = {"base": shared.base}
     models = []
     for name, label in zip(request.models, labels_of(request.models)):
-        pair = evaluation_pair(name, shared.reference)
-        measured[label] = shared.yardstick.measure(pair, label, base=shared.base)
-        results = {
-            "name": label,
-            "model": name,
-            **_summary(request, measured[label]),
-            **_wins(shared, measured[label]),
-            **_exact(shared.listed, pair),
-            **_preferences(shared, name, pair),
-            **_forgetting(shared, pair),
-        }
-        models.append(results)
+        if name in request.decoders:
+            measured[label], own = _decoder(shared, name, label)
+        else:
+            measured[label], own = _model(shared, name, label)
+        common = {**_summary(request, measured[label]), **_wins(shared, measured[label])}
+        models.append({"name": label, "model": name, **common, **own})
 
     base = {"name": "base", **_summary(request, shared.base)}
     if shared.listed is not None:
@@ -107,6 +103,30 @@ def evaluate(request: Request) -> Results:
         "verdicts": _verdicts(measured),
     }
     return _without_nan(every_result)
+
+
+def _model(shared: "_Shared", name: str, label: str) -> tuple[Measured, Results]:
+    """A finished model: its samples, and what only trained models have."""
+    pair = evaluation_pair(name, shared.reference)
+    measured = shared.yardstick.measure(pair, label, base=shared.base)
+    return measured, {
+        **_exact(shared.listed, pair),
+        **_preferences(shared, name, pair),
+        **_forgetting(shared, pair),
+    }
+
+
+def _decoder(shared: "_Shared", name: str, label: str) -> tuple[Measured, Results]:
+    """A decoder: its samples, and the section that it was made from."""
+    config = shared.request.decoders[name]
+    measured = measure_decoder(
+        config, shared.yardstick, shared.reference, label, safe=shared.request.safe
+    )
+    results: Results = {"decode": config.model_dump(mode="json", exclude_defaults=True)}
+    exact = None
+    if shared.listed is not None and config.model == shared.request.reference:
+        exact = listed_law(config, shared.listed)
+    return measured, {**results, **_exact_means(shared.listed, exact)}
 
 
 @dataclass(frozen=True)
@@ -257,9 +277,13 @@ def _wins(shared: _Shared, measured: Measured) -> Results:
 
 def _exact(listed: Listed | None, pair: PolicyPair) -> Results:
     """Exact means over the prompts, and which share of the possible gain they reach."""
-    if listed is None:
+    return _exact_means(listed, None if listed is None else asdict(listed.figures(pair)))
+
+
+def _exact_means(listed: Listed | None, per_prompt: Mapping[str, Array] | None) -> Results:
+    """Means over the prompts of exact results [P], with the efficiency."""
+    if listed is None or per_prompt is None:
         return {}
-    per_prompt = asdict(listed.figures(pair))
     means: Results = {name: float(values.mean()) for name, values in per_prompt.items()}
     means["efficiency"] = float(efficiency(means["kl"], means["score"], listed.optimal))
     return {"exact": means}

@@ -19,7 +19,7 @@ def evaluate(models: str | Path | Sequence[str | Path], **options: Any) -> dict[
     """
     from alignkit.evaluation.evaluate import evaluate as evaluate_request
 
-    allowed = {field.name for field in fields(Request)} - {"models", "recipes"}
+    allowed = {field.name for field in fields(Request)} - {"models", "recipes", "decoders"}
     for name in options:
         if name not in allowed:
             hint = nearest(name, allowed)

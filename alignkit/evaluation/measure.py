@@ -120,7 +120,7 @@ class Yardstick:
         )
         tokens = [[sample.ids for sample in samples] for samples in drawn]
 
-        bundles = [_bundle(prompt, ids) for prompt, ids in zip(prompts, tokens)]
+        bundles = [bundle_of(prompt, ids) for prompt, ids in zip(prompts, tokens)]
         sums = scored(pair, bundles, REVERSE if source == "policy" else LIVE)
         arrays = {name: np.array(values).reshape(shape) for name, values in sums.items()}
         if source == "reference":
@@ -128,7 +128,7 @@ class Yardstick:
 
         if base is not None:  # the forward KL, along the reference's own samples
             bundles = [
-                _bundle(prompt, [torch.tensor(ids) for ids in completions])
+                bundle_of(prompt, [torch.tensor(ids) for ids in completions])
                 for prompt, completions in zip(prompts, base.tokens)
             ]
             forward_kl = scored(pair, bundles, FORWARD)["kl"]
@@ -241,6 +241,7 @@ def preference_margins(
     return margins
 
 
-def _bundle(prompt: Tensor, completions: Sequence[Tensor]) -> Bundle:
+def bundle_of(prompt: Tensor, completions: Sequence[Tensor]) -> Bundle:
+    """One prompt with completions of which every token counts."""
     masks = [torch.ones(len(ids), dtype=torch.bool) for ids in completions]
     return Bundle(prompt, list(completions), masks)

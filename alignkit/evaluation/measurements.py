@@ -12,7 +12,18 @@ from alignkit.metrics.intervals import Array, Interval, known_mean, mean_interva
 
 BoolArray = NDArray[np.bool_]
 
-ARRAYS = ("ended", "score", "kl", "logp", "reference_logp", "entropy", "forward_kl")
+ARRAYS = (
+    "ended",
+    "score",
+    "kl",
+    "logp",
+    "reference_logp",
+    "entropy",
+    "forward_kl",
+    "kl_low",
+    "sampled",
+    "reward_calls",
+)
 
 
 @dataclass(frozen=True)
@@ -26,15 +37,19 @@ class Measured:
     ended: Array  # 1 where the end token was sampled, 0 where the cap cut
     score: Array | None  # reward; nan where it does not apply; None without a reward
     # exact KL(policy || reference) of each token's distribution, summed along the sample
-    # (Rao-Blackwellised)
+    # (Rao-Blackwellised); of a decoder whose KL is known as an interval its upper end
     kl: Array
-    logp: Array  # log-prob under the policy
+    logp: Array | None  # log-prob under the policy; None for a decoder whose law is not known
     reference_logp: Array  # log-prob under the reference
     # of each token's distribution, summed along the sample: its mean is the entropy of the
-    # completions
-    entropy: Array
+    # completions; None as for `logp`
+    entropy: Array | None
     # KL(reference || policy), the same way along the reference's samples
     forward_kl: Array | None = None
+    kl_low: Array | None = None  # the lower end, where the KL is known as an interval
+    # The price of a completion: tokens computed for it (None: its own), texts the reward scored.
+    sampled: Array | None = None
+    reward_calls: Array | None = None
 
     def __post_init__(self) -> None:
         for name in ARRAYS:
@@ -43,9 +58,11 @@ class Measured:
                 object.__setattr__(self, name, np.asarray(value, dtype=float))
 
     @property
-    def log_ratio(self) -> Array:
-        """The plain estimator of the KL (k1): log policy - log reference of each completion [P, K]."""
-        return self.logp - self.reference_logp
+    def log_ratio(self) -> Array | None:
+        """The plain estimator of the KL (k1): log policy - log reference of each completion [P, K];
+        None where the policy's log-probs are not known.
+        """
+        return None if self.logp is None else self.logp - self.reference_logp
 
     @property
     def lengths(self) -> Array:
@@ -64,10 +81,15 @@ class Measured:
             "score": self.score,
             "kl": self.kl,
             "kl_k1": self.log_ratio,
+            "kl_low": self.kl_low,
             "forward_kl": self.forward_kl,
             "entropy": self.entropy,
             "length": lengths,
             "ended": self.ended,
+            "sampled": lengths if self.sampled is None else self.sampled,
+            "reward_calls": np.zeros_like(lengths)
+            if self.reward_calls is None
+            else self.reward_calls,
         }
         means = {
             name: known_mean(values)
@@ -88,10 +110,13 @@ class Measured:
         }
 
     def standard_errors(self) -> dict[str, float]:
-        """Sampling error of the means on these very prompts: `score`, `kl`, `kl_k1`, `forward_kl`."""
+        """Sampling error of the means on these very prompts: `score`, `kl`, `kl_low`, `kl_k1`,
+        `forward_kl`.
+        """
         sampled = {
             "score": self.score,
             "kl": self.kl,
+            "kl_low": self.kl_low,
             "kl_k1": self.log_ratio,
             "forward_kl": self.forward_kl,
         }

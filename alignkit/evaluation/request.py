@@ -3,11 +3,12 @@
 Importing this imports no torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from alignkit.config.data import DataConfig
+from alignkit.config.decode import DecodeConfig, is_decode_file, load_decode
 from alignkit.config.recipe import REFERENCES, Recipe, load_recipe
 from alignkit.errors import ConfigError
 from alignkit.runs.trained_model import find_finished
@@ -32,6 +33,8 @@ class Request:
     safe: bool = False
     # of the models that are run folders; filled by `checked`
     recipes: dict[str, Recipe] = field(default_factory=dict)
+    # of the models that are files with a `decode` section; filled by `checked`
+    decoders: dict[str, DecodeConfig] = field(default_factory=dict)
 
 
 def checked(request: Request) -> Request:
@@ -41,20 +44,54 @@ def checked(request: Request) -> Request:
     ModelError for a folder that is not there or a run that has not finished, ConfigError where
     nothing says what to measure against.
     """
-    for name in (*request.models, request.reference):
+    decoders = {name: load_decode(name) for name in request.models if is_decode_file(name)}
+    finished = [name for name in request.models if name not in decoders]
+    for name in (*finished, *_decoded_models(decoders), request.reference):
         if name and not name.startswith("task:"):
             find_finished(name)  # raises where there is none
 
-    files = {name: Path(name).expanduser() / "recipe.yaml" for name in request.models}
+    files = {name: Path(name).expanduser() / "recipe.yaml" for name in finished}
     recipes = {name: load_recipe(file) for name, file in files.items() if file.is_file()}
-    reference = request.reference or _start(request.models, recipes)
-    return replace(request, recipes=recipes, reference=reference)
+    reference = request.reference or _start(finished, recipes, decoders)
+
+    # A decoder of the task's model decodes from what everything is measured against.
+    decoders = {
+        name: config.model_copy(update={"model": reference}) if config.model == "task" else config
+        for name, config in decoders.items()
+    }
+    return replace(request, recipes=recipes, decoders=decoders, reference=reference)
 
 
-def _start(models: Sequence[str], recipes: dict[str, Recipe]) -> str:
+def _decoded_models(decoders: Mapping[str, DecodeConfig]) -> list[str]:
+    """Names of the models that decoders are made of."""
+    names = []
+    for config in decoders.values():
+        others = (name for name in config.weights if name not in ("policy", "reference"))
+        names += [*([] if config.model == "task" else [config.model]), *others]
+    return names
+
+
+def _start(
+    models: Sequence[str], recipes: dict[str, Recipe], decoders: Mapping[str, DecodeConfig]
+) -> str:
     """What the models were trained from."""
     starts = {name: _anchor(recipe) for name, recipe in recipes.items()}
     starts |= {name: name for name in models if name.startswith("task:")}
+    for name, config in decoders.items():
+        recipe = Path(config.model).expanduser() / "recipe.yaml"
+        if recipe.is_file():
+            starts[name] = _anchor(load_recipe(recipe))
+        elif config.model.startswith("task:"):
+            starts[name] = config.model
+
+    # Decoders of the task's model alone are measured against that.
+    if not starts and not models:
+        if all(config.model == "task" for config in decoders.values()):
+            return f"task:{DEFAULT_TASK}"
+        raise ConfigError(
+            f"nothing says what to measure {next(iter(decoders))} against; give --reference MODEL"
+        )
+
     if not starts:
         raise ConfigError(
             f"there is no run folder {models[0]}, so nothing says what it was trained from; "
@@ -88,6 +125,7 @@ def task_of(request: Request) -> Task | None:
         request.prompts,
         request.reference,
         *request.models,
+        *(config.model for config in request.decoders.values()),
         *(recipe.data.eval for recipe in recipes),
         *(recipe.data.train for recipe in recipes),
     ]
@@ -111,5 +149,5 @@ def data_of(recipe: Recipe | None, *, given: bool) -> DataConfig:
 
 def labels_of(models: Sequence[str]) -> list[str]:
     """Short names where they are different, else as given."""
-    short = [Path(name).name for name in models]
+    short = [Path(name).stem if is_decode_file(name) else Path(name).name for name in models]
     return short if len({*short, "base"}) == len(short) + 1 else list(models)

@@ -22,6 +22,10 @@ FIGURES = {
     "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
 }
+PRICE = {
+    "sampled": "tokens computed per completion",
+    "reward_calls": "reward calls per completion",
+}
 EXACT = {"score": "exact score", "kl": "exact KL, nats", "efficiency": "efficiency"}
 AT_K = {"pass_at_k": "pass@{}", "majority_at_k": "majority@{}"}
 
@@ -39,7 +43,13 @@ def show(results: Results, console: Console) -> None:
     for heading in ("mean [95 % over prompts]", *(model["name"] for model in models)):
         table.add_column(plain(heading))
     for name, words in FIGURES.items():
-        _row(table, words, [_interval(model["figures"].get(name)) for model in models])
+        cells = [_interval(model["figures"].get(name)) for model in models]
+        if name == "kl":
+            cells = [_bounds(model) or cell for model, cell in zip(models, cells)]
+        _row(table, words, cells)
+    if any("decode" in model for model in models):
+        for name, words in PRICE.items():
+            _row(table, words, [_number(model["figures"][name]["value"]) for model in models])
     for name, words in EXACT.items():
         _row(table, words, [_number(_inner(model, "exact", name)) for model in models])
     _add_wins(table, models)
@@ -93,6 +103,15 @@ def _interval(interval: Results | None) -> str:
     low = _number(interval["low"])
     high = _number(interval["high"])
     return f"{_number(interval['value'])} [{low}, {high}]"
+
+
+def _bounds(model: Results) -> str:
+    """The KL of a decoder of which only an interval is known, with its sampling error."""
+    means = model["figures"]
+    if means.get("kl_low") is None:
+        return ""
+    error = _number(model["standard_errors"]["kl"])
+    return f"{_number(means['kl_low']['value'])} to {_number(means['kl']['value'])} ± {error}"
 
 
 def _number(value: float | None) -> str:

@@ -242,3 +242,52 @@ def test_refusals_come_before_torch(tmp_path):
         for line in imports
         if line.split("|")[-1].strip() in ("torch", "transformers", "datasets")
     ]
+
+
+def test_decoders_stand_where_runs_stand(world, asked, capsys, tmp_path):
+    """A fusion has an exact KL, a pool an interval; both have a price, and a run's is its tokens."""
+    sections = {
+        "half": f"model: {world / 'dpo'}\n  method: fuse\n  weights: {{policy: 0.5, reference: 0.5}}",
+        "soft": "method: soft_best_of\n  n: 3\n  beta: 0.2",
+        "on_top": f"model: {world / 'dpo'}\n  method: soft_best_of\n  n: 2\n  beta: 1e9",
+    }
+    for name, section in sections.items():
+        (tmp_path / f"{name}.yaml").write_text(f"decode:\n  {section}\n")
+    files = [str(tmp_path / f"{name}.yaml") for name in sections]
+    to = tmp_path / "eval.json"
+    request = [world / "dpo", *files, "--prompts", asked["prompts"], "--reward", asked["reward"]]
+    assert run("eval", *request, "--samples", 4, "--to", to) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "reward calls per completion" in printed
+
+    models = {model["name"]: model for model in json.loads(to.read_text())["models"]}
+    assert list(models) == ["dpo", "half", "soft", "on_top"]
+    means = {
+        name: {key: entry["value"] for key, entry in model["figures"].items()}
+        for name, model in models.items()
+    }
+    assert 0 < means["half"]["kl"] < means["dpo"]["kl"]
+    assert "kl_low" not in means["half"]
+    assert means["soft"]["kl_low"] <= means["soft"]["kl"] <= 1.1  # log 3
+    assert means["soft"]["reward_calls"] == 3
+    assert means["half"]["sampled"] == pytest.approx(2 * means["half"]["length"])
+    assert means["dpo"]["sampled"] == means["dpo"]["length"]
+
+    # With a beta without force the pool's output is the run's own sample, at the run's own KL.
+    assert means["on_top"]["kl"] == pytest.approx(means["on_top"]["kl_low"], abs=1e-6)
+    assert means["on_top"]["kl"] == pytest.approx(means["dpo"]["kl"], abs=1.0)
+    assert models["soft"]["decode"]["n"] == 3
+
+
+def test_decoders_of_a_listed_world_have_exact_laws(tmp_path):
+    (tmp_path / "bon.yaml").write_text("decode: {method: best_of, n: 2}")
+    (model,) = evaluate(
+        Request([str(tmp_path / "bon.yaml")], reference="task:reviews_small", samples=4)
+    )["models"]
+    (same,) = (
+        row
+        for row in evaluate(Request(["task:reviews_small"], samples=4))["baselines"]
+        if row["n"] == 2
+    )
+    assert model["exact"]["score"] == pytest.approx(same["score"], abs=1e-9)
+    assert model["exact"]["kl"] == pytest.approx(same["kl"], abs=1e-9)

@@ -1,0 +1,148 @@
+"""From a `decode` section to a decoder: models are loaded and checked, rewards looked up."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from alignkit.config.decode import DecodeConfig
+from alignkit.decoding.decoders import Decoder, PoolDecoder, RejectionDecoder, TokenDecoder
+from alignkit.decoding.particle_decoder import ParticleDecoder
+from alignkit.decoding.scoring import Scorer
+from alignkit.decoding.smc import Schedule
+from alignkit.errors import ConfigError, ModelError
+from alignkit.policies.load import same_vocabulary
+from alignkit.policies.module import causal_lm
+from alignkit.rewards.call import RewardCall
+from alignkit.rewards.load import load_rewards
+from alignkit.rollout.generate import OneModel
+from alignkit.rollout.hf import HFSampler
+from alignkit.rollout.protocol import Models
+
+
+@dataclass(frozen=True)
+class NamedModels:
+    """`Models` by their names: those of `pair` (policy and reference), and others beside them.
+
+    ModelError where one has another vocabulary than the policy.
+    """
+
+    pair: Models
+    others: Mapping[str, OneModel]
+
+    def __post_init__(self) -> None:
+        with self.pair.model("policy") as policy:
+            size = _vocabulary_size(policy)
+        for name, other in self.others.items():
+            same = same_vocabulary(self.tokenizer, other.tokenizer)
+            if not same or _vocabulary_size(other.network) != size:
+                raise ModelError(
+                    f"decode: {name} has another vocabulary than the model ({len(other.tokenizer)} "
+                    f"and {len(self.tokenizer)} tokens); models that sample together need one"
+                )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The one tokenizer of all."""
+        return self.pair.tokenizer
+
+    @contextmanager
+    def model(self, name: str = "policy") -> Iterator[nn.Module]:
+        """The model of that name, in evaluation mode inside the block."""
+        source: Models = self.others.get(name, self.pair)
+        with source.model(name) as model:
+            yield model
+
+
+def _vocabulary_size(network: Any) -> int:
+    inner: Any = causal_lm(network)
+    return int(inner.config.get_text_config().vocab_size)
+
+
+def make_decoder(
+    config: DecodeConfig,
+    pair: Models,
+    *,
+    reward: RewardCall | None,
+    max_new_tokens: int,
+    seed: int = 0,
+    safe: bool = False,
+    load: Any = None,
+) -> Decoder:
+    """The decoder that the section describes.
+
+    pair            has the section's model as "policy", and as "reference" what KL is measured to
+    reward          what the decoder goes by, where the section names no `rewards`
+    max_new_tokens  the cap on a completion, where the section has none
+    load            gives the model of a name, for `weights` and learned values
+
+    ConfigError where nothing says by which reward to decode, ModelError for models that do not
+    share a vocabulary.
+    """
+    cap = config.max_new_tokens or max_new_tokens
+    if config.rewards:
+        reward = load_rewards(config.rewards, safe=safe)
+    if config.asks_reward and reward is None:
+        raise ConfigError(
+            f"decode: nothing says by which reward {config.method} chooses; give decode.rewards, or "
+            "the score to measure (--reward)"
+        )
+    if config.method in ("sample", "fuse", "guide"):
+        return _token_decoder(config, pair, cap, seed, load)
+
+    assert reward is not None
+    scorer = Scorer(reward, pair.tokenizer)
+    sampler = HFSampler(pair, max_new_tokens=cap, seed=seed)
+    if config.method == "smc":
+        return _particle_decoder(config, pair, scorer, cap, seed, load)
+    if config.method == "reject":
+        assert config.beta is not None
+        assert config.bound is not None
+        return RejectionDecoder(sampler, scorer, config.beta, config.bound, config.tries)
+    assert config.n is not None
+    return PoolDecoder(sampler, scorer, config.n, config.beta)
+
+
+def _token_decoder(
+    config: DecodeConfig, pair: Models, cap: int, seed: int, load: Any
+) -> TokenDecoder:
+    weights = dict(config.weights)
+    others = {name: load(name) for name in weights if name not in ("policy", "reference")}
+    if config.method == "guide":
+        raise ConfigError("decode: method guide is not there yet")
+    sampler = HFSampler(
+        NamedModels(pair, others),
+        max_new_tokens=cap,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=seed,
+        measured=True,
+    )
+    return TokenDecoder(sampler, weights)
+
+
+def _particle_decoder(
+    config: DecodeConfig, pair: Models, scorer: Scorer, cap: int, seed: int, load: Any
+) -> ParticleDecoder:
+    assert config.particles is not None
+    assert config.beta is not None
+
+    guided = False
+    others: dict[str, OneModel] = {}
+    if config.learned_twist is not None:
+        raise ConfigError("decode: a learned value is not there yet")
+
+    # The reward of the text so far is divided by the same beta unless another is given.
+    twist_beta = (config.twist_beta or config.beta) if config.twist == "reward" else None
+    return ParticleDecoder(
+        NamedModels(pair, others),
+        scorer,
+        Schedule(config.particles, cap, config.every, config.ess, guided),
+        config.beta,
+        twist_beta=twist_beta,
+        learned=bool(others),
+        fresh=config.fresh,
+        seed=seed,
+    )
