@@ -128,6 +128,12 @@ class Plan:
     # Example: True for PPO.
     values: bool = False
 
+    # Bins of a second head, which gives at each token the law of the completion's reward, given the
+    # tokens so far and this one; the loss finds the bins' log-probs [N, T] under "bin_0", "bin_1"
+    # and so on in `TokenLogps.extras`. 0: no such head.
+    # Example: 41 for a learned value.
+    bins: int = 0
+
     # How often the same sampled completions are gone through before new ones are sampled.
     # Example: 4 for PPO as it is usually run, 1 for on-policy methods.
     epochs: int = 1
@@ -214,6 +220,7 @@ COMBINATION: dict[str, Literal["family", "agree", "union", "anchors", "any"]] = 
     "samples": "agree",
     "feedback": "agree",
     "values": "agree",
+    "bins": "agree",
     "epochs": "agree",
     "minibatches": "agree",
     "coupled": "any",

@@ -1,6 +1,6 @@
 """From a `decode` section to a decoder: models are loaded and checked, rewards looked up."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from torch import nn
 
 from alignkit.config.decode import DecodeConfig
 from alignkit.decoding.decoders import Decoder, PoolDecoder, RejectionDecoder, TokenDecoder
-from alignkit.decoding.particle_decoder import ParticleDecoder
+from alignkit.decoding.particle_decoder import VALUE, ParticleDecoder
 from alignkit.decoding.scoring import Scorer
 from alignkit.decoding.smc import Schedule
 from alignkit.errors import ConfigError, ModelError
@@ -69,14 +69,16 @@ def make_decoder(
     max_new_tokens: int,
     seed: int = 0,
     safe: bool = False,
-    load: Any = None,
+    load: Callable[[str], OneModel] | None = None,
+    load_value: Callable[[str, float], OneModel] | None = None,
 ) -> Decoder:
     """The decoder that the section describes.
 
     pair            has the section's model as "policy", and as "reference" what KL is measured to
     reward          what the decoder goes by, where the section names no `rewards`
     max_new_tokens  the cap on a completion, where the section has none
-    load            gives the model of a name, for `weights` and learned values
+    load            gives the model of a name, for `weights`
+    load_value      gives the learned value of a run at a beta (`alignkit.runs.learned_value`)
 
     ConfigError where nothing says by which reward to decode, ModelError for models that do not
     share a vocabulary.
@@ -89,14 +91,16 @@ def make_decoder(
             f"decode: nothing says by which reward {config.method} chooses; give decode.rewards, or "
             "the score to measure (--reward)"
         )
+
+    models = NamedModels(pair, _others(config, load, load_value))
     if config.method in ("sample", "fuse", "guide"):
-        return _token_decoder(config, pair, cap, seed, load)
+        return _token_decoder(config, models, cap, seed)
 
     assert reward is not None
     scorer = Scorer(reward, pair.tokenizer)
     sampler = HFSampler(pair, max_new_tokens=cap, seed=seed)
     if config.method == "smc":
-        return _particle_decoder(config, pair, scorer, cap, seed, load)
+        return _particle_decoder(config, models, scorer, cap, seed)
     if config.method == "reject":
         assert config.beta is not None
         assert config.bound is not None
@@ -105,15 +109,31 @@ def make_decoder(
     return PoolDecoder(sampler, scorer, config.n, config.beta)
 
 
-def _token_decoder(
-    config: DecodeConfig, pair: Models, cap: int, seed: int, load: Any
-) -> TokenDecoder:
-    weights = dict(config.weights)
-    others = {name: load(name) for name in weights if name not in ("policy", "reference")}
-    if config.method == "guide":
-        raise ConfigError("decode: method guide is not there yet")
+def _others(
+    config: DecodeConfig,
+    load: Callable[[str], OneModel] | None,
+    load_value: Callable[[str, float], OneModel] | None,
+) -> dict[str, OneModel]:
+    """The models that sample beside the policy and the reference, by the names of `weights`."""
+    others: dict[str, OneModel] = {}
+    for name in config.weights:
+        if name not in ("policy", "reference"):
+            assert load is not None
+            others[name] = load(name)
+
+    value = config.value or config.learned_twist
+    if value is not None:
+        assert load_value is not None
+        assert config.beta is not None
+        others[VALUE] = load_value(value, config.beta)
+    return others
+
+
+def _token_decoder(config: DecodeConfig, models: NamedModels, cap: int, seed: int) -> TokenDecoder:
+    guided = {"policy": 1.0, VALUE: 1.0}  # p e^(Q / beta), normalised token by token
+    weights = guided if config.method == "guide" else dict(config.weights)
     sampler = HFSampler(
-        NamedModels(pair, others),
+        models,
         max_new_tokens=cap,
         temperature=config.temperature,
         top_p=config.top_p,
@@ -124,25 +144,23 @@ def _token_decoder(
 
 
 def _particle_decoder(
-    config: DecodeConfig, pair: Models, scorer: Scorer, cap: int, seed: int, load: Any
+    config: DecodeConfig, models: NamedModels, scorer: Scorer, cap: int, seed: int
 ) -> ParticleDecoder:
     assert config.particles is not None
     assert config.beta is not None
 
-    guided = False
-    others: dict[str, OneModel] = {}
-    if config.learned_twist is not None:
-        raise ConfigError("decode: a learned value is not there yet")
+    learned = config.learned_twist is not None
+    guided = learned and config.proposal != "base"
 
     # The reward of the text so far is divided by the same beta unless another is given.
     twist_beta = (config.twist_beta or config.beta) if config.twist == "reward" else None
     return ParticleDecoder(
-        NamedModels(pair, others),
+        models,
         scorer,
         Schedule(config.particles, cap, config.every, config.ess, guided),
         config.beta,
         twist_beta=twist_beta,
-        learned=bool(others),
+        learned=learned,
         fresh=config.fresh,
         seed=seed,
     )

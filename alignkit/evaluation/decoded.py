@@ -14,6 +14,7 @@ from alignkit.evaluation.measurements import Measured
 from alignkit.metrics.intervals import Array
 from alignkit.rollout.generate import OneModel
 from alignkit.rollout.text import decode_all
+from alignkit.runs.learned_value import load_value
 from alignkit.runs.trained_model import load_finished
 
 # Method -> its exact law over outcomes that can be listed, from the reference and the rewards.
@@ -48,6 +49,7 @@ def measure_decoder(
         seed=yardstick.seed,
         safe=safe,
         load=load_finished,
+        load_value=load_value,
     )
     decoded = decoder.decode(yardstick.prompts, yardstick.samples)
 

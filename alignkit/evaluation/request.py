@@ -67,7 +67,8 @@ def _decoded_models(decoders: Mapping[str, DecodeConfig]) -> list[str]:
     names = []
     for config in decoders.values():
         others = (name for name in config.weights if name not in ("policy", "reference"))
-        names += [*([] if config.model == "task" else [config.model]), *others]
+        values = [name for name in (config.value, config.learned_twist) if name]
+        names += [*([] if config.model == "task" else [config.model]), *others, *values]
     return names
 
 

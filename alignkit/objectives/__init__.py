@@ -62,6 +62,7 @@ OBJECTIVES: dict[str, str] = {
     "fdpg": "online.fdpg:FDPG:",
     "dph": "online.dph:DPH:",
     "bond": "online.bond:BOND:",
+    "token_value": "online.token_value:TokenValue:token_value_loss",
     "nash_md": "self_play.nash_md:NashMD:nash_md_loss",
     "online_ipo": "self_play.online_ipo:OnlineIPO:online_ipo_loss",
     "ipo_md": "self_play.ipo_md:IPOMD:",
@@ -89,6 +90,7 @@ FUNCTIONS: dict[str, str] = {
     "dph_loss": "teacher_losses",
     "fdpg_loss": "teacher_losses",
     "trajectory_balance_loss": "teacher_losses",
+    "soft_value": "online.token_value",
 }
 
 

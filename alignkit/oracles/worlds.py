@@ -173,6 +173,10 @@ class TabularWorld:
         extras["entropy"] = -(policy.exp() * policy).sum(-1).detach()
         if self.plan.values:
             extras["values"] = self.values
+        if self.plan.bins:  # any law of the bins that moves with the values
+            numbers = torch.arange(self.plan.bins, dtype=self.values.dtype)
+            bins = (self.values.unsqueeze(-1) * numbers).log_softmax(-1)
+            extras |= {f"bin_{number}": law for number, law in enumerate(bins.unbind(-1))}
 
         def masked(values: Tensor) -> Tensor:
             values = values.reshape(self.mask.shape)

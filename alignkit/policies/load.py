@@ -275,7 +275,7 @@ def load_pair(
     policy and anchors. Raises ModelError (exit 4) or ConfigError (exit 2).
     """
     tokenizer, loaded, policy, dropout = _start(model, live, device, dtype, seed)
-    base = PolicyModule(policy, values=plan.values).eval()
+    base = PolicyModule(policy, values=plan.values, bins=plan.bins).eval()
 
     # Compute a few log-probs both ways, before any time is spent on training.
     text = loaded.config.get_text_config()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from alignkit.batches import Statistic
 from alignkit.errors import DataError, ModelError
+from alignkit.policies.bins import BIN, BinHead
 from alignkit.policies.head import AnchorLaws, Head, head_figures
 from alignkit.policies.layout import Rows, attention_mask
 from alignkit.policies.packing import FLEX, packing_of, take_runs
@@ -97,7 +98,7 @@ class PolicyModule(nn.Module):
 
     model: Any  # the transformers model, maybe in peft's wrapper
 
-    def __init__(self, model: Any, *, values: bool = False) -> None:
+    def __init__(self, model: Any, *, values: bool = False, bins: int = 0) -> None:
         super().__init__()
         self.model = model
         take_runs(causal_lm(model))
@@ -108,9 +109,12 @@ class PolicyModule(nn.Module):
         self.temperature = 1.0  # divides the logits: log-probs are those of samples drawn at it
         self.router: Router | None = None  # set where its auxiliary loss is trained on
         self.value_head: nn.Linear | None = None
+        self.bin_head: BinHead | None = None
+        first = next(model.parameters())
+        width = model.config.get_text_config().hidden_size
+        if bins:
+            self.bin_head = BinHead(width, bins, first.device)
         if values:
-            first = next(model.parameters())
-            width = model.config.get_text_config().hidden_size
             self.value_head = nn.Linear(width, 1, device=first.device)
             # Values start at 0, so the first advantages are the plain returns.
             nn.init.zeros_(self.value_head.weight)
@@ -154,8 +158,8 @@ class PolicyModule(nn.Module):
         hidden_only: bool = False,
         entropy: bool = True,
     ) -> dict[str, Tensor]:
-        """Results of `head_figures` for the trained tokens, and "values" where there is a value
-        head: [M] each. With a gradient also the router's "aux_loss", the same number at each token.
+        """Results of `head_figures` for the trained tokens, "values" where there is a value head,
+        and log-probs of the bins where there is a head of bins: [M] each. With a gradient also the router's "aux_loss", the same number at each token.
 
         `hidden_only` returns {"hidden": [M, H]} instead: an anchor's states for the policy's
         statistics.
@@ -171,6 +175,10 @@ class PolicyModule(nn.Module):
         )
         if self.value_head is not None:
             results["values"] = self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
+        if self.bin_head is not None:
+            embedded = causal_lm(self.model).get_input_embeddings()(rows.labels)
+            bins = self.bin_head(hidden, embedded)
+            results |= {BIN.format(number): law for number, law in enumerate(bins.unbind(-1))}
         if self.router is not None and balanced:
             results["aux_loss"] = self.router.loss(output.router_logits, rows).expand(len(hidden))
         return results

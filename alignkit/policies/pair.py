@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from alignkit.batches import Bundle, Outputs, Plan, TokenLogps
 from alignkit.errors import CheckpointError, ModelError
+from alignkit.policies.bins import save_bins
 from alignkit.policies.export import save_model, with_fields
 from alignkit.policies.head import AnchorLaws, AnchorStates
 from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches, stand_in
@@ -373,6 +374,8 @@ class PolicyPair:
         # Loading switched dropout off; the saved config has the rates it came with.
         with with_fields(causal_lm(model).config, self._save_config):
             save_model(model, folder, state, self.save_dtype)
+        if self.base.bin_head is not None:
+            save_bins(self.base.bin_head, folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 

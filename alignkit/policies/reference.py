@@ -165,8 +165,9 @@ class Anchor:
 
 
 def frozen(module: PolicyModule) -> PolicyModule:
-    """The module without gradients or value head, in evaluation mode."""
+    """The module without gradients or heads of its own, in evaluation mode."""
     module.value_head = None
+    module.bin_head = None
     return module.requires_grad_(False).eval()
 
 

@@ -1,0 +1,63 @@
+"""The head of a learned value: the law of the final reward after each next token, as bins."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from alignkit.errors import ModelError
+
+FILE = "value.safetensors"  # beside the model that it was trained on
+WIDTH = 128  # of the hidden layer
+BIN = "bin_{}"  # the name of a bin's log-probs among a token's results
+
+
+class BinHead(nn.Module):
+    """MLP([h; e]) -> B bins: h [.., H] is the state before a token, e [.., H] the token's embedding.
+
+    It starts at the uniform law. The first layer is linear, so that the parts of state and token are
+    computed apart: for a whole vocabulary that is one product more, not V.
+    """
+
+    def __init__(self, hidden: int, bins: int, device: Any = None) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):  # the same start in every process and run
+            torch.manual_seed(0)
+            self.state = nn.Linear(hidden, WIDTH).to(device)
+            self.token = nn.Linear(hidden, WIDTH, bias=False).to(device)
+        self.out = nn.Linear(WIDTH, bins, device=device)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """Log-probs of the bins: [.., H] and [.., H], which may broadcast -> [.., B]."""
+        weight = self.state.weight.dtype
+        mixed = self.state(hidden.to(weight)) + self.token(embedded.to(weight))
+        logits: Tensor = self.out(nn.functional.gelu(mixed))
+        return logits.log_softmax(-1, dtype=torch.promote_types(weight, torch.float32))
+
+
+def save_bins(head: BinHead, folder: Path | str) -> None:
+    """Write the head beside its model."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+    save_file(tensors, str(Path(folder) / FILE))
+
+
+def load_bins(folder: Path, hidden: int, device: Any = None) -> BinHead:
+    """The head that `save_bins` wrote. ModelError where there is none, or it is of another model."""
+    file = folder / FILE
+    if not file.is_file():
+        raise ModelError(
+            f"{folder} holds no learned value ({FILE}); train one with the objective token_value"
+        )
+    tensors = load_file(str(file), device=str(device or "cpu"))
+    width = tensors["state.weight"].shape[1]
+    if width != hidden:
+        raise ModelError(
+            f"{file} belongs to a model of width {width}, the one beside it has {hidden}"
+        )
+    head = BinHead(hidden, len(tensors["out.bias"]), device)
+    head.load_state_dict(tensors)
+    return head.eval()
