@@ -12,6 +12,7 @@ from alignkit.cli.checkpoint import app as checkpoint_app
 from alignkit.cli.compare import compare
 from alignkit.cli.data import app as data_app
 from alignkit.cli.eval import evaluate
+from alignkit.cli.fit_target import fit_target
 from alignkit.cli.generate import generate
 from alignkit.cli.merge import NumbersCommand, merge
 from alignkit.cli.pairs import pairs
@@ -40,6 +41,7 @@ app.command("eval")(evaluate)
 app.command()(verify)
 app.command()(generate)
 app.command()(pairs)
+app.command("fit-target")(fit_target)
 app.command(cls=NumbersCommand)(merge)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
