@@ -1,5 +1,6 @@
 """`alignkit eval`: finished models measured. What it does is in `alignkit.evaluation.evaluate`."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +56,14 @@ MaxNewTokens = Annotated[
     int | None, typer.Option(min=1, help="Most tokens of a completion; default: the run's.")
 ]
 To = Annotated[Path, typer.Option(help="File for the results.")]
+Html = Annotated[
+    Path | None,
+    typer.Option(metavar="PAGE.html", help="Also one page with the picture and the samples."),
+]
+Credit = Annotated[
+    bool,
+    typer.Option("--credit", help="Colour the tokens of the page's samples by their log-ratio."),
+]
 
 
 def evaluate(
@@ -70,6 +79,8 @@ def evaluate(
     max_new_tokens: MaxNewTokens = None,
     seed: Seed = 0,
     to: To = Path("eval.json"),
+    html: Html = None,
+    credit: Credit = False,
     safe: Safe = False,
     allow_private_judge: AllowPrivateJudge = False,
 ) -> None:
@@ -78,6 +89,8 @@ def evaluate(
     """
     if to.exists():
         raise ConfigError(f"{to} exists already; name another file with --to")
+    if html is not None:
+        check_page(html)
 
     from alignkit.evaluation.request import Request, checked
 
@@ -95,10 +108,19 @@ def evaluate(
             samples=samples,
             max_new_tokens=max_new_tokens,
             seed=seed,
+            credit=credit,
             safe=safe,
         )
     )
     from alignkit.evaluation.evaluate import evaluate_to_file
 
-    evaluate_to_file(request, to)
-    typer.echo(f"the figures are in {to}")
+    evaluate_to_file(request, to, html)
+    typer.echo(f"the figures are in {to}" + (f", the page is {html}" if html else ""))
+
+
+def check_page(page: Path) -> None:
+    """ConfigError for a page that exists, or that could not be drawn here."""
+    if page.exists():
+        raise ConfigError(f"{page} exists already; name another file with --html")
+    if find_spec("matplotlib") is None:
+        raise ConfigError("the page's picture needs matplotlib: pip install 'alignkit[eval]'")

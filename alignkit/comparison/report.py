@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignkit.comparison.blocks import Block, Heading, Items, Picture, Table, Text, html, markdown
 from alignkit.comparison.plots import draw
+from alignkit.evaluation.blocks import Block, Heading, Items, Picture, Table, Text, html, markdown
 from alignkit.files import write_text
 
 Row = Mapping[str, Any]  # one JSON object

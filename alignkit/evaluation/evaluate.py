@@ -6,22 +6,20 @@ command line calls it before it imports this file.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from alignkit import files
 from alignkit.config.objective import build_objective
 from alignkit.config.recipe import Recipe
-from alignkit.config.rollout import MAX_NEW_TOKENS
 from alignkit.data.load import load_prompts
-from alignkit.data.prompts import Prompt
 from alignkit.data.read import Source, held_out
-from alignkit.errors import ConfigError
 from alignkit.evaluation.decoded import listed_law, measure_decoder
-from alignkit.evaluation.exact import Listed, listed_reviews
+from alignkit.evaluation.exact import Listed
 from alignkit.evaluation.measure import (
     Yardstick,
     evaluation_pair,
@@ -29,9 +27,10 @@ from alignkit.evaluation.measure import (
     preference_margins,
 )
 from alignkit.evaluation.measurements import Measured, wins
-from alignkit.evaluation.request import Request, checked, data_of, labels_of, task_of
+from alignkit.evaluation.request import Request, checked, data_of, labels_of
+from alignkit.evaluation.samples import shown_samples, token_log_ratios
+from alignkit.evaluation.shared import Shared, first_recipe, shared_of
 from alignkit.evaluation.table import show
-from alignkit.judges.load import load_judge
 from alignkit.metrics.baselines import best_of_n, folklore_kl
 from alignkit.metrics.comparisons import compare_means
 from alignkit.metrics.completions import (
@@ -43,27 +42,24 @@ from alignkit.metrics.completions import (
 )
 from alignkit.metrics.frontier import efficiency
 from alignkit.metrics.intervals import Array
-from alignkit.policies.module import context_length
 from alignkit.policies.pair import PolicyPair
-from alignkit.rewards.call import RewardCall
-from alignkit.rewards.load import load_rewards
-from alignkit.rollout.generate import OneModel
-from alignkit.runs.trained_model import find_finished, load_finished
-from alignkit.tasks import Task
+from alignkit.runs.merge import merge_of
 
 BEST_OF = (2, 4, 8, 16, 32, 64)
 
 Results = dict[str, Any]  # JSON
 
 
-def evaluate_to_file(request: Request, file: Path) -> None:
-    """Print the table of `evaluate` and write its results to `file`.
+def evaluate_to_file(request: Request, file: Path, page: Path | None = None) -> None:
+    """Print the table of `evaluate` and write its results to `file`, and as one page to `page`.
 
     ResourceError where the disk refuses: a folder that cannot be made before anything is measured,
     a full disk after the table was printed.
     """
-    with files.writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
+    for each in (file, page):
+        if each is not None:
+            with files.writing(each):
+                each.parent.mkdir(parents=True, exist_ok=True)
     results = evaluate(request)
     console = Console()
     if not console.is_terminal:  # a file has no width: give every model its column
@@ -71,6 +67,10 @@ def evaluate_to_file(request: Request, file: Path) -> None:
     show(results, console)
     with files.writing(file):
         files.write_json(file, results)
+    if page is not None:
+        from alignkit.evaluation.page import write_page  # needs matplotlib
+
+        write_page(results, page)
 
 
 def evaluate(request: Request) -> Results:
@@ -79,16 +79,18 @@ def evaluate(request: Request) -> Results:
     ModelError (exit 4) for models that cannot be loaded or whose tokens are not the reference's,
     DataError (3) for data that cannot be used, ConfigError (2) where nothing says on which prompts.
     """
-    shared = _shared(checked(request))
+    shared = shared_of(checked(request))
     request = shared.request
 
     measured = {"base": shared.base}
+    credits: dict[str, Any] = {}
     models = []
     for name, label in zip(request.models, labels_of(request.models)):
         if name in request.decoders:
             measured[label], own = _decoder(shared, name, label)
         else:
             measured[label], own = _model(shared, name, label)
+        credits[label] = own.pop("credit", None)
         common = {**_summary(request, measured[label]), **_wins(shared, measured[label])}
         models.append({"name": label, "model": name, **common, **own})
 
@@ -100,23 +102,30 @@ def evaluate(request: Request) -> Results:
         "base": base,
         "models": models,
         "baselines": _baselines(shared.base, shared.listed),
+        "optimal": _optimal(shared.listed, measured),
+        "samples": shown_samples(measured, credits),
         "verdicts": _verdicts(measured),
     }
     return _without_nan(every_result)
 
 
-def _model(shared: "_Shared", name: str, label: str) -> tuple[Measured, Results]:
+def _model(shared: "Shared", name: str, label: str) -> tuple[Measured, Results]:
     """A finished model: its samples, and what only trained models have."""
     pair = evaluation_pair(name, shared.reference)
     measured = shared.yardstick.measure(pair, label, base=shared.base)
+    credit = None
+    if shared.request.credit:
+        credit = token_log_ratios(pair, shared.yardstick.prompts, measured)
     return measured, {
+        "credit": credit,
+        **merge_of(name),
         **_exact(shared.listed, pair),
         **_preferences(shared, name, pair),
         **_forgetting(shared, pair),
     }
 
 
-def _decoder(shared: "_Shared", name: str, label: str) -> tuple[Measured, Results]:
+def _decoder(shared: "Shared", name: str, label: str) -> tuple[Measured, Results]:
     """A decoder: its samples, and the section that it was made from."""
     config = shared.request.decoders[name]
     measured = measure_decoder(
@@ -129,32 +138,7 @@ def _decoder(shared: "_Shared", name: str, label: str) -> tuple[Measured, Result
     return measured, {**results, **_exact_means(shared.listed, exact)}
 
 
-@dataclass(frozen=True)
-class _Shared:
-    """What is the same for every model that is measured."""
-
-    request: Request
-    task: Task | None
-    reference: OneModel
-    yardstick: Yardstick
-    base: Measured  # the reference, measured
-    listed: Listed | None
-    judge: Any  # says which completion wins; None: the higher score does
-
-
-def _shared(request: Request) -> _Shared:
-    assert request.reference is not None  # `checked` found it
-    task = task_of(request)
-    reference = load_finished(request.reference)
-    pair = evaluation_pair(request.reference, reference)
-    yardstick = _yardstick(request, task, reference)
-    listed = _listed(request, task, yardstick)
-    judge = _judge(request, task)
-    base = yardstick.measure_reference(pair)
-    return _Shared(request, task, reference, yardstick, base, listed, judge)
-
-
-def _settings(shared: _Shared) -> Results:
+def _settings(shared: Shared) -> Results:
     return {
         "reference": shared.request.reference,
         "prompts": len(shared.base.prompts),
@@ -162,72 +146,6 @@ def _settings(shared: _Shared) -> Results:
         "max_new_tokens": shared.yardstick.max_new_tokens,
         "seed": shared.yardstick.seed,
     }
-
-
-def _first_recipe(request: Request) -> Recipe | None:
-    """The recipe of the first run among the models: it says what the request leaves open."""
-    return next(iter(request.recipes.values()), None)
-
-
-def _yardstick(request: Request, task: Task | None, reference: OneModel) -> Yardstick:
-    recipe = _first_recipe(request)
-    prompts = _prompts(request, task, reference, recipe)
-
-    reward: RewardCall | None
-    if request.reward is not None:
-        reward = load_rewards([{"function": request.reward}], safe=request.safe)
-    elif recipe is not None and recipe.rewards:
-        reward = load_rewards(recipe.rewards, safe=request.safe)
-    else:
-        reward = task.reward if task else None
-
-    longest = max(len(prompt.ids) for prompt in prompts)
-    room = context_length(reference.network) - longest
-    usual = recipe.rollout.max_new_tokens if recipe else MAX_NEW_TOKENS
-    max_new_tokens = request.max_new_tokens or min(room, usual)
-    return Yardstick(prompts, request.samples, max_new_tokens, request.seed, reward)
-
-
-def _prompts(
-    request: Request, task: Task | None, reference: OneModel, recipe: Recipe | None
-) -> list[Prompt]:
-    """The request's prompts, else the held-out rows of the run or of the task."""
-    source: Source | None = request.prompts or (held_out(recipe.data) if recipe else None)
-    if source is None and task is not None:
-        source = f"task:{task.name}"
-    if source is None:
-        raise ConfigError(
-            "nothing says which prompts to measure on; give --prompts FILE (rows with `prompt`) "
-            "or task:NAME"
-        )
-    if str(source).startswith("task:"):
-        assert task is not None
-        source = task.rows("rollout", "eval")
-
-    data = data_of(recipe, given=request.prompts is not None)
-    prompts, _ = load_prompts(data, reference.tokenizer, source=source)
-    return prompts
-
-
-def _judge(request: Request, task: Task | None) -> Any:
-    """Who says which completion wins: the runs' judge, else their task's; None: the score."""
-    recipe = _first_recipe(request)
-    if recipe is not None and recipe.judge is not None:
-        return load_judge(recipe.judge, safe=request.safe)
-    return task.judge if task else None
-
-
-def _listed(request: Request, task: Task | None, yardstick: Yardstick) -> Listed | None:
-    """Exact results, where the reference is a task's model, the score its own reward, and its
-    outcomes can be listed.
-    """
-    assert request.reference is not None
-    if task is None or yardstick.reward != task.reward:
-        return None
-    if find_finished(request.reference) != task.model_folder:
-        return None
-    reviews = listed_reviews(task.name)
-    return Listed(reviews, task.model_folder) if reviews else None
 
 
 def _summary(request: Request, measured: Measured) -> Results:
@@ -256,7 +174,7 @@ def _summary(request: Request, measured: Measured) -> Results:
     return results
 
 
-def _wins(shared: _Shared, measured: Measured) -> Results:
+def _wins(shared: Shared, measured: Measured) -> Results:
     """How often a model's completion beats the base's, plainly and at equal lengths."""
     verdicts = wins(measured, shared.base, shared.judge)
     if verdicts is None:
@@ -289,7 +207,7 @@ def _exact_means(listed: Listed | None, per_prompt: Mapping[str, Array] | None) 
     return {"exact": means}
 
 
-def _preferences(shared: _Shared, name: str, pair: PolicyPair) -> Results:
+def _preferences(shared: Shared, name: str, pair: PolicyPair) -> Results:
     """Accuracy on held-out pairs, and calibration where the run's objective has an implicit reward."""
     request = shared.request
     recipe = request.recipes.get(name)
@@ -319,7 +237,7 @@ def _preferences(shared: _Shared, name: str, pair: PolicyPair) -> Results:
     return {"preferences": results}
 
 
-def _held_out_pairs(shared: _Shared, recipe: Recipe | None, learns_pairs: bool) -> Source | None:
+def _held_out_pairs(shared: Shared, recipe: Recipe | None, learns_pairs: bool) -> Source | None:
     """The request's pairs, else, of a run that learned from pairs, its held-out rows or its task's."""
     task = shared.task
     source: Source | None = shared.request.pairs
@@ -331,10 +249,10 @@ def _held_out_pairs(shared: _Shared, recipe: Recipe | None, learns_pairs: bool) 
     return source
 
 
-def _forgetting(shared: _Shared, pair: PolicyPair) -> Results:
+def _forgetting(shared: Shared, pair: PolicyPair) -> Results:
     """What training changed that it had nothing to do with: KL on other prompts, perplexity."""
     request = shared.request
-    data = data_of(_first_recipe(request), given=True)
+    data = data_of(first_recipe(request), given=True)
     results: Results = {}
     if request.unrelated is not None:
         prompts, _ = load_prompts(data, pair.tokenizer, source=request.unrelated)
@@ -365,6 +283,17 @@ def _baselines(base: Measured, listed: Listed | None) -> list[Results]:
             }
         )
     return rows
+
+
+def _optimal(listed: Listed | None, measured: Mapping[str, Measured]) -> Results | None:
+    """The best score that any policy can have, over the KLs that were measured; None where outcomes
+    cannot be listed.
+    """
+    if listed is None:
+        return None
+    largest = max(float(np.nanmean(each.kl)) for each in measured.values())
+    kl, score = listed.optimal.curve(min(1.2 * largest + 0.1, listed.optimal.max_kl), 61)
+    return {"kl": kl.tolist(), "score": score.tolist()}
 
 
 def _verdicts(measured: Mapping[str, Measured]) -> list[str]:

@@ -5,6 +5,7 @@ with the weights that it has with its adapter folded in: adding up the factors A
 adapters would multiply one run's A by another's B.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from alignkit.policies.merging import linear, slerp
 from alignkit.runs.inputs import content_hash
 from alignkit.runs.trained_model import find_finished, load_finished
 from alignkit.tasks import DEFAULT_TASK
+
+MERGE_FILE = "merge.json"
 
 Method = Literal["linear", "slerp"]
 Tensors = dict[str, Tensor]  # name -> tensor; tied tensors stand there once
@@ -92,7 +95,7 @@ def merge_models(request: MergeRequest) -> list[Path]:
             }
             _save(network, merged, settings, folder)
             loaded.tokenizer.save_pretrained(folder)
-            files.write_json(folder / "merge.json", _record(request, start_name, share))
+            files.write_json(folder / MERGE_FILE, _record(request, start_name, share))
     return [request.to / f"{share:g}" if several else request.to for share in request.shares]
 
 
@@ -113,6 +116,18 @@ def merged_tensor(
         part = weights[place] / sum(weights[: place + 1])
         merged = slerp(start, merged, models[place], part)
     return linear(start, [merged], [1.0], share)
+
+
+def merge_of(name: str) -> dict[str, Any]:
+    """Of what merge a model is, for those that are joined to one curve: {"merge": {"of", "share"}};
+    nothing for a model that `alignkit merge` did not write.
+    """
+    file = find_finished(name) / MERGE_FILE
+    if not file.is_file():
+        return {}
+    record = json.loads(file.read_text())
+    share = record.pop("share")
+    return {"merge": {"of": files.sha256_of_json(record)[:16], "share": share}}
 
 
 def _common_start(models: Sequence[str]) -> str:

@@ -10,9 +10,9 @@ import subprocess
 import numpy as np
 import pytest
 
-from alignkit.comparison.blocks import Heading, Items, Picture, Table, Text, html, markdown
 from alignkit.comparison.plots import COLOURS, draw, styles
 from alignkit.comparison.report import write_report
+from alignkit.evaluation.blocks import Heading, Items, Picture, Table, Text, html, markdown
 
 FIGURES = ("length", "ended", "entropy", "distinct_1", "distinct_2", "forward_kl", "kl_per_token")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
