@@ -20,7 +20,12 @@ MODELS = {
 }
 GPUS = (8, 64, 512)
 MEMORY = 80  # GB of one GPU
-SHARED = ["train.shard=true", "model.gradient_checkpointing=true", "train.batch_size=512"]
+SHARED = [
+    "train.shard=true",
+    "model.gradient_checkpointing=true",
+    "train.batch_size=512",
+    "train.micro_batch_tokens=4096",
+]
 KINDS = {
     "all weights in float32": [],
     "LoRA r=16 on bfloat16": ["model.adapter.r=16", "model.dtype=bfloat16"],

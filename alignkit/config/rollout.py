@@ -10,21 +10,35 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from alignkit.config.section import Section
 
+COLOCATED = "http://127.0.0.1:8001"  # where a server is started that has no url
 MAX_NEW_TOKENS = 64  # the default cap on the tokens of a completion
 
 
 class RolloutConfig(Section):
     """How online objectives sample completions."""
 
-    url: str | None = Field(
-        None, description="the sampling server: http on a loopback address, https elsewhere"
+    url: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+        None,
+        description="the vLLM server, or a list of servers: http on a loopback address, https elsewhere",
+    )
+    colocate: bool = Field(
+        False,
+        description="start and stop `vllm serve` at each url (default: http://127.0.0.1:8001); on "
+        "GPUs they sleep while the policy trains",
+    )
+    program: Annotated[str, Field(min_length=1)] = Field(
+        "vllm", description="colocate: the program to start, such as .venv-vllm/bin/vllm"
+    )
+    weights_dir: str | None = Field(
+        None,
+        description="vllm: a folder that trainer and servers see under one path, for the weights; "
+        "null: this machine's folder for temporary files",
     )
     engine: Literal["auto", "hf", "vllm"] = Field(
         "auto", description="what samples; auto: vllm where there is a url, else hf"
@@ -62,46 +76,40 @@ class RolloutConfig(Section):
         "because the server then holds other weights",
     )
 
+    @property
+    def urls(self) -> list[str]:
+        """The servers' addresses."""
+        if self.url is None:
+            return [COLOCATED] if self.colocate else []
+        return [self.url] if isinstance(self.url, str) else list(self.url)
+
     @field_validator("url")
     @classmethod
-    def _allowed_address(cls, url: str | None) -> str | None:
-        """http on this machine, https across a network: weights and completions are private."""
-        if url is None:
-            return url
-
-        parts = urlsplit(url)
-        names_a_server = parts.scheme in ("http", "https") and parts.hostname
-        if not names_a_server or parts.path.rstrip("/") or "@" in parts.netloc:
-            raise ValueError(
-                "write http://127.0.0.1:PORT, or https://HOST:PORT for a server elsewhere"
-            )
-        parts.port  # noqa: B018  raises ValueError where it is no number
-
-        loopback = parts.hostname == "localhost"
-        with suppress(ValueError):  # a host name is not an address
-            loopback = ip_address(parts.hostname or "").is_loopback
-        if parts.scheme == "http" and not loopback:
-            raise ValueError(
-                f"http would send weights to {parts.hostname} in the clear; "
-                "use https, or a tunnel to 127.0.0.1"
-            )
+    def _allowed_addresses(cls, url: str | list[str] | None) -> str | list[str] | None:
+        urls = url if isinstance(url, list) else [url]
+        for one in urls:
+            if one is not None:
+                _check_address(one)
+        if len(set(urls)) < len(urls):
+            raise ValueError("a server is named twice")
         return url
 
-    @field_validator("engine")
-    @classmethod
-    def _engine_of_the_url(cls, engine: str, others: ValidationInfo) -> str:
-        """`auto` depends on the url alone, so it is resolved here."""
-        if "url" not in others.data:  # it was refused, which is the error that counts
-            return engine
-        url = others.data["url"]
-        if engine == "vllm" and url is None:
+    @model_validator(mode="after")
+    def _engine_of_the_url(self) -> "RolloutConfig":
+        """`auto` depends on the servers alone, so it is resolved here."""
+        has_servers = bool(self.urls)
+        if self.engine == "vllm" and not has_servers:
             raise ValueError(
-                "engine vllm needs a url: start `python -m alignkit.rollout.vllm_server MODEL "
-                "--port 8001` in vLLM's environment and set rollout.url=http://127.0.0.1:8001"
+                "engine vllm needs a url: start vLLM as docs/vllm.md says and set "
+                "rollout.url=http://127.0.0.1:8001, or set rollout.colocate=true"
             )
-        if engine == "hf" and url is not None:
+        if self.engine == "hf" and has_servers:
             raise ValueError("the url is a vLLM server's, and the engine is hf; set one of them")
-        return "hf" if url is None else "vllm"
+        if self.colocate and any(url.startswith("https:") for url in self.urls):
+            raise ValueError("colocate starts servers on this machine; give http://127.0.0.1:PORT")
+        # Not by assignment, which would validate all over again.
+        self.__dict__["engine"] = "vllm" if has_servers else "hf"
+        return self
 
     @model_validator(mode="after")
     def _pass_rate_is_an_interval(self) -> "RolloutConfig":
@@ -110,3 +118,21 @@ class RolloutConfig(Section):
                 f"pass_rate goes from low to high, such as [0.1, 0.9]; got {list(self.pass_rate)}"
             )
         return self
+
+
+def _check_address(url: str) -> None:
+    """http on this machine, https across a network: weights and completions are private."""
+    parts = urlsplit(url)
+    names_a_server = parts.scheme in ("http", "https") and parts.hostname
+    if not names_a_server or parts.path.rstrip("/") or "@" in parts.netloc:
+        raise ValueError("write http://127.0.0.1:PORT, or https://HOST:PORT for a server elsewhere")
+    parts.port  # noqa: B018  raises ValueError where it is no number
+
+    loopback = parts.hostname == "localhost"
+    with suppress(ValueError):  # a host name is not an address
+        loopback = ip_address(parts.hostname or "").is_loopback
+    if parts.scheme == "http" and not loopback:
+        raise ValueError(
+            f"http would send weights to {parts.hostname} in the clear; "
+            "use https, or a tunnel to 127.0.0.1"
+        )

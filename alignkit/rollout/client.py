@@ -1,5 +1,8 @@
-"""The trainer's side of a sampling server: addresses that are allowed, requests that end, answers
-that are checked.
+"""One vLLM server over its own HTTP: addresses that are allowed, requests that end, answers that are
+checked.
+
+The server is an unmodified `vllm serve` in development mode, as `docs/vllm.md` starts it: the paths
+below are those of vLLM 0.32.
 """
 
 import http.client
@@ -8,16 +11,21 @@ import logging
 import os
 import ssl
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from alignkit.errors import ConfigError, ModelError, ResourceError
-from alignkit.rollout.wire import PROTOCOL, TOKEN_ENV, VERSION_HEADER, chunks
 
+TOKEN_ENV = "ALIGNKIT_ROLLOUT_TOKEN"  # the environment variable with the server's --api-key
 WARN_EVERY = 20.0  # seconds between two warnings about a server that does not answer yet
+SMALL = 1 << 22  # bytes of an answer that holds no completions
 RESUME = "start it again, then go on with --resume auto"
+START = (
+    "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host 127.0.0.1 --port 8001 --enable-scale-out "
+    "--logprobs-mode processed_logprobs --generation-config vllm"
+)
 log = logging.getLogger("alignkit")
 
 
@@ -26,12 +34,12 @@ class Unreachable(ResourceError):
 
 
 class Client:
-    """A sampling server at `url`.
+    """A vLLM server at `url`.
 
-    Raises ResourceError where it is gone or slow, or its answer is malformed.
+    Raises Unreachable where it is gone or slow, ResourceError where its answer is malformed.
 
     http goes to loopback addresses alone; https goes anywhere and needs the token. No redirect is
-    followed, no proxy is used.
+    followed, no proxy is used. Any number of threads may use one client.
     """
 
     def __init__(self, url: str, *, timeout: float):
@@ -48,19 +56,19 @@ class Client:
             )
 
     def wait(self, patience: float) -> dict[str, Any]:
-        """The server's hello; a server that is still loading its model has `patience` seconds."""
+        """`about` of a server that may still be loading its model, for `patience` seconds."""
         began = time.monotonic()
         warned = began
         while True:
             try:
-                return self.hello()
+                return self.about()
             except Unreachable as error:
                 now = time.monotonic()
                 waited = now - began
                 if waited >= patience:
                     raise Unreachable(
                         f"{error} within rollout.start_timeout ({patience:g} s); start one with "
-                        "`python -m alignkit.rollout.vllm_server MODEL` in vLLM's environment"
+                        f"`{START}`"
                     ) from error
 
                 if now - warned >= WARN_EVERY:
@@ -69,46 +77,90 @@ class Client:
                     warned = now
                 time.sleep(min(1.0, patience / 10))
 
-    def hello(self) -> dict[str, Any]:
-        """What the server holds. ModelError for a server of another kind."""
-        about = self._ask("GET", "/hello", most=1 << 16)
-        if about.get("protocol") != PROTOCOL:
+    def about(self) -> dict[str, Any]:
+        """vLLM's `model_config`: `model`, `dtype`, `max_model_len`, `logprobs_mode`, `hf_config`.
+
+        ModelError for a server that was not started as it has to be.
+        """
+        info = self._ask("GET", "/server_info?config_format=json", missing=START)
+        config = info.get("vllm_config", {}).get("model_config")
+        if not isinstance(config, dict):
             raise ModelError(
-                f"rollout.url: {self.url} speaks protocol {about.get('protocol')}, not {PROTOCOL}; "
-                "start one with `python -m alignkit.rollout.vllm_server MODEL`"
+                f"rollout.url: {self.url} is no vLLM server that alignkit knows; start one with "
+                f"`{START}`"
             )
-        return about
 
-    def push(self, file: Path, version: str) -> None:
-        """Give the server weights."""
-        headers = {VERSION_HEADER: version, "Content-Length": str(file.stat().st_size)}
-        self._ask("PUT", "/weights", chunks(file), headers, most=1 << 16)
+        if config.get("logprobs_mode") != "processed_logprobs":
+            raise ModelError(
+                f"rollout.url: the server at {self.url} gives {config.get('logprobs_mode')}, not "
+                "the log-probs of what it samples from; start it with --logprobs-mode "
+                "processed_logprobs"
+            )
+        return config
 
-    def sample(self, asked: Mapping[str, Any], most: int) -> dict[str, Any]:
-        """The answer to a request for completions, `most` bytes at most."""
-        body = json.dumps(asked).encode()
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        return self._ask("POST", "/sample", [body], headers, most=most)
+    def version(self) -> str:
+        """The version of the weights that the server holds: what it was given last."""
+        return str(self._ask("GET", "/weight_info", missing=START).get("weight_version"))
+
+    def load(self, folder: Path, version: str) -> None:
+        """Have the server read the weights in `folder`, a path that it sees, as `version`.
+
+        Completions that are under way wait, and go on with the new weights; their answers name
+        both versions.
+        """
+        self._ask("POST", "/pause?mode=keep")
+        # Until the new weights are all there, the server holds no version.
+        self.rename(f"incomplete {version}")
+        asked = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        try:
+            self._ask("POST", "/collective_rpc", asked)
+        except Unreachable:
+            raise
+        except ResourceError as error:
+            self._ask("POST", "/resume")  # whatever waits is answered, under no version
+            raise ModelError(
+                f"rollout.url: the server at {self.url} refused the policy's weights: {error}"
+            ) from error
+
+        # What was computed with the old weights is forgotten before the new version is in force.
+        self._ask("POST", "/reset_prefix_cache?reset_running_requests=true")
+        self.rename(version)
+        self._ask("POST", "/resume")
+
+    def rename(self, version: str) -> None:
+        """Give the weights that the server holds another version."""
+        self._ask("POST", "/update_weight_version", {"new_version": version})
+
+    def generate(self, asked: Mapping[str, Any], most: int) -> dict[str, Any]:
+        """The answer to a request for completions of one prompt, `most` bytes at most."""
+        return self._ask("POST", "/inference/v1/generate", asked, most=most)
+
+    def sleep(self) -> None:
+        """Have the server free its GPU: weights, which it then holds no more, and cache."""
+        self.rename("asleep")
+        self._ask("POST", "/sleep?level=2")
+
+    def wake(self) -> None:
+        """Give the server its GPU's memory back; its weights have to be loaded."""
+        self._ask("POST", "/wake_up")
 
     def _ask(
         self,
         method: str,
         path: str,
-        body: Iterable[bytes] = (),
-        headers: Mapping[str, str] | None = None,
+        asked: Mapping[str, Any] | None = None,
         *,
-        most: int,
+        most: int = SMALL,
+        missing: str = "",
     ) -> dict[str, Any]:
-        bearer = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        headers = {"Content-Type": "application/json"}
+        if self.token:
+            headers["Authorization"] = f"Bearer {self.token}"
+        body = b"" if asked is None else json.dumps(asked).encode()
+
         connection = self._connection()
         try:
-            connection.putrequest(method, path)
-            for name, value in {**bearer, **(headers or {})}.items():
-                connection.putheader(name, value)
-            connection.endheaders()
-            for block in body:
-                connection.send(block)
-
+            connection.request(method, path, body, headers)
             response = connection.getresponse()
             status = response.status
             data = response.read(most + 1)  # one byte more shows that the answer is too long
@@ -129,7 +181,7 @@ class Client:
                 f"rollout.url: the answer of {self.url} is longer than the {most} bytes that were "
                 "asked for"
             )
-        return self._checked(method, path, status, data)
+        return self._checked(path.partition("?")[0], status, data, missing)
 
     def _connection(self) -> http.client.HTTPConnection:
         if self.secure:
@@ -138,9 +190,15 @@ class Client:
             )
         return http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
 
-    def _checked(self, method: str, path: str, status: int, data: bytes) -> dict[str, Any]:
+    def _checked(self, path: str, status: int, data: bytes, missing: str) -> dict[str, Any]:
+        """The JSON object of an answer; nothing at all counts as an empty one."""
+        if status == 404 and missing:
+            raise ModelError(
+                f"rollout.url: {self.url} has no {path}; vLLM has it from 0.32 on, in development "
+                f"mode: start it with `{missing}`"
+            )
         try:
-            answer = json.loads(data)
+            answer = json.loads(data) if data else {}
         except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
@@ -151,17 +209,6 @@ class Client:
         if status == 200:
             return answer
 
-        reason = str(answer.get("error", ""))[:500]
-        if status == 409:
-            raise ResourceError(
-                f"rollout.url: stale weights: the server at {self.url} has others than this run "
-                f"gave it ({reason}); it was started again, or another run uses it. Give each run "
-                "its own server, then go on with --resume auto"
-            )
-        if status == 422:
-            raise ModelError(
-                f"rollout.url: the server at {self.url} refused the policy's weights: {reason}"
-            )
-        raise ResourceError(
-            f"rollout.url: {self.url} answered {method} {path} with {status}: {reason}"
-        )
+        error = answer.get("error", answer.get("detail", ""))
+        reason = str(error.get("message", "") if isinstance(error, dict) else error)[:500]
+        raise ResourceError(f"rollout.url: {self.url} answered {path} with {status}: {reason}")

@@ -45,13 +45,17 @@ def make_sampler(
             seed=seed,
         )
 
+    from alignkit.rollout.colocated import start_servers
     from alignkit.rollout.vllm import VLLMSampler
 
-    if accelerator is None:
-        return VLLMSampler(models, config, seed=seed)
-
-    # http means a server on this machine, of which each machine has one.
-    assert config.url is not None
-    elsewhere = config.url.startswith("https:")
-    first = accelerator.is_main_process if elsewhere else accelerator.is_local_main_process
-    return VLLMSampler(models, config, seed=seed, pushes=first)
+    # http means servers on this machine, to which its first process gives the weights.
+    elsewhere = any(url.startswith("https:") for url in config.urls)
+    pushes = True
+    if accelerator is not None:
+        pushes = accelerator.is_main_process if elsewhere else accelerator.is_local_main_process
+    sleeps = False
+    if config.colocate:
+        sleeps = accelerator is not None and accelerator.device.type == "cuda"
+        if pushes:
+            start_servers(config, models, sleeps=sleeps)
+    return VLLMSampler(models, config, seed=seed, pushes=pushes, sleeps=sleeps)

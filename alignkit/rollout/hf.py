@@ -5,6 +5,7 @@ per row and step over the model's own cache.
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +94,9 @@ class HFSampler:
 
     def sync(self) -> None:
         """Nothing to do: these are the trainer's own weights."""
+
+    def rest(self) -> None:
+        """Nothing to do: caches end with each call."""
 
     def _batches(self, prompts: Sequence[Tensor], n: int) -> Iterator[list[tuple[int, int]]]:
         """(prompt, completion) rows, short prompts first, as many per
@@ -261,7 +265,9 @@ class _Drawn:
 
         samples = []
         for row, (length, ended) in enumerate(ends):
-            own = {name: values[row, :length].clone() for name, values in numbers.items()}
+            own: dict[str, Any] = {
+                name: values[row, :length].clone() for name, values in numbers.items()
+            }
             sample = Sample(tokens[row, :length].clone(), ended=ended, **own)
             if not bool(torch.isfinite(sample.logps).all()):
                 raise NumericsError(

@@ -22,6 +22,7 @@ class Sample:
     ids: Tensor  # [T] int64, with the end token when there is one
     logps: Tensor  # [T] float32, natural log
     ended: bool  # an end token was sampled; False: cut at the cap
+    mixed: bool = False  # the weights were replaced between two of its tokens
 
     # Of the law that each token was drawn from, [T] each, where the sampler was asked to measure it.
     # The mean of summed `kl` over samples is the exact KL of whatever was sampled.
@@ -49,6 +50,10 @@ class Sampler(Protocol):
         """Draw from the policy as it is now, from here on. Called on every process before a
         rollout; the processes wait for each other afterwards.
         """
+        ...
+
+    def rest(self) -> None:
+        """Nothing is drawn until the next `sync`: give up what the training step can use."""
         ...
 
 

@@ -1,82 +1,126 @@
-"""Sampling with a vLLM server: the policy's weights are pushed before each rollout, and every
-answer names its version.
+"""Sampling with unmodified vLLM servers: the policy's weights go to all of them before each rollout,
+and every answer names the weights that its tokens were drawn with.
 """
 
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from torch import Tensor
+from transformers import AutoConfig
 
 from alignkit.batches import Draw
 from alignkit.config.rollout import RolloutConfig
 from alignkit.errors import ConfigError, ModelError, NumericsError, ResourceError
-from alignkit.files import vocabulary_hash
 from alignkit.policies.export import write_weights
 from alignkit.rollout.client import Client
+from alignkit.rollout.fleet import Fleet, Stale
 from alignkit.rollout.noise import row_keys
 from alignkit.rollout.protocol import Models, Sample, check_request, stop_tokens
-from alignkit.rollout.wire import shape_of, version_of
 
-SEEDS = (1 << 63) - 1  # vLLM takes 63 bits
+SEEDS = (1 << 62) - 1  # vLLM takes 63 bits, and adds a completion's number to its prompt's seed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BYTES_PER_TOKEN = 64  # of an answer: an id and a log-prob in JSON
+BYTES_PER_TOKEN = 256  # of an answer: ids and log-probs in JSON
+LOWEST = -9000.0  # what vLLM writes in place of a log-prob that is not finite is below
+SHAPE = (  # of a model's config: what tells two architectures apart
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+class TokenLogp(BaseModel):
+    """A sampled token and its log-prob."""
+
+    token_id: NonNegativeInt
+    logprob: float
+
+
+class Logprobs(BaseModel):
+    """The log-probs of a completion's tokens."""
+
+    content: Annotated[list[TokenLogp], Field(min_length=1)]
+
+
+class Span(BaseModel):
+    """The weights that neighbouring tokens of a completion were drawn with."""
+
+    version: str
 
 
 class Completion(BaseModel):
     """One completion of an answer."""
 
-    model_config = ConfigDict(strict=True)
-    ids: Annotated[list[NonNegativeInt], Field(min_length=1)]
-    logps: list[float]
-    ended: bool
-
-    @model_validator(mode="after")
-    def _one_each(self) -> Self:
-        if len(self.ids) != len(self.logps):
-            raise ValueError("as many log-probs as tokens")
-        return self
+    index: NonNegativeInt
+    token_ids: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    logprobs: Logprobs
+    finish_reason: str
+    weight_versions: Annotated[list[Span], Field(min_length=1)]
 
 
 class Answer(BaseModel):
-    """What the server says to a request for completions."""
+    """What a server says to a request for the completions of one prompt."""
 
-    model_config = ConfigDict(strict=True)
-    version: str
-    completions: list[Completion]
+    choices: list[Completion]
 
 
 class VLLMSampler:
-    """Draws from the policy alone; see `Sampler` for the contract. Each completion has a seed of
-    its own, a function of (seed, step, prompt id, completion), so a run that is taken up again
-    draws the same.
+    """Draws from the policy alone; see `Sampler` for the contract. Each prompt has a seed of its
+    own, a function of (seed, step, prompt id), to which vLLM adds the completion's number, so a run
+    that is taken up again draws the same.
 
-    pushes  whether this process gives its server the weights: one process for each server
+    pushes  whether this process gives its servers the weights: one process for each server
+    sleeps  whether the servers free their GPU between rollouts
     """
 
-    def __init__(self, models: Models, config: RolloutConfig, *, seed: int, pushes: bool = True):
-        assert config.url is not None
+    def __init__(
+        self,
+        models: Models,
+        config: RolloutConfig,
+        *,
+        seed: int,
+        pushes: bool = True,
+        sleeps: bool = False,
+    ):
         self.models = models
         self.config = config
         self.seed = seed
         self.pushes = pushes
-        self.client = Client(config.url, timeout=config.timeout)
-        self.about = self.client.wait(config.start_timeout)
-        self._check_model()
+        self.sleeps = sleeps
+        self.fleet = Fleet(config.urls, timeout=config.timeout)
+        self.about = self.fleet.wait(config.start_timeout)
+        self._check_models()
+        self.updates = 0  # how many weights this process has given
         self.version = ""  # nothing pushed yet
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and completion that every server takes."""
+        return min(int(about["max_model_len"]) for about in self.about)
+
     def sync(self) -> None:
-        """Give the server the policy's present weights; a process that does not push takes what is
+        """Give the servers the policy's present weights; a process that does not push takes what is
         there when it draws.
         """
         self.version = ""
         if self.pushes:
+            if self.sleeps and self.updates:
+                self.fleet.on_all(Client.wake)
             with self.models.model("policy") as model:
                 self._push(model)
+
+    def rest(self) -> None:
+        """Servers on the trainer's own GPUs free them until the next `sync`, which wakes them."""
+        if self.pushes and self.sleeps:
+            self.fleet.on_all(Client.sleep)
 
     def sample(
         self, prompts: Sequence[Tensor], draw: Draw, *, step: int, prompt_ids: Sequence[int]
@@ -89,117 +133,175 @@ class VLLMSampler:
         check_draw(draw)
         if not prompts:
             return []
-        self.version = self.version or self.client.hello()["version"]
-        asked = self._request(prompts, n, step, prompt_ids)
-        answer = self._answer(asked, n * len(prompts))
-        samples = [self._sample(row) for row in answer.completions]
-        return [samples[i : i + n] for i in range(0, len(samples), n)]
+        self._check_room(prompts)
+        self.version = self.version or self.fleet.version()
 
-    def _request(
-        self, prompts: Sequence[Tensor], n: int, step: int, prompt_ids: Sequence[int]
-    ) -> dict[str, Any]:
-        room = self.about["max_length"] - max(len(prompt) for prompt in prompts)
+        ids = torch.tensor(prompt_ids)
+        zeros = torch.zeros_like(ids)
+        seeds = (row_keys(self.seed, step, ids, zeros, zeros) & SEEDS).tolist()
+        stop = stop_tokens(self.models)
+        requests = [
+            self._request(prompt, n, key, stop) for prompt, key in zip(prompts, seeds, strict=True)
+        ]
+        return self.fleet.map(self._answered, requests)
+
+    def _check_room(self, prompts: Sequence[Tensor]) -> None:
+        room = self.max_length - max(len(prompt) for prompt in prompts)
         if room < self.config.max_new_tokens:
             raise ConfigError(
                 f"rollout.max_new_tokens: a prompt leaves room for {room} of "
-                f"{self.config.max_new_tokens} tokens in the server's {self.about['max_length']}; "
+                f"{self.config.max_new_tokens} tokens in the server's {self.max_length}; "
                 "lower it or data.max_length, or start the server with a larger --max-model-len"
             )
 
-        ids = torch.tensor(prompt_ids).repeat_interleave(n)
-        completions = torch.arange(n).repeat(len(prompts))
-        keys = row_keys(self.seed, step, ids, completions, torch.zeros_like(ids)) & SEEDS
-
+    def _request(self, prompt: Tensor, n: int, seed: int, stop: Sequence[int]) -> dict[str, Any]:
+        """All completions of a prompt are one request: its tokens are computed once."""
         return {
-            "version": self.version,
-            "max_new_tokens": self.config.max_new_tokens,
-            "temperature": self.config.temperature,
-            "top_p": self.config.top_p,
-            "stop": stop_tokens(self.models),
-            "prompts": [prompt.tolist() for prompt in prompts],
-            "seeds": keys.view(-1, n).tolist(),
+            "token_ids": prompt.tolist(),
+            "sampling_params": {
+                "n": n,
+                "seed": seed,
+                "max_tokens": self.config.max_new_tokens,
+                "temperature": self.config.temperature,
+                "top_p": self.config.top_p,
+                "stop_token_ids": stop,
+                "ignore_eos": True,  # the trainer says what ends a completion
+                "logprobs": 0,  # of the sampled token alone
+                "detokenize": False,
+            },
         }
 
-    def _answer(self, asked: Mapping[str, Any], total: int) -> Answer:
-        """The server's answer with every number in it checked: the trainer learns from them."""
-        most = (1 << 16) + total * (128 + BYTES_PER_TOKEN * self.config.max_new_tokens)
+    def _answered(self, client: Client, asked: Mapping[str, Any]) -> list[Sample]:
+        """The samples of one prompt, with every number in them checked: the trainer learns from
+        them.
+        """
+        n = asked["sampling_params"]["n"]
+        most = (1 << 16) + n * (256 + BYTES_PER_TOKEN * self.config.max_new_tokens)
         try:
-            answer = Answer.model_validate(self.client.sample(asked, most))
+            answer = Answer.model_validate(client.generate(asked, most))
         except ValidationError as error:
             fault = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, fault["loc"]))
             raise ResourceError(
-                f"rollout.url: {self.config.url} gave a malformed answer at {place}: {fault['msg']}"
+                f"rollout.url: {client.url} gave a malformed answer at {place}: {fault['msg']}"
             ) from None
 
-        if answer.version != self.version:
-            raise ResourceError(
-                f"rollout.url: {self.config.url} sampled with stale weights: "
-                f"{answer.version[:12]}, not {self.version[:12]}"
-            )
-
-        rows = answer.completions
-        cap = asked["max_new_tokens"]
-        vocabulary = self.about["shape"]["vocab_size"]
-        if len(rows) != total or any(
-            len(row.ids) > cap or max(row.ids) >= vocabulary for row in rows
+        rows = sorted(answer.choices, key=lambda row: row.index)
+        vocabulary = self.vocabulary
+        cap = self.config.max_new_tokens
+        if [row.index for row in rows] != list(range(n)) or any(
+            len(row.token_ids) > cap or max(row.token_ids) >= vocabulary for row in rows
         ):
             raise ResourceError(
-                f"rollout.url: {self.config.url} did not give the {total} completions that were "
-                f"asked for, of at most {cap} tokens below {vocabulary} each"
+                f"rollout.url: {client.url} did not give the {n} completions that were asked for, "
+                f"of at most {cap} tokens below {vocabulary} each"
             )
-        return answer
+        return [self._sample(client, row) for row in rows]
 
-    def _sample(self, row: Completion) -> Sample:
-        if not all(map(math.isfinite, row.logps)):
+    def _sample(self, client: Client, row: Completion) -> Sample:
+        versions = {span.version for span in row.weight_versions}
+        if self.version not in versions:
+            raise Stale(
+                f"rollout.url: stale weights: the server at {client.url} has others than this run "
+                f"gave it ({min(versions)[:24]}, not {self.version[:24]}); it was started again, or "
+                "another run uses it. Give each run its own servers, then go on with --resume auto"
+            )
+
+        pairs = row.logprobs.content
+        if [pair.token_id for pair in pairs] != row.token_ids:
+            raise ResourceError(
+                f"rollout.url: {client.url} gave a malformed answer: its log-probs are not those of "
+                "its tokens"
+            )
+        if not all(LOWEST < pair.logprob <= 1e-3 for pair in pairs):
             raise NumericsError(
                 "sampling: the server's log-probs are not finite; the policy's weights hold nan "
                 "or inf"
             )
+        logps = torch.tensor([pair.logprob for pair in pairs], dtype=torch.float32)
         return Sample(
-            torch.tensor(row.ids), torch.tensor(row.logps, dtype=torch.float32), row.ended
+            torch.tensor(row.token_ids),
+            logps,
+            row.finish_reason == "stop",
+            mixed=len(versions) > 1,
         )
 
     def _push(self, model: Any) -> None:
-        with tempfile.TemporaryDirectory(prefix="alignkit-weights-") as folder:
-            try:
-                file = write_weights(model, Path(folder), dtype=DTYPES[self.about["dtype"]])
-            except OSError as error:
-                raise ResourceError(
-                    f"cannot write weights to {folder}: {error.strerror}; set TMPDIR"
-                ) from error
-            self.version = version_of(file)
+        dtype = DTYPES[self.about[0]["dtype"]]
+        parent = self.config.weights_dir
+        try:
+            with tempfile.TemporaryDirectory(prefix="alignkit-weights-", dir=parent) as folder:
+                file = write_weights(model, Path(folder), dtype=dtype)
+                with file.open("rb") as source:
+                    digest = _sha256(source)
+                self.updates += 1
+                self.version = f"{self.updates}:{digest}"
+                self.fleet.on_all(lambda client: _give(client, Path(folder), self.version))
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write weights to {parent or tempfile.gettempdir()}: {error.strerror}; set "
+                "rollout.weights_dir or TMPDIR"
+            ) from error
 
-            # The server may have these weights already, or have lost them since the last step.
-            if self.client.hello()["version"] != self.version:
-                self.client.push(file, self.version)
-
-    def _check_model(self) -> None:
-        """ModelError unless the server's tokens and architecture are the policy's."""
-        holds = f"rollout.url: the server at {self.config.url} holds {self.about.get('model')}"
-        if self.about.get("vocabulary") != vocabulary_hash(self.models.tokenizer.get_vocab()):
-            raise ModelError(
-                f"{holds}, whose tokenizer is not the policy's; start it with the model that is "
-                "trained"
-            )
-
+    def _check_models(self) -> None:
+        """ModelError unless the servers' architecture is the policy's, as far as their configs can
+        be read here; a server refuses weights of other shapes.
+        """
         with self.models.model("policy") as model:
             config: Any = model.config
-            own = shape_of(config.get_text_config())
-        theirs = self.about.get("shape") or {}
-        wrong = [
-            f"{name} {theirs.get(name)} for {value}"
-            for name, value in own.items()
-            if theirs.get(name) != value
-        ]
-        if wrong:
-            raise ModelError(
-                f"{holds}, another architecture ({', '.join(wrong)}); start it with the model "
-                "that is trained"
-            )
+            own = _shape_of(config)
+        self.vocabulary = own["vocab_size"]
+        for url, about in zip(self.config.urls, self.about, strict=True):
+            holds = f"rollout.url: the server at {url} holds {about.get('model')}"
+            theirs = _shape_at(str(about.get("model")))
+            wrong = [
+                f"{name} {theirs[name]} for {value}"
+                for name, value in own.items()
+                if theirs and theirs[name] != value
+            ]
+            if wrong:
+                raise ModelError(
+                    f"{holds}, another architecture ({', '.join(wrong)}); start it with the model "
+                    "that is trained"
+                )
 
-        if self.about.get("dtype") not in DTYPES or type(self.about.get("max_length")) is not int:
-            raise ModelError(f"{holds} in {self.about.get('dtype')}; allowed: {', '.join(DTYPES)}")
+            about["dtype"] = str(about.get("dtype")).removeprefix("torch.")
+            if about["dtype"] not in DTYPES:
+                raise ModelError(f"{holds} in {about['dtype']}; allowed: {', '.join(DTYPES)}")
+            if about["dtype"] != self.about[0]["dtype"]:
+                raise ModelError(
+                    f"{holds} in {about['dtype']}, and another server in {self.about[0]['dtype']}; "
+                    "start all of them with the same --dtype"
+                )
+
+
+def _shape_of(config: Any) -> dict[str, Any]:
+    text = config.get_text_config()
+    return {name: getattr(text, name, None) for name in SHAPE}
+
+
+def _shape_at(name: str) -> dict[str, Any]:
+    """The shape of a model by its folder or name; empty where its config is not on this machine."""
+    try:
+        return _shape_of(AutoConfig.from_pretrained(name, local_files_only=True))
+    except Exception:  # loaders raise anything
+        return {}
+
+
+def _give(client: Client, folder: Path, version: str) -> None:
+    """Load weights, unless the server has these already; it may have lost them since the last step."""
+    _, _, digest = version.partition(":")
+    if client.version().partition(":")[2] != digest:
+        client.load(folder, version)
+    elif client.version() != version:
+        client.rename(version)
+
+
+def _sha256(source: Any) -> str:
+    digest = sha256()
+    while block := source.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def check_draw(draw: Draw) -> None:

@@ -54,9 +54,9 @@ def check_engine(recipe: Recipe, objective: "Objective") -> None:
     from alignkit.rollout.client import Client
     from alignkit.rollout.vllm import check_draw
 
-    assert recipe.rollout.url is not None
     try:
-        Client(recipe.rollout.url, timeout=recipe.rollout.timeout)
+        for url in recipe.rollout.urls:
+            Client(url, timeout=recipe.rollout.timeout)
         if not FAMILIES[objective.plan.data].sampled:
             raise ConfigError(
                 "rollout.engine: vllm does not sample beside fixed data; use rollout.engine: hf"

@@ -22,7 +22,7 @@ from alignkit.rollout.importance import Correction, mismatch, own_rows
 from alignkit.rollout.protocol import Sample, Sampler
 from alignkit.sources.bundle_io import pack, unpack
 from alignkit.sources.dataset import Order
-from alignkit.sources.scoring import FlatScores, Scoring, rollout_metrics
+from alignkit.sources.scoring import FlatScores, Scoring, mixed_versions, rollout_metrics
 
 
 @dataclass
@@ -136,11 +136,15 @@ class RolloutSource:
             fitting = sorted(gather_object(own_fitting))
             if len(fitting) >= size:
                 break
+        with raise_on_all_ranks(self.accelerator):
+            self.sampler.rest()
 
         self.metrics |= self.scoring.metrics
         self.metrics |= rollout_metrics(
             self.plan, answers, list(bundles.values()), self.accelerator
         )
+        if self.correction is not None:
+            self.metrics |= mixed_versions(answers, self.accelerator)
         self.flat_scores.watch(self.metrics, self.accelerator)
         if self.pass_rate:
             self.metrics["rollout/fitting"] = len(fitting) / places_asked

@@ -177,6 +177,17 @@ def rollout_metrics(
     return {name: total / max(count, 1) for name, (total, count) in totals.items()}
 
 
+def mixed_versions(samples: Samples, accelerator: Accelerator) -> dict[str, float]:
+    """The share of completions, over all ranks, whose tokens were drawn with more than one version
+    of the weights. Their log-probs are those of each token's own version, so importance weights
+    account for them.
+    """
+    flags = [sample.mixed for row in samples for sample in row]
+    own = torch.tensor([sum(flags), len(flags)], dtype=torch.float64, device=accelerator.device)
+    mixed, total = accelerator.reduce(own).tolist()
+    return {"sampling/mixed_versions": mixed / max(total, 1)}
+
+
 def _agree(scores: Tensor) -> bool:
     """Whether the scores [K] of a prompt's completions are one and the same."""
     return bool(constant_groups(scores, torch.zeros(len(scores), dtype=torch.long)).all())

@@ -40,6 +40,7 @@ class HeldOut:
                     self.accelerator.process_index :: self.accelerator.num_processes
                 ]
             )
+            self.sampler.rest()
         total, count, tokens, rows = self.accelerator.reduce(
             own.to(self.accelerator.device)
         ).tolist()

@@ -1,9 +1,9 @@
-"""Whole runs on a sampling server (the real HTTP server, a transformers model in vLLM's place; see
+"""Whole runs on a sampling server with vLLM's paths (a transformers model in vLLM's place; see
 small_server.py).
 """
 
 import json
-from dataclasses import replace
+import threading
 
 import pytest
 from safetensors.torch import load_file
@@ -121,8 +121,8 @@ def test_a_server_that_is_a_little_off_is_corrected_for(world, train, tmp_path):
     trainer's, and weights beside them.
     """
     engine = TransformersEngine(world / "model")
-    true = engine.continuations
-    engine.continuations = lambda rows: true([replace(row, temperature=0.9) for row in rows])
+    true = engine.sample
+    engine.sample = lambda prompt, **fields: true(prompt, **{**fields, "temperature": 0.9})
     with serving(engine) as url:
         assert train(tmp_path / "run", url, "train.steps=2", "rollout.max_importance=1.5")[0] == 0
     for row in read_jsonl(tmp_path / "run" / "metrics.jsonl"):
@@ -168,12 +168,30 @@ def test_a_server_elsewhere_needs_https_and_a_token(train, tmp_path, monkeypatch
     assert (code, "http would send weights to gpu.example in the clear" in err) == (2, True), err
 
 
-def test_another_tokenizer_or_no_server(world, train, tmp_path):
-    engine = TransformersEngine(world / "model")
-    told = engine.describe()
-    engine.describe = lambda: {**told, "vocabulary": "another"}
-    with serving(engine) as url:
-        code, err = train(tmp_path / "run", url)
-    assert (code, "whose tokenizer is not the policy's" in err) == (4, True), err
-    code, err = train(tmp_path / "run", url, "rollout.start_timeout=0.2")
+def test_no_server(world, train, tmp_path):
+    code, err = train(tmp_path / "run", "http://127.0.0.1:9", "rollout.start_timeout=0.2")
     assert (code, "within rollout.start_timeout (0.2 s)" in err) == (7, True), err
+
+
+def test_a_server_that_cannot_be_started(train, tmp_path):
+    code, err = train(tmp_path / "run", "null", "rollout.colocate=true", "rollout.program=no-vllm")
+    assert (code, "rollout.colocate: there is no program no-vllm" in err) == (2, True), err
+
+
+def test_a_run_with_two_servers_outlives_one_of_them(world, train, tmp_path):
+    engines = [TransformersEngine(world / "model"), TransformersEngine(world / "model")]
+    with serving(engines[0]) as first, serving(engines[1]) as second:
+        load, loads = engines[0].load, []
+
+        def dying(folder):
+            load(folder)
+            loads.append(folder)
+            if len(loads) == 3:
+                threading.Thread(target=engines[0].stop).start()
+
+        engines[0].load = dying
+        assert train(tmp_path / "run", f"[{first}, {second}]", "train.steps=5")[0] == 0
+    assert len(loads) == 3
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [row["sampling/mixed_versions"] for row in rows] == [0.0] * 5
+    assert all(row["sampling/mismatch_kl"] < 1e-9 for row in rows)

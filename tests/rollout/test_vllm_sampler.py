@@ -1,17 +1,16 @@
-"""The vLLM sampler against the real HTTP server on 127.0.0.1, with a transformers model in vLLM's
+"""The vLLM sampler against servers on 127.0.0.1 with vLLM's paths and a transformers model in vLLM's
 place (small_server.py).
 
 vLLM itself: test_real_vllm.py, under `make test-vllm`.
 """
 
-import http.client
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from small_server import TransformersEngine, serving
+from transformers import AutoConfig
 from world import save_model
 
 from alignkit.batches import Draw
@@ -21,8 +20,7 @@ from alignkit.errors import ConfigError, ModelError, NumericsError, ResourceErro
 from alignkit.plan import Plan
 from alignkit.policies.load import load_pair
 from alignkit.rollout import VLLMSampler
-from alignkit.rollout.client import Client
-from alignkit.rollout.wire import TOKEN_ENV, version_of
+from alignkit.rollout.client import TOKEN_ENV, Client
 
 PROMPTS = [torch.tensor(ids) for ids in ([5, 7, 9], [4], [8, 3, 3, 11])]
 
@@ -106,8 +104,10 @@ def test_the_server_draws_from_the_weights_that_were_pushed_last(folder, engine,
     moved(other)
     same = sampler_of(other, url)
     same.sync()
-    # the weights give it its name, not their history
-    assert sampler.version != version == same.version
+    # updates are numbered, and named after the weights
+    assert version.partition(":")[0] == "1"
+    assert sampler.version.partition(":")[0] == "2"
+    assert same.version == version != sampler.version
 
 
 def test_an_adapter_is_folded_in_and_the_policy_stays_as_it_is(folder, url):
@@ -175,14 +175,93 @@ def test_weights_of_someone_else_are_noticed(folder, engine, url):
     ):
         draw(sampler)
     sampler.sync()  # the version has not moved, but the server's has
+    draw(sampler)
 
 
-def test_an_answer_that_names_other_weights_is_no_data(folder, engine, url):
+def test_a_completion_of_two_versions_is_counted(folder, engine, url):
     sampler = sampler_of(pair_of(folder), url)
     sampler.sync()
-    answered = sampler.client.sample
-    sampler.client.sample = lambda asked, most: {**answered(asked, most), "version": "older"}
-    with pytest.raises(ResourceError, match="sampled with stale weights: older, not"):
+    choices = engine.choices
+
+    def with_an_older_start(asked):
+        answer = choices(asked)
+        answer[0]["weight_versions"].insert(0, {"version": "0:older", "start": 0, "end": 1})
+        return answer
+
+    engine.choices = with_an_older_start
+    assert [[sample.mixed for sample in row] for row in draw(sampler)] == [[True] + [False] * 3] * 3
+
+
+def test_new_weights_are_in_force_only_when_all_of_them_are_there(folder, engine, url):
+    sampler = sampler_of(pair_of(folder), url)
+    engine.calls.clear()
+    sampler.sync()
+    rename = "/update_weight_version"
+    order = ["/pause", rename, "/collective_rpc", "/reset_prefix_cache", rename, "/resume"]
+    assert engine.calls == ["/weight_info", *order]
+    engine.calls.clear()
+    sampler.sync()  # the same weights are not sent again
+    assert "/collective_rpc" not in engine.calls
+
+
+@pytest.fixture
+def two(folder):
+    engines = [TransformersEngine(folder), TransformersEngine(folder)]
+    with serving(engines[0]) as first, serving(engines[1]) as second:
+        yield engines, [first, second]
+
+
+def test_two_servers_share_the_prompts_and_both_get_the_weights(folder, two):
+    engines, urls = two
+    pair = pair_of(folder)
+    moved(pair)
+    sampler = sampler_of(pair, urls)
+    sampler.sync()
+    drawn = sampler.sample(PROMPTS * 4, Draw(2), step=0, prompt_ids=range(12))
+    assert worst_difference(pair, drawn[:3]) < 1e-5
+    assert min(engine.prompts for engine in engines) >= 3
+    assert sum(engine.prompts for engine in engines) == 12  # a prompt's group stays together
+
+    alone = sampler_of(pair, urls[0])
+    alone.sync()
+    again = alone.sample(PROMPTS * 4, Draw(2), step=0, prompt_ids=range(12))
+    assert [[s.ids.tolist() for s in row] for row in again] == [
+        [s.ids.tolist() for s in row] for row in drawn
+    ]
+
+
+def test_the_others_take_over_what_a_dead_server_had(folder, two, caplog):
+    engines, urls = two
+    sampler = sampler_of(pair_of(folder), urls)
+    sampler.sync()
+    sample = engines[0].sample
+
+    def dying(*arguments, **fields):
+        threading.Thread(target=engines[0].stop).start()
+        raise ConnectionAbortedError
+
+    engines[0].sample = dying
+    drawn = draw(sampler, prompts=PROMPTS * 4, ids=range(12))
+    assert [len(row) for row in drawn] == [4] * 12
+    assert engines[1].prompts == 12
+    assert "1 other servers take over its work" in caplog.text
+
+    engines[0].sample = sample
+    with serving(engines[0], int(urls[0].rpartition(":")[2])):
+        sampler.sync()  # it is back, and gets the weights
+        draw(sampler, prompts=PROMPTS * 4, ids=range(12))
+    assert engines[0].prompts > 0
+
+
+def test_a_server_that_was_started_again_has_lost_its_place(folder, two):
+    engines, urls = two
+    sampler = sampler_of(pair_of(folder), urls)
+    sampler.sync()
+    engines[0].version = "default"
+    assert len(draw(sampler)) == 3
+    assert engines[1].prompts == 3
+    engines[1].version = "default"
+    with pytest.raises(ResourceError, match=r"stale weights.*\(default, not 1:"):
         draw(sampler)
 
 
@@ -199,7 +278,6 @@ def test_weights_are_sent_again_to_a_server_that_lost_them(folder, engine):
 
 
 def test_a_process_that_does_not_push_takes_the_version_of_its_server(folder, engine, url):
-    """Two ranks with one server: requests that wait for the engine together run as one batch."""
     pushing = sampler_of(pair_of(folder), url)
     config = RolloutConfig(url=url, max_new_tokens=6)
     other = VLLMSampler(pair_of(folder), config, seed=0, pushes=False)
@@ -207,63 +285,34 @@ def test_a_process_that_does_not_push_takes_the_version_of_its_server(folder, en
     other.sync()
     draw(other)
     assert other.version == pushing.version != ""
-    quick, engine.batches = engine.continuations, []
-    engine.continuations = lambda rows: (time.sleep(0.1), quick(rows))[1]
-    threads = [threading.Thread(target=draw, args=(s,)) for s in (pushing, other, pushing)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.05)
-    for thread in threads:
-        thread.join()
-    assert engine.batches == [12, 24]
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (
-            lambda row: {**row, "ids": row["ids"][:-1]},
-            "completions.0: Value error, as many log-probs as tokens",
-        ),
-        (
-            lambda row: {**row, "ids": ["5"] * len(row["ids"])},
-            "malformed answer at completions.0.ids.0",
-        ),
-        (
-            lambda row: {**row, "ids": [-1] * len(row["ids"])},
-            "malformed answer at completions.0.ids.0",
-        ),
-        (
-            lambda row: {"ids": [], "logps": [], "ended": True},
-            "malformed answer at completions.0.ids",
-        ),
-        (
-            lambda row: {"ids": [23], "logps": [-1.0], "ended": True},
-            "the 12 completions .* of at most 6 tokens below 23",
-        ),
-        (
-            lambda row: {"ids": [5] * 7, "logps": [-1.0] * 7, "ended": True},
-            "did not give the 12 completions",
-        ),
-        (
-            lambda row: {"ids": [5], "logps": [None], "ended": True},
-            "malformed answer at completions.0.logps.0",
-        ),
+        ({"token_ids": ["x"]}, "malformed answer at choices.0.token_ids.0"),
+        ({"token_ids": [-1]}, "malformed answer at choices.0.token_ids.0"),
+        ({"token_ids": []}, "malformed answer at choices.0.token_ids"),
+        ({"token_ids": [23]}, "the 4 completions .* of at most 6 tokens below 23"),
+        ({"token_ids": [5] * 7}, "did not give the 4 completions"),
+        ({"index": 9}, "did not give the 4 completions"),
+        ({"token_ids": [5, 5, 5, 5, 5]}, "its log-probs are not those of its tokens"),
+        ({"logprobs": None}, "malformed answer at choices.0.logprobs"),
+        ({"weight_versions": None}, "malformed answer at choices.0.weight_versions"),
     ],
 )
 def test_an_answer_that_is_not_what_was_asked_for_is_no_data(folder, engine, url, change, words):
-    sampler, true = sampler_of(pair_of(folder), url), engine.continuations
-    engine.continuations = lambda rows: [change(row) for row in true(rows)]
+    sampler, true = sampler_of(pair_of(folder), url), engine.choices
+    engine.choices = lambda asked: [{**row, **change} for row in true(asked)]
     sampler.sync()
     with pytest.raises(ResourceError, match=words):
         draw(sampler)
 
 
 def test_log_probs_that_are_not_finite_are_a_numerical_stop(folder, engine, url):
+    """vLLM writes -9999 in their place."""
     sampler = sampler_of(pair_of(folder), url)
-    engine.continuations = lambda rows: (
-        [{"ids": [5], "logps": [float("nan")], "ended": False}] * len(rows)
-    )
+    engine.sample = lambda prompt, n, **_: [{"ids": [5], "logps": [-9999.0], "ended": False}] * n
     sampler.sync()
     with pytest.raises(NumericsError, match="not finite"):
         draw(sampler)
@@ -273,19 +322,22 @@ def test_a_server_that_hangs_breaks_or_is_gone(folder, engine):
     with serving(engine) as url:
         sampler = sampler_of(pair_of(folder), url)
         sampler.sync()
-        sampler.client.timeout = 0.2
-        engine.continuations = lambda rows: time.sleep(0.3) or []
+        sampler.fleet.clients[0].timeout = 0.2
+        true = engine.sample
+        engine.sample = lambda *_, **__: time.sleep(0.3) or []
         with pytest.raises(
             ResourceError,
             match=r"did not answer in 0\.2 s; start it again, then go on with --resume auto",
         ):
             draw(sampler)
-        sampler.client.timeout = 5
-        engine.sample = lambda rows: 1 / 0
+        sampler.fleet.clients[0].timeout = 5
+        engine.sample = lambda *_, **__: 1 / 0
+        sampler.sync()
         with pytest.raises(
-            ResourceError, match="answered POST /sample with 500: ZeroDivisionError"
+            ResourceError, match="answered /inference/v1/generate with 500: ZeroDivisionError"
         ):
             draw(sampler)
+        engine.sample = true
     with pytest.raises(
         ResourceError, match=r"no sampling server answers at http://127\.0.*Connection"
     ):
@@ -297,7 +349,8 @@ def test_a_server_that_is_still_starting_is_waited_for(folder, engine, caplog, m
     with serving(engine) as url:
         port = int(url.rpartition(":")[2])
     with pytest.raises(
-        ResourceError, match=r"within rollout.start_timeout \(0.3 s\); start one with `python -m"
+        ResourceError,
+        match=r"within rollout.start_timeout \(0.3 s\); start one with `VLLM_SERVER_DEV_MODE=1 vllm serve",
     ):
         Client(url, timeout=1).wait(0.3)
     assert "of 0.3 s" in caplog.text
@@ -307,80 +360,53 @@ def test_a_server_that_is_still_starting_is_waited_for(folder, engine, caplog, m
     time.sleep(0.2)
     with serving(engine, port):
         thread.join()
-    assert found[0]["engine"] == "transformers"
+    assert found[0]["model"] == str(folder)
 
 
-def test_another_model_is_refused(folder, engine, url):
+def test_another_model_is_refused(folder, engine, url, tmp_path):
     pair = pair_of(folder)
-    told = engine.describe()
+    about = dict(engine.about)
+    wide = AutoConfig.from_pretrained(folder)
+    wide.hidden_size = 32
+    wide.save_pretrained(tmp_path)
     for change, words in [
-        ({"vocabulary": "0"}, "whose tokenizer is not the policy's"),
-        (
-            {"shape": {**told["shape"], "hidden_size": 32}},
-            r"another architecture \(hidden_size 32 for 16\)",
-        ),
-        ({"dtype": "int8"}, "in int8; allowed: float32"),
+        ({"model": str(tmp_path)}, r"another architecture \(hidden_size 32 for 16\)"),
+        ({"dtype": "torch.int8"}, "in int8; allowed: float32"),
+        ({"logprobs_mode": "raw_logprobs"}, "gives raw_logprobs, not the log-probs of what it"),
     ]:
-        engine.describe = lambda change=change: {**told, **change}
-        with serving(engine) as other, pytest.raises(ModelError, match=words):
-            sampler_of(pair, other)
+        engine.about = {**about, **change}
+        with pytest.raises(ModelError, match=words):
+            sampler_of(pair, url)
+    engine.about = about
     engine.load = lambda folder: (_ for _ in ()).throw(KeyError("no such layer"))
     sampler = sampler_of(pair, url)
-    with pytest.raises(
-        ModelError,
-        match="refused the policy's weights: the weights do not fit this model: 'no such layer'",
-    ):
+    with pytest.raises(ModelError, match=r"refused the policy's weights: .* 'no such layer'"):
         sampler.sync()
+    assert engine.calls[-1] == "/resume"
     with pytest.raises(ResourceError, match="stale weights"):
         draw(sampler)
 
 
 def test_the_context_of_the_server_is_a_limit(folder, engine, url):
     sampler = sampler_of(pair_of(folder), url)
-    sampler.about["max_length"] = 9
+    sampler.about[0]["max_model_len"] = 9
     with pytest.raises(
         ConfigError, match="a prompt leaves room for 5 of 6 tokens in the server's 9"
     ):
         draw(sampler)
 
 
-def test_the_token_is_asked_for(folder, engine, monkeypatch):
+def test_the_token_is_sent(folder, engine, monkeypatch):
     with serving(engine, token="s3cret") as url:
         for value in ("", "wrong"):
             monkeypatch.setenv(TOKEN_ENV, value)
-            with pytest.raises(ResourceError, match="401: the token is missing or wrong"):
+            with pytest.raises(ResourceError, match="with 401: Unauthorized"):
                 Client(url, timeout=1).wait(5)
         monkeypatch.setenv(TOKEN_ENV, "s3cret")
-        assert Client(url, timeout=1).hello()["protocol"] == 1
+        assert Client(url, timeout=1).about()["model"] == str(folder)
     monkeypatch.delenv(TOKEN_ENV)
     with pytest.raises(ConfigError, match=f"is not this machine; set {TOKEN_ENV}"):
         Client("https://gpu.example:8001", timeout=1)
-
-
-def test_what_the_server_refuses(url, tmp_path):
-    def ask(method, path, body=b"", **headers):
-        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=2)
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        return response.status, response.read().decode()
-
-    json = {"Content-Type": "application/json"}
-    # all that another site's page can send
-    assert ask("POST", "/sample", b"{}", **{"Content-Type": "text/plain"})[0] == 415
-    assert ask("POST", "/sample", b"{}", **json) == (
-        400,
-        '{"error": "malformed request: KeyError: \'max_new_tokens\'"}',
-    )
-    assert ask("POST", "/sample", b"[", **json)[0] == 400
-    assert ask("GET", "/weights")[0] == 404
-    assert ask("PUT", "/weights", b"abc", **{"X-Alignkit-Version": "0"}) == (
-        400,
-        '{"error": "the weights arrived damaged: their SHA-256 is not the announced version"}',
-    )
-    file = Path(tmp_path / "model.safetensors")
-    file.write_bytes(b"not safetensors")
-    with pytest.raises(ModelError, match="do not fit this model"):
-        Client(url, timeout=2).push(file, version_of(file))
 
 
 @pytest.mark.parametrize(
@@ -392,6 +418,10 @@ def test_what_the_server_refuses(url, tmp_path):
         ({"url": "http://127.0.0.1:8001/v1"}, "write http://127.0.0.1:PORT"),
         ({"url": "http://me:pw@127.0.0.1"}, "write http://127.0.0.1:PORT"),
         ({"url": "http://127.0.0.1:port"}, "port"),
+        ({"url": ["http://127.0.0.1:1", "http://10.0.0.3:1"]}, "in the clear"),
+        ({"url": ["http://127.0.0.1:1"] * 2}, "a server is named twice"),
+        ({"url": []}, "at least 1 item"),
+        ({"colocate": True, "url": "https://gpu.example"}, "colocate starts servers on this"),
         ({"engine": "vllm"}, "engine vllm needs a url"),
         ({"engine": "hf", "url": "http://127.0.0.1"}, "the engine is hf"),
         ({"url": "http://127.0.0.1", "max_importance": 0.5}, "max_importance"),
@@ -404,6 +434,7 @@ def test_the_section_refuses(fields, words):
 
 def test_the_engine_follows_from_the_url():
     assert RolloutConfig().engine == "hf"
+    assert RolloutConfig(colocate=True).engine == "vllm"
     for url in (
         "http://127.0.0.1:8001",
         "http://localhost:1",

