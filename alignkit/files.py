@@ -185,27 +185,43 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     first; an exception leaves `folder` as it was. OSError where the disk refuses, or where a link
     stands in the place of a temporary folder.
     """
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    previous = folder.with_name(f".tmp-{folder.name}-old")
-    for left_over in (temporary, previous):
-        check_no_link(left_over)
-        shutil.rmtree(left_over, ignore_errors=True)
-
     try:
-        temporary.mkdir(parents=True)
+        temporary = begun_folder(folder)
         yield temporary
         for path in temporary.rglob("*"):
             fsync(path)
-        fsync(temporary)
-
-        # Moved aside and not deleted in place: nobody ever sees half of it.
-        if folder.exists():
-            folder.rename(previous)
-        temporary.rename(folder)
-        fsync(folder.parent)
+        appear(temporary, folder)
     finally:
-        for left_over in (temporary, previous):
-            shutil.rmtree(left_over, ignore_errors=True)
+        abandon_folder(folder)
+
+
+def begun_folder(folder: Path) -> Path:
+    """An empty folder that can later `appear` in the place of `folder`; what an earlier, killed
+    attempt left is removed. OSError where the disk refuses, or where a link stands in its place.
+    """
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    for left_over in (temporary, folder.with_name(f".tmp-{folder.name}-old")):
+        check_no_link(left_over)
+        shutil.rmtree(left_over, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def appear(temporary: Path, folder: Path) -> None:
+    """Let a folder whose files are synced take the place of `folder`, by one rename."""
+    fsync(temporary)
+
+    # Moved aside and not deleted in place: nobody ever sees half of it.
+    if folder.exists():
+        folder.rename(folder.with_name(f".tmp-{folder.name}-old"))
+    temporary.rename(folder)
+    fsync(folder.parent)
+
+
+def abandon_folder(folder: Path) -> None:
+    """Remove what has not appeared in the place of `folder`, and what was there before."""
+    for left_over in (f".tmp-{folder.name}", f".tmp-{folder.name}-old"):
+        shutil.rmtree(folder.with_name(left_over), ignore_errors=True)
 
 
 @contextmanager
@@ -244,19 +260,25 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def write_manifest(
-    folder: Path, content: Mapping[str, Any], *, without: Sequence[str] = ()
+    folder: Path,
+    content: Mapping[str, Any],
+    *,
+    without: Sequence[str] = (),
+    hashes: Mapping[str, str] | None = None,
 ) -> None:
     """Write `manifest.json`: `content` (JSON), size and SHA-256 of every file in `folder` but those
-    named in `without`, and a SHA-256 of all that.
+    named in `without`, and a SHA-256 of all that. `hashes` are those of files that are known.
     """
+    hashes = hashes or {}
     names = sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
     )
     names = [name for name in names if name not in (MANIFEST, *without)]
-    hashes = sha256_of_files([folder / name for name in names])
+    unknown = [name for name in names if name not in hashes]
+    computed = dict(zip(unknown, sha256_of_files([folder / name for name in unknown])))
     entries = {
-        name: {"sha256": sha256, "bytes": (folder / name).stat().st_size}
-        for name, sha256 in zip(names, hashes)
+        name: {"sha256": {**hashes, **computed}[name], "bytes": (folder / name).stat().st_size}
+        for name in names
     }
 
     manifest = {"format": MANIFEST_FORMAT, **content, "files": entries}

@@ -28,6 +28,7 @@ from alignkit.objectives.online.rpg import RPG
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.objectives.preference.kto import KTO
 from alignkit.objectives.self_play.nash_md import NashMD
+from alignkit.policies.dtensors import full
 from alignkit.training.held_out_reward import HeldOut
 from alignkit.training.loop import train
 
@@ -137,7 +138,7 @@ def run(case: str, model: Path, out: Path, resume: str | None = None) -> None:
         train(job, resume)
     shards = [isinstance(p, DTensor) for p in job.pair.parameters()]
     assert set(shards) == {case.startswith("fsdp") and accelerator.num_processes > 1}
-    weights = job.pair.state()
+    weights = {name: full(tensor) for name, tensor in job.pair.state().items()}
     if accelerator.is_main_process:
         save_file(weights, out / f"{case}.safetensors")
 

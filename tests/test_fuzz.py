@@ -17,7 +17,7 @@ from alignkit.data import DataConfig, load_bundles
 from alignkit.errors import AlignkitError
 from alignkit.objectives import OBJECTIVES
 from alignkit.objectives.base import Objective
-from alignkit.policies.load import load_tokenizer
+from alignkit.policies.tokenizer import load_tokenizer
 
 # each file once broke something here or elsewhere, or might
 CORPUS = Path(__file__).with_name("corpus")

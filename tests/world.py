@@ -18,7 +18,9 @@ from alignkit.cli.main import main
 from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig
 from alignkit.config.teacher import TeacherConfig
 from alignkit.config.train import TrainConfig
-from alignkit.policies.load import load_pair, load_scorer
+from alignkit.policies.load import load_pair
+from alignkit.policies.load_scorer import load_scorer
+from alignkit.policies.sharding import Shards, make_mesh
 from alignkit.policies.teacher import add_teacher
 from alignkit.sources.dataset import DatasetSource
 from alignkit.training.job import Job
@@ -121,8 +123,16 @@ def make_job(
         pair = load_scorer(model_config, plan, device="cpu", seed=train.seed)
     else:
         kind = ReferenceConfig(kind=reference)
+        several = train.shard and accelerator.num_processes > 1
         pair = load_pair(
-            model_config, kind, target, plan, device="cpu", fixed_data=True, seed=train.seed
+            model_config,
+            kind,
+            target,
+            plan,
+            device="cpu",
+            fixed_data=True,
+            seed=train.seed,
+            shards=Shards(make_mesh("cpu", accelerator.num_processes)) if several else None,
         )
     if "teacher" in plan.anchors:
         folder = save_model(out.parent / f"{out.name}-teacher", seed=7)

@@ -35,7 +35,7 @@ def check_data(
     tokenizer = None
     if model is not None:
         from alignkit.config.model import ModelConfig
-        from alignkit.policies.load import load_tokenizer
+        from alignkit.policies.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(ModelConfig(name_or_path=model))
 

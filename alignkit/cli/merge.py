@@ -74,7 +74,7 @@ def merge(
 
     if folds:
         from alignkit.config.recipe import load_recipe
-        from alignkit.policies.load import merge as fold
+        from alignkit.policies.folding import merge as fold
 
         recipe = Path(models[0]) / "recipe.yaml"
         dtype = load_recipe(recipe).model.save_dtype if recipe.is_file() else "auto"

@@ -176,7 +176,7 @@ def check_points(recipe: Recipe, points: Sequence[Point], safe: bool = False) ->
 
 def _check_tokenizers(recipe: Recipe, points: Sequence[Point]) -> None:
     """ModelError where a point trains a model with other tokens than the recipe's."""
-    from alignkit.policies.load import load_tokenizer, same_vocabulary
+    from alignkit.policies.tokenizer import load_tokenizer, same_vocabulary
 
     # One point per model is enough, and the recipe's own model needs no check.
     by_model = {point.recipe.model.name_or_path: point for point in points}

@@ -1,7 +1,7 @@
 """From a `decode` section to a decoder: models are loaded and checked, rewards looked up."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,10 @@ class NamedModels:
     def tokenizer(self) -> Any:
         """The one tokenizer of all."""
         return self.pair.tokenizer
+
+    def together(self) -> AbstractContextManager[None]:
+        """As the pair's."""
+        return self.pair.together()
 
     @contextmanager
     def model(self, name: str = "policy") -> Iterator[nn.Module]:

@@ -24,11 +24,11 @@ from alignkit.errors import ModelError
 from alignkit.evaluation.measurements import Measured
 from alignkit.kl import exact
 from alignkit.objectives.base import Objective
-from alignkit.policies.load import same_vocabulary
-from alignkit.policies.module import PolicyModule, causal_lm
+from alignkit.policies.module import PolicyModule, causal_lm, frozen
 from alignkit.policies.pair import SCORING_BUDGET, PolicyPair
 from alignkit.policies.probe import choose_layout, probe_bundle
-from alignkit.policies.reference import Anchor, frozen
+from alignkit.policies.reference import Anchor
+from alignkit.policies.tokenizer import same_vocabulary
 from alignkit.rewards.call import RewardCall, call_reward
 from alignkit.rollout.generate import OneModel
 from alignkit.rollout.hf import HFSampler

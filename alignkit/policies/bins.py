@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignkit.errors import ModelError
+from alignkit.policies.dtensors import full
 
 FILE = "value.safetensors"  # beside the model that it was trained on
 WIDTH = 128  # of the hidden layer
@@ -39,10 +40,15 @@ class BinHead(nn.Module):
         return logits.log_softmax(-1, dtype=torch.promote_types(weight, torch.float32))
 
 
-def save_bins(head: BinHead, folder: Path | str) -> None:
-    """Write the head beside its model."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
-    save_file(tensors, str(Path(folder) / FILE))
+def save_bins(head: BinHead, folder: Path | str, *, writes: bool = True) -> None:
+    """Write the head beside its model. Processes that hold shards of it all call this, and one of
+    them `writes`.
+    """
+    tensors = {
+        name: full(value.detach()).cpu().contiguous() for name, value in head.state_dict().items()
+    }
+    if writes:
+        save_file(tensors, str(Path(folder) / FILE))
 
 
 def load_bins(folder: Path, hidden: int, device: Any = None) -> BinHead:

@@ -4,7 +4,7 @@ of a model that is saved.
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from alignkit.config.model import ModelConfig
 from alignkit.errors import ModelError
 from alignkit.files import write_json
+from alignkit.policies.dtensors import full
 from alignkit.policies.reference import START_ADAPTER
 from alignkit.policies.weights import model_folder, weight_files
 
@@ -85,22 +86,27 @@ def with_fields(config: Any, fields: Mapping[str, object]) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def save_model(
-    model: Any, folder: Path | str, state: dict[str, Tensor] | None, dtype: torch.dtype | None
-) -> None:
+def save_model(model: Any, folder: Path | str, dtype: torch.dtype | None) -> None:
     """Write a model, or the adapter that is trained on it, so that `from_pretrained` loads it.
 
-    `state` takes the place of the model's own tensors where it is sharded. `dtype` is that of the
-    files, None: as in memory; an adapter, which is small, is always written as it was trained.
+    `dtype` is that of the files, None: as in memory; an adapter, which is small, is always written
+    as it was trained.
     """
     if hasattr(model, "peft_config"):
-        selected = [name for name in model.peft_config if name != START_ADAPTER]
-        model.save_pretrained(folder, state_dict=state, selected_adapters=selected)
+        save_adapter(model, folder)
     elif dtype in (None, model.dtype):
-        model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder)
     else:
         assert dtype is not None
-        save_in_dtype(model, folder, state or model.state_dict(), dtype)
+        save_in_dtype(model, folder, model.state_dict(), dtype)
+
+
+def save_adapter(model: Any, folder: Path | str, state: dict[str, Tensor] | None = None) -> None:
+    """Write the adapter that is trained on a model. `state` takes the place of the model's own
+    tensors where those are shards.
+    """
+    selected = [name for name in model.peft_config if name != START_ADAPTER]
+    model.save_pretrained(folder, state_dict=state, selected_adapters=selected)
 
 
 def save_in_dtype(
@@ -116,9 +122,12 @@ def save_in_dtype(
         model.save_pretrained(folder, state_dict=state)
         return
     model.save_pretrained(folder, state_dict=saved)
+    note_dtype(Path(folder), dtype)
 
-    # save_pretrained notes the dtype of the model in memory.
-    file = Path(folder) / "config.json"
+
+def note_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Write the files' dtype into the config; save_pretrained notes that of the model in memory."""
+    file = folder / "config.json"
     config = json.loads(file.read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
     for part in config.values():
@@ -132,31 +141,49 @@ def write_weights(model: nn.Module, folder: Path, *, dtype: torch.dtype) -> Path
     """Write `folder`/model.safetensors under a checkpoint's names, in `dtype`; a LoRA adapter is
     folded in. The model stays as it is, bit for bit.
     """
-    base, lora_layers = _unwrapped(model)
+    base, _ = _unwrapped(model)
     state: dict[str, Tensor] = {}
-    converted: dict[int, Tensor] = {}  # by address, so that tied weights stay tied
+    converted: dict[Hashable, Tensor] = {}  # tied weights stay tied
 
-    for name, value in _live(base).items():
-        if ".lora_" in name:
-            continue  # folded into the layer's own weight below
-        name = name.replace(".base_layer.", ".")
+    for name, key, value in _merged(model):
         target_dtype = dtype if value.is_floating_point() else value.dtype
-        layer = lora_layers.get(name.removesuffix(".weight"))
-        if layer is None:
-            state[name] = converted.setdefault(value.data_ptr(), value.to("cpu", target_dtype))
-        else:
-            adapters = [a for a in layer.active_adapters if a in layer.lora_A]
-            update = sum(layer.get_delta_weight(adapter) for adapter in adapters)
-            state[name] = (value + update).to("cpu", target_dtype)
+        if key not in converted:
+            converted[key] = full(value).to("cpu", target_dtype)
+        state[name] = converted[key]
 
     base.save_pretrained(folder, state_dict=state, max_shard_size="100TB")
     return folder / "model.safetensors"
 
 
-def _live(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a checkpoint as they are now. `state_dict()` would give the shards of a policy
-    that is made whole.
+@torch.no_grad()
+def take_part(model: nn.Module) -> None:
+    """Lend this process's shards to those that `write_weights`."""
+    seen: set[Hashable] = set()
+    for _, key, value in _merged(model):
+        if key not in seen:
+            seen.add(key)
+            full(value)
+
+
+def _merged(model: nn.Module) -> Iterator[tuple[str, Hashable, Tensor]]:
+    """Name and value of each tensor of a checkpoint, with LoRA's update added to it; between them
+    a key that tied ones share.
     """
+    base, lora_layers = _unwrapped(model)
+    for name, value in _live(base).items():
+        if ".lora_" in name:
+            continue  # folded into the layer's own weight below
+        name = name.replace(".base_layer.", ".")
+        layer = lora_layers.get(name.removesuffix(".weight"))
+        key: Hashable = id(value) if layer is None else name
+        if layer is not None:
+            adapters = [a for a in layer.active_adapters if a in layer.lora_A]
+            value = value + sum(layer.get_delta_weight(adapter) for adapter in adapters)
+        yield name, key, value
+
+
+def _live(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a checkpoint as they are now, tied ones under each of their names."""
     state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -253,6 +253,7 @@ def head_figures(
         trained = sum((p.sum() for p in parameters), hidden.sum()) * nothing
         detached = nothing.new_zeros(len(job.detached_names), 0)
 
-    results = dict(zip(("policy", *statistics), trained))
+    # Clones, because FSDP2 hooks into what a forward returns and warns of views.
+    results = {name: row.clone() for name, row in zip(("policy", *statistics), trained)}
     results.update(zip(job.detached_names, detached))
     return results

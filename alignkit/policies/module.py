@@ -3,6 +3,7 @@
 Policy parameters are touched nowhere else, so that DDP and FSDP see every use of them.
 """
 
+import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from alignkit.batches import Statistic
 from alignkit.errors import DataError, ModelError
@@ -112,10 +114,12 @@ class PolicyModule(nn.Module):
         self.bin_head: BinHead | None = None
         first = next(model.parameters())
         width = model.config.get_text_config().hidden_size
+        # Only what the files hold may be without content for a while.
+        device = "cpu" if first.is_meta else first.device
         if bins:
-            self.bin_head = BinHead(width, bins, first.device)
+            self.bin_head = BinHead(width, bins, device)
         if values:
-            self.value_head = nn.Linear(width, 1, device=first.device)
+            self.value_head = nn.Linear(width, 1, device=device)
             # Values start at 0, so the first advantages are the plain returns.
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
@@ -157,18 +161,23 @@ class PolicyModule(nn.Module):
         *,
         hidden_only: bool = False,
         entropy: bool = True,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Results of `head_figures` for the trained tokens, "values" where there is a value head,
         and log-probs of the bins where there is a head of bins: [M] each. With a gradient also the router's "aux_loss", the same number at each token.
 
-        `hidden_only` returns {"hidden": [M, H]} instead: an anchor's states for the policy's
-        statistics.
+        `hidden_only` returns {"hidden": [M, H], "head": a Head} instead: an anchor's states for the
+        policy's statistics.
         """
         balanced = self.router is not None and torch.is_grad_enabled() and not hidden_only
         output = self._run(rows, **({"output_router_logits": True} if balanced else {}))
         hidden: Tensor = output.last_hidden_state.flatten(0, 1)[rows.sources]
         if hidden_only:
-            return {"hidden": hidden}
+            # The head of an anchor's shards is whole in here alone, and is used later.
+            head = self.head
+            is_anchor = not any(p.requires_grad for p in self.parameters())
+            if is_anchor and isinstance(self, FSDPModule):
+                head = replace(head, module=copy.deepcopy(head.module))
+            return {"hidden": hidden, "head": head}
 
         results = head_figures(
             self.head, hidden, rows.labels, statistics or {}, anchor, entropy=entropy
@@ -199,3 +208,10 @@ def _check_positions(rows: Rows, limit: int) -> None:
             f"a row reaches position {longest}, but the model has {limit}; "
             f"set data.max_length={limit} or lower"
         )
+
+
+def frozen(module: PolicyModule) -> PolicyModule:
+    """The module without gradients or heads of its own, in evaluation mode."""
+    module.value_head = None
+    module.bin_head = None
+    return module.requires_grad_(False).eval()

@@ -13,24 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from alignkit.batches import Bundle, Outputs, Plan, TokenLogps
 from alignkit.errors import CheckpointError, ModelError
 from alignkit.policies.bins import save_bins
+from alignkit.policies.dtensors import like
 from alignkit.policies.export import save_model, with_fields
 from alignkit.policies.head import AnchorLaws, AnchorStates
-from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches, stand_in
+from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.reference import Anchor
-from alignkit.policies.sharding import (
-    assign,
-    check_launch,
-    check_sharded,
-    gathered,
-    is_sharded,
-    shard,
-    whole,
-)
+from alignkit.policies.sharded_export import save_sharded
+from alignkit.policies.sharding import Shards, check_launch, check_sharded, make_mesh
+from alignkit.policies.slices import StoredTensors
 from alignkit.policies.stored_laws import IDS, StoredLaws
 
 SCORING_BUDGET = 8192  # tokens per forward without gradient
@@ -51,6 +48,7 @@ class PolicyPair:
         notes: Sequence[str] = (),
         save_config: Mapping[str, object] | None = None,
         save_dtype: torch.dtype | None = None,
+        shards: Shards | None = None,
     ) -> None:
         self.base = base  # the PolicyModule itself
         self.module: nn.Module = base  # the same, or accelerate's wrapper around it
@@ -61,7 +59,7 @@ class PolicyPair:
         self._save_config = dict(save_config or {})  # config fields that loading had changed
         self.save_dtype = save_dtype  # of the saved weights; None: as they were trained
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self._is_whole = False  # inside `whole`
+        self.shards = shards  # None: every process holds the weights whole
 
     @property
     def device(self) -> torch.device:
@@ -104,10 +102,8 @@ class PolicyPair:
         check_launch(accelerator)
 
         if sharded and accelerator.num_processes > 1:
-            shard(self.base, accelerator.num_processes)
-            # FSDP2 wants its root to run first, and generation enters the model further down.
-            with torch.no_grad():
-                self.forward([stand_in()], Plan("sequence", anchors=()))
+            if self.shards is None:
+                self._spread(make_mesh(accelerator.device.type, accelerator.num_processes))
             optimizer: torch.optim.Optimizer = accelerator.prepare(
                 make_optimizer(self.parameters())
             )
@@ -116,6 +112,20 @@ class PolicyPair:
         self.module, optimizer = accelerator.prepare(self.base, make_optimizer(self.parameters()))
         check_sharded(self.base)
         return optimizer
+
+    def _spread(self, mesh: DeviceMesh) -> None:
+        """Shard the models of a pair that was loaded whole."""
+        self.shards = Shards(mesh)
+        own = [anchor.module for anchor in self.anchors.values() if anchor.module is not None]
+        for module in (self.base, *own):
+            self.shards.spread(module)
+            self.shards.start(module)
+
+    def together(self) -> AbstractContextManager[None]:
+        """Inside the block each process may call sharded models as often as it likes, without
+        gradients; every process has to enter. See `Shards.together`.
+        """
+        return nullcontext() if self.shards is None else self.shards.together()
 
     def forward(self, bundles: Sequence[Bundle], plan: Plan) -> TokenLogps | Outputs:
         """What the objective of `plan` is given for these completions: a policy's `logps`."""
@@ -196,14 +206,14 @@ class PolicyPair:
     def states(self, name: str, rows: Rows) -> AnchorStates:
         """An anchor's hidden states and head, for statistics over its vocabulary."""
         with self._active(name) as module, self._autocast():
-            hidden = module.eval()(rows, hidden_only=True)["hidden"]
+            results = module.eval()(rows, hidden_only=True)
         anchor = self.anchors[name]
         if anchor.module is not None:
-            return AnchorStates(hidden, anchor.module.head)
+            return AnchorStates(results["hidden"], results["head"])
 
         # This anchor lives inside the policy: its head is the policy's, with the anchor's adapter.
         head = replace(self.base.head, context=lambda: anchor.active(self.base, self.base))
-        return AnchorStates(hidden, head)
+        return AnchorStates(results["hidden"], head)
 
     def _active(self, name: str) -> AbstractContextManager[nn.Module]:
         """The module of an anchor, inside the block. ModelError where the run has no such anchor."""
@@ -225,16 +235,18 @@ class PolicyPair:
         """
         filled = list(bundles)
         done = 0
-        for group in self.micro_batches(bundles, SCORING_BUDGET):
-            scored = self._reference_tokens([bundles[i] for i in group])
-            for index, logps in zip(group, scored):
-                tokens = {**bundles[index].tokens, "reference": logps}
-                filled[index] = replace(bundles[index], tokens=tokens)
-            done += len(group)
-            if progress is not None:
-                progress(done)
 
-        worst = self.rescored(filled)
+        with self.together():
+            for group in self.micro_batches(bundles, SCORING_BUDGET):
+                scored = self._reference_tokens([bundles[i] for i in group])
+                for index, logps in zip(group, scored):
+                    tokens = {**bundles[index].tokens, "reference": logps}
+                    filled[index] = replace(bundles[index], tokens=tokens)
+                done += len(group)
+                if progress is not None:
+                    progress(done)
+
+            worst = self.rescored(filled)
         self.notes.append(
             f"reference log-probs stored for {len(filled)} bundles; scored again one by one they "
             f"differ by at most {worst:.1e}"
@@ -246,10 +258,12 @@ class PolicyPair:
         one of them is not finite; call it before the policy moves.
         """
         step = -(-len(bundles) // RESCORED) or 1
+        with self.together():
+            scored = [(self._reference_tokens([bundle])[0], bundle) for bundle in bundles[::step]]
         differences = [
             (one - other).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max()
-            for bundle in bundles[::step]
-            for one, other in zip(self._reference_tokens([bundle])[0], bundle.tokens["reference"])
+            for logps, bundle in scored
+            for one, other in zip(logps, bundle.tokens["reference"])
             if len(one)
         ]
         return float(max(differences, default=0.0))
@@ -293,7 +307,7 @@ class PolicyPair:
     @contextmanager
     def model(self, name: str = "policy") -> Iterator[nn.Module]:
         """A transformers causal LM for generation, in evaluation mode: "policy" or an anchor. Only
-        valid inside the block.
+        valid inside the block, which all processes enter where the models are sharded.
         """
         anchor = self.anchors.get(name)
         if anchor is not None and anchor.kind == "cached" and anchor.moved:
@@ -301,83 +315,80 @@ class PolicyPair:
                 "reference.kind: a cached reference cannot generate; set reference.kind=frozen"
             )
         active = nullcontext(self.base) if name == "policy" else self._active(name)
-        with self.whole(), active as module, self._autocast():
+        with self.together(), active as module, self._autocast():
             base: Any = self.base if module is self.module else module
             base.eval()
             yield base.model
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Inside the block a sharded policy is whole on every process, and each may call it as often
-        as it likes. Every process has to enter.
-        """
-        outer = self._is_whole
-        self._is_whole = True
-        try:
-            with nullcontext() if outer else whole(self.base):
-                yield
-        finally:
-            self._is_whole = outer
 
     def after_step(self, step: int) -> None:
         """Tell the anchors that optimiser step `step` (counted from 1) is done."""
         for anchor in self.anchors.values():
             anchor.after_step(step, self.base)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Live tensors a checkpoint covers: trainable parameters and moving anchors."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Live tensors that a checkpoint covers: trainable parameters and moving anchors, shards
+        where they are sharded.
+        """
         tensors: dict[str, Tensor] = {
             name: p for name, p in self.base.named_parameters() if p.requires_grad
         }
         for name, anchor in self.anchors.items():
             for key, value in anchor.state(self.base).items():
                 tensors[f"{ANCHOR_PREFIX}{name}.{key}"] = value
-        return tensors
+        return {name: tensor.detach() for name, tensor in tensors.items()}
 
-    def state(self, *, keep: bool = True) -> dict[str, Tensor]:
-        """Trainable parameters and moving anchors, whole, copied to the CPU.
-
-        Shards are gathered one by one: every process has to ask, and those that do not `keep` the
-        answer get nothing.
-        """
-        return gathered(self._tensors(), keep)
+    def state(self) -> dict[str, Tensor]:
+        """Copies of `tensors`, as `load_state` takes them: shards where they are, others on the CPU."""
+        return {
+            name: tensor.clone() if isinstance(tensor, DTensor) else tensor.cpu().clone()
+            for name, tensor in self.tensors().items()
+        }
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned; names and shapes must be the same."""
-        own = self._tensors()
-        wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
+        """Put back what `state` returned, or what a checkpoint holds of it, of which a shard is read
+        alone; names and shapes must be the same.
+        """
+        own = self.tensors()
+        shapes = {name: _shape(state, name) for name in state}
+        wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != shapes[k]]
         if wrong:
             raise CheckpointError(
                 f"the checkpoint does not fit this model and reference: {len(wrong)} tensors "
                 f"differ, e.g. {wrong[0]}"
             )
+
         for name, tensor in own.items():
-            assign(tensor, state[name])
+            if isinstance(state, StoredTensors):
+                state.stored(name).read_into(tensor)
+            else:
+                tensor.copy_(like(state[name], tensor))
         for anchor in self.anchors.values():
             anchor.moved = True
 
-    def whole_state(self, *, keep: bool = True) -> dict[str, Tensor] | None:
-        """What `save` needs of a sharded policy, gathered as by
-        `state`; None for a policy that is whole already.
-        """
-        return gathered(self.base.model.state_dict(), keep) if is_sharded(self.base) else None
-
-    def save(self, folder: Path | str, state: dict[str, Tensor] | None = None) -> None:
+    def save(self, folder: Path | str, *, writes: bool = True) -> None:
         """Write the policy so that `from_pretrained` loads it (a LoRA run: the adapter, in peft's
         layout), and the tokenizer.
 
-        A sharded policy needs `state`, its `whole_state`.
+        A sharded policy is written by all processes, which take turns; the one with `writes` adds
+        what is no weight.
         """
         model = self.base.model
 
         # Loading switched dropout off; the saved config has the rates it came with.
         with with_fields(causal_lm(model).config, self._save_config):
-            save_model(model, folder, state, self.save_dtype)
+            if self.shards is None:
+                save_model(model, folder, self.save_dtype)
+            else:
+                save_sharded(model, Path(folder), self.save_dtype, writes=writes)
         if self.base.bin_head is not None:
-            save_bins(self.base.bin_head, folder)
-        if self.tokenizer is not None:
+            save_bins(self.base.bin_head, folder, writes=writes)
+        if self.tokenizer is not None and writes:
             self.tokenizer.save_pretrained(folder)
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size:
+    return state.stored(name).shape if isinstance(state, StoredTensors) else state[name].shape
 
 
 def _cloned(state: Mapping[str, object]) -> dict[str, object]:

@@ -4,7 +4,6 @@ An anchor is a frozen copy, the policy without its adapter, the policy with the 
 from, stored log-probs, a moving average of the policy, or a copy that is renewed every few steps.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from alignkit.batches import Plan
 from alignkit.config.model import TargetConfig
 from alignkit.errors import ConfigError, ModelError
+from alignkit.policies.dtensors import local
 from alignkit.policies.module import PolicyModule
-from alignkit.policies.sharding import full
+from alignkit.policies.sharding import Shards, frozen_copy
 
 KINDS = ("auto", "frozen", "adapter_off", "cached", "ema", "synced")
 MOVING = ("ema", "synced", "lagged")
@@ -71,21 +71,25 @@ class Anchor:
     follows: "Anchor | None" = None
 
     @classmethod
-    def of(cls, kind: str, policy: PolicyModule, config: TargetConfig) -> "Anchor":
+    def of(
+        cls, kind: str, policy: PolicyModule, config: TargetConfig, shards: Shards | None = None
+    ) -> "Anchor":
         """The anchor of a kind, started at the policy's present weights."""
         if kind in ("cached", "adapter_off"):
             return cls(kind)
-        return cls(kind, frozen(copy.deepcopy(policy)), config.decay, config.every)
+        return cls(kind, frozen_copy(policy, shards), config.decay, config.every)
 
     @classmethod
-    def before(cls, target: "Anchor", policy: PolicyModule) -> "Anchor":
+    def before(
+        cls, target: "Anchor", policy: PolicyModule, shards: Shards | None = None
+    ) -> "Anchor":
         """What `target` was before its last copy of the policy."""
         if target.kind != "synced":
             raise ConfigError(
                 "target.kind: this objective compares two past policies, which only `synced` has; "
                 f"got {target.kind}"
             )
-        return cls("lagged", frozen(copy.deepcopy(policy)), every=target.every, follows=target)
+        return cls("lagged", frozen_copy(policy, shards), every=target.every, follows=target)
 
     @contextmanager
     def active(self, policy: nn.Module, base: PolicyModule) -> Iterator[nn.Module]:
@@ -142,11 +146,12 @@ class Anchor:
         if self.follows is not None:
             followed = {name: value for name, value, _ in self.follows._trained(base)}
         for name, own, trained in self._trained(base):
-            new = followed[name] if followed else full(trained)
+            # Anchors are sharded as the policy is, so each process moves its own part.
+            new = local(followed[name] if followed else trained)
             if self.kind == "ema":
-                own.lerp_(new.to(own.dtype), 1 - self.decay)
+                local(own).lerp_(new.to(own.dtype), 1 - self.decay)
             else:
-                own.copy_(new)
+                local(own).copy_(new)
 
     def _trained(self, base: PolicyModule) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, own tensor and the policy's tensor of each weight that the policy trains."""
@@ -164,19 +169,14 @@ class Anchor:
         return {name: own for name, own, _ in self._trained(base)}
 
 
-def frozen(module: PolicyModule) -> PolicyModule:
-    """The module without gradients or heads of its own, in evaluation mode."""
-    module.value_head = None
-    module.bin_head = None
-    return module.requires_grad_(False).eval()
-
-
-def following_anchors(target: TargetConfig, plan: Plan, base: PolicyModule) -> dict[str, Anchor]:
+def following_anchors(
+    target: TargetConfig, plan: Plan, base: PolicyModule, shards: Shards | None = None
+) -> dict[str, Anchor]:
     """The anchors that the plan asks for and that follow the policy during the run."""
     if "previous" in plan.anchors:
         # It comes first: after a step it takes over from the target before the target moves.
-        synced = Anchor.of(target.kind, base, target)
-        return {"previous": Anchor.before(synced, base), "target": synced}
+        synced = Anchor.of(target.kind, base, target, shards)
+        return {"previous": Anchor.before(synced, base, shards), "target": synced}
     if "target" in plan.anchors:
-        return {"target": Anchor.of(target.kind, base, target)}
+        return {"target": Anchor.of(target.kind, base, target, shards)}
     return {}

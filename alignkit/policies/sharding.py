@@ -1,45 +1,261 @@
 """Weights spread over the processes by torch's `fully_shard` (FSDP2).
 
-Each process holds a shard of every parameter. Sampling, saving and checkpoints need parameters
-whole: `whole` and `gathered` make them so, and every process has to take part.
+Each process holds a shard of every parameter, and no process ever holds them all: a unit of the
+model (a block, the embedding, the rest) is put together for its own computation alone. Every
+forward is therefore a collective operation, in which all processes take part;
+`Shards.together` lets them call a model at different times and as often as each of them likes.
 """
 
+import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from alignkit.errors import ConfigError
-from alignkit.policies.module import PolicyModule, causal_lm
+from alignkit.policies.dtensors import local
+from alignkit.policies.layout import build_rows, stand_in
+from alignkit.policies.module import PolicyModule, causal_lm, frozen
 
 
-def shard(module: PolicyModule, processes: int) -> None:
-    """Shard parameters, gradients and with them the optimiser's moments over all processes: the
-    model's blocks one by one, then the rest.
+class Shards:
+    """The processes that hold the shards, and the networks that are spread over them.
 
-    From here on only the module's forward may use the parameters, except inside `whole`.
+    mesh  the processes; each of its columns holds a whole model
     """
-    mesh = init_device_mesh(next(module.parameters()).device.type, (processes,))
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self._networks: list[PolicyModule] = []
+        self._together = False
+        self._inside = False  # inside the forward of a network
+
+    def place(self, module: PolicyModule, fill: Callable[[], None]) -> None:
+        """Shard a module, let `fill` give the shards their content, and make it ready."""
+        self.spread(module)
+        fill()
+        self.start(module)
+
+    def spread(self, module: PolicyModule) -> None:
+        """Shard the parameters, and with them gradients and the optimiser's moments: the model's
+        blocks one by one, the embedding, then the rest. They may be on the meta device still.
+
+        From here on only forwards of the module, or of the model inside it, may use the parameters.
+        """
+        # A copy that holds nothing but the shapes is what anchors are made from later.
+        if any(p.is_meta for p in module.parameters()):
+            module.__dict__["blueprint"] = copy.deepcopy(module)
+
+        for unit in (*_blocks(module), *_embedding(module)):
+            fully_shard(unit, mesh=self.mesh, reshard_after_forward=True)
+
+        # The root is sharded again after its forward too, against torch's default: what a forward
+        # without gradient left whole would be stale after the next update.
+        fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+
+        # The order in which backward gathers units is fixed here. Torch would record it from the
+        # forwards, which may differ between processes when they sample in between. The last unit
+        # of a backward has nothing to gather but itself.
+        order = [module, *_blocks(module)[::-1], *_embedding(module)]
+        for later, earlier in pairwise([*order, order[-1]]):
+            later.set_modules_to_backward_prefetch([earlier])
+
+    def start(self, module: PolicyModule) -> None:
+        """Make a network that is spread, and whose weights are there, ready to be called. All
+        processes call this in the same order.
+        """
+        self._networks.append(module)
+        number = len(self._networks)
+        depth = 0  # a model may be called through its wrapper
+
+        def before(*_: object) -> None:
+            self._meet(number)
+
+        def before_inner(*_: object) -> None:
+            nonlocal depth
+            depth += 1
+            if depth == 1:
+                self._meet(number)
+                cast(FSDPModule, module).unshard()
+
+        def after_inner(*_: object) -> None:
+            nonlocal depth
+            depth -= 1
+            if depth == 0:
+                _resharded(module)
+
+        # The model inside may be called by itself, as samplers do, with peft's wrapper or without.
+        module.register_forward_pre_hook(before, prepend=True)
+        for inner in {module.model, causal_lm(module.model)}:
+            inner.register_forward_pre_hook(before_inner, prepend=True)
+            inner.register_forward_hook(after_inner, always_call=True)
+
+        # FSDP2 takes the first module that is called for its root.
+        with torch.no_grad():
+            _one_token(module)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside the block each process may call the networks as often as it likes, without
+        gradients. Every process has to enter; one that leaves first waits for the others, and takes
+        part in their forwards until all are done.
+        """
+        if self._together:
+            yield
+            return
+
+        self._together = True
+        try:
+            yield
+        finally:
+            self._meet(0)
+            self._together = False
+
+    def _meet(self, number: int) -> None:
+        """Before a forward of network `number` (0: no more forwards): take part in those of other
+        networks that are asked for first.
+        """
+        if not self._together or self._inside:
+            return
+        while (turn := self._asked_for(number)) != number:
+            self._inside = True
+            try:
+                with torch.no_grad():
+                    _one_token(self._networks[turn - 1])
+            finally:
+                self._inside = False
+
+    def _asked_for(self, number: int) -> int:
+        """The largest number that a process asks for."""
+        asked = torch.tensor(number, device=self.mesh.device_type)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return int(asked)
+
+
+def _one_token(module: PolicyModule) -> None:
+    """The smallest forward there is: it puts each unit together once, as any other does."""
+    device = next(module.parameters()).device
+    module(build_rows([stand_in()], "padded", device), entropy=False)
+
+
+def _blocks(module: PolicyModule) -> list[Any]:
     language_model = causal_lm(module.model)
     names = set(getattr(language_model, "_no_split_modules", None) or ())
-    blocks = [m for m in language_model.modules() if type(m).__name__ in names]
-    for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    return [m for m in language_model.modules() if type(m).__name__ in names]
 
-    # The root is sharded again after its forward too, against torch's default: what a forward
-    # without gradient left whole would be stale after the next update.
-    fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
-    # The order in which backward gathers blocks is fixed here. Torch would record it from the
-    # forwards, which may differ between processes when they sample in between.
-    for later, earlier in zip([module, *blocks[::-1]], [*blocks[::-1], *blocks[:1]]):
-        later.set_modules_to_backward_prefetch([earlier])
+def _embedding(module: PolicyModule) -> list[Any]:
+    """The input embedding, unless its weight serves as the head's too."""
+    language_model = causal_lm(module.model)
+    embedding = language_model.get_input_embeddings()
+    others = [m for m in language_model.modules() if m is not embedding]
+    elsewhere = {id(p) for m in others for p in m.parameters(recurse=False)}
+    is_shared = any(id(p) in elsewhere for p in embedding.parameters(recurse=False))
+    return [] if is_shared else [embedding]
+
+
+def _resharded(module: PolicyModule) -> None:
+    """Every unit is a shard again, also after a forward that failed half-way."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+@dataclass(frozen=True, eq=False)
+class Owned:
+    """A parameter with every place where a module holds it: tied weights have several."""
+
+    places: list[tuple[nn.Module, str]]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as it is now."""
+        module, name = self.places[0]
+        parameter = module._parameters[name]
+        assert parameter is not None
+        return parameter
+
+    @torch.no_grad()
+    def on_device(self, device: torch.device | str) -> Tensor:
+        """This process's part of the parameter, which is given memory there (of no content yet)
+        where it is on the meta device.
+        """
+        old = self.parameter
+        if not old.is_meta:
+            return local(old)
+
+        part = torch.empty_like(local(old), device=device)
+        new: Tensor = part
+        if isinstance(old, DTensor):
+            new = DTensor.from_local(
+                part,
+                old.device_mesh,
+                old.placements,
+                run_check=False,
+                shape=old.shape,
+                stride=old.stride(),
+            )
+        parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+        for module, name in self.places:
+            module._parameters[name] = parameter
+        return part
+
+
+def owned(model: nn.Module) -> list[Owned]:
+    """Every parameter of a model once."""
+    return list(dict.fromkeys(named_owned(model).values()))
+
+
+def named_owned(model: nn.Module) -> dict[str, Owned]:
+    """Every parameter of a model under each of its names."""
+    by_parameter: dict[int, Owned] = {}
+    by_name: dict[str, Owned] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            one = by_parameter.setdefault(id(parameter), Owned([]))
+            if (module, name) not in one.places:
+                one.places.append((module, name))
+            by_name[f"{path}.{name}".lstrip(".")] = one
+    return by_name
+
+
+@torch.no_grad()
+def frozen_copy(module: PolicyModule, shards: Shards | None) -> PolicyModule:
+    """A copy of the policy with weights of its own, without gradients or value head, in evaluation
+    mode; sharded as the policy is.
+    """
+    blueprint = module.__dict__.get("blueprint")
+    twin: PolicyModule = copy.deepcopy(blueprint or module)
+    frozen(twin)
+    if blueprint is None or shards is None:
+        return twin
+
+    twin.temperature = module.temperature
+    twin.router = module.router
+    shards.spread(twin)
+    device = next(module.parameters()).device
+    for own, value in zip(owned(twin.model), owned(module.model), strict=True):
+        own.on_device(device).copy_(local(value.parameter))
+    for buffer, value in zip(twin.model.buffers(), module.model.buffers(), strict=True):
+        buffer.copy_(value)
+    shards.start(twin)
+    return twin
+
+
+def make_mesh(device_type: str, processes: int) -> DeviceMesh:
+    """All processes, each with a shard of its own."""
+    return dist.device_mesh.init_device_mesh(device_type, (processes,))
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -64,57 +280,3 @@ def check_sharded(module: nn.Module) -> None:
             "nor with FSDP version 1); set train.shard=true and launch without FSDP, or set "
             "fsdp_version: 2"
         )
-
-
-@contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
-    """Inside the block every parameter is whole on every process, however often its parts are
-    called. A module without shards stays as it is.
-    """
-    parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.reshard()
-            part.set_reshard_after_forward(True, recurse=False)
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a shard (every process has to ask); any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a shard; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole copies of tensors and shards, on the CPU.
-
-    Every process has to take part; one without `keep` gets an empty dict.
-    """
-    copies = {}
-    for name, tensor in tensors.items():
-        complete = full(tensor.detach())
-        if keep:
-            copies[name] = complete.cpu().clone()
-    return copies
-
-
-def like(value: Tensor, target: Tensor) -> Tensor:
-    """A whole `value` laid out as `target` is: this process's shard of it, where that is one."""
-    if not isinstance(target, DTensor) or isinstance(value, DTensor) or value.shape != target.shape:
-        return value
-    moved = value.to(target.device, target.dtype)
-    return distribute_tensor(moved, target.device_mesh, target.placements)
-
-
-@torch.no_grad()
-def assign(target: Tensor, value: Tensor) -> None:
-    """Copy a whole `value` into `target`, sharded or not."""
-    target.copy_(like(value, target))

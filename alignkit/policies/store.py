@@ -17,6 +17,7 @@ from torch import Tensor
 from alignkit.batches import Bundle, Plan
 from alignkit.errors import CheckpointError, ResourceError, first_line
 from alignkit.files import locked, replaced_file, sha256_of_parts
+from alignkit.policies.dtensors import full
 from alignkit.policies.module import causal_lm
 from alignkit.policies.pair import PolicyPair
 
@@ -41,6 +42,10 @@ def cached_in(
     file = folder / f"{weights_key(pair, 'policy')}.safetensors"
     keys = [row_key(bundle) for bundle in bundles]
 
+    # Processes that share a model cannot wait for each other's lock while they score together.
+    if pair.shards is not None:
+        return _cached_together(file, pair, bundles, keys, plan)
+
     with locked(file.with_suffix(".lock")):
         stored = _read(file)
         missing = {key: bundle for key, bundle in zip(keys, bundles) if key not in stored}
@@ -56,6 +61,28 @@ def cached_in(
     ]
     if not missing and filled:
         _check(pair, filled, file)
+    return filled
+
+
+def _cached_together(
+    file: Path, pair: PolicyPair, bundles: Sequence[Bundle], keys: Sequence[bytes], plan: Plan
+) -> list[Bundle]:
+    """`cached_in` for a sharded pair: every process scores what it misses, and adds it after that."""
+    stored = _read(file)
+    missing = {key: bundle for key, bundle in zip(keys, bundles) if key not in stored}
+    for key, bundle in zip(missing, pair.cached(list(missing.values()), plan)):
+        stored[key] = list(bundle.tokens["reference"])
+    if missing:
+        with locked(file.with_suffix(".lock")):
+            _write(file, {**_read(file), **{key: stored[key] for key in missing}})
+
+    filled = [
+        replace(bundle, tokens={**bundle.tokens, "reference": stored[key]})
+        for key, bundle in zip(keys, bundles)
+    ]
+    with pair.together():
+        if not missing and filled:
+            _check(pair, filled, file)
     return filled
 
 
@@ -82,7 +109,7 @@ def weights_key(pair: PolicyPair, name: str) -> str:
         yield f"{kernel} {torch.is_autocast_enabled(pair.device.type)}".encode()
         for name, tensor in sorted(model.state_dict().items()):
             yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-            flat = tensor.detach().cpu().contiguous().flatten()
+            flat = full(tensor.detach()).cpu().contiguous().flatten()
             yield flat.view(torch.uint8).numpy().tobytes()
 
     with pair.model(name) as model:

@@ -3,11 +3,12 @@
 from alignkit.config.model import ModelConfig
 from alignkit.config.teacher import TeacherConfig
 from alignkit.errors import ModelError
-from alignkit.policies.load import check_vocabulary, load_frozen, same_vocabulary
+from alignkit.policies.load import load_anchor
 from alignkit.policies.module import PolicyModule, causal_lm, context_length
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.probe import check_head, choose_layout, mass_beyond, probe_bundle
-from alignkit.policies.reference import Anchor, frozen
+from alignkit.policies.reference import Anchor
+from alignkit.policies.tokenizer import check_vocabulary, same_vocabulary
 
 FIELD = "teacher.name_or_path"
 LARGEST_CUT = 1e-3  # probability on tokens that only one of the two models has
@@ -28,16 +29,17 @@ def add_teacher(pair: PolicyPair, teacher: TeacherConfig, model: ModelConfig) ->
         trust_remote_code=model.trust_remote_code,
     )
     own_dtype = str(next(pair.base.parameters()).dtype).removeprefix("torch.")
-    loaded, tokenizer = load_frozen(source, FIELD, device=pair.device, dtype=own_dtype)
+    module, tokenizer = load_anchor(
+        source, FIELD, device=pair.device, dtype=own_dtype, shards=pair.shards
+    )
     if not same_vocabulary(tokenizer, pair.tokenizer):
         raise ModelError(
             f"{FIELD}: the tokenizer of {teacher.name_or_path} ({len(tokenizer)} tokens) is not "
             f"the policy's ({len(pair.tokenizer)} tokens): it would read other texts than the "
             "policy wrote; choose a teacher of the same family"
         )
-    check_vocabulary(loaded, tokenizer, teacher.name_or_path, FIELD)
+    check_vocabulary(causal_lm(module.model), tokenizer, teacher.name_or_path, FIELD)
 
-    module = frozen(PolicyModule(loaded))
     shared = min(pair.vocab_size, _size(module))
     _check_context(module, pair, teacher.name_or_path)
     probe = probe_bundle(shared, max((w for w in module.windows.values() if w), default=None), 128)

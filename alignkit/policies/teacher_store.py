@@ -5,7 +5,9 @@ in it is found by its token ids and masks.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,12 +51,16 @@ def with_stored_teacher(
     key = weights_key(pair, "teacher")
     file = folder / f"teacher-{key}-{vocabulary}-top{top}.safetensors"
     keys = [row_key(bundle) for bundle in bundles]
-    with locked(file.with_suffix(".lock")):
+    lock = partial(locked, file.with_suffix(".lock"))
+    # Processes that share a model cannot wait for each other's lock while they score together.
+    is_shared = pair.shards is not None
+    with pair.together() if is_shared else lock():
         stored = _read(file, top)
         missing = {key: bundle for key, bundle in zip(keys, bundles) if key not in stored}
         stored |= zip(missing, _scored(pair, list(missing.values()), top))
         if missing:
-            _write(file, stored)
+            with lock() if is_shared else nullcontext():
+                _write(file, stored)
     pair.notes.append(f"teacher.store: {len(stored) - len(missing)} rows read from {file}")
     return _filled(bundles, [stored[key] for key in keys])
 

@@ -1,7 +1,7 @@
 """Text in, text out: what `alignkit generate` and the run's samples use."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,10 @@ class OneModel:
         self.network.eval()
         yield self.network
         self.network.train(training)
+
+    def together(self) -> AbstractContextManager[None]:
+        """Nothing to agree on: this process holds the model whole."""
+        return nullcontext()
 
 
 def generate(

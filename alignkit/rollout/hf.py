@@ -77,6 +77,17 @@ class HFSampler:
         Raises ConfigError, DataError, ModelError, NumericsError.
         """
         n = check_request(prompts, draw, prompt_ids)
+        with self.models.together():
+            return self._samples(prompts, draw, n, step, prompt_ids)
+
+    def _samples(
+        self,
+        prompts: Sequence[Tensor],
+        draw: Draw,
+        n: int,
+        step: int,
+        prompt_ids: Sequence[int],
+    ) -> list[list[Sample]]:
         weights = draw.models
         if self.measured:
             weights.setdefault("reference", 0.0)

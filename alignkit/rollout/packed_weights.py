@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 SMALLEST = 1 << 16  # elements of a weight below which packing gains nothing
 ONEDNN = (
@@ -48,6 +49,8 @@ def _packed(module: nn.Module) -> partial[Tensor] | None:
     """The forward of a linear layer with its weight packed, None for what stays as it is."""
     if type(module) is not nn.Linear or module.weight.numel() < SMALLEST:
         return None
+    if isinstance(module.weight, DTensor):
+        return None  # a shard, which is put together for each forward anew
     # A forward of the instance's own is a wrapper's (offloading, say), which must see every call.
     if "forward" in vars(module):
         return None

@@ -71,6 +71,12 @@ class Models(Protocol):
         """
         ...
 
+    def together(self) -> AbstractContextManager[None]:
+        """Entered by all processes around calls of models that are spread over them: inside, each
+        process calls as often as it likes.
+        """
+        ...
+
 
 def check_request(prompts: Sequence[Tensor], draw: Draw, prompt_ids: Sequence[int]) -> int:
     """Completions per prompt of a request that can be answered. ConfigError, DataError."""

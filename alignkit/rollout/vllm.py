@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from alignkit.batches import Draw
 from alignkit.config.rollout import RolloutConfig
 from alignkit.errors import ConfigError, ModelError, NumericsError, ResourceError
-from alignkit.policies.export import write_weights
+from alignkit.policies.export import take_part, write_weights
 from alignkit.rollout.client import Client
 from alignkit.rollout.fleet import Fleet, Stale
 from alignkit.rollout.noise import row_keys
@@ -98,6 +98,7 @@ class VLLMSampler:
         self.fleet = Fleet(config.urls, timeout=config.timeout)
         self.about = self.fleet.wait(config.start_timeout)
         self._check_models()
+        self.stop = stop_tokens(models)
         self.updates = 0  # how many weights this process has given
         self.version = ""  # nothing pushed yet
 
@@ -111,11 +112,13 @@ class VLLMSampler:
         there when it draws.
         """
         self.version = ""
-        if self.pushes:
-            if self.sleeps and self.updates:
-                self.fleet.on_all(Client.wake)
-            with self.models.model("policy") as model:
+        if self.pushes and self.sleeps and self.updates:
+            self.fleet.on_all(Client.wake)
+        with self.models.model("policy") as model:
+            if self.pushes:
                 self._push(model)
+            else:
+                take_part(model)  # its shards are needed where the weights are pushed
 
     def rest(self) -> None:
         """Servers on the trainer's own GPUs free them until the next `sync`, which wakes them."""
@@ -139,9 +142,9 @@ class VLLMSampler:
         ids = torch.tensor(prompt_ids)
         zeros = torch.zeros_like(ids)
         seeds = (row_keys(self.seed, step, ids, zeros, zeros) & SEEDS).tolist()
-        stop = stop_tokens(self.models)
         requests = [
-            self._request(prompt, n, key, stop) for prompt, key in zip(prompts, seeds, strict=True)
+            self._request(prompt, n, key, self.stop)
+            for prompt, key in zip(prompts, seeds, strict=True)
         ]
         return self.fleet.map(self._answered, requests)
 

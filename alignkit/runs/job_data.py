@@ -256,9 +256,11 @@ def _with_reference(context: RunContext, bundles: list[Bundle]) -> list[Bundle]:
     store = context.recipe.reference.store
 
     share = bundles[rank::processes]
-    if share and store:
+    # A process without a share takes part where the model is spread over all.
+    takes_part = bool(share) or context.pair.shards is not None
+    if takes_part and store:
         share = cached_in(Path(store).expanduser(), context.pair, share, context.plan)
-    elif share:
+    elif takes_part:
         share = context.pair.cached(share, context.plan)
     if processes == 1:
         return share

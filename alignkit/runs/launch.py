@@ -209,7 +209,9 @@ def _load_pair(
 ) -> "PolicyPair":
     """The model with its anchors, or with the outputs that the plan asks for."""
     from alignkit.batches import FAMILIES
-    from alignkit.policies.load import load_pair, load_scorer
+    from alignkit.policies.load import load_pair
+    from alignkit.policies.load_scorer import load_scorer
+    from alignkit.policies.sharding import Shards, make_mesh
     from alignkit.policies.teacher import add_teacher
 
     plan = objective.plan
@@ -219,6 +221,11 @@ def _load_pair(
         live = (task.model, task.tokenizer)
     elif task is not None and model.name_or_path == "task":
         model = model.model_copy(update={"name_or_path": str(task.model_folder)})
+
+    # Shards are there from the first byte; a live model, which is whole, is spread later.
+    shards = None
+    if recipe.train.shard and accelerator.num_processes > 1 and live is None and not plan.outputs:
+        shards = Shards(make_mesh(accelerator.device.type, accelerator.num_processes))
 
     if plan.outputs:
         if live is not None:
@@ -245,6 +252,7 @@ def _load_pair(
         router_aux_loss=recipe.train.router_aux_loss,
         # What a run samples is what it trains on; rows of a file come from no temperature.
         temperature=recipe.rollout.temperature if FAMILIES[plan.data].sampled else 1.0,
+        shards=shards,
     )
     if plan.needs_teacher and recipe.teacher is not None:
         teacher = recipe.teacher
@@ -271,7 +279,7 @@ def build_job(
     context: "RunContext", data: "JobData", run: "RunFolder", *, notes: list[str]
 ) -> "Job":
     """Put together what the loop needs. `notes` are printed at the start, after the data report."""
-    from alignkit.policies.load import vocabulary_hash
+    from alignkit.policies.tokenizer import vocabulary_hash
     from alignkit.runs.identity import hashes_of_inputs
     from alignkit.runs.model_card import model_card
     from alignkit.training.job import Job

@@ -18,8 +18,8 @@ from transformers import AutoConfig
 from alignkit import files
 from alignkit.config.recipe import load_recipe
 from alignkit.errors import ConfigError, ModelError
-from alignkit.policies.load import same_vocabulary
 from alignkit.policies.merging import linear, slerp
+from alignkit.policies.tokenizer import same_vocabulary
 from alignkit.runs.inputs import content_hash
 from alignkit.runs.trained_model import find_finished, load_finished
 from alignkit.tasks import DEFAULT_TASK

@@ -237,8 +237,9 @@ class RolloutSource:
         chunks = self.pair.micro_batches(bundles, self.micro_batch_tokens)
         order = [i for chunk in chunks for i in chunk]
         ordered = [bundles[i] for i in order]
-        parts = [self.pair.logps([bundles[i] for i in chunk], self.plan) for chunk in chunks]
-        tokens = concat(parts or [self._no_rows()])
+        with self.pair.together():  # ranks may have different numbers of chunks
+            parts = [self.pair.logps([bundles[i] for i in chunk], self.plan) for chunk in chunks]
+            tokens = concat(parts or [self._no_rows()])
 
         # Statistics are computed with the gradient later, and their anchors with them.
         channels = dict(tokens.anchors) if not self.plan.statistics else {}

@@ -17,7 +17,8 @@ import torch
 
 from alignkit import files
 from alignkit.config.model import ModelConfig
-from alignkit.policies.load import load_model, load_tokenizer
+from alignkit.policies.load import load_model
+from alignkit.policies.tokenizer import load_tokenizer
 from alignkit.tasks.reviews import Reviews
 from alignkit.tasks.sampling import sample_counts, shuffled
 

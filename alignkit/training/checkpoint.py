@@ -10,22 +10,24 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit import files
 from alignkit.errors import CheckpointError
 from alignkit.files import MANIFEST
+from alignkit.policies.slices import StoredTensors, save_parts
 
 BEST = "best.json"
 STATE = "state.json"
+PART = re.compile(r"-\d{5}-of-\d{5}$")
 STEP = re.compile(r"step-(0|[1-9][0-9]*)", re.ASCII)
 LIBRARIES = ("torch", "transformers", "safetensors")
 
@@ -36,7 +38,8 @@ class Checkpoint:
 
     step: int
     path: Path
-    tensors: dict[str, dict[str, Tensor]]  # group ("policy", "optimizer", ...) -> name -> tensor
+    # Group ("policy", "optimizer", ...) -> name -> tensor, read when it is asked for.
+    tensors: dict[str, StoredTensors]
     state: dict[str, Any]
     identity: dict[str, Any]
 
@@ -64,13 +67,21 @@ def save(
     A checkpoint of the same step (an earlier run came this far; it may be damaged) is replaced.
     """
     final = folder / f"step-{step}"
-    try:
+    with explained(folder, step):
         with files.replaced_folder(final) as temporary:
             for group, content in tensors.items():
-                save_file(_own_tensors(content), temporary / f"{group}.safetensors")
+                save_parts(content, temporary / f"{group}.safetensors")
             (temporary / STATE).write_text(json.dumps(state))
             files.write_manifest(temporary, {"step": step, **manifest_content(identity)})
         files.fsync(folder.parent)  # `folder` itself may be new
+    return final
+
+
+@contextmanager
+def explained(folder: Path, step: int) -> Iterator[None]:
+    """CheckpointError for what the disk refuses inside the block, with the way on."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         # safetensors has an error of its own for a full disk
         reason = getattr(error, "strerror", None) or error
@@ -84,14 +95,6 @@ def save(
             f"could not write checkpoint step-{step} to {folder}: {reason}; "
             f"free space or mend the disk{way_on}"
         ) from error
-    return final
-
-
-def _own_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU. safetensors refuses views that share
-    memory, such as tied or expanded tensors.
-    """
-    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
 
 
 def manifest_content(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,12 +142,15 @@ def load(path: Path) -> Checkpoint:
 def _read(path: Path) -> Checkpoint:
     manifest = files.read_manifest(path)
     # Only what the manifest names: a file browser or an archive may leave files of its own.
-    groups = [Path(name) for name in manifest["files"] if name.endswith(".safetensors")]
-    tensors = {name.stem: load_file(path / name) for name in groups}
+    groups: dict[str, list[Path]] = {}
+    for name in manifest["files"]:
+        if name.endswith(".safetensors"):
+            # Processes that hold shards write a file each: policy-00001-of-00004.safetensors.
+            groups.setdefault(PART.sub("", Path(name).stem), []).append(path / name)
     return Checkpoint(
         manifest["step"],
         path,
-        tensors,
+        {group: StoredTensors(parts) for group, parts in groups.items()},
         json.loads((path / STATE).read_text()),
         manifest["identity"],
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from alignkit.batches import Bundle, LossTerms, Outputs, TokenLogps
 from alignkit.errors import NumericsError
-from alignkit.policies.sharding import local
+from alignkit.policies.dtensors import local
 
 NAMED = 8  # findings that a message lists
 

@@ -6,7 +6,7 @@ It knows plans, bundles and terms; it never learns which objective it runs.
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -14,12 +14,14 @@ import torch
 from alignkit.batches import Bundle
 from alignkit.distributed.errors import raise_on_all_ranks
 from alignkit.errors import CheckpointError, ConfigError, NumericsError, ResourceError
-from alignkit.training import checkpoint
+from alignkit.policies.dtensors import local
+from alignkit.training import checkpoint, shared_checkpoint
 from alignkit.training.guard import BrokenStep, broken_weights
 from alignkit.training.job import Job, Result
 from alignkit.training.optimizer import learning_rate, make_optimizer
 from alignkit.training.progress import TrainProgress
 from alignkit.training.reduction import Metrics, Reducer
+from alignkit.training.shared_model import save_shared_model
 from alignkit.training.signals import Interrupted, Signals
 from alignkit.training.snapshot import Counters, Snapshot, seed_everything
 from alignkit.training.updates import UPDATES
@@ -58,7 +60,7 @@ class _Loop:
         # The weight average that model/ gets in place of the last weights; empty without one.
         self.average: dict[str, torch.Tensor] = {}
         if self.config.ema_decay:
-            self.average = {name: value.clone() for name, value in self.pair.state().items()}
+            self.average = self.pair.state()
 
         self.counters = Counters()
         self.snapshot = Snapshot(
@@ -141,9 +143,7 @@ class _Loop:
         halves = iter(range(2))
 
         def collect() -> Sequence[Bundle]:
-            # Sharded weights are put together once for all tokens that are sampled.
-            with self.pair.whole() if self.job.objective.plan.samples else nullcontext():
-                return self.job.source.collect(step, next(halves))
+            return self.job.source.collect(step, next(halves))
 
         try:
             with self._explained(step):
@@ -161,8 +161,9 @@ class _Loop:
         # What follows the policy: moving anchors, then the weight average.
         self.pair.after_step(step + 1)
         if self.average:
-            for name, value in self.pair.state().items():
-                self.average[name].lerp_(value, 1 - self.config.ema_decay)
+            for name, value in self.pair.tensors().items():
+                average = local(self.average[name])
+                average.lerp_(local(value).to(average.device), 1 - self.config.ema_decay)
         return metrics
 
     @contextmanager
@@ -231,8 +232,7 @@ class _Loop:
         if self.job.evaluation is not None:
             metrics = self.reducer.evaluate(self.job.evaluation)
         if self.job.measure:
-            with self.pair.whole():
-                metrics |= self.job.measure()
+            metrics |= self.job.measure()
 
         self.counters.evaluated = {f"eval_{name}": value for name, value in metrics.items()}
         return self.counters.evaluated
@@ -272,9 +272,12 @@ class _Loop:
         self._check_weights(step)
         self._log_samples(step)
         card = self.job.card({**metrics, **self.counters.evaluated}) if self.job.card else ""
-        state = self.pair.whole_state(keep=run.writes)
-        with raise_on_all_ranks(self.accelerator):
-            run.save_model(partial(self.pair.save, state=state), card, self.job.identity)
+        write = partial(self.pair.save, writes=run.writes)
+        if self.pair.shards is None:
+            with raise_on_all_ranks(self.accelerator):
+                run.save_model(write, card, self.job.identity)
+        else:
+            save_shared_model(run, write, card, self.job.identity, self.accelerator)
 
     def _save_last(self, step: int) -> None:
         """Save the last step of a run that has no checkpoint: should model/ not fit on the disk, or
@@ -311,7 +314,7 @@ class _Loop:
     def _log_samples(self, step: int) -> None:
         if not (self.job.samples and self.config.log_samples_every):
             return
-        with self.pair.whole(), raise_on_all_ranks(self.accelerator):
+        with raise_on_all_ranks(self.accelerator), self.pair.together():
             if self.job.run.writes:
                 self.job.run.log_samples(self.job.samples(step))
 
@@ -330,11 +333,16 @@ class _Loop:
     def _save(self, step: int) -> None:
         self._check_weights(step)
         tensors, state = self.snapshot.capture()
+        folder = self.job.run.checkpoints
+        identity = self.job.identity
+        is_shared = self.pair.shards is not None
+        if is_shared:
+            shared_checkpoint.save(folder, step, tensors, state, identity, self.accelerator)
 
         with raise_on_all_ranks(self.accelerator):
             if self.job.run.writes:
-                folder = self.job.run.checkpoints
-                checkpoint.save(folder, step, tensors, state, self.job.identity)
+                if not is_shared:
+                    checkpoint.save(folder, step, tensors, state, identity)
                 if self.counters.best_step:
                     checkpoint.mark_best(folder, self.counters.best_step)
                 checkpoint.prune(folder, step, self.config.keep)

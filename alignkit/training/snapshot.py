@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from alignkit.policies.dtensors import like
 from alignkit.policies.pair import PolicyPair
-from alignkit.policies.sharding import gathered, like
+from alignkit.policies.slices import StoredTensors
 from alignkit.sources.base import Source
 from alignkit.training.checkpoint import Checkpoint
 
@@ -47,16 +48,15 @@ class Snapshot:
     accelerator: Accelerator
 
     def capture(self) -> tuple[Groups, dict[str, Any]]:
-        """Tensors by group, and JSON. Called on every rank: shards,
-        rollouts and random numbers are gathered.
+        """Tensors by group, shards among them, and JSON. Called on every rank: rollouts and random
+        numbers are gathered.
         """
         rollout, source = self.source.state()
-        keep = self.accelerator.is_main_process
-        moments, groups = optimizer_state(self.optimizer, keep=keep)
+        moments, groups = optimizer_state(self.optimizer)
         numbers, rng = self._random_states()
 
         tensors = {
-            "policy": self.pair.state(keep=keep),
+            "policy": self.pair.tensors(),
             "optimizer": moments,
             "source": rollout,
             "average": self.average,
@@ -77,7 +77,8 @@ class Snapshot:
         self.pair.load_state(tensors["policy"])
         load_optimizer_state(self.optimizer, tensors.get("optimizer", {}), state["optimizer"])
         self.source.load_state(tensors.get("source", {}), state["source"])
-        self.average.update(tensors.get("average", {}))
+        for name, value in self.average.items():
+            tensors["average"].stored(name).read_into(value)
 
         # A rank that the checkpoint does not know goes on with the first one's random numbers.
         rank = (
@@ -137,12 +138,10 @@ def set_random_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) ->
 
 
 def optimizer_state(
-    optimizer: torch.optim.Optimizer, *, keep: bool = True
+    optimizer: torch.optim.Optimizer,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as flat whole tensors ("0.exp_avg") and
-    JSON (groups without parameters, scalar entries).
-
-    Every process has to ask for shards; those that do not `keep` the answer get no tensors.
+    """An optimiser's state as flat tensors ("0.exp_avg"), shards among them, and JSON (groups
+    without parameters, scalar entries).
     """
     content = optimizer.state_dict()
     tensors = {
@@ -157,20 +156,36 @@ def optimizer_state(
         for k, v in entry.items()
         if not isinstance(v, Tensor)
     }
-    return gathered(tensors, keep), {"scalars": scalars, "groups": content["param_groups"]}
+    return tensors, {"scalars": scalars, "groups": content["param_groups"]}
 
 
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> None:
-    """The inverse of `optimizer_state`."""
+    """The inverse of `optimizer_state`; of a checkpoint's tensors, a shard is read alone."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     entries: dict[int, dict[str, Any]] = {}
-    for key, value in [*tensors.items(), *state["scalars"].items()]:
+    for key in tensors:
         index, name = key.split(".", 1)
-        entry = entries.setdefault(int(index), {})
-        entry[name] = like(value, parameters[int(index)]) if isinstance(value, Tensor) else value
+        parameter = parameters[int(index)].detach()
+        entries.setdefault(int(index), {})[name] = _moment(tensors, key, parameter)
+    for key, value in state["scalars"].items():
+        index, name = key.split(".", 1)
+        entries.setdefault(int(index), {})[name] = value
+
     groups = [
         {k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in state["groups"]
     ]
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def _moment(tensors: Mapping[str, Tensor], key: str, parameter: Tensor) -> Tensor:
+    """One tensor of an optimiser's state, laid out as its parameter is."""
+    if not isinstance(tensors, StoredTensors):
+        return like(tensors[key], parameter)
+    stored = tensors.stored(key)
+    if stored.shape != parameter.shape:
+        return stored.whole()
+    moment = torch.zeros_like(parameter, dtype=stored.dtype)
+    stored.read_into(moment)
+    return moment

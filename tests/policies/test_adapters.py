@@ -9,7 +9,8 @@ from world import save_model
 from alignkit.config.model import AdapterConfig, ModelConfig
 from alignkit.errors import ModelError
 from alignkit.policies.adapters import add_adapter
-from alignkit.policies.load import load_frozen, load_model, merge
+from alignkit.policies.folding import merge
+from alignkit.policies.load import load_frozen, load_model
 
 BROKEN = {
     "null base": ({"base_model_name_or_path": None}, "base_model_name_or_path"),

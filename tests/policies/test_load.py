@@ -14,9 +14,10 @@ from alignkit.batches import Plan
 from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig
 from alignkit.errors import ModelError
 from alignkit.policies.layout import build_rows
-from alignkit.policies.load import load_pair, load_tokenizer
+from alignkit.policies.load import load_pair
 from alignkit.policies.module import PolicyModule, backbone
 from alignkit.policies.probe import check_head, choose_layout, probe_bundle
+from alignkit.policies.tokenizer import load_tokenizer
 
 PAIRS = Plan("pair")
 

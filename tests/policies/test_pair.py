@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alignkit.batches import Draw, Plan
 from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig, TargetConfig
 from alignkit.errors import CheckpointError, ConfigError, ModelError
-from alignkit.policies.load import load_pair, merge
+from alignkit.policies.folding import merge
+from alignkit.policies.load import load_pair
 from alignkit.rollout import HFSampler
 from alignkit.tensors import gather_logps
 

@@ -7,7 +7,7 @@ from tiny_models import bundle, random_bundles, write_model
 from alignkit.batches import Outputs, Plan, ScoredBatch, batch_type
 from alignkit.config.model import AdapterConfig, ModelConfig
 from alignkit.errors import ConfigError, DataError, ModelError
-from alignkit.policies.load import load_scorer
+from alignkit.policies.load_scorer import load_scorer
 from alignkit.policies.scorer import joined
 from alignkit.training.guard import Guard
 

@@ -9,7 +9,7 @@ from world import pair_rows, run, save_model, write_rows
 
 from alignkit.errors import CheckpointError, ModelError
 from alignkit.files import MANIFEST, read_jsonl, read_manifest, write_manifest
-from alignkit.policies.load import merge
+from alignkit.policies.folding import merge
 from alignkit.runs.trained_model import load_finished
 
 SETTINGS = [

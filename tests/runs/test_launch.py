@@ -151,7 +151,7 @@ def test_the_card_shows_paths_and_rows_and_obeys_none_of_them():
 
 
 def test_lora_and_merge(world, tmp_path):
-    from alignkit.policies.load import merge
+    from alignkit.policies.folding import merge
     from alignkit.runs.trained_model import load_finished
 
     run_recipe(

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from world import run, save_model, write_rows
 
 from alignkit.config.recipe import load_recipe
-from alignkit.policies.load import merge
+from alignkit.policies.folding import merge
 from alignkit.runs.launch import run_recipe
 
 TEMPLATE = (

@@ -10,7 +10,8 @@ from alignkit.config.model import ModelConfig
 from alignkit.config.recipe import load_recipe
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.objectives.preference.tdpo import TDPO
-from alignkit.policies.load import load_model, load_tokenizer
+from alignkit.policies.load import load_model
+from alignkit.policies.tokenizer import load_tokenizer
 from alignkit.runs.launch import run_recipe
 from alignkit.tasks.exact import (
     completion_tree,
