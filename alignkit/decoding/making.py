@@ -13,8 +13,8 @@ from alignkit.decoding.particle_decoder import VALUE, ParticleDecoder
 from alignkit.decoding.scoring import Scorer
 from alignkit.decoding.smc import Schedule
 from alignkit.errors import ConfigError, ModelError
-from alignkit.policies.load import same_vocabulary
 from alignkit.policies.module import causal_lm
+from alignkit.policies.tokenizer import same_vocabulary
 from alignkit.rewards.call import RewardCall
 from alignkit.rewards.load import load_rewards
 from alignkit.rollout.generate import OneModel

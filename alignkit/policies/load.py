@@ -143,11 +143,11 @@ def load_frozen(
 
     An adapter names the model that it belongs on; its folder may hold a tokenizer of its own.
     """
-    base, folder, tokenizer = _parts(model, field)
+    base, folder, words = _parts(model, field)
     loaded, _ = load_model(base, device=device, dtype=dtype, field=field)
     if folder is not None:
         loaded = with_adapter(loaded, folder, field).eval()
-    return loaded, tokenizer
+    return loaded, load_tokenizer(words, field)
 
 
 def load_anchor(
@@ -165,24 +165,26 @@ def load_anchor(
         loaded, tokenizer = load_frozen(model, field, device=device, dtype=dtype)
         return frozen(PolicyModule(loaded)), tokenizer
 
-    base, folder, tokenizer = _parts(model, field)
+    base, folder, words = _parts(model, field)
     loaded, _, weights = load_without_weights(base, dtype=dtype, field=field)
     if folder is not None:
         with as_if_loaded(loaded):
             loaded = with_adapter(loaded, folder, field)
     module = frozen(PolicyModule(loaded))
     shards.place(module, partial(weights.fill, device))
-    return module, tokenizer
+    return module, load_tokenizer(words, field)
 
 
-def _parts(model: ModelConfig, field: str) -> tuple[ModelConfig, Path | None, Any]:
-    """The model itself, the folder of the adapter that goes on it, if any, and the tokenizer."""
+def _parts(model: ModelConfig, field: str) -> tuple[ModelConfig, Path | None, ModelConfig]:
+    """The model itself, the folder of the adapter that goes on it, if any, and where the tokenizer
+    is.
+    """
     folder = Path(model.name_or_path).expanduser()
     if not (folder / CONFIG).is_file():
-        return model, None, load_tokenizer(model, field)
+        return model, None, model
     base = base_of(folder, model, field)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    return base, folder, load_tokenizer(model if has_tokenizer else base, field)
+    return base, folder, model if has_tokenizer else base
 
 
 def _reference_model(
@@ -310,28 +312,27 @@ def load_pair(
     call this. Raises ModelError (exit 4) or ConfigError (exit 2).
     """
     start = _start(model, live, device, dtype, seed, sharded=shards is not None)
-    loaded = start.loaded
     base = PolicyModule(start.policy, values=plan.values, bins=plan.bins).eval()
     if shards is not None and start.weights is not None:
         shards.place(base, partial(start.weights.fill, device))
     layout, about_layout = _probed(base, model)
 
-    base.router, about_router = router_of(loaded, router_aux_loss)
+    base.router, about_router = router_of(start.loaded, router_aux_loss)
     notes = [note for note in (about_layout, about_router) if note]
+    base.temperature = temperature  # before anchors are copied from it
     if temperature != 1:
-        base.temperature = temperature  # before anchors are copied from it
         notes.append(
             f"the policy is trained and its KL measured at temperature {temperature:g}; sample "
             "from the model at this temperature"
         )
 
-    adapter = start.policy is not loaded
-    kind = resolve_kind(reference.kind, plan, adapter=adapter, fixed_data=fixed_data)
+    adapted = start.policy is not start.loaded
+    kind = resolve_kind(reference.kind, plan, adapter=adapted, fixed_data=fixed_data)
     anchors = {}
     if kind in KINDS:
         anchors["reference"] = Anchor.of(kind, base, reference, shards)
     elif kind != "none":
-        other = _reference_model(kind, loaded, start.tokenizer, model, device, dtype, shards)
+        other = _reference_model(kind, start.loaded, start.tokenizer, model, device, dtype, shards)
         other.temperature = temperature
         anchors["reference"] = Anchor("frozen", other)
 

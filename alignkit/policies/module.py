@@ -17,7 +17,7 @@ from alignkit.batches import Statistic
 from alignkit.errors import DataError, ModelError
 from alignkit.policies.bins import BIN, BinHead
 from alignkit.policies.head import AnchorLaws, Head, head_figures
-from alignkit.policies.layout import Rows, attention_mask
+from alignkit.policies.layout import Rows, attention_mask, build_rows, stand_in
 from alignkit.policies.packing import FLEX, packing_of, take_runs
 from alignkit.policies.router import Router
 
@@ -191,6 +191,11 @@ class PolicyModule(nn.Module):
         if self.router is not None and balanced:
             results["aux_loss"] = self.router.loss(output.router_logits, rows).expand(len(hidden))
         return results
+
+    def touch(self) -> None:
+        """A forward of one token, of which nothing is used."""
+        device = next(self.parameters()).device
+        self(build_rows([stand_in()], "padded", device), entropy=False)
 
     def adapter_disabled(self) -> AbstractContextManager[Any]:
         """The model without its adapter; nothing to do for a model that has none."""

@@ -1,7 +1,7 @@
 """Reward and preference models: networks that read a whole completion and give a few numbers.
 
 A `Scorer` gives `Outputs` where a policy gives log-probs. `TrainedScorer` is the one that the loop
-trains; it is loaded by `alignkit.policies.load.load_scorer`.
+trains; it is loaded by `alignkit.policies.load_scorer`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,6 +41,11 @@ class ScoreModule(nn.Module):
         """Right-padded rows [N, L] x 2 -> outputs [N, D] in float32."""
         logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         return logits.float()
+
+    def touch(self) -> None:
+        """A forward of one token, of which nothing is used."""
+        ids = torch.ones((1, 1), dtype=torch.int64, device=next(self.parameters()).device)
+        self(ids, torch.ones_like(ids))
 
 
 class TrainedScorer(PolicyPair):

@@ -23,8 +23,9 @@ from torch.distributed.tensor import DTensor
 
 from alignkit.errors import ConfigError
 from alignkit.policies.dtensors import local
-from alignkit.policies.layout import build_rows, stand_in
 from alignkit.policies.module import PolicyModule, causal_lm, frozen
+
+Network = PolicyModule | Any  # or a ScoreModule, which is made of the same parts
 
 
 class Shards:
@@ -35,17 +36,17 @@ class Shards:
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
-        self._networks: list[PolicyModule] = []
+        self._networks: list[Network] = []
         self._together = False
         self._inside = False  # inside the forward of a network
 
-    def place(self, module: PolicyModule, fill: Callable[[], None]) -> None:
+    def place(self, module: Network, fill: Callable[[], None]) -> None:
         """Shard a module, let `fill` give the shards their content, and make it ready."""
         self.spread(module)
         fill()
         self.start(module)
 
-    def spread(self, module: PolicyModule) -> None:
+    def spread(self, module: Network) -> None:
         """Shard the parameters, and with them gradients and the optimiser's moments: the model's
         blocks one by one, the embedding, then the rest. They may be on the meta device still.
 
@@ -69,7 +70,7 @@ class Shards:
         for later, earlier in pairwise([*order, order[-1]]):
             later.set_modules_to_backward_prefetch([earlier])
 
-    def start(self, module: PolicyModule) -> None:
+    def start(self, module: Network) -> None:
         """Make a network that is spread, and whose weights are there, ready to be called. All
         processes call this in the same order.
         """
@@ -101,7 +102,7 @@ class Shards:
 
         # FSDP2 takes the first module that is called for its root.
         with torch.no_grad():
-            _one_token(module)
+            module.touch()
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -130,7 +131,7 @@ class Shards:
             self._inside = True
             try:
                 with torch.no_grad():
-                    _one_token(self._networks[turn - 1])
+                    self._networks[turn - 1].touch()
             finally:
                 self._inside = False
 
@@ -141,19 +142,13 @@ class Shards:
         return int(asked)
 
 
-def _one_token(module: PolicyModule) -> None:
-    """The smallest forward there is: it puts each unit together once, as any other does."""
-    device = next(module.parameters()).device
-    module(build_rows([stand_in()], "padded", device), entropy=False)
-
-
-def _blocks(module: PolicyModule) -> list[Any]:
+def _blocks(module: Network) -> list[Any]:
     language_model = causal_lm(module.model)
     names = set(getattr(language_model, "_no_split_modules", None) or ())
     return [m for m in language_model.modules() if type(m).__name__ in names]
 
 
-def _embedding(module: PolicyModule) -> list[Any]:
+def _embedding(module: Network) -> list[Any]:
     """The input embedding, unless its weight serves as the head's too."""
     language_model = causal_lm(module.model)
     embedding = language_model.get_input_embeddings()
@@ -163,7 +158,7 @@ def _embedding(module: PolicyModule) -> list[Any]:
     return [] if is_shared else [embedding]
 
 
-def _resharded(module: PolicyModule) -> None:
+def _resharded(module: nn.Module) -> None:
     """Every unit is a shard again, also after a forward that failed half-way."""
     for part in module.modules():
         if isinstance(part, FSDPModule):

@@ -159,8 +159,11 @@ def save_parts(tensors: Mapping[str, Tensor], file: Path) -> None:
         region = Region.of(tensor)
         if region.is_empty or not _is_first_copy(tensor):
             continue
-        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        parts[name] = part.detach().cpu().contiguous()
+        if isinstance(tensor, DTensor):
+            part = tensor.detach().to_local()  # not copied: it may be large
+        else:
+            part = tensor.detach().clone()  # safetensors refuses views that share memory
+        parts[name] = part.cpu().contiguous()
         index[name] = {OFFSETS: list(region.offsets)}
     save_file(
         parts, file, metadata={"format": "pt", "DCP_VERSION": "1.0", INDEX: json.dumps(index)}

@@ -105,7 +105,9 @@ def models_of(policy, reference=None):
     """The `Models` that a sampler wants."""
     named = {"policy": policy, "reference": reference}
     return SimpleNamespace(
-        model=lambda name: nullcontext(named[name]), tokenizer=SimpleNamespace(eos_token_id=EOS)
+        model=lambda name: nullcontext(named[name]),
+        together=nullcontext,
+        tokenizer=SimpleNamespace(eos_token_id=EOS),
     )
 
 
