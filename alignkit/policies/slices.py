@@ -160,7 +160,7 @@ def save_parts(tensors: Mapping[str, Tensor], file: Path) -> None:
         if region.is_empty or not _is_first_copy(tensor):
             continue
         if isinstance(tensor, DTensor):
-            part = tensor.detach().to_local()  # not copied: it may be large
+            part = tensor.to_local().detach()  # not copied: it may be large
         else:
             part = tensor.detach().clone()  # safetensors refuses views that share memory
         parts[name] = part.cpu().contiguous()
