@@ -171,10 +171,16 @@ class Plan:
     # Example: True for a preference model that compares two answers directly.
     joined: bool = False
 
+    # Names of the statistics that read the policy's distributions alone. Where all of them do, no
+    # anchor's distributions are computed for them, and the reference's log-probs may be stored.
+    # Example: ("entropy",) for GRPO's entropy bonus.
+    without_anchor: tuple[str, ...] = ()
+
     @property
     def read_by_statistics(self) -> str | None:
         """The anchor whose next-token distributions the statistics read: the first one."""
-        return self.anchors[0] if self.statistics and self.anchors else None
+        reads = any(name not in self.without_anchor for name in self.statistics)
+        return self.anchors[0] if reads and self.anchors else None
 
     @property
     def needs_teacher(self) -> bool:
@@ -211,11 +217,13 @@ class LossTerms:
 #   family  one family; parts that learn from another one that it serves may join
 #   agree   parts of that family must have the same value
 #   union   everything that any part asks for; one name must not mean two things
+#   names   the union of lists of names
 #   anchors the union too, and the anchor that statistics read stays the first
 #   any     whether any part asks for it
-COMBINATION: dict[str, Literal["family", "agree", "union", "anchors", "any"]] = {
+COMBINATION: dict[str, Literal["family", "agree", "union", "names", "anchors", "any"]] = {
     "data": "family",
     "statistics": "union",
+    "without_anchor": "names",
     "anchors": "anchors",
     "samples": "agree",
     "feedback": "agree",
@@ -255,6 +263,9 @@ def combined(plans: Sequence[Plan], family: Family) -> Plan:
             values[name] = _agreed(name, [getattr(plan, name) for plan in leading])
         elif rule == "union":
             values[name] = _union(name, [getattr(plan, name) for plan in plans])
+        elif rule == "names":
+            every = (entry for plan in plans for entry in getattr(plan, name))
+            values[name] = tuple(dict.fromkeys(every))
         elif rule == "anchors":
             values[name] = _anchors(plans)
         else:

@@ -49,6 +49,11 @@ class RolloutConfig(Section):
         1.0,
         description="divides the logits of the policy and its anchors, in sampling, loss and KL alike",
     )
+    mask_truncated: bool = Field(
+        False,
+        description="learn nothing from the tokens of completions that were cut at max_new_tokens; "
+        "their scores still count in the group's baseline",
+    )
     pass_rate: tuple[float, float] | None = Field(
         None,
         description="train only on prompts whose mean score lies strictly between these two; "

@@ -204,7 +204,7 @@ class _Groups(Adapter):
 
         anchor = None
         anchors = {}
-        if self.objective.plan.statistics:
+        if self.objective.plan.read_by_statistics:
             with torch.no_grad(), self._reference(model) as reference:
                 anchor = reference(**feed).logits[:, window][mask] / self.temperature
         elif wants_reference(self.objective):

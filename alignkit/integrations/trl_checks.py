@@ -286,7 +286,7 @@ def reads_reference_sums(objective: Objective) -> bool:
     """Whether the loss stays the same when only each completion's
     sum of the reference's log-probs is known.
     """
-    if objective.plan.statistics:
+    if objective.plan.read_by_statistics:
         return False
 
     # The loss of a made-up pair, once with the reference token by token and once with its sums,
@@ -296,10 +296,11 @@ def reads_reference_sums(objective: Objective) -> bool:
     reference = -torch.rand(2, 2, 3, generator=generator)
     sums = torch.nn.functional.pad(reference.sum(-1, keepdim=True), (0, 2))
     mask = torch.ones(2, 3, dtype=torch.bool)
+    names = ["entropy", *objective.plan.statistics]
 
     def terms(anchor: torch.Tensor) -> Sequence[Term]:
         chosen, rejected = (
-            TokenLogps(logps, {"reference": known}, mask, extras={"entropy": -logps})
+            TokenLogps(logps, {"reference": known}, mask, extras=dict.fromkeys(names, -logps))
             for logps, known in zip(policy, anchor)
         )
         return objective.loss(PairBatch(chosen, rejected)).terms

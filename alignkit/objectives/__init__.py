@@ -4,7 +4,7 @@ Imports no torch.
 
 # name -> module:Class:function,...
 OBJECTIVES: dict[str, str] = {
-    "sft": "preference.sft:SFT:sft_loss",
+    "sft": "preference.sft:SFT:sft_loss,dft_loss",
     "dpo": "preference.dpo:DPO:dpo_loss",
     "ipo": "preference.ipo:IPO:ipo_loss",
     "fdpo": "preference.fdpo:FDPO:fdpo_loss",
@@ -79,6 +79,8 @@ OBJECTIVES: dict[str, str] = {
 
 # Pure functions without an objective of their own in the registry: name -> module.
 FUNCTIONS: dict[str, str] = {
+    "wpo_weights": "preference.weighting",
+    "on_policy_enough": "exploration",
     "gigpo_advantages": "turn_credit",
     "ktae_values": "token_credit",
     "entropic_value_loss": "online.entropic",

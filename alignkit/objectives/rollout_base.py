@@ -61,6 +61,7 @@ class RolloutObjective(Objective):
         values: bool = False,
         samples: tuple[Draw, ...] = (Draw(),),
         scored: bool = True,
+        without_anchor: tuple[str, ...] = (),
     ) -> Plan:
         """Completions of each prompt, as many as the recipe's `rollout.completions`, with a score
         unless `scored` is False; `epochs` x `minibatches` steps.
@@ -68,6 +69,7 @@ class RolloutObjective(Objective):
         return Plan(
             "rollout",
             statistics=statistics or {},
+            without_anchor=without_anchor,
             anchors=anchors,
             samples=samples,
             feedback="reward" if scored else "none",

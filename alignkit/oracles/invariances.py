@@ -86,7 +86,8 @@ def differentiated(objective: Objective) -> Iterator[Check]:
         if name in objective.surrogate_statistics:
             yield Check(f"gradcheck of {name}", 0, 0, "it stops gradients inside, as defined")
             continue
-        anchor = world.anchors[objective.plan.anchors[0]].log_softmax(-1).flatten(0, 1)
+        read = objective.plan.read_by_statistics
+        anchor = None if read is None else world.anchors[read].log_softmax(-1).flatten(0, 1)
         labels = world.labels.flatten()
 
         def total(

@@ -144,11 +144,12 @@ class PolicyPair:
         # the policy's head computes its log-probs chunk by chunk beside the policy's own.
         anchor_logps: dict[str, Tensor] = {}
         laws: AnchorLaws | None = None
+        read_by_statistics = plan.read_by_statistics if plan.statistics else None
         for name in plan.anchors if anchors else ():
             anchor = self.anchors.get(name)
             if anchor is not None and anchor.module is not None:
                 anchor.check_labels(name, rows.labels, self.vocab_size)
-            if plan.statistics and name == plan.anchors[0]:
+            if name == read_by_statistics:
                 stored = all(IDS in bundle.tokens for bundle in bundles)
                 laws = StoredLaws.of(bundles, rows) if stored else self.states(name, rows)
             elif all(name in bundle.tokens for bundle in bundles):

@@ -126,6 +126,7 @@ def unused_sections(recipe: Recipe, objective: "Objective") -> list[str]:
         "judge": recipe.judge is not None and plan.feedback in ("none", "reward"),
         "rollout.url": recipe.rollout.url is not None and not plan.samples,
         "rollout.pass_rate": recipe.rollout.pass_rate is not None and plan.feedback != "reward",
+        "rollout.mask_truncated": recipe.rollout.mask_truncated and plan.data != "rollout",
         "target": recipe.target is not None and "target" not in plan.anchors,
         "teacher": recipe.teacher is not None and not plan.needs_teacher,
     }

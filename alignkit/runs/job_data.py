@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from alignkit.batches import Bundle, Draw
+from alignkit.batches import FAMILIES, Bundle, Draw
 from alignkit.data.load import check_held_out, fingerprint, load_bundles, load_prompts
 from alignkit.data.prompts import Prompt
 from alignkit.data.prompts import fingerprint as prompts_fingerprint
@@ -185,6 +185,7 @@ def _rollouts(
         micro_batch_tokens=int(recipe.train.micro_batch_tokens),
         pass_rate=rollout.pass_rate if context.plan.feedback == "reward" else None,
         refills=rollout.refills,
+        mask_truncated=rollout.mask_truncated and FAMILIES[context.plan.data].credited,
         correction=correction,
     )
 

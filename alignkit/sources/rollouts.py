@@ -53,6 +53,9 @@ class RolloutSource:
     pass_rate: tuple[float, float] | None = None
     refills: int = 3
 
+    # Completions without an end token keep their score, and their tokens are not trained on.
+    mask_truncated: bool = False
+
     # Set where another engine than the trainer's own model samples.
     correction: Correction | None = None
 
@@ -200,7 +203,10 @@ class RolloutSource:
             draws += [index] * count if draw.scored else []
 
         rows = {"draw": torch.tensor(draws)} if len(set(draws)) > 1 else {}
-        bundles = [_bundle(prompt, samples, rows) for prompt, samples in zip(prompts, answers)]
+        bundles = [
+            _bundle(prompt, samples, rows, truncated=not self.mask_truncated)
+            for prompt, samples in zip(prompts, answers)
+        ]
         step = self.number * self.plan.epochs * self.plan.minibatches
         return answers, self.scoring.score(prompts, bundles, answers, opponents, step)
 
@@ -242,7 +248,7 @@ class RolloutSource:
             tokens = concat(parts or [self._no_rows()])
 
         # Statistics are computed with the gradient later, and their anchors with them.
-        channels = dict(tokens.anchors) if not self.plan.statistics else {}
+        channels = dict(tokens.anchors) if self.plan.read_by_statistics is None else {}
         own = tokens.select(own_rows(self.plan, ordered).to(tokens.mask.device))
         self.metrics |= mismatch(own, self.accelerator)
 
@@ -352,12 +358,16 @@ def _narrowed(name: str, values: Tensor, rollout: RolloutBatch) -> Tensor:
     )
 
 
-def _bundle(prompt: Any, samples: Sequence[Sample], rows: Mapping[str, Tensor]) -> Bundle:
-    """The samples of one prompt; every token of theirs is trained on."""
+def _bundle(
+    prompt: Any, samples: Sequence[Sample], rows: Mapping[str, Tensor], *, truncated: bool
+) -> Bundle:
+    """The samples of one prompt; every token of theirs is trained on, and those of samples without
+    an end token if `truncated`.
+    """
     return Bundle(
         prompt.ids,
         [sample.ids for sample in samples],
-        [torch.ones(len(sample.ids), dtype=torch.bool) for sample in samples],
+        [torch.full(sample.ids.shape, sample.ended or truncated) for sample in samples],
         prompt.uid,
         rows,
         tokens={"behavior": [sample.logps for sample in samples]},

@@ -80,6 +80,9 @@ LOSS_TYPES = [
         {"f_divergence_type": "js_divergence"},
     ),
     (SFT(), "sft", {}),
+    (DPO(beta=0.3, weighting="wpo"), "sigmoid", {"use_weighting": True}),
+    (IPO(tau=0.3, form="mean", weighting="wpo"), "ipo", {"use_weighting": True}),
+    (APOZero(beta=0.3, weighting="wpo"), "apo_zero", {"use_weighting": True}),
 ]
 
 
@@ -140,11 +143,18 @@ ROLLOUT_LOSSES = [
         },
     ),
     (VESPO(), {"loss_type": "vespo"}),
+    (GRPO(beta=0, entropy_weight=0.3), {"loss_type": "grpo", "entropy_coef": 0.3}),
+    (
+        GRPO(beta=0, off_policy_threshold=1e-3),
+        {"loss_type": "grpo", "off_policy_mask_threshold": 1e-3},
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("objective", "theirs"), ROLLOUT_LOSSES, ids=[case[1]["loss_type"] for case in ROLLOUT_LOSSES]
+    ("objective", "theirs"),
+    ROLLOUT_LOSSES,
+    ids=["-".join(case[1]) + case[1]["loss_type"] for case in ROLLOUT_LOSSES],
 )
 def test_rollout_losses_equal_trls_loss_types(model, tmp_path, record_property, objective, theirs):
     """In the later steps on a rollout the importance ratio is not 1. They are small, since VESPO's

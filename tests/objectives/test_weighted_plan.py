@@ -35,6 +35,7 @@ def test_a_field_without_a_rule_is_refused():
 OTHER = {
     "data": "labelled",
     "statistics": {"kl": torch.add},
+    "without_anchor": ("entropy",),
     "anchors": ("reference", "target"),
     "samples": (Draw(2),),
     "feedback": "table",

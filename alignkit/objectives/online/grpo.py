@@ -8,18 +8,17 @@ from pydantic import Field, NonNegativeFloat
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.kl import LOSS_ESTIMATORS, Direction, importance
 from alignkit.objectives.base import Objective
+from alignkit.objectives.exploration import ExploringGroup
 from alignkit.objectives.rollout_base import (
     Aggregation,
     Credit,
     DualClip,
-    GroupObjective,
-    advantages_of,
 )
 from alignkit.objectives.surrogates import KLEstimator, grpo_loss
 from alignkit.tensors import masked_sum
 
 
-class GRPO(GroupObjective):
+class GRPO(ExploringGroup):
     """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300). No value head: the
     group is the baseline.
     """
@@ -47,11 +46,13 @@ class GRPO(GroupObjective):
 
     @property
     def plan(self) -> Plan:
-        return self.rollout_plan(anchors=("reference",) if self.beta else ())
+        return self.exploring_plan(("reference",) if self.beta else ())
 
     @property
     def kl_gradient(self) -> tuple[Credit, Direction] | None:
-        return ("token", LOSS_ESTIMATORS[self.kl][1]) if self.beta else None
+        if not self.beta or self.entropy_weight:  # with the entropy's gradient it is neither
+            return None
+        return "token", LOSS_ESTIMATORS[self.kl][1]
 
     @property
     def surrogate(self) -> bool:
@@ -64,6 +65,7 @@ class GRPO(GroupObjective):
             cls(),
             cls(kl="k3"),
             cls(kl="k2"),
+            cls(entropy_weight=0.1, off_policy_threshold=0.3),
             cls(beta=0, scale_by_std=False, aggregation="constant", length=4, **wide),
         ]
 
@@ -72,19 +74,20 @@ class GRPO(GroupObjective):
         logps = tokens.policy
         old = tokens.get("behavior")
         reference = tokens.reference if self.beta else logps
+        advantages, masked = self.teaching_advantages(batch)
         values = grpo_loss(
             logps,
             old,
             reference,
-            advantages_of(batch),
+            advantages,
             beta=self.beta,
             kl=self.kl,
             dual_clip=self.dual_clip,
             **self.clip,
         )
 
-        metrics = self.metrics(tokens, importance(logps, old))
+        metrics = {**self.metrics(tokens, importance(logps, old)), **masked}
         if self.beta:
             penalty = LOSS_ESTIMATORS[self.kl][0](logps - reference, logps - old).detach()
             metrics[f"kl/policy_reference_{self.kl}"] = masked_sum(penalty, tokens.mask)
-        return LossTerms([self.term("grpo", values, tokens)], metrics)
+        return LossTerms([self.term("grpo", values, tokens), *self.entropy_terms(tokens)], metrics)

@@ -6,7 +6,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from alignkit.batches import LossTerms, PairBatch
-from alignkit.objectives.base import PairObjective
+from alignkit.objectives.preference.weighting import WeighablePairs
 from alignkit.tensors import pair_log_ratios
 
 
@@ -47,7 +47,7 @@ def apo_down_loss(
     return (beta * chosen).sigmoid() + (-beta * (chosen - rejected)).sigmoid()
 
 
-class APOZero(PairObjective):
+class APOZero(WeighablePairs):
     """APO-zero (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7): for data whose chosen responses
     are better than the model's own.
     """
@@ -62,10 +62,10 @@ class APOZero(PairObjective):
 
     def loss(self, batch: PairBatch) -> LossTerms:
         losses = apo_zero_loss(*batch.sequence_logps(), beta=self.beta)
-        return batch.rows("apo_zero", losses, scale=self.beta)
+        return batch.rows("apo_zero", self.weighted(losses, batch), scale=self.beta)
 
 
-class APODown(PairObjective):
+class APODown(WeighablePairs):
     """APO-down (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8): for data whose chosen responses
     are worse than the model's own. It lowers the chosen response too, so a step need not favour it.
     """
@@ -80,4 +80,4 @@ class APODown(PairObjective):
 
     def loss(self, batch: PairBatch) -> LossTerms:
         losses = apo_down_loss(*batch.sequence_logps(), beta=self.beta)
-        return batch.rows("apo_down", losses, scale=self.beta)
+        return batch.rows("apo_down", self.weighted(losses, batch), scale=self.beta)

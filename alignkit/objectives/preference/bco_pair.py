@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from alignkit.batches import LossTerms, PairBatch
-from alignkit.objectives.base import PairObjective
+from alignkit.objectives.preference.weighting import WeighablePairs
 from alignkit.tensors import pair_log_ratios
 
 
@@ -31,7 +31,7 @@ def bco_loss(
     return -logsigmoid(beta * chosen) - logsigmoid(-beta * rejected)
 
 
-class BCOPair(PairObjective):
+class BCOPair(WeighablePairs):
     """BCO on pairs (Jung et al. 2024, arXiv:2404.04656), with the reward shift left at 0."""
 
     paper: ClassVar[str] = "Jung et al. 2024, arXiv:2404.04656, eq. 9"
@@ -43,4 +43,4 @@ class BCOPair(PairObjective):
 
     def loss(self, batch: PairBatch) -> LossTerms:
         losses = bco_loss(*batch.sequence_logps(), beta=self.beta)
-        return batch.rows("bco_pair", losses, scale=self.beta)
+        return batch.rows("bco_pair", self.weighted(losses, batch), scale=self.beta)

@@ -9,7 +9,8 @@ from torch.nn.functional import logsigmoid
 
 from alignkit.batches import LossTerms, PairBatch
 from alignkit.errors import ConfigError
-from alignkit.objectives.base import Objective, PairObjective
+from alignkit.objectives.base import Objective
+from alignkit.objectives.preference.weighting import WeighablePairs
 from alignkit.tensors import pair_log_ratios
 
 
@@ -41,7 +42,7 @@ def discopop_loss(
     return logistic + exponential
 
 
-class DiscoPOP(PairObjective):
+class DiscoPOP(WeighablePairs):
     """DiscoPOP (Lu et al. 2024, arXiv:2406.08414, eq. 5).
 
     The loss is not monotone, as its authors report: near a margin of 0 it rises with the margin (at
@@ -64,7 +65,7 @@ class DiscoPOP(PairObjective):
         losses = discopop_loss(
             *batch.sequence_logps(), beta=self.beta, discopop_tau=self.discopop_tau
         )
-        return batch.rows("discopop", losses, scale=self.beta)
+        return batch.rows("discopop", self.weighted(losses, batch), scale=self.beta)
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:

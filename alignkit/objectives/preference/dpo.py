@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from alignkit.batches import LossTerms, PairBatch
-from alignkit.objectives.base import Objective, PairObjective, tilted
+from alignkit.objectives.base import Objective, tilted
+from alignkit.objectives.preference.weighting import WeighablePairs
 from alignkit.tensors import pair_log_ratios
 
 
@@ -35,7 +36,7 @@ def dpo_loss(
     return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
 
 
-class DPO(PairObjective):
+class DPO(WeighablePairs):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290, eq. 7)."""
 
     paper: ClassVar[str] = "Rafailov et al. 2023, arXiv:2305.18290, eq. 7"
@@ -50,7 +51,7 @@ class DPO(PairObjective):
         losses = dpo_loss(
             *batch.sequence_logps(), beta=self.beta, label_smoothing=self.label_smoothing
         )
-        return batch.rows("dpo", losses, scale=self.beta)
+        return batch.rows("dpo", self.weighted(losses, batch), scale=self.beta)
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """ref * exp(reward / beta), normalised; none with label

@@ -10,7 +10,8 @@ from torch.nn.functional import logsigmoid
 
 from alignkit.batches import LossTerms, PairBatch
 from alignkit.errors import ConfigError
-from alignkit.objectives.base import Objective, PairObjective
+from alignkit.objectives.base import Objective
+from alignkit.objectives.preference.weighting import WeighablePairs
 from alignkit.tensors import pair_log_ratios
 
 
@@ -42,7 +43,7 @@ def exo_loss(
     return wins + loses
 
 
-class EXOPair(PairObjective):
+class EXOPair(WeighablePairs):
     """EXO-pref (Ji et al. 2024, arXiv:2402.00856, eq. 16)."""
 
     paper: ClassVar[str] = "Ji et al. 2024, arXiv:2402.00856, eq. 16"
@@ -58,7 +59,7 @@ class EXOPair(PairObjective):
         losses = exo_loss(
             *batch.sequence_logps(), beta=self.beta, label_smoothing=self.label_smoothing
         )
-        return batch.rows("exo_pair", losses, scale=self.beta)
+        return batch.rows("exo_pair", self.weighted(losses, batch), scale=self.beta)
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:

@@ -11,8 +11,9 @@ from alignkit import divergences
 from alignkit.batches import LossTerms, PairBatch
 from alignkit.divergences import Divergence
 from alignkit.errors import ConfigError
-from alignkit.objectives.base import Objective, PairObjective
+from alignkit.objectives.base import Objective
 from alignkit.objectives.preference.dpo import DPO
+from alignkit.objectives.preference.weighting import WeighablePairs
 from alignkit.tensors import pair_log_ratios
 
 
@@ -41,7 +42,7 @@ def fdpo_loss(
     return -logsigmoid(beta * (divergence.f_prime(chosen) - divergence.f_prime(rejected)))
 
 
-class FDPO(PairObjective):
+class FDPO(WeighablePairs):
     """f-DPO (Wang et al. 2023, arXiv:2309.16240)."""
 
     paper: ClassVar[str] = "Wang et al. 2023, arXiv:2309.16240"
@@ -77,7 +78,7 @@ class FDPO(PairObjective):
         chosen, rejected = (
             self.beta * self.resolved.f_prime(ratio) for ratio in pair_log_ratios(*logps)
         )
-        return batch.rows("fdpo", losses, rewards=(chosen, rejected))
+        return batch.rows("fdpo", self.weighted(losses, batch), rewards=(chosen, rejected))
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """ref * f'^-1((reward - c) / beta) with the c that normalises it."""

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from alignkit.batches import LossTerms, PairBatch
-from alignkit.objectives.base import Objective, PairObjective
+from alignkit.objectives.base import Objective
 from alignkit.objectives.preference.dpo import DPO
+from alignkit.objectives.preference.weighting import WeighablePairs
 from alignkit.tensors import check_same_shape
 
 
@@ -40,7 +41,7 @@ def hdpo_loss(
     return -logsigmoid(beta * (chosen - rejected))
 
 
-class HDPO(PairObjective):
+class HDPO(WeighablePairs):
     """H-DPO (Omura et al. 2024, arXiv:2411.07595)."""
 
     paper: ClassVar[str] = "Omura et al. 2024, arXiv:2411.07595"
@@ -62,7 +63,7 @@ class HDPO(PairObjective):
             self.beta * (self.alpha * policy_w - reference_w),
             self.beta * (self.alpha * policy_l - reference_l),
         )
-        return batch.rows("hdpo", losses, rewards=rewards)
+        return batch.rows("hdpo", self.weighted(losses, batch), rewards=rewards)
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """ref^(1 / alpha) * exp(reward / (alpha beta)), normalised."""

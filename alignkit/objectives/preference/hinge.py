@@ -6,7 +6,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from alignkit.batches import LossTerms, PairBatch
-from alignkit.objectives.base import PairObjective
+from alignkit.objectives.preference.weighting import WeighablePairs
 from alignkit.tensors import pair_log_ratios
 
 
@@ -29,7 +29,7 @@ def hinge_loss(
     return (1 - beta * (chosen - rejected)).relu()
 
 
-class Hinge(PairObjective):
+class Hinge(WeighablePairs):
     """RSO's hinge-norm (Liu et al. 2023, arXiv:2309.06657)."""
 
     paper: ClassVar[str] = "Liu et al. 2023, arXiv:2309.06657"
@@ -40,6 +40,5 @@ class Hinge(PairObjective):
     )
 
     def loss(self, batch: PairBatch) -> LossTerms:
-        return batch.rows(
-            "hinge", hinge_loss(*batch.sequence_logps(), beta=self.beta), scale=self.beta
-        )
+        losses = hinge_loss(*batch.sequence_logps(), beta=self.beta)
+        return batch.rows("hinge", self.weighted(losses, batch), scale=self.beta)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from alignkit.batches import LossTerms, PairBatch
 from alignkit.errors import ConfigError
-from alignkit.objectives.base import Objective, PairObjective
+from alignkit.objectives.base import Objective
+from alignkit.objectives.preference.weighting import WeighablePairs
 from alignkit.tensors import pair_log_ratios
 
 
@@ -39,18 +40,21 @@ def ipo_loss(
     return (chosen - rejected - 1 / (2 * tau)) ** 2
 
 
-class IPO(PairObjective):
+class IPO(WeighablePairs):
     """Identity preference optimisation (Azar et al. 2023, arXiv:2310.12036, eq. 17)."""
 
     paper: ClassVar[str] = "Azar et al. 2023, arXiv:2310.12036, eq. 17"
     equation: ClassVar[str] = (
         "L = (h(w) - h(l) - 1/(2 tau))^2, "
-        "h = log pi/ref summed over the tokens (form sum) or averaged (form mean)"
+        "h = log pi/ref summed over the tokens (form sum, as in the paper) "
+        "or averaged (form mean, as in TRL)"
     )
 
     tau: PositiveFloat = Field(0.1, description="regularisation; the target margin is 1 / (2 tau)")
     form: Literal["sum", "mean"] = Field(
-        "sum", description="sum of token log-ratios (eq. 17), or their mean over the length"
+        "sum",
+        description="sum: of the tokens' log-ratios, as in the paper (eq. 17); mean: over the length, "
+        "as in TRL",
     )
 
     def loss(self, batch: PairBatch) -> LossTerms:
@@ -62,15 +66,14 @@ class IPO(PairObjective):
                 "rejected_lengths": batch.rejected.lengths,
             }
         )
-        return batch.rows(
-            "ipo", ipo_loss(*batch.sequence_logps(), tau=self.tau, **lengths), scale=self.tau
-        )
+        losses = ipo_loss(*batch.sequence_logps(), tau=self.tau, **lengths)
+        return batch.rows("ipo", self.weighted(losses, batch), scale=self.tau)
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """ref * exp(P(y beats mu) / tau) for Bradley-Terry labels of `reward` and uniform opponents
-        mu; sum form only.
+        mu; sum form without weights only.
         """
-        if self.form == "mean":
+        if self.form == "mean" or self.weighting != "none":
             return None
         return (reference + self.label_probability(reward).mean(-1) / self.tau).log_softmax(-1)
 

@@ -1,6 +1,7 @@
 """KTO: learning from unpaired completions labelled desirable or undesirable."""
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -34,11 +35,14 @@ def kto_loss(
 
 
 class KTO(Objective):
-    """KTO (Ethayarajh et al. 2024, arXiv:2402.01306)."""
+    """KTO (Ethayarajh et al. 2024, arXiv:2402.01306), or APO-zero on unpaired completions
+    (D'Oosterlinck et al. 2024, arXiv:2408.06266), which is KTO without a baseline.
+    """
 
     paper: ClassVar[str] = "Ethayarajh et al. 2024, arXiv:2402.01306"
     equation: ClassVar[str] = (
-        "L = weight * sigmoid(-/+ beta * [log pi(y)/ref(y) - z0]), z0 = max(0, mean over mismatched pairs)"
+        "L = weight * sigmoid(-/+ beta * [log pi(y)/ref(y) - z0]), z0 = max(0, mean over mismatched "
+        "pairs), or 0 in form apo_zero_unpaired"
     )
 
     beta: PositiveFloat = Field(
@@ -47,9 +51,19 @@ class KTO(Objective):
     desirable_weight: PositiveFloat = Field(1.0, description="weight of desirable completions")
     undesirable_weight: PositiveFloat = Field(1.0, description="weight of undesirable completions")
 
+    form: Literal["kto", "apo_zero_unpaired"] = Field(
+        "kto", description="apo_zero_unpaired: no baseline z0, so each completion counts by itself"
+    )
+
     @property
     def plan(self) -> Plan:
+        if self.form == "apo_zero_unpaired":
+            return Plan("labelled")
         return Plan("labelled", coupled=True, mismatched=True)
+
+    @classmethod
+    def examples(cls) -> Sequence[Objective]:
+        return [cls(), cls(form="apo_zero_unpaired")]
 
     def loss(self, batch: LabelledBatch) -> LossTerms:
         policy = batch.tokens.sequence()
@@ -77,8 +91,8 @@ class KTO(Objective):
 
     @staticmethod
     def _baseline(batch: LabelledBatch) -> Tensor:
-        """z0 over the whole step; 0, the least it can be, where a step
-        of one row has no mismatched pair.
+        """z0 over the whole step; 0, the least it can be, without mismatched pairs: in a step of one
+        row, and in form apo_zero_unpaired.
         """
         if batch.mismatched is None:
             return batch.tokens.policy.new_zeros(())

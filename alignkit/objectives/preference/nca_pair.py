@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from alignkit.batches import LossTerms, PairBatch
-from alignkit.objectives.base import PairObjective
+from alignkit.objectives.preference.weighting import WeighablePairs
 from alignkit.tensors import pair_log_ratios
 
 
@@ -33,7 +33,7 @@ def nca_loss(
     return -logsigmoid(better) - 0.5 * logsigmoid(-better) - 0.5 * logsigmoid(-worse)
 
 
-class NCAPair(PairObjective):
+class NCAPair(WeighablePairs):
     """NCA on pairs (Chen et al. 2024, arXiv:2402.05369, eq. 13)."""
 
     paper: ClassVar[str] = "Chen et al. 2024, arXiv:2402.05369, eq. 13"
@@ -46,4 +46,4 @@ class NCAPair(PairObjective):
 
     def loss(self, batch: PairBatch) -> LossTerms:
         losses = nca_loss(*batch.sequence_logps(), beta=self.beta)
-        return batch.rows("nca_pair", losses, scale=self.beta)
+        return batch.rows("nca_pair", self.weighted(losses, batch), scale=self.beta)

@@ -9,8 +9,9 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from alignkit.batches import LossTerms, PairBatch
-from alignkit.objectives.base import Objective, PairObjective, tilted
+from alignkit.objectives.base import Objective, tilted
 from alignkit.objectives.preference.dpo import DPO, dpo_loss
+from alignkit.objectives.preference.weighting import WeighablePairs
 
 
 def robust_dpo_loss(
@@ -49,7 +50,7 @@ def robust_dpo_loss(
     return estimate / (1 - 2 * label_smoothing)
 
 
-class RobustDPO(PairObjective):
+class RobustDPO(WeighablePairs):
     """Robust DPO (Ray Chowdhury et al. 2024, arXiv:2403.00409)."""
 
     paper: ClassVar[str] = "Ray Chowdhury et al. 2024, arXiv:2403.00409"
@@ -64,7 +65,7 @@ class RobustDPO(PairObjective):
         losses = robust_dpo_loss(
             *batch.sequence_logps(), beta=self.beta, label_smoothing=self.label_smoothing
         )
-        return batch.rows("robust_dpo", losses, scale=self.beta)
+        return batch.rows("robust_dpo", self.weighted(losses, batch), scale=self.beta)
 
     def label_probability(self, reward: Tensor) -> Tensor:
         """Bradley-Terry labels, flipped with probability eps."""

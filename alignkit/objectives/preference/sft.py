@@ -1,11 +1,13 @@
 """Supervised fine-tuning: maximum likelihood of demonstrations."""
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from alignkit.batches import LossTerms, PairBatch, SequenceBatch, Term
-from alignkit.objectives.base import SequenceObjective
+from alignkit.objectives.base import Objective, SequenceObjective
 from alignkit.tensors import check_same_shape
 
 
@@ -19,6 +21,15 @@ def sft_loss(policy_logps: Tensor, mask: Tensor) -> Tensor:
     return (-policy_logps).where(mask, policy_logps.new_zeros(()))
 
 
+def dft_loss(policy_logps: Tensor, mask: Tensor) -> Tensor:
+    """Negative log-likelihood times the token's own probability, which gets no gradient, per token;
+    0 outside the mask: [B, T] x 2 -> [B, T]. Unlikely tokens teach less.
+
+    Wu et al. 2025, arXiv:2508.05629, eq. 9.
+    """
+    return sft_loss(policy_logps, mask) * policy_logps.detach().exp()
+
+
 class SFT(SequenceObjective):
     """Supervised fine-tuning on demonstrations, or on the chosen
     completions of pairs in a weighted list.
@@ -27,7 +38,21 @@ class SFT(SequenceObjective):
     paper: ClassVar[str] = "maximum likelihood"
     equation: ClassVar[str] = "L = -sum_t log pi(y_t | x, y_<t) / tokens"
 
+    form: Literal["nll", "dft"] = Field(
+        "nll", description="dft: each token also times its own probability (arXiv:2508.05629)"
+    )
+
+    @property
+    def surrogate(self) -> bool:
+        return self.form == "dft"
+
+    @classmethod
+    def examples(cls) -> Sequence[Objective]:
+        return [cls(), cls(form="dft")]
+
     def loss(self, batch: SequenceBatch | PairBatch) -> LossTerms:
         tokens = batch.chosen if isinstance(batch, PairBatch) else batch.tokens
         nll = sft_loss(tokens.policy, tokens.mask)
-        return LossTerms([Term("sft", nll, unit="tokens")], {"nll": nll.detach()[tokens.mask]})
+        losses = nll if self.form == "nll" else dft_loss(tokens.policy, tokens.mask)
+        term = Term("sft", losses, unit="tokens")
+        return LossTerms([term], {"nll": nll.detach()[tokens.mask]})

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from alignkit.batches import LossTerms, PairBatch
-from alignkit.objectives.base import PairObjective
+from alignkit.objectives.preference.weighting import WeighablePairs
 from alignkit.tensors import check_same_shape, pair_log_ratios
 
 
@@ -38,7 +38,7 @@ def sigmoid_norm_loss(
     return -logsigmoid(beta * margin)
 
 
-class SigmoidNorm(PairObjective):
+class SigmoidNorm(WeighablePairs):
     """Length-normalised DPO (Lambert et al. 2024, arXiv:2411.15124, eq. 6)."""
 
     paper: ClassVar[str] = "Lambert et al. 2024, arXiv:2411.15124, eq. 6"
@@ -57,4 +57,4 @@ class SigmoidNorm(PairObjective):
             batch.rejected.lengths,
             beta=self.beta,
         )
-        return batch.rows("sigmoid_norm", losses, scale=self.beta)
+        return batch.rows("sigmoid_norm", self.weighted(losses, batch), scale=self.beta)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from alignkit.batches import LossTerms, PairBatch, Plan
-from alignkit.objectives.base import PairObjective
+from alignkit.objectives.preference.weighting import WeighablePairs
 from alignkit.tensors import check_same_shape, masked_mean
 
 
@@ -36,7 +36,7 @@ def simpo_loss(
     return -logsigmoid(beta * (chosen - rejected) - gamma)
 
 
-class SimPO(PairObjective):
+class SimPO(WeighablePairs):
     """SimPO (Meng et al. 2024, arXiv:2405.14734, eq. 6)."""
 
     paper: ClassVar[str] = "Meng et al. 2024, arXiv:2405.14734, eq. 6"
@@ -49,7 +49,7 @@ class SimPO(PairObjective):
 
     @property
     def plan(self) -> Plan:
-        return Plan("pair", anchors=())
+        return self.pair_plan(anchors=())
 
     def loss(self, batch: PairBatch) -> LossTerms:
         chosen = batch.chosen
@@ -60,4 +60,4 @@ class SimPO(PairObjective):
             self.beta * masked_mean(chosen.policy, chosen.mask),
             self.beta * masked_mean(rejected.policy, rejected.mask),
         )
-        return batch.rows("simpo", losses, rewards=rewards)
+        return batch.rows("simpo", self.weighted(losses, batch), rewards=rewards)

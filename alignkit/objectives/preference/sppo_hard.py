@@ -6,7 +6,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from alignkit.batches import LossTerms, PairBatch
-from alignkit.objectives.base import PairObjective
+from alignkit.objectives.preference.weighting import WeighablePairs
 from alignkit.tensors import pair_log_ratios
 
 
@@ -29,7 +29,7 @@ def sppo_hard_loss(
     return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
 
 
-class SPPOHard(PairObjective):
+class SPPOHard(WeighablePairs):
     """SPPO on labelled pairs (Wu et al. 2024, arXiv:2405.00675, eq. 4.7)."""
 
     paper: ClassVar[str] = "Wu et al. 2024, arXiv:2405.00675, eq. 4.7"
@@ -41,4 +41,4 @@ class SPPOHard(PairObjective):
 
     def loss(self, batch: PairBatch) -> LossTerms:
         losses = sppo_hard_loss(*batch.sequence_logps(), beta=self.beta)
-        return batch.rows("sppo_hard", losses, scale=self.beta)
+        return batch.rows("sppo_hard", self.weighted(losses, batch), scale=self.beta)
