@@ -1,5 +1,6 @@
 """The recipe's `train` section. Imports pydantic alone."""
 
+from importlib.util import find_spec
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -47,13 +48,24 @@ class TrainConfig(Section):
         "auto", description="token budget of one forward pass; changes the memory, not the results"
     )
     learning_rate: PositiveFloat = Field(5e-4, description="peak learning rate")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw or plain sgd")
+    optimizer: Literal["adamw", "sgd", "adafactor", "muon", "adamw_8bit"] = Field(
+        "adamw",
+        description="torch's AdamW, plain SGD, Adafactor, or Muon with AdamW on embeddings, head and "
+        "vectors; adamw_8bit needs bitsandbytes",
+    )
     adam_betas: tuple[Moment, Moment] = Field(
         (0.9, 0.999), description="decay of AdamW's two moments"
     )
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="learning-rate schedule after the warm-up"
+    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = Field(
+        "cosine",
+        description="learning-rate schedule after the warm-up; wsd: constant, then a fall at the end",
+    )
+    decay_steps: PositiveInt | None = Field(
+        None, description="wsd: steps of the fall at the end; null: a tenth of the run"
+    )
+    learning_rate_floor: float = Field(
+        0.0, ge=0, lt=1, description="share of learning_rate that the schedule falls to"
     )
     warmup_steps: NonNegativeInt = Field(10, description="steps of linear warm-up")
     max_grad_norm: NonNegativeFloat = Field(
@@ -109,6 +121,26 @@ class TrainConfig(Section):
         lt=1,
         description="decay of the average of the weights that is written to model/; 0 = off",
     )
+
+    @model_validator(mode="after")
+    def _optimizer_can_run(self) -> Self:
+        """8-bit moments need a package, and Muon needs whole matrices."""
+        if self.optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "optimizer adamw_8bit needs the package bitsandbytes, which is not installed; "
+                "install it, or use optimizer: adamw (or adafactor, whose state is small too)"
+            )
+        if self.optimizer == "muon" and self.shard:
+            raise ValueError(
+                "optimizer muon works on whole matrices, and shard: true cuts them into parts; "
+                "use optimizer: adamw, or shard: false"
+            )
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(
+                f"decay_steps belongs to schedule wsd, and schedule is {self.schedule}; "
+                "leave it out, or set schedule: wsd"
+            )
+        return self
 
     @model_validator(mode="after")
     def _goal_is_known(self) -> Self:

@@ -21,6 +21,9 @@ GB = 10**9
 MICRO_BATCH = 16384  # tokens, where the recipe leaves them to a GPU
 HEAD_CHUNKS = 4 * (64 - 8) * 2**20  # a GPU's head works on 64 MiB at a time, a CPU's on 8
 SAMPLING_TOKENS = 65536  # prompt and completion tokens that are sampled at once
+# Numbers of the optimiser's state for each trained number. Adafactor keeps a row and a column of a
+# matrix; Muon one moment, but two for embeddings and the head; 8-bit moments are a quarter each.
+MOMENTS = {"sgd": 0.0, "adafactor": 0.01, "adamw_8bit": 0.5, "muon": 2.0, "adamw": 2.0}
 BYTES = {"auto": 4, "float32": 4, "bfloat16": 2}
 
 # Tried one after the other until the run fits; the first of them change no result.
@@ -149,7 +152,7 @@ def _memory(
     # An adapter is trained in float32 over weights of any dtype.
     trained_size = 4 if recipe.model.adapter is not None else size
     share = gpus if recipe.train.shard else 1
-    moments = 0 if recipe.train.optimizer == "sgd" else 2
+    moments = MOMENTS[recipe.train.optimizer]
 
     frozen = of.parameters - of.trained
     memory = {

@@ -46,7 +46,7 @@ class _Loop:
         seed_everything(self.config.seed)
 
         # The modules are prepared before anything holds on to a parameter of theirs.
-        make = partial(make_optimizer, self.config)
+        make = partial(make_optimizer, self.config, module=self.pair.module)
         self.optimizer = self.pair.prepare(self.accelerator, make, sharded=self.config.shard)
         self.reducer = Reducer(
             job.objective,
