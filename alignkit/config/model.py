@@ -1,14 +1,20 @@
 """The recipe's `model`, `reference` and `target` sections. Imports pydantic alone."""
 
-from typing import Literal
+from importlib.util import find_spec
+from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from alignkit.config.section import Section
 
+# Kinds of peft that put tokens of their own before a row, so that positions and prompts are no longer
+# those of the data; and kinds whose training needs calls between the steps.
+SHIFTING = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT")
+SCHEDULED = ("ADALORA", "XLORA", "POLY", "ADAPTION_PROMPT")
+
 
 class AdapterConfig(Section):
-    """LoRA through peft."""
+    """An adapter through peft: LoRA, or what `peft` says."""
 
     r: PositiveInt = Field(16, description="rank")
     alpha: PositiveInt = Field(32, description="scaling numerator: updates are scaled by alpha / r")
@@ -19,6 +25,30 @@ class AdapterConfig(Section):
     path: str | None = Field(
         None, description="a pretrained adapter to train further; the reference is this adapter"
     )
+    peft: dict[str, Any] | None = Field(
+        None,
+        description="further settings of peft's config under peft's names, such as use_dora, "
+        "use_rslora, modules_to_save, bias, target_parameters; peft_type for another kind than LORA",
+    )
+
+    @field_validator("peft")
+    @classmethod
+    def _leaves_positions_alone(cls, peft: dict[str, Any] | None) -> dict[str, Any] | None:
+        kind = str((peft or {}).get("peft_type", "LORA")).upper()
+        if kind in SHIFTING:
+            raise ValueError(
+                f"peft_type {kind} puts tokens of its own before each row, which moves all positions; "
+                "use LORA or another kind that changes layers"
+            )
+        if kind in SCHEDULED:
+            raise ValueError(f"peft_type {kind} needs calls of its own between the steps; use LORA")
+        return peft
+
+    @model_validator(mode="after")
+    def _path_alone(self) -> Self:
+        if self.path is not None and self.peft:
+            raise ValueError("an adapter at a path has its own settings; leave `peft` out")
+        return self
 
 
 class ModelConfig(Section):
@@ -46,7 +76,47 @@ class ModelConfig(Section):
     adapter: AdapterConfig | None = Field(
         None, description="train a LoRA adapter instead of all weights"
     )
+    quantize: Literal["none", "8bit", "4bit"] = Field(
+        "none",
+        description="load the base in 8 or 4 bits under a trained adapter; needs bitsandbytes (8bit: "
+        "or torchao)",
+    )
+    add_tokens: list[str] = Field(
+        [],
+        description="new tokens for the tokenizer; their embeddings begin at the mean of the others",
+    )
     trust_remote_code: bool = Field(False, description="run Python code that ships with the model")
+
+    @model_validator(mode="after")
+    def _quantized_base(self) -> Self:
+        """A base in few bits needs a package, and an adapter that can be trained."""
+        if self.quantize == "none":
+            return self
+        packages = ["bitsandbytes", "torchao"] if self.quantize == "8bit" else ["bitsandbytes"]
+        if not any(find_spec(package) for package in packages):
+            raise ValueError(
+                f"quantize {self.quantize} needs the package {' or '.join(packages)}, which is not "
+                "installed; install it, or leave quantize out"
+            )
+        if self.adapter is None:
+            raise ValueError(
+                f"quantize {self.quantize} loads weights that cannot be trained; set "
+                "model.adapter.r=16 to train an adapter on them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _new_tokens(self) -> Self:
+        """Embeddings of new tokens are trained with the whole model."""
+        if self.add_tokens and self.adapter is not None:
+            raise ValueError(
+                "add_tokens makes new rows of the embedding, which an adapter's folder cannot keep; "
+                "train the whole model, or add the tokens to the base model first"
+            )
+        doubled = {token for token in self.add_tokens if self.add_tokens.count(token) > 1}
+        if doubled or "" in self.add_tokens:
+            raise ValueError(f"add_tokens has empty or doubled tokens: {sorted(doubled)}")
+        return self
 
 
 class TargetConfig(Section):

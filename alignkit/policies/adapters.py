@@ -5,15 +5,20 @@ belong on. Their files are checked first, for peft's own errors do not say what 
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from alignkit.config.model import AdapterConfig, ModelConfig
-from alignkit.errors import ModelError, first_line
+from alignkit.config.validation import nearest
+from alignkit.errors import ConfigError, ModelError, first_line
 from alignkit.files import read_manifest
-from alignkit.policies.reference import START_ADAPTER
+from alignkit.policies.layout import Rows
+from alignkit.policies.module import PolicyModule
+from alignkit.policies.probe import HALF_TOLERANCE, HEAD_TOLERANCE
+from alignkit.policies.reference import START_ADAPTER, Anchor
 from alignkit.policies.weights import check_base, check_files
 
 CONFIG = "adapter_config.json"
@@ -35,19 +40,104 @@ def add_adapter(model: Any, adapter: AdapterConfig, *, seed: int) -> Any:
 
 
 def _new(model: Any, adapter: AdapterConfig) -> Any:
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    settings = LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=adapter.target_modules,
-        task_type="CAUSAL_LM",
-    )
+    field = "model.adapter.peft" if adapter.peft else "model.adapter.target_modules"
+    settings = _settings(adapter)
     try:
         return get_peft_model(model, settings)
-    except ValueError as error:
-        raise ModelError(f"model.adapter.target_modules: {first_line(error)}") from error
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ModelError(f"{field}: {first_line(error)}") from error
+
+
+def _settings(adapter: AdapterConfig) -> Any:
+    """The config that peft takes for a new adapter. Raises ConfigError."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    given = dict(adapter.peft or {})
+    kind = str(given.pop("peft_type", "LORA")).upper()
+    configs = {
+        str(getattr(key, "value", key)): cls for key, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    }
+    if kind not in configs:
+        raise ConfigError(
+            f"model.adapter.peft: peft knows no peft_type {kind}; it knows {', '.join(sorted(configs))}"
+        )
+
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if "target_parameters" not in given or "target_modules" in adapter.model_fields_set:
+        settings["target_modules"] = adapter.target_modules
+    if kind == "LORA":
+        settings |= {
+            "r": adapter.r,
+            "lora_alpha": adapter.alpha,
+            "lora_dropout": adapter.dropout,
+        }
+
+    known = {field.name for field in fields(configs[kind])}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ConfigError(
+            f"model.adapter.peft: {configs[kind].__name__} of the installed peft has no field "
+            f"{', '.join(unknown)}.{nearest(unknown[0], known)}"
+        )
+    return configs[kind](**{k: v for k, v in settings.items() if k in known} | given)
+
+
+def start_of(model: ModelConfig) -> ModelConfig:
+    """Where a run begins whose `name_or_path` is an adapter's folder: the adapter's base model, with
+    the adapter on it to be trained further. Any other model as it is.
+
+    ConfigError for another adapter on top of it; otherwise as `base_of`.
+    """
+    folder = Path(model.name_or_path).expanduser()
+    if not (folder / CONFIG).is_file():
+        return model
+    if model.adapter is not None:
+        raise ConfigError(
+            f"model.adapter: {model.name_or_path} is an adapter already, which is trained further; "
+            "leave model.adapter out, or merge it first (alignkit merge)"
+        )
+    base = base_of(folder, model, "model.name_or_path")
+    adapter = AdapterConfig(path=str(folder.resolve()))
+    return base.model_copy(update={"adapter": adapter})
+
+
+def tokenizer_source(model: ModelConfig) -> ModelConfig:
+    """What to load the tokenizer from: the folder of a pretrained adapter that has one, for its
+    template or tokens may be its own, else the model.
+    """
+    path = model.adapter.path if model.adapter is not None else None
+    if path is None or not (Path(path) / "tokenizer_config.json").is_file():
+        return model
+    return model.model_copy(update={"name_or_path": path, "revision": None})
+
+
+@torch.no_grad()
+def starts_without(module: PolicyModule, rows: Rows) -> bool:
+    """Whether the policy with its adapter off (of a pretrained adapter: with its frozen twin) is
+    where training begins, and stays there however the trained parameters move.
+
+    It is not for adapters that train biases of the model itself, that change its weights as they
+    are made (PiSSA), or that begin at random.
+    """
+    anchor = Anchor("adapter_off")
+    start = module(rows)["policy"]
+    with anchor.active(module, module):
+        before = module(rows)["policy"]
+
+    trained = [p for p in module.parameters() if p.requires_grad]
+    kept = [p.detach().clone() for p in trained]
+    for parameter in trained:
+        parameter.mul_(1.1).add_(0.01)  # which shards can do too
+    with anchor.active(module, module):
+        after = module(rows)["policy"]
+    for parameter, value in zip(trained, kept):
+        parameter.copy_(value)
+
+    tolerance = HEAD_TOLERANCE if trained[0].dtype == torch.float32 else HALF_TOLERANCE
+    near = float((start - before).abs().max()) <= tolerance
+    return near and torch.equal(before, after)
 
 
 def _loaded(model: Any, path: str) -> Any:
@@ -134,6 +224,17 @@ def with_adapter(
         raise ModelError(
             f"{field}: the adapter in {folder} does not fit on its model, or is damaged: {reason}"
         ) from error
+
+
+def untie(model: Any) -> None:
+    """Say in a merged model's config that embedding and head are two matrices, where an adapter has
+    trained them apart: files that call them tied would lose one of them.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if torch.equal(embedding.weight, head.weight):
+        return
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
 
 
 def _config(folder: Path, field: str) -> dict[str, Any]:

@@ -200,14 +200,15 @@ def _unwrapped(model: Any) -> tuple[Any, dict[str, Any]]:
 
     for name in model.active_adapters:
         config = model.peft_config[name]
+        beyond_matrices = ("use_dora", "modules_to_save", "target_parameters")
         if (
-            getattr(config, "use_dora", False)
-            or getattr(config, "modules_to_save", None)
+            config.peft_type != "LORA"
             or config.bias != "none"
+            or any(getattr(config, name, None) for name in beyond_matrices)
         ):
             raise ModelError(
-                "model.adapter: DoRA, biases and whole modules of an adapter cannot be folded into "
-                "a server's weights"
+                "model.adapter: DoRA, biases, whole modules, single parameters and kinds other than "
+                "LORA cannot be folded into a server's weights"
             )
     base = model.get_base_model()
     return base, {

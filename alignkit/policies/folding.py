@@ -5,7 +5,7 @@ from pathlib import Path
 from alignkit import files
 from alignkit.config.model import ModelConfig
 from alignkit.errors import ModelError
-from alignkit.policies.adapters import CONFIG, base_of, with_adapter
+from alignkit.policies.adapters import CONFIG, base_of, untie, with_adapter
 from alignkit.policies.export import dtype_to_save, save_in_dtype
 from alignkit.policies.load import load_model
 from alignkit.policies.tokenizer import load_tokenizer
@@ -33,6 +33,7 @@ def merge(folder: Path | str, out: Path | str, *, dtype: str = "auto") -> None:
     if not hasattr(adapted, "merge_and_unload"):
         raise ModelError(f"the adapter in {source} is of a kind that cannot be folded into a model")
     merged = adapted.merge_and_unload()
+    untie(merged)
 
     # The run's own tokenizer if it has one, else the base model's, as it was before `load_tokenizer`
     # gave it a pad token.

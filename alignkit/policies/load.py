@@ -21,17 +21,25 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from alignkit.batches import Plan
+from alignkit.batches import Bundle, Plan
 from alignkit.config.model import ModelConfig, ReferenceConfig, TargetConfig
 from alignkit.errors import ConfigError, ModelError, first_line
-from alignkit.policies.adapters import CONFIG, add_adapter, base_of, with_adapter
+from alignkit.policies.adapters import (
+    CONFIG,
+    add_adapter,
+    base_of,
+    starts_without,
+    tokenizer_source,
+    with_adapter,
+)
 from alignkit.policies.export import dtype_to_save
 from alignkit.policies.layout import Layout
 from alignkit.policies.live import DTYPES, adopt, config_without_dropout
 from alignkit.policies.meta import Weights, as_if_loaded, without_weights
 from alignkit.policies.module import PolicyModule, causal_lm, frozen
 from alignkit.policies.pair import PolicyPair
-from alignkit.policies.probe import check_head, choose_layout, probe_bundle
+from alignkit.policies.probe import check_head, choose_layout, probe_bundle, probe_rows
+from alignkit.policies.quantized import quantized
 from alignkit.policies.reference import KINDS, Anchor, following_anchors, resolve_kind
 from alignkit.policies.router import router_of
 from alignkit.policies.sharding import Shards
@@ -42,6 +50,7 @@ from alignkit.policies.tokenizer import (
     padded,
     same_vocabulary,
 )
+from alignkit.policies.vocabulary import add_tokens
 from alignkit.policies.weights import check_files
 
 
@@ -61,12 +70,14 @@ def load_model(
     with _explained(model, field):
         config, rates = _config(model, outputs)
         auto: Any = AutoModelForSequenceClassification if outputs else AutoModelForCausalLM
+        options = _options(model, dtype)
+        few_bits = quantized(model, device, options["dtype"])
         loaded = auto.from_pretrained(
-            model.name_or_path, config=config, revision=model.revision, **_options(model, dtype)
+            model.name_or_path, config=config, revision=model.revision, **options, **few_bits
         )
     if not outputs:
         _check_writes(loaded, model, field)
-    return loaded.to(device).eval(), rates
+    return (loaded if few_bits else loaded.to(device)).eval(), rates
 
 
 def load_without_weights(
@@ -263,26 +274,41 @@ def _loaded_or_adopted(
     sharded: bool,
 ) -> _Start:
     if live is not None:
+        if model.add_tokens:
+            raise ConfigError(
+                "model.add_tokens: add them to the tokenizer and the model that you give, with "
+                "tokenizer.add_tokens and model.resize_token_embeddings"
+            )
         tokenizer = padded(deepcopy(live[1]), model.name_or_path)
         loaded, adapted, dropout = adopt(live[0], model, device=device, dtype=dtype)
         # A live model may have an adapter already.
         return _Start(loaded, loaded if adapted is None else adapted, tokenizer, dropout)
 
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(tokenizer_source(model))
     if sharded:
+        if model.add_tokens or model.quantize != "none":
+            raise ConfigError(
+                "model.add_tokens, model.quantize: not with train.shard, which spreads the weights "
+                "as their files hold them; prepare such a model first, or train without shards"
+            )
         loaded, dropout, weights = load_without_weights(model, dtype=dtype)
         return _Start(loaded, loaded, tokenizer, dropout, weights)
     loaded, dropout = load_model(model, device=device, dtype=dtype)
+    if model.add_tokens:
+        add_tokens(loaded, tokenizer, model.add_tokens)
     return _Start(loaded, loaded, tokenizer, dropout)
 
 
-def _probed(base: PolicyModule, model: ModelConfig) -> tuple[Layout, str]:
+def _probe(base: PolicyModule) -> Bundle:
+    text = causal_lm(base.model).config.get_text_config()
+    window = max((w for w in base.windows.values() if w), default=None)
+    return probe_bundle(text.vocab_size, window, getattr(text, "max_position_embeddings", None))
+
+
+def _probed(base: PolicyModule, model: ModelConfig, bundle: Bundle) -> tuple[Layout, str]:
     """The layout of the policy's rows, with a note: a few log-probs are computed both ways, before
     any time is spent on training.
     """
-    text = causal_lm(base.model).config.get_text_config()
-    window = max((w for w in base.windows.values() if w), default=None)
-    bundle = probe_bundle(text.vocab_size, window, getattr(text, "max_position_embeddings", None))
     check_head(base, bundle)
     return choose_layout(base, model.layout, bundle)
 
@@ -315,7 +341,8 @@ def load_pair(
     base = PolicyModule(start.policy, values=plan.values, bins=plan.bins).eval()
     if shards is not None and start.weights is not None:
         shards.place(base, partial(start.weights.fill, device))
-    layout, about_layout = _probed(base, model)
+    probe = _probe(base)
+    layout, about_layout = _probed(base, model, probe)
 
     base.router, about_router = router_of(start.loaded, router_aux_loss)
     notes = [note for note in (about_layout, about_router) if note]
@@ -326,7 +353,7 @@ def load_pair(
             "from the model at this temperature"
         )
 
-    adapted = start.policy is not start.loaded
+    adapted = start.policy is not start.loaded and starts_without(base, probe_rows(base, probe))
     kind = resolve_kind(reference.kind, plan, adapter=adapted, fixed_data=fixed_data)
     anchors = {}
     if kind in KINDS:

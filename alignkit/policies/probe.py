@@ -9,7 +9,7 @@ import torch
 from alignkit.batches import Bundle
 from alignkit.errors import ModelError, first_line
 from alignkit.policies.head import Head
-from alignkit.policies.layout import Layout, build_rows
+from alignkit.policies.layout import Layout, Rows, build_rows
 from alignkit.policies.module import PolicyModule, causal_lm
 
 # Largest difference of log-probs that is rounding: between the two layouts, from the model's own
@@ -45,12 +45,17 @@ def probe_bundle(vocab: int, window: int | None, limit: int | None) -> Bundle:
     return Bundle(prompt, completions, masks)
 
 
+def probe_rows(module: PolicyModule, bundle: Bundle) -> Rows:
+    """The probe's bundle as padded rows where the module is."""
+    return build_rows([bundle], "padded", next(module.parameters()).device)
+
+
 @torch.no_grad()
 def check_head(module: PolicyModule, bundle: Bundle) -> None:
     """Compare alignkit's head with the model's own logits on one bundle; ModelError if they differ,
     or if the model cannot be run the way that alignkit runs it.
     """
-    rows = build_rows([bundle], "padded", next(module.parameters()).device)
+    rows = probe_rows(module, bundle)
     lm = causal_lm(module.model)
     try:
         logits = lm(input_ids=rows.input_ids, attention_mask=torch.ones_like(rows.input_ids)).logits

@@ -34,8 +34,8 @@ def resolve_kind(kind: str, plan: Plan, *, adapter: bool, fixed_data: bool) -> s
         return "none"
     if kind == "adapter_off" and not adapter:
         raise ConfigError(
-            "reference.kind: adapter_off needs a LoRA adapter; set model.adapter, or "
-            "reference.kind=frozen"
+            "reference.kind: adapter_off needs a LoRA adapter without which the model is what it was "
+            "at the start; set model.adapter, or reference.kind=frozen"
         )
 
     # Log-probs can be stored once if every completion is known before training starts.

@@ -84,10 +84,12 @@ def _run(
     identity: Mapping[str, Any],
 ) -> tuple["Job", "Result"]:
     from alignkit.distributed.errors import raise_on_all_ranks
+    from alignkit.policies.adapters import start_of
     from alignkit.training.loop import train
     from alignkit.training.run_folder import RunFolder
 
     changes: list[str] = []
+    recipe = recipe.model_copy(update={"model": start_of(recipe.model)})
     if resume is None:
         # Ask before anything is loaded; the loop asks again once it holds the run's lock.
         RunFolder(recipe.output_dir).refuse_to_overwrite()
