@@ -127,12 +127,12 @@ def starts_without(module: PolicyModule, rows: Rows) -> bool:
         before = module(rows)["policy"]
 
     trained = [p for p in module.parameters() if p.requires_grad]
-    kept = [p.detach().clone() for p in trained]
+    weights = [p.detach().clone() for p in trained]
     for parameter in trained:
         parameter.mul_(1.1).add_(0.01)  # which shards can do too
     with anchor.active(module, module):
         after = module(rows)["policy"]
-    for parameter, value in zip(trained, kept):
+    for parameter, value in zip(trained, weights):
         parameter.copy_(value)
 
     tolerance = HEAD_TOLERANCE if trained[0].dtype == torch.float32 else HALF_TOLERANCE
@@ -230,7 +230,8 @@ def untie(model: Any) -> None:
     """Say in a merged model's config that embedding and head are two matrices, where an adapter has
     trained them apart: files that call them tied would lose one of them.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     if torch.equal(embedding.weight, head.weight):
         return
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():

@@ -122,6 +122,7 @@ def unused_sections(recipe: Recipe, objective: "Objective") -> list[str]:
     """One sentence for each section that is set although this objective does not look at it."""
     plan = objective.plan
     unused = {
+        # what is set -> whether nothing reads it
         "rewards": bool(recipe.rewards) and plan.feedback != "reward",
         "judge": recipe.judge is not None and plan.feedback in ("none", "reward"),
         "rollout.url": recipe.rollout.url is not None and not plan.samples,
