@@ -70,8 +70,11 @@ def make_example(
     }
     ranking = _ranking(values["ranking"]) if format == "ranking" else []
     prompt, completions = _prompt_and_completions(texts, ranking, format, family)
-    if "system" in values and format != "text" and prompt is not None:
+    has_place = prompt is not None and (format != "text" or isinstance(prompt, list))
+    if "system" in values and has_place:
         prompt = _with_system(prompt, values["system"], as_turn=system_turn)
+    elif str(values.get("system") or "").strip():
+        verdicts.append("system_unused")
 
     columns = {key: value for key, value in values.items() if key not in texts}
     if format == "prompt" and any(_is_reserved(key) for key in columns):

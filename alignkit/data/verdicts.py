@@ -61,6 +61,11 @@ VERDICTS: dict[str, tuple[Severity, str]] = {
         "the chat template leaves out or rewrites what a turn says that is not the assistant's; use "
         "one that writes it as it is",
     ),
+    "system_unused": (
+        "warning",
+        "the column system is not used: a text that is trained as a whole, or an implicit prompt of "
+        "texts, has no place for it; put it into a prompt column, or into messages",
+    ),
     "thoughts_dropped": (
         "warning",
         "the chat template leaves out thoughts of the assistant; use one that keeps them",

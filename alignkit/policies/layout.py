@@ -117,6 +117,13 @@ def _used(mask: Tensor) -> int:
     return int(trained[-1]) if len(trained) else 0
 
 
+def positions_of(bundle: Bundle) -> int:
+    """How many positions the longest row of a bundle takes: those of the prompt and of a
+    completion's tokens before its last trained one, which is predicted and never read.
+    """
+    return len(bundle.prompt) + max(map(_used, bundle.masks))
+
+
 def _trees(bundle: Bundle, layout: Layout) -> list[_Tree]:
     """The rows of a bundle: one with all its completions, or one per completion.
 
@@ -170,10 +177,11 @@ def build_rows(
         labels.append(ids[trained])
         targets.append(trained + n * longest)
 
-    # A pad sees itself alone: its subtree ends right after it.
+    # A pad sees itself alone: its subtree ends right after it. It stands at position 0, because a row
+    # with branches may have more tokens than the model has positions.
     rows = Rows(
         input_ids=_stacked([tree.ids for tree in trees], [0] * length),
-        position_ids=_stacked([tree.positions for tree in trees], range(length)),
+        position_ids=_stacked([tree.positions for tree in trees], [0] * length),
         lengths=torch.tensor([len(tree.ids) for tree in trees]),
         ends=_stacked([tree.ends for tree in trees], range(1, length + 1)),
         branched=any(end < len(tree.ids) for tree in trees for end in tree.ends),

@@ -211,7 +211,7 @@ def _check_positions(rows: Rows, limit: int) -> None:
     if longest > limit:
         raise DataError(
             f"a row reaches position {longest}, but the model has {limit}; "
-            f"set data.max_length={limit} or lower"
+            f"set data.max_length={limit + 1} or lower"
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from alignkit.batches import Bundle
 from alignkit.data.prompts import Prompt
 from alignkit.errors import DataError
+from alignkit.policies.layout import positions_of
 from alignkit.policies.module import causal_lm, context_length, position_table
 from alignkit.runs.context import RunContext
 
@@ -22,25 +23,30 @@ def check_row_lengths(context: RunContext, bundles: Sequence[Bundle], where: str
         for text in context.plan.prefixes.values()
     ]
     longest_prefix = max(prefixes, default=0)
+    # A scorer reads whole rows, a language model all tokens but the last.
+    reads_all = context.plan.outputs
     lengths = [
-        len(bundle.prompt) + max(map(len, bundle.completions)) + longest_prefix
+        _tokens_of(bundle) if reads_all else positions_of(bundle) + longest_prefix
         for bundle in bundles
     ]
 
     limit, is_table = _positions(context)
-    beyond = [length for length in lengths if length > limit]
+    beyond = [i for i, length in enumerate(lengths) if length > limit]
     if not beyond:
         return []
     counted = (
         f"{where}: {len(beyond)} of {len(lengths)} rows are longer than the {limit} positions "
-        f"of the model (the longest: {max(beyond)} tokens)"
+        f"of the model (the longest: {max(_tokens_of(bundles[i]) for i in beyond)} tokens)"
     )
-    if is_table or context.plan.outputs:
-        raise DataError(f"{counted}; set data.max_length={limit - longest_prefix} or lower")
-    return [
-        f"warning: {counted}, which it may read badly; "
-        f"set data.max_length={limit - longest_prefix} or lower"
-    ]
+    advice = f"set data.max_length={limit - longest_prefix + (not reads_all)} or lower"
+    if is_table or reads_all:
+        raise DataError(f"{counted}; {advice}")
+    return [f"warning: {counted}, which it may read badly; {advice}"]
+
+
+def _tokens_of(bundle: Bundle) -> int:
+    """Tokens of the prompt and the longest completion."""
+    return len(bundle.prompt) + max(map(len, bundle.completions))
 
 
 def check_prompt_lengths(context: RunContext, prompts: Sequence[Prompt], where: str) -> None:

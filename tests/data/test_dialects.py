@@ -202,6 +202,25 @@ def test_a_system_column_is_the_first_turn(read):
         read([{**row, "system": "Be kind.", "prompt": own}])
 
 
+@pytest.mark.parametrize(
+    ("family", "row", "unused"),
+    [
+        ("pair", {"chosen": "hello world", "rejected": "hello there"}, 1),
+        ("sequence", {"text": "hello world"}, 1),
+        ("sequence", {"text": [*QUESTION, *ANSWER]}, 0),
+        ("pair", {"chosen": [*QUESTION, *ANSWER], "rejected": [*QUESTION, *OTHER]}, 0),
+    ],
+)
+def test_a_system_column_without_a_prompt_to_stand_before_is_a_warning(kinds, family, row, unused):
+    config = DataConfig(chat_template=TEMPLATE)
+    rows = [{"system": "Be brief."} | row]
+    (bundle,), report = load_bundles(config, family, kinds["chat"], source=rows)
+    assert report.count("system_unused") == unused
+    text = kinds["chat"].decode([*bundle.prompt, *bundle.completions[0]])
+    assert text.count("Be brief.") == 1 - unused
+    assert len(report.warnings()) == unused
+
+
 def test_rows_of_one_source_are_all_conversations_where_one_has_a_system_turn(kinds):
     config = DataConfig(chat_template=TEMPLATE)
     rows = [{"prompt": "hello", "system": "Be brief."}, {"prompt": "hello", "system": None}]

@@ -9,6 +9,7 @@ from alignkit.batches import Bundle
 from alignkit.config.recipe import load_recipe
 from alignkit.errors import DataError
 from alignkit.plan import Plan
+from alignkit.policies.layout import positions_of
 from alignkit.policies.module import PolicyModule, context_length, position_table
 from alignkit.policies.pair import PolicyPair
 from alignkit.runs.launch import run_recipe
@@ -65,10 +66,14 @@ def test_rows_beyond_a_table_of_positions_are_refused(world, tmp_path, recipe, s
         given = arguments(
             world, tmp_path / "run", "table", "short.jsonl", f"data.eval={world / 'long.jsonl'}"
         )
-    with pytest.raises(DataError, match=rf"{TOO_LONG}.*set data.max_length={POSITIONS} or lower"):
+    # The last token of a row is predicted and takes no position, but a reward model reads it.
+    limit = POSITIONS + (recipe != "reward_model")
+    with pytest.raises(DataError, match=rf"{TOO_LONG}.*set data.max_length={limit} or lower"):
         run_recipe(load_recipe(recipe, given))
+    with pytest.raises(DataError, match=rf"{TOO_LONG}.*the longest: {limit + 1} tokens"):
+        run_recipe(load_recipe(recipe, [*given, f"data.max_length={limit + 1}"]))
 
-    run_recipe(load_recipe(recipe, [*given, f"data.max_length={POSITIONS}"]))  # which then works
+    run_recipe(load_recipe(recipe, [*given, f"data.max_length={limit}"]))  # which then works
 
 
 def test_the_exit_code_is_that_of_data(world, tmp_path, capsys):
@@ -81,7 +86,7 @@ def test_rows_beyond_rotary_positions_are_a_warning(world, tmp_path, capsys):
     run_recipe(load_recipe("dpo", arguments(world, tmp_path / "run", "rotary", "beyond.jsonl")))
     said = " ".join(capsys.readouterr().err.split())
     assert "1 of 2 rows are longer than the 128 positions of the model" in said
-    assert "set data.max_length=128 or lower" in said
+    assert "set data.max_length=129 or lower" in said
 
 
 @pytest.mark.parametrize("model", ["table", "rotary"])
@@ -137,6 +142,26 @@ def test_the_table_is_as_long_as_the_model_can_read(family):
             return
         with pytest.raises((IndexError, RuntimeError, ValueError)):
             model(torch.full((1, 49), 5))
+
+
+STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def test_branches_that_are_together_longer_than_the_table_fit():
+    """A row of several completions has more tokens than positions, and so do the pads of another."""
+    config = GPT2Config(vocab_size=61, **GPT, bos_token_id=1, eos_token_id=2, **STILL)
+    module = PolicyModule(GPT2LMHeadModel(config).eval())
+    ids = torch.arange(49) % 7 + 3
+    bundles = [
+        Bundle(ids[:1], [ids[1:], ids[1:].flip(0)], [torch.ones(48, dtype=torch.bool)] * 2),
+        Bundle(ids[:1], [ids[1:3], ids[2:4]], [torch.ones(2, dtype=torch.bool)] * 2),
+    ]
+    assert [positions_of(bundle) for bundle in bundles] == [48, 2]
+    logps = [
+        PolicyPair(module, None, {}, layout=layout).logps(bundles, Plan("pair", anchors=())).policy
+        for layout in ("shared_prefix", "padded")
+    ]
+    torch.testing.assert_close(*logps, rtol=0, atol=1e-5)
 
 
 def test_any_other_way_into_the_model_is_checked_too():
