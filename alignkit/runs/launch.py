@@ -90,11 +90,16 @@ def _run(
 
     changes: list[str] = []
     recipe = recipe.model_copy(update={"model": start_of(recipe.model)})
+    stores = [
+        store
+        for store in (recipe.reference.store, recipe.teacher and recipe.teacher.store)
+        if store
+    ]
     if resume is None:
         # Ask before anything is loaded; the loop asks again once it holds the run's lock.
-        RunFolder(recipe.output_dir).refuse_to_overwrite()
+        RunFolder(recipe.output_dir).refuse_to_overwrite(stores)
     else:
-        RunFolder(recipe.output_dir).refuse_foreign_files()
+        RunFolder(recipe.output_dir).refuse_foreign_files(stores)
         recipe, changes = with_resolved_autos(recipe)
         check_unsigned_result(recipe)
 

@@ -26,9 +26,13 @@ ADDED = {
 # The file by which a run knows a folder as its own.
 MARK = ".run.json"
 
-# What a run writes besides its mark and its checkpoints. Files of these names are somebody else's
-# in a folder that is no run's.
+# What a run writes besides its mark and its checkpoints.
 WRITTEN = ("recipe.yaml", "metrics.jsonl", "samples.jsonl", CARD, "model")
+
+# What may stand in a folder before its run begins: the logs of a launcher or a scheduler, and what a
+# comparison notes down about the run.
+BESIDE = ("log.txt", "outcome.json", "lost+found")
+LOGS = (".log", ".out", ".err")
 
 # The sections of a resolved recipe, by which the folder of a run without a mark is known.
 SECTIONS = ("model", "reference", "data", "objective", "train", "rollout", "output_dir")
@@ -103,23 +107,52 @@ class RunFolder:
                 return row if number == step else {}
         return {}
 
-    def refuse_to_overwrite(self) -> None:
-        """A run that has results is continued, never overwritten; and files that no run has written
-        are left alone. ConfigError.
+    def refuse_to_overwrite(self, stores: Sequence[str] = ()) -> None:
+        """A run that has results is continued, never overwritten; and the files of others are left
+        alone (see `refuse_foreign_files`). ConfigError.
         """
-        self.refuse_foreign_files()
+        self.refuse_foreign_files(stores)
+        self._refuse_results()
+
+    def refuse_foreign_files(self, stores: Sequence[str] = ()) -> None:
+        """ConfigError where the folder holds files and is no run's: what a run writes and deletes
+        there, now or in a later version, must not be somebody else's. Asked before anything is
+        loaded; hidden files and logs are in nobody's way.
+
+        `stores` are paths of stored log-probs, which a run may write before it leaves its mark.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output_dir {self.path} is a file; choose an empty or new folder")
+        entries = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        self._refuse_strangers(
+            [
+                entry.name
+                for entry in entries
+                if not entry.name.startswith(".")
+                and entry.name not in BESIDE
+                and entry.suffix not in LOGS
+                and not any(Path(store).resolve().is_relative_to(entry) for store in stores)
+            ]
+        )
+
+    def _refuse_results(self) -> None:
         if self.finished or checkpoint.steps(self.checkpoints):
             raise ConfigError(
                 f"output_dir {self.path} already holds a run; continue it with --resume auto, or choose another output_dir"
             )
 
-    def refuse_foreign_files(self) -> None:
-        """ConfigError where the folder holds files that a run would overwrite and is no run's."""
-        present = [name for name in WRITTEN if (self.path / name).exists()]
-        if present and not self._is_a_run():
+    def _refuse_what_is_written(self) -> None:
+        """`refuse_foreign_files` for the names that a run writes: by now it may have written others,
+        such as a store of the reference.
+        """
+        self._refuse_strangers([name for name in WRITTEN if (self.path / name).exists()])
+
+    def _refuse_strangers(self, names: Sequence[str]) -> None:
+        if names and not self._is_a_run():
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             raise ConfigError(
-                f"output_dir {self.path} is not the folder of a run, and its {', '.join(present)} would be overwritten; "
-                "choose an empty or new folder"
+                f"output_dir {self.path} is not the folder of a run, and it holds {shown}, which could be overwritten; choose "
+                "an empty or new folder"
             )
 
     def _is_a_run(self) -> bool:
@@ -145,10 +178,10 @@ class RunFolder:
 
         CheckpointError if it belongs to another run: every difference from `identity` is named.
         """
+        self._refuse_what_is_written()
         if resume is None:
-            self.refuse_to_overwrite()
+            self._refuse_results()
             return None, []
-        self.refuse_foreign_files()
 
         damaged: list[checkpoint.Verdict] = []
         if resume == "auto":
@@ -189,7 +222,7 @@ class RunFolder:
         """
         if not self.finished:
             return False
-        self.refuse_foreign_files()
+        self._refuse_what_is_written()
 
         finished = files.read_manifest(self.model).get("identity")
         if finished is None:  # of an earlier version, or damaged

@@ -48,6 +48,8 @@ OWN_FILES = {
     "samples.jsonl": '{"prompt": "mine"}\n',
     "metrics.jsonl": '{"step": 1}\n',
     "model/config.json": "{}",
+    "train.py": "print('mine')",
+    "data/rows.jsonl": "{}",
 }
 
 
@@ -59,7 +61,6 @@ def test_files_that_no_run_has_written_are_left_alone(
     file = tmp_path / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(OWN_FILES[name])
-    (tmp_path / "notes.txt").write_text("mine")
     before = contents(tmp_path)
 
     monkeypatch.chdir(tmp_path)
@@ -68,11 +69,33 @@ def test_files_that_no_run_has_written_are_left_alone(
     assert contents(tmp_path) == before
 
 
-def test_a_folder_with_other_files_is_taken(world, tmp_path):
-    """A scheduler's log or the file of a comparison is in nobody's way."""
-    (tmp_path / "log.txt").write_text("submitted")
+def test_logs_and_hidden_files_are_in_nobodys_way(world, tmp_path):
+    """A scheduler writes its log before the run begins, and a comparison its own file."""
+    before = dict.fromkeys(("log.txt", "slurm-7.out", "outcome.json", ".gitignore"), "mine")
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
     assert run(*command(world, tmp_path)) == 0
-    assert (tmp_path / "log.txt").read_text() == "submitted"
+    assert {name: (tmp_path / name).read_text() for name in before} == before
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(world, tmp_path, capsys):
+    (tmp_path / "run").write_text("mine")
+    assert run(*command(world, tmp_path / "run")) == 2
+    assert "run is a file; choose an empty or new folder" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_what_a_run_wrote_before_its_mark_is_its_own(world, tmp_path):
+    """The reference's log-probs are stored before the first step."""
+    out = tmp_path / "run"
+    assert run(*command(world, out, f"reference.store={out / 'store'}")) == 0
+    assert (out / "store").exists()
+
+    # A run that was killed in between has left nothing else.
+    for left in [path for path in out.iterdir() if path.name != "store"]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    assert run(*command(world, out, f"reference.store={out / 'store'}", "--resume", "auto")) == 0
 
 
 @pytest.mark.parametrize("left", ["checkpoints", "logs"])
