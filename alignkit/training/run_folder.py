@@ -13,8 +13,13 @@ from alignkit import files
 from alignkit.errors import CheckpointError, ConfigError, ResourceError
 from alignkit.training import checkpoint
 from alignkit.training.log_end import cut_behind, rows_backwards
-
-CARD = "README.md"
+from alignkit.training.ownership import (
+    CARD,
+    MARK,
+    WRITTEN,
+    refuse_foreign_files,
+    refuse_to_write_over,
+)
 
 # Parts of an identity that earlier versions did not record, in words.
 ADDED = {
@@ -22,20 +27,6 @@ ADDED = {
     "code": "the code that the recipe names",
     "prompts": "the other columns of the prompts",
 }
-
-# The file by which a run knows a folder as its own.
-MARK = ".run.json"
-
-# What a run writes besides its mark and its checkpoints.
-WRITTEN = ("recipe.yaml", "metrics.jsonl", "samples.jsonl", CARD, "model")
-
-# What may stand in a folder before its run begins: the logs of a launcher or a scheduler, and what a
-# comparison notes down about the run.
-BESIDE = ("log.txt", "outcome.json", "lost+found")
-LOGS = (".log", ".out", ".err")
-
-# The sections of a resolved recipe, by which the folder of a run without a mark is known.
-SECTIONS = ("model", "reference", "data", "objective", "train", "rollout", "output_dir")
 
 
 class RunFolder:
@@ -111,64 +102,18 @@ class RunFolder:
         """A run that has results is continued, never overwritten; and the files of others are left
         alone (see `refuse_foreign_files`). ConfigError.
         """
-        self.refuse_foreign_files(stores)
+        refuse_foreign_files(self.path, stores)
         self._refuse_results()
 
     def refuse_foreign_files(self, stores: Sequence[str] = ()) -> None:
-        """ConfigError where the folder holds files and is no run's: what a run writes and deletes
-        there, now or in a later version, must not be somebody else's. Asked before anything is
-        loaded; hidden files and logs are in nobody's way.
-
-        `stores` are paths of stored log-probs, which a run may write before it leaves its mark.
-        """
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"output_dir {self.path} is a file; choose an empty or new folder")
-        entries = sorted(self.path.iterdir()) if self.path.is_dir() else []
-        self._refuse_strangers(
-            [
-                entry.name
-                for entry in entries
-                if not entry.name.startswith(".")
-                and entry.name not in BESIDE
-                and entry.suffix not in LOGS
-                and not any(Path(store).resolve().is_relative_to(entry) for store in stores)
-            ]
-        )
+        """ConfigError where the folder holds files and is no run's (`ownership`)."""
+        refuse_foreign_files(self.path, stores)
 
     def _refuse_results(self) -> None:
         if self.finished or checkpoint.steps(self.checkpoints):
             raise ConfigError(
                 f"output_dir {self.path} already holds a run; continue it with --resume auto, or choose another output_dir"
             )
-
-    def _refuse_what_is_written(self) -> None:
-        """`refuse_foreign_files` for the names that a run writes: by now it may have written others,
-        such as a store of the reference.
-        """
-        self._refuse_strangers([name for name in WRITTEN if (self.path / name).exists()])
-
-    def _refuse_strangers(self, names: Sequence[str]) -> None:
-        if names and not self._is_a_run():
-            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            raise ConfigError(
-                f"output_dir {self.path} is not the folder of a run, and it holds {shown}, which could be overwritten; choose "
-                "an empty or new folder"
-            )
-
-    def _is_a_run(self) -> bool:
-        """Whether the folder belongs to a run, also of a version that wrote no mark: it has whole
-        checkpoints, or a resolved recipe beside its metrics.
-        """
-        if "alignkit" in _json_file(self.path / MARK):
-            return True
-        if any(v.reason is None for v in checkpoint.verify(self.checkpoints)):
-            return True
-
-        recipe = self.path / "recipe.yaml"
-        if not (recipe.is_file() and self.metrics_file.is_file()):
-            return False
-        lines = recipe.read_text(encoding="utf-8", errors="replace").splitlines()
-        return {line.partition(":")[0] for line in lines}.issuperset(SECTIONS)
 
     def find(
         self, resume: str | None, identity: Mapping[str, Any], steps: int
@@ -178,7 +123,7 @@ class RunFolder:
 
         CheckpointError if it belongs to another run: every difference from `identity` is named.
         """
-        self._refuse_what_is_written()
+        refuse_to_write_over(self.path)
         if resume is None:
             self._refuse_results()
             return None, []
@@ -222,7 +167,7 @@ class RunFolder:
         """
         if not self.finished:
             return False
-        self._refuse_what_is_written()
+        refuse_to_write_over(self.path)
 
         finished = files.read_manifest(self.model).get("identity")
         if finished is None:  # of an earlier version, or damaged
@@ -395,14 +340,6 @@ def _cut(file: Path, step: int) -> int:
 def _step(row: Mapping[str, Any]) -> int | None:
     step = row.get("step")
     return step if isinstance(step, int) else None
-
-
-def _json_file(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is none."""
-    try:
-        return files.json_object(path.read_bytes()) or {}
-    except OSError:
-        return {}
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

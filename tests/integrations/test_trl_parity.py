@@ -53,8 +53,9 @@ def test_dpo_equals_trls_own(model, tmp_path, record_property, accumulation, tun
     ours = curve(dpo_trainer(as_trl_trainer(DPO(beta=0.1)), *case))
     assert len(ours) == STEPS
     assert ours[0, 0] == pytest.approx(0.6931472, abs=1e-6)  # the reference is where training began
+    assert difference(ours[:1], native[:1]) < LIMIT
     record_property("difference", found := difference(ours, native))
-    assert found < LIMIT
+    assert found < LATER_LIMIT
 
 
 # TRL's loss types and their settings beside the objectives that alignkit gives them.

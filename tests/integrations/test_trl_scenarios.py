@@ -2,9 +2,13 @@
 norms, and everything that TRL logs except the metrics of its own loss.
 """
 
+import inspect
+
 import pytest
 import torch
+import trl
 from datasets import Dataset, DatasetDict
+from packaging.version import Version
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
@@ -173,6 +177,8 @@ def compare(ours, theirs, size, own):
 
 @pytest.mark.parametrize("name", DPO_SCENARIOS)
 def test_preference_scripts(model, tmp_path, name):
+    if name == "bfloat16 weights" and Version(trl.__version__) < Version("1.15"):
+        pytest.skip("this release of TRL rounds log-probs to bfloat16")
     scenario = DPO_SCENARIOS[name]
     defaults = {"per_device_train_batch_size": 2, "beta": 0.1}
     case = (DPOConfig, model, tmp_path, scenario, defaults)
@@ -182,6 +188,9 @@ def test_preference_scripts(model, tmp_path, name):
 
 @pytest.mark.parametrize("name", GRPO_SCENARIOS)
 def test_online_scripts(model, tmp_path, name):
+    source = inspect.getsource(inspect.getmodule(GRPOTrainer))
+    if name == "streamed prompts" and "Iterable datasets are not yet supported" in source:
+        pytest.skip("this release of TRL takes no streamed prompts")
     scenario = GRPO_SCENARIOS[name]
     defaults = {
         "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 5, "optim": "sgd", "learning_rate": 0.05,
