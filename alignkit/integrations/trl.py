@@ -9,6 +9,7 @@ scheduling stay TRL's.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -112,9 +113,11 @@ class _Pairs(Adapter):
     ) -> Any:
         """The objective's loss of one micro-batch of TRL's preference collator."""
         self._check_keys(inputs)
-        ids = inputs["input_ids"]
-        mask = inputs["completion_mask"][:, 1:].bool()
-        feed = {"input_ids": ids, "attention_mask": inputs["attention_mask"], "use_cache": False}
+        ids, seen, completion = self._cut(
+            inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]
+        )
+        mask = completion[:, 1:].bool()
+        feed = {"input_ids": ids, "attention_mask": seen, "use_cache": False}
         labels = ids[:, 1:][mask]
 
         # Counted from the end, since prompt tuning puts tokens in front. Prompt and padding are
@@ -140,6 +143,13 @@ class _Pairs(Adapter):
         self._count_tokens(inputs["attention_mask"])
         loss = self._reduced(self.objective.loss(batch), outputs, half, mask[:half].sum())
         return (loss, outputs) if return_outputs else loss
+
+    def _cut(self, *columns: Tensor) -> Sequence[Tensor]:
+        """The columns of a batch within `max_length`. TRL 0.29 cuts them in its own loss, later
+        releases when they prepare the rows.
+        """
+        cut = getattr(super(), "_truncate_inputs", None)
+        return cut(*columns) if cut else columns
 
     def _keep_of_model(self, logits: Tensor, labels: Tensor, tokens: TokenLogps, half: int) -> None:
         """TRL's metrics of the model itself, from the `logits` [M, V] and `labels` [M] of the
