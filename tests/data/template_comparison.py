@@ -7,6 +7,7 @@ from typing import Any
 import template_world as world
 
 from alignkit.data import DataConfig, load_bundles
+from alignkit.data.report import Report
 from alignkit.errors import DataError
 
 
@@ -35,6 +36,7 @@ class Comparison:
     their_error: Exception | None = None
     our_error: Exception | None = None
     has_lost_turns: bool = False  # as alignkit's report says
+    says_words_dropped: bool = False
 
     def text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids))
@@ -51,20 +53,24 @@ def prepare_both(kind: str, name: str, case: str, row: dict[str, Any], tokenizer
     except Exception as error:  # TRL lets through whatever a template raises
         compared.their_error = error
     try:
-        compared.ours, compared.has_lost_turns = ours_of(kind, row, tokenizer)
+        compared.ours, report = ours_of(kind, row, tokenizer)
+        compared.has_lost_turns = report.count("untrained_turn") > 0
+        compared.says_words_dropped = report.count("words_dropped") > 0
     except DataError as error:
         compared.our_error = error
     return compared
 
 
 def theirs_of(kind: str, row: dict[str, Any], tokenizer: Any) -> list[Side]:
+    if tokenizer.name_or_path.startswith(world.VISION_ONLY):
+        row = world.in_parts(row)
     if kind == "demonstrations":
         return [Side(*world.trl_demonstration(row, tokenizer))]
     prompt, completions = world.trl_pair(row, tokenizer)
     return [Side(prompt + c, [False] * len(prompt) + [True] * len(c)) for c in completions]
 
 
-def ours_of(kind: str, row: dict[str, Any], tokenizer: Any) -> tuple[list[Side], bool]:
+def ours_of(kind: str, row: dict[str, Any], tokenizer: Any) -> tuple[list[Side], Report]:
     family = "sequence" if kind == "demonstrations" else "pair"
     config = DataConfig(max_length=8192)
     (bundle,), report = load_bundles(config, family, tokenizer, source=[row])
@@ -73,7 +79,7 @@ def ours_of(kind: str, row: dict[str, Any], tokenizer: Any) -> tuple[list[Side],
         Side(prompt + ids.tolist(), [False] * len(prompt) + mask.tolist())
         for ids, mask in zip(bundle.completions, bundle.masks)
     ]
-    return sides, report.count("untrained_turn") > 0
+    return sides, report
 
 
 def equal(theirs: Side, ours: Side) -> bool:

@@ -39,10 +39,13 @@ FAMILIES: dict[str, tuple[str | None, str, bool]] = {
     "cohere": COHERE,
     "lfm": LFM,
     "nemotron": NEMOTRON,
+    "idefics3": ("<|begin_of_text|>", "<end_of_utterance>", False),
+    "llava_next": ("<s>", "</s>", False),
+    "smolvlm": ("<|im_start|>", "<end_of_utterance>", False),
     "muse": ("<|begin_of_text|>", "<|eot|>", False),
 }
-# They write the parts of a content that is a list, and nothing of a content that is a text, so there
-# is nothing to compare: alignkit's rows are text.
+# They write the parts of a content that is a list, and nothing of a content that is a text: TRL gets
+# such contents, alignkit gives them to the template itself.
 VISION_ONLY = ("idefics3", "llava_next", "smolvlm")
 
 SPECIAL = re.compile(
@@ -94,6 +97,7 @@ def tokenizer_of(name: str, *, adds_eos: bool = False) -> PreTrainedTokenizerFas
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
+        name_or_path=name,
         bos_token=bos,
         eos_token=eos,
         pad_token="<pad>",
@@ -298,6 +302,21 @@ def filled(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
                 value = value.replace(name, token)
         filled_row[column] = value
     return copy.deepcopy(filled_row)
+
+
+def in_parts(row: dict[str, Any]) -> dict[str, Any]:
+    """`row` with every content that is a text as a list of one part."""
+    return {
+        column: [
+            m | {"content": [{"type": "text", "text": m["content"]}]}
+            if isinstance(m.get("content"), str)
+            else m
+            for m in value
+        ]
+        if isinstance(value, list) and column != "tools"
+        else value
+        for column, value in row.items()
+    }
 
 
 class Rows:
