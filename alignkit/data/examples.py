@@ -70,8 +70,8 @@ def make_example(
     }
     ranking = _ranking(values["ranking"]) if format == "ranking" else []
     prompt, completions = _prompt_and_completions(texts, ranking, format, family)
-    has_place = prompt is not None and (format != "text" or isinstance(prompt, list))
-    if "system" in values and has_place:
+    has_place = format != "text" or isinstance(prompt, list)
+    if "system" in values and prompt is not None and has_place:
         prompt = _with_system(prompt, values["system"], as_turn=system_turn)
     elif str(values.get("system") or "").strip():
         verdicts.append("system_unused")
