@@ -111,17 +111,10 @@ def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
     return length
 
 
-def _used(mask: Tensor) -> int:
+def used_tokens(mask: Tensor) -> int:
     """Input tokens of a completion that matter: all before its last trained token."""
     trained = mask.nonzero()
     return int(trained[-1]) if len(trained) else 0
-
-
-def positions_of(bundle: Bundle) -> int:
-    """How many positions the longest row of a bundle takes: those of the prompt and of a
-    completion's tokens before its last trained one, which is predicted and never read.
-    """
-    return len(bundle.prompt) + max(map(_used, bundle.masks))
 
 
 def _trees(bundle: Bundle, layout: Layout) -> list[_Tree]:
@@ -132,7 +125,7 @@ def _trees(bundle: Bundle, layout: Layout) -> list[_Tree]:
     """
     prompt = bundle.prompt.tolist()
     inputs = [
-        ids[: _used(mask)].tolist()
+        ids[: used_tokens(mask)].tolist()
         for ids, mask in zip(bundle.completions, bundle.masks, strict=True)
     ]
     if layout == "shared_prefix":
@@ -289,7 +282,7 @@ def computed_tokens(bundle: Bundle, layout: Layout) -> list[int]:
     """Row lengths of a bundle under a layout (an upper bound:
     completions that begin alike share more).
     """
-    used = [_used(mask) for mask in bundle.masks]
+    used = [used_tokens(mask) for mask in bundle.masks]
     prompt = len(bundle.prompt)
     return [prompt + sum(used)] if layout == "shared_prefix" else [prompt + n for n in used]
 
@@ -402,6 +395,6 @@ def _packed_cost(bundle: Bundle, layout: Layout, cost: CostModel) -> float:
 
     # The prompt is one run, and each completion is another that also sees the prompt.
     prompt = len(bundle.prompt)
-    used = [_used(mask) for mask in bundle.masks]
+    used = [used_tokens(mask) for mask in bundle.masks]
     pairs = prompt**2 + sum(n * (n + prompt) for n in used)
     return cost.packed(sum(lengths), pairs, 1 + len(used))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from alignkit.batches import Bundle
 from alignkit.data.prompts import Prompt
 from alignkit.errors import DataError
-from alignkit.policies.layout import positions_of
+from alignkit.policies.layout import used_tokens
 from alignkit.policies.module import causal_lm, context_length, position_table
 from alignkit.runs.context import RunContext
 
@@ -42,6 +42,13 @@ def check_row_lengths(context: RunContext, bundles: Sequence[Bundle], where: str
     if is_table or reads_all:
         raise DataError(f"{counted}; {advice}")
     return [f"warning: {counted}, which it may read badly; {advice}"]
+
+
+def positions_of(bundle: Bundle) -> int:
+    """How many positions the longest row of a bundle takes: those of the prompt and of a
+    completion's tokens before its last trained one, which is predicted and never read.
+    """
+    return len(bundle.prompt) + max(map(used_tokens, bundle.masks))
 
 
 def _tokens_of(bundle: Bundle) -> int:

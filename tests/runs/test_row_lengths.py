@@ -9,10 +9,10 @@ from alignkit.batches import Bundle
 from alignkit.config.recipe import load_recipe
 from alignkit.errors import DataError
 from alignkit.plan import Plan
-from alignkit.policies.layout import positions_of
 from alignkit.policies.module import PolicyModule, context_length, position_table
 from alignkit.policies.pair import PolicyPair
 from alignkit.runs.launch import run_recipe
+from alignkit.runs.row_lengths import positions_of
 
 POSITIONS = 24
 LONG = " ".join(["w4"] * 30)
