@@ -32,6 +32,7 @@ class ScoreModule(nn.Module):
     """A sequence-classification model of D outputs, read at the last token of a row."""
 
     packing = None  # one row per text
+    bin_head = None  # the law of a reward is a head of policies
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
