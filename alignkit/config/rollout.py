@@ -63,7 +63,17 @@ class RolloutConfig(Section):
         3, description="pass_rate: how many further batches of prompts are tried to fill a step"
     )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="probability mass that nucleus sampling keeps; training needs 1"
+        1.0,
+        description="probability mass that nucleus sampling keeps; the KL stays that of the whole law",
+    )
+    top_k: NonNegativeInt = Field(
+        0, description="sample from so many of the likeliest tokens; 0 = from all"
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="sample from tokens at least so likely, relative to the likeliest; 0 = all"
+    )
+    stop: list[str] = Field(
+        [], description="texts that end a completion, with the token that completes one of them"
     )
     start_timeout: PositiveFloat = Field(
         600.0, description="vllm: seconds that the server may take to load its model"
@@ -115,6 +125,24 @@ class RolloutConfig(Section):
         # Not by assignment, which would validate all over again.
         self.__dict__["engine"] = "vllm" if has_servers else "hf"
         return self
+
+    @model_validator(mode="after")
+    def _own_engine_alone(self) -> "RolloutConfig":
+        """What only alignkit's own sampler can do."""
+        given = {"top_k": self.top_k, "min_p": self.min_p, "stop": self.stop}
+        unable = [name for name, value in given.items() if value]
+        if self.engine == "vllm" and unable:
+            raise ValueError(
+                f"{', '.join(unable)}: not with vLLM servers; leave it out, or use engine: hf"
+            )
+        return self
+
+    @property
+    def truncation(self) -> list[str]:
+        """What the sampler leaves out of each next-token law, as text: "top_p 0.9"."""
+        whole = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        given = {name: getattr(self, name) for name in whole}
+        return [f"{name} {value:g}" for name, value in given.items() if value != whole[name]]
 
     @model_validator(mode="after")
     def _pass_rate_is_an_interval(self) -> "RolloutConfig":

@@ -17,22 +17,28 @@ def make_sampler(
     seed: int,
     exact: bool = True,
     temperature: float = 1.0,
+    truncates: bool = False,
     accelerator: "Accelerator | None" = None,
 ) -> Sampler:
     """The engine that the recipe's `rollout` section asks for.
 
     `exact` (the caller trains on the log-probs) refuses what the trainer's log-probs do not
-    describe: another `temperature` than theirs, and top_p below 1, under which tokens outside the
-    nucleus have no importance weight at all. A server on this machine gets its weights from the
-    first process of the machine, one elsewhere from the first of all. Raises ConfigError.
+    describe: another `temperature` than theirs, and top_k, top_p and min_p, unless the caller
+    `truncates`, because it learns with the sampler's own log-probs as the behaviour. A server on
+    this machine gets its weights from the first process of the machine, one elsewhere from the
+    first of all. Raises ConfigError.
     """
-    described = {"temperature": temperature, "top_p": 1.0}
-    for name, value in described.items():
-        if exact and getattr(config, name) != value:
-            raise ConfigError(
-                f"rollout.{name}: {getattr(config, name)} samples from another distribution than "
-                f"the one that the policy's log-probs describe; training needs {value}"
-            )
+    if exact and config.temperature != temperature:
+        raise ConfigError(
+            f"rollout.temperature: {config.temperature} samples from another distribution than "
+            f"the one that the policy's log-probs describe; training needs {temperature}"
+        )
+    if exact and config.truncation and not truncates:
+        raise ConfigError(
+            f"rollout: {', '.join(config.truncation)} samples from another distribution than the "
+            "one that the policy's log-probs describe, and this objective does not weigh its "
+            "samples by the sampler's log-probs; leave it out"
+        )
 
     if config.engine == "hf":
         from alignkit.rollout.hf import HFSampler
@@ -42,6 +48,9 @@ def make_sampler(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            stop=config.stop,
             seed=seed,
         )
 

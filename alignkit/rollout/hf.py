@@ -17,6 +17,7 @@ from alignkit.rollout.cache_probe import sampling_model
 from alignkit.rollout.cached_model import CachedModel, mixed_logits
 from alignkit.rollout.noise import gumbel, row_keys
 from alignkit.rollout.protocol import Models, Sample, check_request, stop_tokens
+from alignkit.rollout.truncation import StopTexts, Truncation
 
 # Logits that a processor samples from at a time: the work buffers stay in its cache.
 _LOGITS_AT_A_TIME = 1 << 16
@@ -35,7 +36,9 @@ class HFSampler:
     max_new_tokens  cap on the tokens of a completion, the end token included
     temperature     divides the logits, after mixing; 0 takes the most likely token (its log-probs
                     are those of temperature 1)
-    top_p           nucleus mass; the recorded log-probs are those of the renormalised nucleus
+    top_k, top_p, min_p
+                    see `Truncation`; the recorded log-probs are those of the renormalised law
+    stop            texts that end a completion with the token that completes one of them
     seed            of the noise
     token_budget    prompt and completion tokens of one batch (a single row may exceed it): bounds
                     the memory and does not change the samples
@@ -50,22 +53,25 @@ class HFSampler:
         max_new_tokens: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        stop: Sequence[str] = (),
         seed: int = 0,
         token_budget: int = 65536,
         measured: bool = False,
     ):
-        if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
+        if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
             raise ConfigError(
                 f"sampling: max_new_tokens {max_new_tokens} (at least 1), temperature "
-                f"{temperature} (at least 0), top_p {top_p} (in (0, 1]): one of them is out of "
-                "its range"
+                f"{temperature} (at least 0): one of them is out of its range"
             )
         self.models = models
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.token_budget = token_budget
         self.temperature = temperature
-        self.top_p = top_p
+        self.truncated = Truncation(top_k, top_p, min_p)
+        self.stop = StopTexts(stop, models.tokenizer)
         self.measured = measured
 
     @torch.no_grad()
@@ -171,8 +177,9 @@ class HFSampler:
             mixed = mixed_logits(drawn_from, logits)
             anchor = _of_reference(drawn_from, logits) if self.measured else None
             tokens, numbers = self._choose(mixed, keys, anchor)
-            stopped = running & torch.isin(tokens, stop)
             drawn.put(live, position, tokens, numbers)
+            ended = torch.isin(tokens, stop) | self.stop.reached(drawn.tokens[live], position)
+            stopped = running & ended
             drawn.end(live[stopped], position)
 
             running = running & ~stopped
@@ -213,9 +220,7 @@ class HFSampler:
         wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         if self.temperature not in (0, 1):
             wide = wide / self.temperature
-        logprobs = wide.log_softmax(-1)
-        if self.top_p < 1:
-            logprobs = _nucleus(logprobs, self.top_p)
+        logprobs = self.truncated(wide.log_softmax(-1))
 
         # The Gumbel-max trick: the argmax of log-probs plus Gumbel noise is a sample of them.
         if self.temperature == 0:
@@ -304,13 +309,3 @@ def _of_step(logprobs: Tensor, anchor: Tensor, tokens: Tensor) -> dict[str, Tens
         "entropy": torch.special.entr(logprobs.exp()).sum(-1),
         "reference_logps": reference.gather(-1, tokens[:, None])[:, 0],
     }
-
-
-def _nucleus(logprobs: Tensor, top_p: float) -> Tensor:
-    """Log-probs [R, V] of the smallest set of tokens with at least `top_p` of the mass,
-    renormalised; -inf outside it (Holtzman et al. 2020, arXiv:1904.09751).
-    """
-    ordered, index = logprobs.sort(dim=-1, descending=True)
-    mass_before = ordered.exp().cumsum(-1) - ordered.exp()
-    outside = mass_before >= top_p
-    return logprobs.masked_fill(outside.scatter(-1, index, outside), -torch.inf).log_softmax(-1)

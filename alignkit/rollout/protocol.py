@@ -16,7 +16,7 @@ from alignkit.errors import ConfigError, DataError
 @dataclass(frozen=True)
 class Sample:
     """One completion, on the CPU. `logps` describe the distribution that the tokens were drawn
-    from: temperature, nucleus and mixture included.
+    from: temperature, truncation and mixture included.
     """
 
     ids: Tensor  # [T] int64, with the end token when there is one

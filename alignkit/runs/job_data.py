@@ -119,6 +119,12 @@ def sampled_data(context: RunContext) -> JobData:
     )
     check_prompt_lengths(context, prompts, report.source)
     notes = report.lines()
+    if recipe.rollout.truncation:
+        notes.append(
+            f"completions are drawn with {', '.join(recipe.rollout.truncation)}, and their tokens "
+            "weigh by the sampler's renormalised log-probs; the KL that is trained and logged is "
+            "that of the full distribution"
+        )
     reward = _reward(context)
     source = _rollouts(context, prompts, reward, _judge(context))
 
@@ -175,6 +181,7 @@ def _rollouts(
             context.pair,
             seed=recipe.train.seed,
             temperature=context.pair.base.temperature,
+            truncates=FAMILIES[context.plan.data].credited,
             accelerator=context.accelerator,
         ),
         Scoring(context.plan, _reply(context), reward, judge),
@@ -199,6 +206,7 @@ def _held_out(context: RunContext, reward: RewardCall) -> tuple[HeldOut, Report]
         context.pair,
         seed=recipe.train.seed + 1,
         temperature=context.pair.base.temperature,
+        truncates=True,
         accelerator=context.accelerator,
     )
     return HeldOut(prompts, sampler, _reply(context), reward, context.accelerator), report

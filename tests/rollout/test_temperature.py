@@ -100,8 +100,38 @@ def test_rows_of_a_file_come_from_no_temperature(train, world):
     assert "rollout.temperature: 0.7 samples from another distribution" in text
 
 
-def test_a_nucleus_is_still_refused(train, world):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["rollout.top_p=0.9"],
+        ["rollout.top_k=5", "rollout.min_p=0.01", "rollout.temperature=0.7"],
+        ["rollout.mask_truncated=true", "rollout.stop=[w5,w6 w7]"],
+    ],
+    ids=str,
+)
+def test_a_truncated_law_is_the_behaviour(train, world, settings):
     function = f"rewards.0.function={world / 'mine.py'}:score"
-    code, text, _ = train("rloo", "prompts.jsonl", function, "rollout.top_p=0.9")
+    code, text, metrics = train("grpo", "prompts.jsonl", function, *settings)
+    assert code == 0, text
+    truncated = "top_" in settings[0]
+    assert (
+        "the KL that is trained and logged is that of the full distribution" in text
+    ) == truncated
+    # what is drawn from part of a law is less likely under the whole of it
+    assert (metrics[0]["importance"] < 0.999) == truncated
+    if not truncated:
+        assert metrics[0]["completions/clipped_ratio"] < 1
+
+
+def test_who_does_not_weigh_samples_draws_from_the_whole_law(train, world):
+    judge = f"judge.function={world / 'mine.py'}:longer"
+    code, text, _ = train("online_dpo", "prompts.jsonl", judge, "rollout.top_p=0.9")
     assert code == 2
-    assert "rollout.top_p: 0.9 samples from another distribution" in text
+    assert "does not weigh its samples by the sampler's log-probs" in text
+
+
+def test_a_stop_text_that_cannot_be_written_is_refused(train, world):
+    function = f"rewards.0.function={world / 'mine.py'}:score"
+    code, text, _ = train("rloo", "prompts.jsonl", function, "rollout.stop=[w5,End]")
+    assert code == 2
+    assert "rollout.stop: the tokenizer cannot make 'End'" in text
