@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr
 
 from alignkit.config.compare import CompareConfig
 from alignkit.config.data import DataConfig
+from alignkit.config.hub import HubConfig
 from alignkit.config.judges import JudgeConfig
 from alignkit.config.model import ModelConfig, ReferenceConfig, TargetConfig
 from alignkit.config.objective import DEFAULT_OBJECTIVE, Part, check_part, parts_of
@@ -65,6 +66,9 @@ class Recipe(Section):
     compare: CompareConfig | None = Field(None, description="read by `alignkit compare` only")
     trackers: list[Tracker] = Field(
         [], description="experiment trackers to use beside metrics.jsonl, through accelerate"
+    )
+    hub: HubConfig | None = Field(
+        None, description="push the finished model to the hub: {push: NAME, private: true}"
     )
     output_dir: Annotated[str, Field(min_length=1)] = Field(
         "runs/{recipe}", description="the run folder; {recipe} stands for the recipe's file name"

@@ -343,7 +343,6 @@ def load_pair(
         shards.place(base, partial(start.weights.fill, device))
     probe = _probe(base)
     layout, about_layout = _probed(base, model, probe)
-
     base.router, about_router = router_of(start.loaded, router_aux_loss)
     notes = [note for note in (about_layout, about_router) if note]
     base.temperature = temperature  # before anchors are copied from it
@@ -353,8 +352,8 @@ def load_pair(
             "from the model at this temperature"
         )
 
-    adapted = start.policy is not start.loaded and starts_without(base, probe_rows(base, probe))
-    kind = resolve_kind(reference.kind, plan, adapter=adapted, fixed_data=fixed_data)
+    apart = start.policy is not start.loaded and starts_without(base, probe_rows(base, probe))
+    kind = resolve_kind(reference.kind, plan, adapter=apart, fixed_data=fixed_data)
     anchors = {}
     if kind in KINDS:
         anchors["reference"] = Anchor.of(kind, base, reference, shards)

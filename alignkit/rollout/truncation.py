@@ -64,8 +64,9 @@ class StopTexts:
         if not self.texts:
             return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         ends = tokens[:, max(0, position + 1 - self.window) : position + 1].tolist()
-        found = [any(text in self._text(ids) for text in self.texts) for ids in ends]
-        return torch.tensor(found, device=tokens.device)
+        decoded = [self._text(ids) for ids in ends]
+        ended = [any(text in end for text in self.texts) for end in decoded]
+        return torch.tensor(ended, device=tokens.device)
 
     def _text(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Sections whose fields may be given by keyword, without their section's name.
 SECTIONS = ("train", "rollout", "data", "model", "reference")
-NAMED_SECTIONS = (*SECTIONS, "target", "teacher", "trackers")
+NAMED_SECTIONS = (*SECTIONS, "target", "teacher", "trackers", "hub")
 
 
 @dataclass(frozen=True)

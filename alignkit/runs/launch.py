@@ -5,6 +5,7 @@ Importing this imports no torch, so that a mistake in a recipe is reported at on
 is imported by the functions below after `check_without_torch`.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from alignkit.runs.job_data import JobData
     from alignkit.training.job import Job, Result
     from alignkit.training.run_folder import RunFolder
+
+log = logging.getLogger("alignkit")
 
 
 def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False) -> "Result":
@@ -85,6 +88,7 @@ def _run(
 ) -> tuple["Job", "Result"]:
     from alignkit.distributed.errors import raise_on_all_ranks
     from alignkit.policies.adapters import start_of
+    from alignkit.runs.hub import push_model
     from alignkit.training.loop import train
     from alignkit.training.run_folder import RunFolder
 
@@ -121,7 +125,11 @@ def _run(
         with ExitStack() as stack:
             with raise_on_all_ranks(accelerator):  # only the first process takes the run's lock
                 stack.enter_context(run)
-            return job, train(job, resume)
+            result = train(job, resume)
+            with raise_on_all_ranks(accelerator):
+                if recipe.hub is not None and run.writes:
+                    log.info("pushed to %s", push_model(run.model, recipe.hub))
+            return job, result
     finally:
         end(accelerator)
 

@@ -4,8 +4,13 @@ equation, on which data and with which result.
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from alignkit.config.escaping import fenced, markdown_cell, markdown_line
+from alignkit.config.hub import HUB_NAME
 from alignkit.config.recipe import Recipe, dump_recipe
 from alignkit.objectives.base import Objective, Weighted
 
@@ -23,7 +28,7 @@ def model_card(
         versions = ", ".join(f"{name} {version(name)}" for name in libraries)
 
         blocks = [
-            _front_matter(recipe),
+            _front_matter(recipe, objective),
             _objectives(objective),
             "## Data",
             fenced("", data),
@@ -38,12 +43,26 @@ def model_card(
     return card
 
 
-def _front_matter(recipe: Recipe) -> str:
-    library = "peft" if recipe.model.adapter else "transformers"
+def _front_matter(recipe: Recipe, objective: Objective) -> str:
+    """The header in the hub's format, and the title."""
+    adapted = recipe.model.adapter is not None
+    header: dict[str, Any] = {
+        "library_name": "peft" if adapted else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["alignkit", *(type(part).__name__.lower() for part, _ in _parts(objective))],
+    }
+    # The hub knows names, and no paths of this machine.
+    if _on_the_hub(recipe.model.name_or_path):
+        header["base_model"] = recipe.model.name_or_path
+        header["base_model_relation"] = "adapter" if adapted else "finetune"
+    sources = _sources(recipe.data.train)
+    datasets = [source for source in sources if _on_the_hub(source)]
+    if datasets:
+        header["datasets"] = datasets
+
     lines = [
         "---",
-        f"library_name: {library}",
-        "tags: [alignkit]",
+        yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
         f"# {markdown_line(recipe.model.name_or_path)}, trained with alignkit",
@@ -53,11 +72,27 @@ def _front_matter(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
+def _sources(train: Any) -> list[str]:
+    """The training sets' names: of one set, or of a mixture of several."""
+    entries = train if isinstance(train, list | tuple) else [train]
+    return [
+        entry if isinstance(entry, str) else str(getattr(entry, "source", "")) for entry in entries
+    ]
+
+
+def _on_the_hub(name: str) -> bool:
+    """Whether a name of a model or of a data set is one of the hub's."""
+    return bool(HUB_NAME.fullmatch(name)) and name != "task" and not Path(name).exists()
+
+
+def _parts(objective: Objective) -> Sequence[tuple[Objective, float]]:
+    return objective.parts if isinstance(objective, Weighted) else [(objective, 1.0)]
+
+
 def _objectives(objective: Objective) -> str:
-    parts = objective.parts if isinstance(objective, Weighted) else [(objective, 1.0)]
     rows = [
         [type(part).__name__, f"{weight:g}", _settings(part), f"`{part.equation}`", part.paper]
-        for part, weight in parts
+        for part, weight in _parts(objective)
     ]
     return _table(["objective", "weight", "settings", "loss", "paper"], rows)
 

@@ -51,6 +51,7 @@ FREE: dict[str, set[str] | None] = {  # None: the whole section
     },
     "compare": None,
     "trackers": None,
+    "hub": None,
     "output_dir": None,
 }
 

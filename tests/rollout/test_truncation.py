@@ -50,7 +50,7 @@ def test_a_completion_ends_with_the_token_that_completes_a_stop_text(tmp_path):
     prompts = [torch.tensor([1, 5]), torch.tensor([1, 7, 8])]
     settings = {"max_new_tokens": 12, "seed": 3}
     free = HFSampler(models, **settings).sample(prompts, Draw(20), step=0, prompt_ids=[0, 1])
-    stops = ["w5", "w6 w"]
+    stops = ["w5", "w6 w7"]
     stopped = HFSampler(models, **settings, stop=stops).sample(
         prompts, Draw(20), step=0, prompt_ids=[0, 1]
     )
