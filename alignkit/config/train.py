@@ -105,6 +105,11 @@ class TrainConfig(Section):
     early_stopping: NonNegativeInt = Field(
         0, description="stop after this many evaluations without improvement; 0 = off"
     )
+    callbacks: list[str] = Field(
+        [],
+        description="classes of your own, `file.py:Class` or `module:Class`, that are told of the "
+        "run's events as transformers' TrainerCallback",
+    )
     metric: str = Field(
         "auto",
         description="what early stopping and the best checkpoint go by; "

@@ -26,6 +26,13 @@ def check_without_torch(recipe: Recipe, safe: bool = False) -> None:
             "and --safe forbids it"
         )
 
+    if safe and recipe.train.callbacks:
+        place = recipe.origin.at(("train", "callbacks"))
+        raise ConfigError(
+            f"{place}: `train.callbacks` would run {recipe.train.callbacks[0]}, code that the recipe "
+            "names, and --safe forbids it"
+        )
+
     for field in ("train", "eval"):
         source = getattr(recipe.data, field) or ""
 

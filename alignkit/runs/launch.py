@@ -327,8 +327,26 @@ def build_job(
         measure=data.measure,
         samples=data.samples,
         card=model_card(recipe, context.objective, data.notes),
+        callbacks=_callbacks(context),
         notes=[*data.notes, *unused_sections(recipe, context.objective), *notes],
     )
+
+
+def _callbacks(context: "RunContext") -> list[Any]:
+    """An instance of each of the recipe's callbacks. ConfigError for what is none."""
+    from transformers import TrainerCallback
+
+    from alignkit.config.plugins import load_object
+
+    callbacks = []
+    for spec in context.recipe.train.callbacks:
+        cls = load_object(spec, what="train.callbacks", safe=context.safe)
+        if not (isinstance(cls, type) and issubclass(cls, TrainerCallback)):
+            raise ConfigError(
+                f"train.callbacks: {spec} is not a subclass of transformers.TrainerCallback"
+            )
+        callbacks.append(cls())
+    return callbacks
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -39,6 +39,7 @@ FREE: dict[str, set[str] | None] = {  # None: the whole section
         "shard",
         "max_skipped_steps",
         "process_timeout",
+        "callbacks",
     },
     "rollout": {
         "url",

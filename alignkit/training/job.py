@@ -51,6 +51,9 @@ class Job:
     # Given the last metrics: the text of the run's README.md.
     card: Callable[[Metrics], str] | None = None
 
+    # Instances of transformers' TrainerCallback, told of the loop's events.
+    callbacks: Sequence[Any] = ()
+
     # Lines for the user, shown when the run starts.
     notes: Sequence[str] = ()
 

@@ -16,6 +16,7 @@ from alignkit.distributed.errors import raise_on_all_ranks
 from alignkit.errors import CheckpointError, ConfigError, NumericsError, ResourceError
 from alignkit.policies.dtensors import local
 from alignkit.training import checkpoint, shared_checkpoint
+from alignkit.training.callbacks import Callbacks
 from alignkit.training.guard import BrokenStep, broken_weights
 from alignkit.training.job import Job, Result
 from alignkit.training.optimizer import learning_rate, make_optimizer
@@ -67,6 +68,7 @@ class _Loop:
             self.pair, self.optimizer, job.source, self.average, self.counters, self.accelerator
         )
         self.signals = Signals()
+        self.callbacks = Callbacks(job, self.optimizer)
         self.is_saved = False  # whether the run has a checkpoint to go on from
         self.began: float | None = None  # on the clock, set when the first step begins
 
@@ -97,12 +99,14 @@ class _Loop:
                 self._inform(note)
             if not resumed:
                 self._log_samples(step)
+            self.callbacks.tell("on_train_begin", step)
 
             while step < job.steps and not stop_early:
                 metrics = self._step(step)
                 step += 1
                 stop_early = self._after_step(step, metrics, progress)
-            self._finish(step, metrics, stop_early)
+            self._finish(step, metrics, self._stops_early())
+            self.callbacks.tell("on_train_end", step)
         return Result(step, {**metrics, **self.counters.evaluated}, start, stop_early)
 
     def _nothing_to_do(self) -> Result:
@@ -120,6 +124,7 @@ class _Loop:
         if self.began is None:
             self.began = time.monotonic() - self.counters.elapsed
 
+        self.callbacks.tell("on_step_begin", step)
         rate = learning_rate(self.config, step, self.job.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -198,11 +203,16 @@ class _Loop:
         last = step == self.job.steps
         row = dict(metrics)
 
+        self.callbacks.tell("on_step_end", step)
+
         is_best = False
         if self._measures_held_out() and _due(config.eval_every, step, or_at=last):
-            row |= self._evaluate()
+            evaluated = self._evaluate()
+            self.callbacks.tell("on_evaluate", step, evaluated)
+            row |= evaluated
             is_best = self._is_best(row, step)
 
+        self.callbacks.tell("on_log", step, row)
         with raise_on_all_ranks(self.accelerator):
             self.job.run.log(row)
             self.accelerator.log(row, step=step)  # the recipe's trackers; none by default
@@ -210,9 +220,9 @@ class _Loop:
         if _due(config.log_samples_every, step) and not last:
             self._log_samples(step)
 
-        # A signal may reach one rank alone: all of them stop after the same step.
-        own_signal = torch.tensor([self.signals.caught], device=self.pair.device)
-        signum = int(self.accelerator.gather(own_signal).max())
+        # A signal or a callback may reach one rank alone: all of them stop after the same step.
+        own = torch.tensor([[self.signals.caught, self.callbacks.stop]], device=self.pair.device)
+        signum, stop = self.accelerator.gather(own).amax(0).tolist()
 
         save_best = is_best and (config.save_every or config.early_stopping)
         if (_due(config.save_every, step) and not last) or signum or save_best:
@@ -221,7 +231,7 @@ class _Loop:
             raise Interrupted(
                 signum, f"stopped by signal {signum} after step {step}; go on with --resume auto"
             )
-        return self._stops_early()
+        return self._stops_early() or bool(stop)
 
     def _measures_held_out(self) -> bool:
         return self.job.evaluation is not None or self.job.measure is not None
@@ -347,6 +357,7 @@ class _Loop:
                     checkpoint.mark_best(folder, self.counters.best_step)
                 checkpoint.prune(folder, step, self.config.keep)
         self.is_saved = True
+        self.callbacks.tell("on_save", step)
 
     def _inform(self, message: str) -> None:
         """One line for the user, from the first process alone."""
