@@ -9,6 +9,8 @@ from world import make_job, pairs
 
 from alignkit.config.rollout import RolloutConfig
 from alignkit.rollout.engines import make_sampler
+from alignkit.rollout.importance import Correction
+from alignkit.rollout.policy_copy import PolicyCopy
 from alignkit.sources.rollouts import RolloutSource
 from alignkit.sources.scoring import Scoring
 
@@ -34,6 +36,7 @@ def online_job(
     judge=more_wanted,
     n_prompts=10,
     prompts_per_step=4,
+    ahead=0,
     **settings,
 ):
     job = make_job(model, out, objective, pairs(1), **settings)
@@ -46,8 +49,10 @@ def online_job(
     def decode(prompt, ids):
         return job.pair.tokenizer.decode(ids)
 
+    models = PolicyCopy(job.pair) if ahead else job.pair
     job.source = RolloutSource(
-        prompts, objective, job.pair, make_sampler(rollout, job.pair, seed=0), Scoring(objective.plan, decode, reward, judge),
-        job.accelerator, batch_size=prompts_per_step, completions=4, seed=0,
+        prompts, objective, job.pair, make_sampler(rollout, models, seed=0), Scoring(objective.plan, decode, reward, judge),
+        job.accelerator, batch_size=prompts_per_step, completions=4, seed=0, ahead=ahead,
+        correction=Correction(cap=2.0) if ahead else None,
     )  # fmt: skip
     return job

@@ -43,6 +43,11 @@ class RolloutConfig(Section):
     engine: Literal["auto", "hf", "vllm"] = Field(
         "auto", description="what samples; auto: vllm where there is a url, else hf"
     )
+    ahead: NonNegativeInt = Field(
+        0,
+        description="rollouts that are sampled while earlier ones are trained on; importance weights "
+        "account for how old they are",
+    )
     completions: Annotated[int, Field(ge=2)] = Field(8, description="completions per prompt")
     max_new_tokens: PositiveInt = Field(MAX_NEW_TOKENS, description="most tokens per completion")
     temperature: PositiveFloat = Field(
@@ -83,7 +88,8 @@ class RolloutConfig(Section):
         description="vllm: the run stops after this many seconds without an answer of the server",
     )
     max_importance: Annotated[float, Field(ge=1)] = Field(
-        2.0, description="vllm: cap on a completion's importance weight (trainer over server)"
+        2.0,
+        description="vllm or ahead: cap on a completion's importance weight (trainer over sampler)",
     )
     max_mismatch: PositiveFloat = Field(
         0.1,
@@ -122,6 +128,11 @@ class RolloutConfig(Section):
             raise ValueError("the url is a vLLM server's, and the engine is hf; set one of them")
         if self.colocate and any(url.startswith("https:") for url in self.urls):
             raise ValueError("colocate starts servers on this machine; give http://127.0.0.1:PORT")
+        if self.ahead and self.pass_rate is not None:
+            raise ValueError(
+                "pass_rate samples until enough prompts fit, so nothing can be sampled ahead; leave "
+                "out one of ahead and pass_rate"
+            )
         # Not by assignment, which would validate all over again.
         self.__dict__["engine"] = "vllm" if has_servers else "hf"
         return self

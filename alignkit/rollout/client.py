@@ -131,9 +131,13 @@ class Client:
         """Give the weights that the server holds another version."""
         self._ask("POST", "/update_weight_version", {"new_version": version})
 
-    def generate(self, asked: Mapping[str, Any], most: int) -> dict[str, Any]:
-        """The answer to a request for completions of one prompt, `most` bytes at most."""
-        return self._ask("POST", "/inference/v1/generate", asked, most=most)
+    def generate(self, asked: Mapping[str, Any], most: int) -> bytes:
+        """The answer to a request for completions of one prompt: JSON of `most` bytes at most."""
+        path = "/inference/v1/generate"
+        status, data = self._answer("POST", path, asked, most)
+        if status != 200:
+            self._checked(path, status, data, missing=START)
+        return data
 
     def sleep(self) -> None:
         """Have the server free its GPU: weights, which it then holds no more, and cache."""
@@ -150,9 +154,15 @@ class Client:
         path: str,
         asked: Mapping[str, Any] | None = None,
         *,
-        most: int = SMALL,
         missing: str = "",
     ) -> dict[str, Any]:
+        status, data = self._answer(method, path, asked, SMALL)
+        return self._checked(path.partition("?")[0], status, data, missing)
+
+    def _answer(
+        self, method: str, path: str, asked: Mapping[str, Any] | None, most: int
+    ) -> tuple[int, bytes]:
+        """Status and body of an answer."""
         headers = {"Content-Type": "application/json"}
         if self.token:
             headers["Authorization"] = f"Bearer {self.token}"
@@ -181,7 +191,7 @@ class Client:
                 f"rollout.url: the answer of {self.url} is longer than the {most} bytes that were "
                 "asked for"
             )
-        return self._checked(path.partition("?")[0], status, data, missing)
+        return status, data
 
     def _connection(self) -> http.client.HTTPConnection:
         if self.secure:

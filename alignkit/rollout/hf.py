@@ -16,6 +16,7 @@ from alignkit.kl import exact
 from alignkit.rollout.cache_probe import sampling_model
 from alignkit.rollout.cached_model import CachedModel, mixed_logits
 from alignkit.rollout.noise import gumbel, row_keys
+from alignkit.rollout.policy_copy import copied
 from alignkit.rollout.protocol import Models, Sample, check_request, stop_tokens
 from alignkit.rollout.truncation import StopTexts, Truncation
 
@@ -111,6 +112,17 @@ class HFSampler:
 
     def sync(self) -> None:
         """Nothing to do: these are the trainer's own weights."""
+
+    def take(self) -> Any:
+        """The policy's weights where a copy of it is drawn from; else there is nothing to take."""
+        own = copied(self.models)
+        return None if own is None else own.take()
+
+    def use(self, weights: Any) -> None:
+        """Draw from the copy with these weights."""
+        own = copied(self.models)
+        if own is not None:
+            own.use(weights)
 
     def rest(self) -> None:
         """Nothing to do: caches end with each call."""

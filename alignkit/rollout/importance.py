@@ -2,6 +2,7 @@
 compared with the trainer's, and completions are weighted by the difference.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -57,7 +58,9 @@ class Correction:
     """
 
     cap: float
-    limit: float  # KL(engine || trainer) per token above which the engine holds other weights
+    # KL(engine || trainer) per token above which the engine holds other weights; infinite for the
+    # trainer's own model.
+    limit: float = math.inf
 
     def check(self, metrics: Mapping[str, float]) -> None:
         """ResourceError where the result of `mismatch` exceeds the limit. It is the same on all

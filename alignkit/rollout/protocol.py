@@ -52,6 +52,16 @@ class Sampler(Protocol):
         """
         ...
 
+    def take(self) -> Any:
+        """The policy's weights as they are now, for `use`; `sync` is both at once."""
+        ...
+
+    def use(self, weights: Any) -> None:
+        """Draw with weights that were taken, from here on; the policy may have moved since. Called
+        in the thread that samples.
+        """
+        ...
+
     def rest(self) -> None:
         """Nothing is drawn until the next `sync`: give up what the training step can use."""
         ...

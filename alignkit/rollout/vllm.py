@@ -4,6 +4,7 @@ and every answer names the weights that its tokens were drawn with.
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ import torch
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from torch import Tensor
 from transformers import AutoConfig
+from typing_extensions import TypedDict
 
 from alignkit.batches import Draw
 from alignkit.config.rollout import RolloutConfig
@@ -37,7 +39,7 @@ SHAPE = (  # of a model's config: what tells two architectures apart
 )
 
 
-class TokenLogp(BaseModel):
+class TokenLogp(TypedDict):
     """A sampled token and its log-prob."""
 
     token_id: NonNegativeInt
@@ -72,6 +74,14 @@ class Answer(BaseModel):
     choices: list[Completion]
 
 
+@dataclass(frozen=True)
+class Weights:
+    """The policy's weights at one time, in a folder that is deleted with this object."""
+
+    folder: "tempfile.TemporaryDirectory[str]"
+    version: str
+
+
 class VLLMSampler:
     """Draws from the policy alone; see `Sampler` for the contract. Each prompt has a seed of its
     own, a function of (seed, step, prompt id), to which vLLM adds the completion's number, so a run
@@ -101,6 +111,7 @@ class VLLMSampler:
         self.stop = stop_tokens(models)
         self.updates = 0  # how many weights this process has given
         self.version = ""  # nothing pushed yet
+        self.asleep = False
 
     @property
     def max_length(self) -> int:
@@ -112,18 +123,50 @@ class VLLMSampler:
         there when it draws.
         """
         self.version = ""
-        if self.pushes and self.sleeps and self.updates:
-            self.fleet.on_all(Client.wake)
+        self.use(self.take())
+
+    def take(self) -> "Weights | None":
+        """The policy's present weights, written to a folder that the servers see; None in a process
+        that does not push, which only takes part.
+        """
         with self.models.model("policy") as model:
             if self.pushes:
-                self._push(model)
-            else:
-                take_part(model)  # its shards are needed where the weights are pushed
+                return self._written(model)
+            take_part(model)  # its shards are needed where the weights are pushed
+            return None
+
+    def _written(self, model: Any) -> "Weights":
+        dtype = DTYPES[self.about[0]["dtype"]]
+        parent = self.config.weights_dir
+        try:
+            folder = tempfile.TemporaryDirectory(prefix="alignkit-weights-", dir=parent)
+            file = write_weights(model, Path(folder.name), dtype=dtype)
+            with file.open("rb") as source:
+                digest = _sha256(source)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write weights to {parent or tempfile.gettempdir()}: {error.strerror}; set "
+                "rollout.weights_dir or TMPDIR"
+            ) from error
+        self.updates += 1
+        return Weights(folder, f"{self.updates}:{digest}")
+
+    def use(self, weights: "Weights | None") -> None:
+        """Give the servers weights that were taken, which are deleted when nobody holds them."""
+        if weights is None or weights.version == self.version:
+            return
+        if self.asleep:
+            self.fleet.on_all(Client.wake)
+            self.asleep = False
+        self.version = weights.version
+        folder = Path(weights.folder.name)
+        self.fleet.on_all(lambda client: _give(client, folder, weights.version))
 
     def rest(self) -> None:
         """Servers on the trainer's own GPUs free them until the next `sync`, which wakes them."""
         if self.pushes and self.sleeps:
             self.fleet.on_all(Client.sleep)
+            self.asleep = True
 
     def sample(
         self, prompts: Sequence[Tensor], draw: Draw, *, step: int, prompt_ids: Sequence[int]
@@ -143,8 +186,7 @@ class VLLMSampler:
         zeros = torch.zeros_like(ids)
         seeds = (row_keys(self.seed, step, ids, zeros, zeros) & SEEDS).tolist()
         requests = [
-            self._request(prompt, n, key, self.stop)
-            for prompt, key in zip(prompts, seeds, strict=True)
+            self._request(prompt, n, key) for prompt, key in zip(prompts, seeds, strict=True)
         ]
         return self.fleet.map(self._answered, requests)
 
@@ -157,7 +199,7 @@ class VLLMSampler:
                 "lower it or data.max_length, or start the server with a larger --max-model-len"
             )
 
-    def _request(self, prompt: Tensor, n: int, seed: int, stop: Sequence[int]) -> dict[str, Any]:
+    def _request(self, prompt: Tensor, n: int, seed: int) -> dict[str, Any]:
         """All completions of a prompt are one request: its tokens are computed once."""
         return {
             "token_ids": prompt.tolist(),
@@ -167,7 +209,7 @@ class VLLMSampler:
                 "max_tokens": self.config.max_new_tokens,
                 "temperature": self.config.temperature,
                 "top_p": self.config.top_p,
-                "stop_token_ids": stop,
+                "stop_token_ids": self.stop,
                 "ignore_eos": True,  # the trainer says what ends a completion
                 "logprobs": 0,  # of the sampled token alone
                 "detokenize": False,
@@ -181,7 +223,7 @@ class VLLMSampler:
         n = asked["sampling_params"]["n"]
         most = (1 << 16) + n * (256 + BYTES_PER_TOKEN * self.config.max_new_tokens)
         try:
-            answer = Answer.model_validate(client.generate(asked, most))
+            answer = Answer.model_validate_json(client.generate(asked, most))
         except ValidationError as error:
             fault = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, fault["loc"]))
@@ -211,40 +253,23 @@ class VLLMSampler:
             )
 
         pairs = row.logprobs.content
-        if [pair.token_id for pair in pairs] != row.token_ids:
+        if [pair["token_id"] for pair in pairs] != row.token_ids:
             raise ResourceError(
                 f"rollout.url: {client.url} gave a malformed answer: its log-probs are not those of "
                 "its tokens"
             )
-        if not all(LOWEST < pair.logprob <= 1e-3 for pair in pairs):
+        logps = [pair["logprob"] for pair in pairs]
+        if not (min(logps) > LOWEST and max(logps) <= 1e-3):
             raise NumericsError(
                 "sampling: the server's log-probs are not finite; the policy's weights hold nan "
                 "or inf"
             )
-        logps = torch.tensor([pair.logprob for pair in pairs], dtype=torch.float32)
         return Sample(
             torch.tensor(row.token_ids),
-            logps,
+            torch.tensor(logps, dtype=torch.float32),
             row.finish_reason == "stop",
             mixed=len(versions) > 1,
         )
-
-    def _push(self, model: Any) -> None:
-        dtype = DTYPES[self.about[0]["dtype"]]
-        parent = self.config.weights_dir
-        try:
-            with tempfile.TemporaryDirectory(prefix="alignkit-weights-", dir=parent) as folder:
-                file = write_weights(model, Path(folder), dtype=dtype)
-                with file.open("rb") as source:
-                    digest = _sha256(source)
-                self.updates += 1
-                self.version = f"{self.updates}:{digest}"
-                self.fleet.on_all(lambda client: _give(client, Path(folder), self.version))
-        except OSError as error:
-            raise ResourceError(
-                f"cannot write weights to {parent or tempfile.gettempdir()}: {error.strerror}; set "
-                "rollout.weights_dir or TMPDIR"
-            ) from error
 
     def _check_models(self) -> None:
         """ModelError unless the servers' architecture is the policy's, as far as their configs can

@@ -1,5 +1,6 @@
 """What a launch checks before any model is loaded. Importing this imports no torch."""
 
+import os
 from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from alignkit.errors import ConfigError
 from alignkit.tasks import TASKS, Task
 
 if TYPE_CHECKING:
+    from alignkit.batches import Plan
     from alignkit.objectives.base import Objective
 
 
@@ -74,6 +76,29 @@ def check_engine(recipe: Recipe, objective: "Objective") -> None:
         raise ConfigError(f"{recipe.origin.at(('rollout', 'url'))}: {error}") from error
 
 
+def check_ahead(recipe: Recipe, plan: "Plan") -> None:
+    """Check that what is to be sampled ahead can be: the policy alone, as it was. ConfigError."""
+    if not recipe.rollout.ahead or not plan.samples:
+        return
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    reasons = {
+        "extragradient steps sample twice": plan.update == "extragradient",
+        "this objective draws from other models than the policy": any(
+            list(draw.models) != ["policy"] or draw.once for draw in plan.samples
+        ),
+        "a sharded policy cannot be copied to sample from; use rollout.engine: vllm": (
+            recipe.train.shard and recipe.rollout.engine == "hf" and processes > 1
+        ),
+        "several processes would replace each other's weights in their servers": (
+            recipe.rollout.engine == "vllm" and processes > 1
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            place = recipe.origin.at(("rollout", "ahead"))
+            raise ConfigError(f"{place}: `rollout.ahead` does not work here: {reason}")
+
+
 def check_appraisal(recipe: Recipe, objective: "Objective", task: Task | None) -> None:
     """Check that an objective that learns from scores or verdicts gets them, from the recipe or
     from the task. ConfigError.
@@ -127,12 +152,15 @@ def check_teacher(recipe: Recipe, objective: "Objective") -> None:
 
 def unused_sections(recipe: Recipe, objective: "Objective") -> list[str]:
     """One sentence for each section that is set although this objective does not look at it."""
+    from alignkit.batches import FAMILIES
+
     plan = objective.plan
     unused = {
         # what is set -> whether nothing reads it
         "rewards": bool(recipe.rewards) and plan.feedback != "reward",
         "judge": recipe.judge is not None and plan.feedback in ("none", "reward"),
         "rollout.url": recipe.rollout.url is not None and not plan.samples,
+        "rollout.ahead": recipe.rollout.ahead > 0 and not FAMILIES[plan.data].sampled,
         "rollout.pass_rate": recipe.rollout.pass_rate is not None and plan.feedback != "reward",
         "rollout.mask_truncated": recipe.rollout.mask_truncated and plan.data != "rollout",
         "target": recipe.target is not None and "target" not in plan.anchors,

@@ -28,6 +28,8 @@ from alignkit.rewards.call import RewardCall
 from alignkit.rewards.load import load_rewards
 from alignkit.rollout.engines import make_sampler
 from alignkit.rollout.importance import Correction
+from alignkit.rollout.policy_copy import PolicyCopy
+from alignkit.rollout.protocol import Models
 from alignkit.rollout.text import as_reply, decode
 from alignkit.runs.context import RunContext
 from alignkit.runs.row_lengths import check_prompt_lengths, check_row_lengths
@@ -131,6 +133,8 @@ def sampled_data(context: RunContext) -> JobData:
     measure = None
     if recipe.data.eval and reward:
         measure, held_out_report = _held_out(context, reward)
+        if source.drawing is not None:
+            measure = replace(measure, wait=source.drawing.wait)
         notes = [*notes, *held_out_report.lines()]
         check_prompt_lengths(context, measure.prompts, held_out_report.source)
         if context.task is None:
@@ -167,10 +171,16 @@ def _rollouts(
     recipe = context.recipe
     rollout = recipe.rollout
 
-    # Another engine's log-probs differ a little from the trainer's own.
+    # Another engine's log-probs differ a little from the trainer's own, older weights' by more.
     correction = None
     if rollout.engine == "vllm":
         correction = Correction(rollout.max_importance, rollout.max_mismatch)
+    elif rollout.ahead:
+        correction = Correction(rollout.max_importance)
+
+    models: Models = context.pair
+    if rollout.ahead and rollout.engine == "hf":
+        models = PolicyCopy(context.pair)
 
     return RolloutSource(
         prompts,
@@ -178,7 +188,7 @@ def _rollouts(
         context.pair,
         make_sampler(
             rollout,
-            context.pair,
+            models,
             seed=recipe.train.seed,
             temperature=context.pair.base.temperature,
             truncates=FAMILIES[context.plan.data].credited,
@@ -194,6 +204,7 @@ def _rollouts(
         refills=rollout.refills,
         mask_truncated=rollout.mask_truncated and FAMILIES[context.plan.data].credited,
         correction=correction,
+        ahead=rollout.ahead,
     )
 
 

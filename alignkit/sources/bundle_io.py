@@ -1,14 +1,16 @@
-"""Bundles as a few flat tensors and back: how a rollout buffer
+"""Bundles from samples, with more channels, and as a few flat tensors and back: how a rollout buffer
 goes into a checkpoint without pickle.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignkit.batches import Bundle
+from alignkit.rollout.protocol import Sample
 
 
 def pack(bundles: Sequence[Bundle]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -74,3 +76,36 @@ def unpack(tensors: Mapping[str, Tensor], shapes: Mapping[str, Any]) -> list[Bun
         )
         for i in range(len(uids))
     ]
+
+
+def sampled_bundle(
+    prompt: Any, samples: Sequence[Sample], rows: Mapping[str, Tensor], *, truncated: bool
+) -> Bundle:
+    """The samples of one prompt; every token of theirs is trained on, and those of samples without
+    an end token if `truncated`.
+    """
+    return Bundle(
+        prompt.ids,
+        [sample.ids for sample in samples],
+        [torch.full(sample.ids.shape, sample.ended or truncated) for sample in samples],
+        prompt.uid,
+        rows,
+        tokens={"behavior": [sample.logps for sample in samples]},
+    )
+
+
+def with_channels(bundles: Sequence[Bundle], channels: Mapping[str, Tensor]) -> list[Bundle]:
+    """The bundles with the rows of `channels` [N, T] in their tokens, cut to each completion's
+    length. N counts the completions of all bundles.
+    """
+    extended = []
+    row = 0
+    for bundle in bundles:
+        lengths = [len(ids) for ids in bundle.completions]
+        tokens = {
+            name: [values[row + k, :length].cpu() for k, length in enumerate(lengths)]
+            for name, values in channels.items()
+        }
+        extended.append(replace(bundle, tokens={**bundle.tokens, **tokens}))
+        row += len(lengths)
+    return extended

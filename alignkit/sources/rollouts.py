@@ -20,7 +20,8 @@ from alignkit.policies.layout import stand_in
 from alignkit.policies.pair import PolicyPair
 from alignkit.rollout.importance import Correction, mismatch, own_rows
 from alignkit.rollout.protocol import Sample, Sampler
-from alignkit.sources.bundle_io import pack, unpack
+from alignkit.sources.ahead import Ahead, Request
+from alignkit.sources.bundle_io import pack, sampled_bundle, unpack, with_channels
 from alignkit.sources.dataset import Order
 from alignkit.sources.scoring import FlatScores, Scoring, mixed_versions, rollout_metrics
 
@@ -59,6 +60,9 @@ class RolloutSource:
     # Set where another engine than the trainer's own model samples.
     correction: Correction | None = None
 
+    # Rollouts that are sampled while earlier ones are trained on.
+    ahead: int = 0
+
     metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -75,6 +79,8 @@ class RolloutSource:
         self.flat_scores = FlatScores()
         self.credit_state = self.objective.init_state()
         self.drawn_once: dict[tuple[int, int], list[Sample]] = {}  # by draw and prompt
+
+        self.drawing = Ahead(self.sampler, self.ahead, self._requests_of) if self.ahead else None
 
         # The current rollout. A place is a prompt's position in it; rank r has those with
         # place % world == r.
@@ -114,7 +120,8 @@ class RolloutSource:
         size = self.batch_size * self.plan.minibatches
         turns = 1 + (self.refills if self.pass_rate else 0)
         with raise_on_all_ranks(self.accelerator):
-            self.sampler.sync()
+            if self.drawing is None:
+                self.sampler.sync()
 
         answers: list[list[Sample]] = []
         bundles: dict[int, Bundle | None] = {}
@@ -140,7 +147,8 @@ class RolloutSource:
             if len(fitting) >= size:
                 break
         with raise_on_all_ranks(self.accelerator):
-            self.sampler.rest()
+            if self.drawing is None:
+                self.sampler.rest()
 
         self.metrics |= self.scoring.metrics
         self.metrics |= rollout_metrics(
@@ -189,26 +197,63 @@ class RolloutSource:
         opponents: list[list[Sample]] = [[] for _ in prompts]
         draws: list[int] = []  # of each prompt's answers
 
-        for index, draw in enumerate(self.plan.samples):
-            count = draw.n or self.completions
-            counted = replace(draw, n=count)
-            # Every draw of every visit gets noise of its own.
-            clock = visit * len(self.plan.samples) + index
-            if draw.once:
-                drawn = self._kept_samples(positions, counted, index)
-            else:
-                drawn = self._sampled([prompt.ids for prompt in prompts], counted, clock, positions)
-            for row, samples in zip(answers if draw.scored else opponents, drawn):
+        requests = self._requests(positions, visit)
+        for index, (request, drawn) in enumerate(zip(requests, self._drawn(requests))):
+            for row, samples in zip(answers if request.draw.scored else opponents, drawn):
                 row.extend(samples)
-            draws += [index] * count if draw.scored else []
+            draws += [index] * (request.draw.n or 0) if request.draw.scored else []
 
         rows = {"draw": torch.tensor(draws)} if len(set(draws)) > 1 else {}
         bundles = [
-            _bundle(prompt, samples, rows, truncated=not self.mask_truncated)
+            sampled_bundle(prompt, samples, rows, truncated=not self.mask_truncated)
             for prompt, samples in zip(prompts, answers)
         ]
         step = self.number * self.plan.epochs * self.plan.minibatches
         return answers, self.scoring.score(prompts, bundles, answers, opponents, step)
+
+    def _requests(self, positions: Sequence[int], visit: int) -> list[Request]:
+        """What the plan's draws ask for. Every draw of every visit gets noise of its own."""
+        prompts = [
+            self.prompts[i].ids
+            for position in positions
+            for i in self.order[position : position + 1]
+        ]
+        counted = [replace(draw, n=draw.n or self.completions) for draw in self.plan.samples]
+        return [
+            Request(prompts, draw, visit * len(counted) + index, positions)
+            for index, draw in enumerate(counted)
+        ]
+
+    def _requests_of(self, number: int) -> list[Request]:
+        """What this rank draws in rollout `number`, where none is refilled."""
+        size = self.batch_size * self.plan.minibatches
+        positions = [number * size + place for place in self._own_places(0, size)]
+        return self._requests(positions, 2 * number)
+
+    def _drawn(self, requests: Sequence[Request]) -> list[list[list[Sample]]]:
+        """The samples of each request. NumericsError where the policy's log-probs are not finite,
+        with what to do about it.
+        """
+        try:
+            if self.drawing is not None:
+                drawn = self.drawing.take(self.number)
+                per_rollout = self.plan.epochs * self.plan.minibatches
+                self.metrics["rollout/lag"] = float(self.drawing.age * per_rollout)
+                return drawn
+            return [self._now(index, request) for index, request in enumerate(requests)]
+        except NumericsError as error:
+            raise NumericsError(
+                f"{error}. The updates before this step went too far: lower train.learning_rate, or go on from an earlier "
+                "checkpoint with --resume PATH"
+            ) from error
+
+    def _now(self, index: int, request: Request) -> list[list[Sample]]:
+        """The samples of draw `index`."""
+        if request.draw.once:
+            return self._kept_samples(request.positions, request.draw, index)
+        return self.sampler.sample(
+            request.prompts, request.draw, step=request.clock, prompt_ids=request.positions
+        )
 
     def _kept_samples(self, positions: Sequence[int], draw: Draw, index: int) -> list[list[Sample]]:
         """The samples of draw `index` for the prompts at `positions` of the order, drawn where a
@@ -219,23 +264,9 @@ class RolloutSource:
         missing = [i for i in dict.fromkeys(numbers) if (index, i) not in self.drawn_once]
         if missing:
             ids = [self.prompts[i].ids for i in missing]
-            drawn = self._sampled(ids, draw, -1 - index, missing)
+            drawn = self.sampler.sample(ids, draw, step=-1 - index, prompt_ids=missing)
             self.drawn_once |= {(index, i): samples for i, samples in zip(missing, drawn)}
         return [self.drawn_once[index, i] for i in numbers]
-
-    def _sampled(
-        self, prompts: list[Tensor], draw: Draw, clock: int, prompt_ids: Sequence[int]
-    ) -> list[list[Sample]]:
-        """What the sampler draws. NumericsError where the policy's log-probs are not finite, with
-        what to do about it.
-        """
-        try:
-            return self.sampler.sample(prompts, draw, step=clock, prompt_ids=prompt_ids)
-        except NumericsError as error:
-            raise NumericsError(
-                f"{error}. The updates before this step went too far: lower train.learning_rate, or go on from an earlier "
-                "checkpoint with --resume PATH"
-            ) from error
 
     @torch.no_grad()
     def _credited(self, bundles: list[Bundle]) -> list[Bundle]:
@@ -253,7 +284,8 @@ class RolloutSource:
         self.metrics |= mismatch(own, self.accelerator)
 
         if self.correction is not None:
-            self.correction.check(self.metrics)
+            if not self.metrics.get("rollout/lag"):  # else it is another policy, as it should be
+                self.correction.check(self.metrics)
             ordered, weights = self.correction.weigh(ordered, tokens, self.accelerator)
             self.metrics |= weights
             # The weights account for the engine, so that an objective's own ratio starts at 1.
@@ -262,7 +294,7 @@ class RolloutSource:
         if FAMILIES[self.plan.data].credited:
             channels |= self._advantages(ordered, tokens)
 
-        credited = dict(zip(order, _with_channels(ordered, channels)))
+        credited = dict(zip(order, with_channels(ordered, channels)))
         return [credited[i] for i in range(len(bundles))]
 
     def _no_rows(self) -> TokenLogps:
@@ -322,7 +354,10 @@ class RolloutSource:
             "bundles": shapes,
             "places": gather_object(list(self.bundles)),
         }
-        return {**tensors, **credit}, state
+        coming: dict[str, Tensor] = {}
+        if self.drawing is not None:
+            coming, state["ahead"] = self.drawing.state()
+        return {**tensors, **credit, **coming}, state
 
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Put back what `state` returned, for any number of processes."""
@@ -337,6 +372,8 @@ class RolloutSource:
             for name, value in tensors.items()
             if name.startswith("credit.")
         }
+        if self.drawing is not None:
+            self.drawing.load_state(tensors, state["ahead"])
 
 
 def _narrowed(name: str, values: Tensor, rollout: RolloutBatch) -> Tensor:
@@ -356,36 +393,3 @@ def _narrowed(name: str, values: Tensor, rollout: RolloutBatch) -> Tensor:
         f"{listed}{', ...' if len(group) > 8 else ''}. Nothing was updated; scale the reward down "
         "(its `weight`), or mend it"
     )
-
-
-def _bundle(
-    prompt: Any, samples: Sequence[Sample], rows: Mapping[str, Tensor], *, truncated: bool
-) -> Bundle:
-    """The samples of one prompt; every token of theirs is trained on, and those of samples without
-    an end token if `truncated`.
-    """
-    return Bundle(
-        prompt.ids,
-        [sample.ids for sample in samples],
-        [torch.full(sample.ids.shape, sample.ended or truncated) for sample in samples],
-        prompt.uid,
-        rows,
-        tokens={"behavior": [sample.logps for sample in samples]},
-    )
-
-
-def _with_channels(bundles: Sequence[Bundle], channels: Mapping[str, Tensor]) -> list[Bundle]:
-    """The bundles with the rows of `channels` [N, T] in their tokens, cut to each completion's
-    length. N counts the completions of all bundles.
-    """
-    extended = []
-    row = 0
-    for bundle in bundles:
-        lengths = [len(ids) for ids in bundle.completions]
-        tokens = {
-            name: [values[row + k, :length].cpu() for k, length in enumerate(lengths)]
-            for name, values in channels.items()
-        }
-        extended.append(replace(bundle, tokens={**bundle.tokens, **tokens}))
-        row += len(lengths)
-    return extended

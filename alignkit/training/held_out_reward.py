@@ -16,6 +16,10 @@ from alignkit.rollout.protocol import Sampler
 from alignkit.training.reduction import Metrics
 
 
+def _at_once() -> None:
+    """Nobody has to be waited for."""
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Answers every prompt once, always with the same noise, and asks the reward. Prompts are
@@ -27,12 +31,15 @@ class HeldOut:
     decode: Callable[[Any, Tensor], Any]  # (prompt, ids) -> what the reward reads
     reward: RewardCall
     accelerator: Accelerator
+    # Returns when nobody else draws from the sampler's engine.
+    wait: Callable[[], None] = _at_once
 
     def __call__(self) -> Metrics:
         """`reward` and `completions/mean_length` over all prompts and ranks. DataError when no
         prompt has a reward.
         """
         with raise_on_all_ranks(self.accelerator):
+            self.wait()
             self.sampler.sync()
         with raise_on_all_ranks(self.accelerator):
             own = self._sums(
