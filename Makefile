@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo test test-long test-templates test-faults test-trl-matrix test-vllm test-wheel lint docs bench reproduce clean
+.PHONY: install demo gpu test test-long test-templates test-faults test-trl-matrix test-vllm test-wheel lint docs bench reproduce clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -34,6 +34,9 @@ test-trl-matrix: $(STAMP)  ## the contract tests against the supported releases 
 test-vllm: $(STAMP)  ## the vLLM sampler against a real vLLM on this machine's CPU, in .venv-vllm (gigabytes the first time)
 	@$(BIN)/python tests/rollout/vllm_env.py
 	$(SINGLE) $(BIN)/python -m pytest -rs tests/rollout/test_real_vllm.py
+
+gpu: $(STAMP)  ## what alignkit does on this machine's GPU, in at most 8 minutes: docs/results/gpu.md (tests/gpu/run.sh where there is no .venv)
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/gpu/measure.py
 
 test-wheel: $(STAMP)  ## the built wheel, installed away from this checkout
 	$(SINGLE) $(BIN)/python -m pytest -m slow tests/test_wheel.py

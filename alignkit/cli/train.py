@@ -22,25 +22,38 @@ def train(
     processes: Annotated[
         int, typer.Option(min=1, help="Processes on this machine, such as one per GPU.")
     ] = 1,
+    machines: Annotated[
+        str,
+        typer.Option(
+            metavar="N|MIN:MAX",
+            help="Machines that run this command; with a range, the job goes on when some fail.",
+        ),
+    ] = "1",
+    first: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Where several machines meet: the first of them."),
+    ] = None,
     allow_private_judge: AllowPrivateJudge = False,
 ) -> None:
     """Train a model by a recipe."""
     from alignkit.config.recipe import load_recipe
+    from alignkit.distributed.launcher import launch, machines_of
     from alignkit.runs.launch import check_without_torch, resolve_task, run_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     check_without_torch(loaded, safe)
 
-    if processes > 1:
-        from alignkit.distributed.launcher import launch
-
+    several = machines_of(machines, first)
+    if processes > 1 or several:
         resolve_task(loaded)  # once, before there are several processes
         arguments = ["train", recipe, *(overrides or [])]
+        if several:  # processes that start again go on where they were
+            resume = resume or "auto"
         if resume:
             arguments += ["--resume", resume]
         if safe:
             arguments.append("--safe")
-        raise typer.Exit(launch(processes, arguments))
+        raise typer.Exit(launch(processes, arguments, several))
 
     result = run_recipe(loaded, resume, safe=safe)
     if os.environ.get("RANK", "0") == "0":

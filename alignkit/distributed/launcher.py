@@ -1,4 +1,4 @@
-"""Starting `alignkit --processes N`, and leaving the process group at the end.
+"""Starting `alignkit --processes N --machines M`, and leaving the process group at the end.
 
 The same command line runs once per process, supervised by torch's elastic agent: if one process
 fails, it stops the others.
@@ -9,8 +9,11 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import uuid4
+
+from alignkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,10 +24,51 @@ log = logging.getLogger("alignkit")
 LAST_WORK = 0.2
 
 
-def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Run `alignkit ARGUMENTS` in `processes` processes of this machine.
+RESTARTS = 3  # of all processes, where there are several machines and one of them fails
+RUN_ID = "ALIGNKIT_JOB"  # the environment variable that tells two jobs at one address apart
 
-    Returns the exit code: 0, or that of the process that failed first (128 + n for signal n).
+
+@dataclass(frozen=True)
+class Machines:
+    """The machines of a job: at least and at most how many, and where they meet (HOST:PORT of the
+    first).
+    """
+
+    least: int
+    most: int
+    first: str
+
+
+def machines_of(given: str, first: str | None) -> Machines | None:
+    """What `--machines N` or `--machines MIN:MAX` and `--first` mean; None for one machine.
+    ConfigError.
+    """
+    parts = given.split(":")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--machines {given}: give a number such as 8, or a range such as 4:8")
+    least = int(parts[0])
+    most = int(parts[-1])
+    if least > most:
+        raise ConfigError(f"--machines {given}: the range goes from few to many, such as 4:8")
+    if most == 1:
+        return None
+
+    host, _, port = (first or "").rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(
+            f"--machines {given}: the machines meet at the first one; give its address to all of "
+            f"them, such as --first node0:29500 (given: {first})"
+        )
+    return Machines(least, most, f"{host}:{port}")
+
+
+def launch(processes: int, arguments: Sequence[str], machines: Machines | None = None) -> int:
+    """Run `alignkit ARGUMENTS` in `processes` processes of this machine, and of others that run the
+    same command.
+
+    With several machines, all processes start again together where one fails, up to RESTARTS times,
+    on those machines that are left. Returns the exit code: 0, or that of the process that failed
+    first (128 + n for signal n).
     """
     import torch
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -39,14 +83,14 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
 
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=machines.least if machines else 1,
+        max_nodes=machines.most if machines else 1,
         nproc_per_node=processes,
-        run_id=uuid4().hex,
+        run_id=os.environ.get(RUN_ID, "alignkit") if machines else uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
+        rdzv_endpoint=machines.first if machines else "127.0.0.1:0",
+        local_addr=None if machines else "127.0.0.1",
+        max_restarts=RESTARTS if machines else 0,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "alignkit", *arguments)

@@ -18,6 +18,7 @@ from alignkit.config.recipe import Recipe, dump_recipe
 from alignkit.distributed.launcher import end
 from alignkit.errors import ConfigError
 from alignkit.runs.checks import (
+    check_ahead,
     check_appraisal,
     check_engine,
     check_teacher,
@@ -108,6 +109,7 @@ def _run(
         check_unsigned_result(recipe)
 
     check_engine(recipe, objective)
+    check_ahead(recipe, objective.plan)
     check_teacher(recipe, objective)
     if task is None:
         task = resolve_task(recipe)
@@ -213,10 +215,25 @@ def load_context(
     from alignkit.runs.context import RunContext
 
     pair = _load_pair(recipe, objective, task, accelerator)
+    is_measured = recipe.model.attention == "auto" and accelerator.device.type == "cuda"
+    if is_measured and not objective.plan.outputs:
+        _choose_attention(pair, accelerator)
     if recipe.data.chat_template is not None:  # it is saved with the model that learned it
         pair.tokenizer.chat_template = given_template(recipe.data)
     context = RunContext(recipe, objective, task, pair, accelerator, safe)
     return replace(context, recipe=fill_autos(recipe, measured_autos(context)))
+
+
+def _choose_attention(pair: "PolicyPair", accelerator: "Accelerator") -> None:
+    """The fastest attention kernel, as the first process measures it."""
+    from accelerate.utils import broadcast_object_list
+
+    from alignkit.policies.attention import choose_kernel, set_kernel
+
+    seconds = choose_kernel(pair)
+    (chosen,) = broadcast_object_list([min(seconds, key=seconds.__getitem__, default=None)])
+    if chosen is not None:
+        set_kernel(pair, chosen)
 
 
 def _load_pair(
