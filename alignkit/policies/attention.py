@@ -15,8 +15,9 @@ from alignkit.policies.probe import HALF_TOLERANCE, REFUSALS
 
 ON_GPU = ("sdpa", "flex_attention")
 REPEATS = 3  # timed forwards and backwards of each kernel; the fastest one counts
-PROMPT, COMPLETION = 192, 96  # tokens of the pairs that are timed
-PAIRS = 16
+PAIRS = 16  # that are timed, with so many tokens of prompt and of each completion
+PROMPT = 192
+COMPLETION = 96
 
 
 def set_kernel(pair: PolicyPair, kernel: str) -> None:

@@ -331,11 +331,10 @@ def load_pair(
     """The policy with its reference and target, ready to train.
 
     `dtype` is the weights' dtype where `model.dtype` is auto. `fixed_data`: completions are known
-    before training, so the reference can be scored once. `live` is a model (perhaps peft's)
-    with its tokenizer, used in place of what `model` names and trained in place. `router_aux_loss`
-    is the weight of the routers' loss, for mixtures of experts. `temperature` divides the logits of
-    policy and anchors. With `shards`, each process reads its own slices of the weights; all have to
-    call this. Raises ModelError (exit 4) or ConfigError (exit 2).
+    before training, so the reference can be scored once. `live` is a model (perhaps peft's) with
+    its tokenizer, trained in place of what `model` names. `router_aux_loss` weighs the routers' loss
+    of mixtures of experts. `temperature` divides the logits of policy and anchors. With `shards`,
+    each process reads its own slices; all have to call this. Raises ModelError, ConfigError.
     """
     start = _start(model, live, device, dtype, seed, sharded=shards is not None)
     base = PolicyModule(start.policy, values=plan.values, bins=plan.bins).eval()

@@ -77,10 +77,6 @@ class PolicyPair:
         """The resolved kind of the reference; "none" without one."""
         return self.anchors["reference"].kind if "reference" in self.anchors else "none"
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision in which the policy is computed, inside the block."""
-        return self._autocast()
-
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters."""
         return [p for p in self.base.parameters() if p.requires_grad]

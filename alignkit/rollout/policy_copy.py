@@ -20,7 +20,14 @@ class PolicyCopy:
     def __init__(self, pair: PolicyPair):
         self.pair = pair
         self.tokenizer = pair.tokenizer
+        device = pair.device.type
         with pair.model("policy") as model:
+            # Autocast belongs to a thread, and the copy samples in another one.
+            self._precision = (
+                device,
+                torch.get_autocast_dtype(device),
+                torch.is_autocast_enabled(device),
+            )
             self.network = copy.deepcopy(model).requires_grad_(False).eval()
 
     def take(self) -> dict[str, Tensor]:
@@ -44,7 +51,7 @@ class PolicyCopy:
         """The copy, under the trainer's autocast. ConfigError for another model than the policy."""
         if name != "policy":
             raise ConfigError(f"rollout.ahead: only the policy can be drawn from, not the {name}")
-        with self.pair.autocast():
+        with torch.autocast(*self._precision):
             yield self.network
 
     def together(self) -> AbstractContextManager[None]:

@@ -80,6 +80,7 @@ def check_ahead(recipe: Recipe, plan: "Plan") -> None:
     """Check that what is to be sampled ahead can be: the policy alone, as it was. ConfigError."""
     if not recipe.rollout.ahead or not plan.samples:
         return
+
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     reasons = {
         "extragradient steps sample twice": plan.update == "extragradient",
@@ -93,6 +94,7 @@ def check_ahead(recipe: Recipe, plan: "Plan") -> None:
             recipe.rollout.engine == "vllm" and processes > 1
         ),
     }
+
     for reason, holds in reasons.items():
         if holds:
             place = recipe.origin.at(("rollout", "ahead"))

@@ -41,6 +41,7 @@ class HeldOut:
         with raise_on_all_ranks(self.accelerator):
             self.wait()
             self.sampler.sync()
+
         with raise_on_all_ranks(self.accelerator):
             own = self._sums(
                 list(enumerate(self.prompts))[
@@ -48,6 +49,7 @@ class HeldOut:
                 ]
             )
             self.sampler.rest()
+
         total, count, tokens, rows = self.accelerator.reduce(
             own.to(self.accelerator.device)
         ).tolist()
