@@ -130,6 +130,11 @@ def a_logit(pair) -> float:
 def run(case: str, model: Path, out: Path, resume: str | None = None) -> None:
     """One case in `out/case`; `out/case.safetensors` are its final weights."""
     make, settings = CASES[case]
+    run_case(case, make, settings, model, out, resume)
+
+
+def run_case(case: str, make, settings, model: Path, out: Path, resume: str | None = None) -> None:
+    """One run in `out/case`, and its final weights."""
     accelerator = Accelerator(cpu=True)
     job = make(model, out / case, accelerator, **settings)
     # on the first process alone
@@ -137,7 +142,7 @@ def run(case: str, model: Path, out: Path, resume: str | None = None) -> None:
     with job.run:
         train(job, resume)
     shards = [isinstance(p, DTensor) for p in job.pair.parameters()]
-    assert set(shards) == {case.startswith("fsdp") and accelerator.num_processes > 1}
+    assert set(shards) == {job.config.shard and accelerator.num_processes > 1}
     weights = {name: full(tensor) for name, tensor in job.pair.state().items()}
     if accelerator.is_main_process:
         save_file(weights, out / f"{case}.safetensors")

@@ -132,7 +132,9 @@ def make_job(
             device="cpu",
             fixed_data=True,
             seed=train.seed,
-            shards=Shards(make_mesh("cpu", accelerator.num_processes)) if several else None,
+            shards=Shards(make_mesh("cpu", accelerator.num_processes, train.mesh))
+            if several
+            else None,
         )
     if "teacher" in plan.anchors:
         folder = save_model(out.parent / f"{out.name}-teacher", seed=7)

@@ -32,6 +32,15 @@ GOALS: dict[str, Goal] = {
 }
 
 
+class MeshConfig(Section):
+    """How the processes of `train.shard` stand: `replicate` groups, each with a whole model that is
+    spread over the `shard` processes of the group.
+    """
+
+    replicate: PositiveInt = Field(1, description="groups that each hold the model")
+    shard: PositiveInt = Field(description="processes over which a group spreads it")
+
+
 class TrainConfig(Section):
     """Optimiser, schedule, and how often the loop evaluates and saves."""
 
@@ -96,6 +105,11 @@ class TrainConfig(Section):
     shard: bool = Field(
         False, description="shard weights, gradients and moments over the processes (FSDP2)"
     )
+    mesh: MeshConfig | None = Field(
+        None,
+        description="`{replicate, shard}` of train.shard, such as machines and the GPUs of each; "
+        "null: one shard per process",
+    )
     eval_every: NonNegativeInt = Field(100, description="steps between evaluations; 0 = never")
     save_every: NonNegativeInt = Field(100, description="steps between checkpoints; 0 = never")
     log_samples_every: NonNegativeInt = Field(
@@ -140,11 +154,22 @@ class TrainConfig(Section):
                 "optimizer muon works on whole matrices, and shard: true cuts them into parts; "
                 "use optimizer: adamw, or shard: false"
             )
+        if self.optimizer == "adafactor" and self.shard:
+            raise ValueError(
+                "optimizer adafactor keeps means over rows and columns, which shard: true cuts "
+                "into parts; use optimizer: adamw, or shard: false"
+            )
         if self.decay_steps is not None and self.schedule != "wsd":
             raise ValueError(
                 f"decay_steps belongs to schedule wsd, and schedule is {self.schedule}; "
                 "leave it out, or set schedule: wsd"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _mesh_is_of_shards(self) -> Self:
+        if self.mesh is not None and not self.shard:
+            raise ValueError("train.mesh says how shards stand; set train.shard=true as well")
         return self
 
     @model_validator(mode="after")

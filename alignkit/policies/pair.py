@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from alignkit.batches import Bundle, Outputs, Plan, TokenLogps
+from alignkit.config.train import MeshConfig
 from alignkit.errors import CheckpointError, ModelError
 from alignkit.policies.bins import save_bins
 from alignkit.policies.dtensors import like
@@ -87,11 +88,12 @@ class PolicyPair:
         make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
         *,
         sharded: bool = False,
+        mesh: MeshConfig | None = None,
     ) -> torch.optim.Optimizer:
         """Spread the policy over the processes, move the anchors to its device, and return the
         optimiser of its parameters.
 
-        `sharded` means FSDP2 by torch's own `fully_shard`; otherwise accelerate wraps the policy in
+        `sharded` means FSDP2 by torch's own `fully_shard`, over a `mesh`; otherwise accelerate wraps the policy in
         what it was launched for (DDP, FSDP2). Raises ConfigError where accelerate was launched for
         shards and did not make them.
         """
@@ -103,7 +105,8 @@ class PolicyPair:
 
         if sharded and accelerator.num_processes > 1:
             if self.shards is None:
-                self._spread(make_mesh(accelerator.device.type, accelerator.num_processes))
+                processes = accelerator.num_processes
+                self._spread(make_mesh(accelerator.device.type, processes, mesh))
             optimizer: torch.optim.Optimizer = accelerator.prepare(
                 make_optimizer(self.parameters())
             )

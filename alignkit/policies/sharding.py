@@ -17,10 +17,11 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from alignkit.config.train import MeshConfig
 from alignkit.errors import ConfigError
 from alignkit.policies.dtensors import local
 from alignkit.policies.module import PolicyModule, causal_lm, frozen
@@ -31,7 +32,7 @@ Network = PolicyModule | Any  # or a ScoreModule, which is made of the same part
 class Shards:
     """The processes that hold the shards, and the networks that are spread over them.
 
-    mesh  the processes; each of its columns holds a whole model
+    mesh  the processes; with two dimensions, each row holds a whole model
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -248,9 +249,21 @@ def frozen_copy(module: PolicyModule, shards: Shards | None) -> PolicyModule:
     return twin
 
 
-def make_mesh(device_type: str, processes: int) -> DeviceMesh:
-    """All processes, each with a shard of its own."""
-    return dist.device_mesh.init_device_mesh(device_type, (processes,))
+def make_mesh(device_type: str, processes: int, wanted: MeshConfig | None = None) -> DeviceMesh:
+    """All processes, each with a shard of its own, or as `train.mesh` wants them to stand.
+
+    ConfigError where that is another number of processes.
+    """
+    if wanted is None:
+        return init_device_mesh(device_type, (processes,), mesh_dim_names=("shard",))
+    if wanted.replicate * wanted.shard != processes:
+        raise ConfigError(
+            f"train.mesh: {wanted.replicate} groups of {wanted.shard} are "
+            f"{wanted.replicate * wanted.shard} processes, the run has {processes}; replicate times "
+            "shard must be their number"
+        )
+    shape = (wanted.replicate, wanted.shard)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -257,7 +257,8 @@ def _load_pair(
     # Shards are there from the first byte; a live model, which is whole, is spread later.
     shards = None
     if recipe.train.shard and accelerator.num_processes > 1 and live is None and not plan.outputs:
-        shards = Shards(make_mesh(accelerator.device.type, accelerator.num_processes))
+        processes = accelerator.num_processes
+        shards = Shards(make_mesh(accelerator.device.type, processes, recipe.train.mesh))
 
     if plan.outputs:
         if live is not None:

@@ -37,6 +37,7 @@ FREE: dict[str, set[str] | None] = {  # None: the whole section
         "log_samples_every",
         "keep",
         "shard",
+        "mesh",
         "max_skipped_steps",
         "process_timeout",
         "callbacks",

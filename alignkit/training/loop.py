@@ -48,7 +48,9 @@ class _Loop:
 
         # The modules are prepared before anything holds on to a parameter of theirs.
         make = partial(make_optimizer, self.config, module=self.pair.module)
-        self.optimizer = self.pair.prepare(self.accelerator, make, sharded=self.config.shard)
+        self.optimizer = self.pair.prepare(
+            self.accelerator, make, sharded=self.config.shard, mesh=self.config.mesh
+        )
         self.reducer = Reducer(
             job.objective,
             self.pair,
