@@ -1,8 +1,9 @@
-"""`alignkit checkpoint`: list and verify a run's checkpoints. What it does is in
+"""`alignkit checkpoint`: list, verify and consolidate a run's checkpoints. What it does is in
 `alignkit.training.checkpoint`.
 """
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -42,6 +43,23 @@ def verify_checkpoints(run: Run) -> None:
     if all(path.parent == run / "checkpoints" for path in damaged):
         message += "; `alignkit train ... --resume auto` passes them over"
     raise CheckpointError(message)
+
+
+@app.command("consolidate")
+def consolidate_checkpoint(
+    run: Run,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; by default RUN/consolidated.")
+    ] = None,
+) -> None:
+    """Write the newest whole checkpoint of a run as a model that from_pretrained loads, tensor by
+    tensor, whatever number of processes saved it.
+    """
+    from alignkit.runs.consolidate import consolidate
+
+    folder = out or run / "consolidated"
+    step = consolidate(run, folder)
+    typer.echo(f"step {step} of {run} is in {folder}")
 
 
 Line = tuple[Path, str | None, bool]  # what was checked, what is wrong with it, whether it is best

@@ -111,6 +111,12 @@ class Weights:
                 f"model, the first is {missing[0]}; train.shard makes none up"
             )
 
+    def fill_buffers(self) -> None:
+        """Read the buffers that the files hold, and no parameter."""
+        for filling in self.fillings.values():
+            if filling.targets[0] not in self.owned:
+                filling.sources[0].read_into(self.buffers[filling.targets[0]])
+
     def _planned(self) -> dict[str, Filling]:
         """What is read for which parameter, by the first one that a conversion gives."""
         state = self.model.state_dict()

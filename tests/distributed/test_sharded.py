@@ -2,18 +2,22 @@
 number of processes and on any mesh.
 """
 
+import shutil
 import sys
 
 import pytest
 import sharded_worker
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from test_processes import SAME
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from transformers import AutoModelForCausalLM
 from two_processes import run_to_its_end
 from world import save_model
 
 from alignkit.files import read_jsonl
+from alignkit.policies.slices import StoredTensors
 
 pytestmark = pytest.mark.long
 
@@ -77,6 +81,19 @@ def test_the_model_that_four_wrote_loads_as_the_one_that_one_wrote(one, four, ca
     )
     assert first.keys() == second.keys()
     assert all(torch.allclose(second[name], value, atol=1e-6) for name, value in first.items())
+
+
+def test_torchs_own_reader_reads_the_parts(four, tmp_path):
+    """The files' metadata are those of torch.distributed.checkpoint."""
+    parts = sorted((four / "dpo" / "checkpoints" / "step-2").glob("policy-*"))
+    assert len(parts) == 4
+    for part in parts:
+        shutil.copy(part, tmp_path)
+
+    ours = StoredTensors(parts)
+    theirs = {name: torch.zeros_like(value) for name, value in ours.items()}
+    dcp.load(theirs, storage_reader=HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
+    assert all(torch.equal(theirs[name], value) for name, value in ours.items())
 
 
 RESUMED = ["dpo", "adamw"]
