@@ -354,7 +354,8 @@ class PolicyPair:
         alone; names and shapes must be the same.
         """
         own = self.tensors()
-        shapes = {name: _shape(state, name) for name in state}
+        stored = state.by_name if isinstance(state, StoredTensors) else state
+        shapes = {name: tensor.shape for name, tensor in stored.items()}
         wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != shapes[k]]
         if wrong:
             raise CheckpointError(
@@ -389,10 +390,6 @@ class PolicyPair:
             save_bins(self.base.bin_head, folder, writes=writes)
         if self.tokenizer is not None and writes:
             self.tokenizer.save_pretrained(folder)
-
-
-def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size:
-    return state.stored(name).shape if isinstance(state, StoredTensors) else state[name].shape
 
 
 def _cloned(state: Mapping[str, object]) -> dict[str, object]:
