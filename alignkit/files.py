@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -339,3 +339,43 @@ def _check_hashes(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> str
         if entry["sha256"] != sha256:
             return f"{name} does not match its SHA-256"
     return None
+
+
+def cache_root() -> Path:
+    """$ALIGNKIT_CACHE, else alignkit/ in $XDG_CACHE_HOME or ~/.cache."""
+    given = os.environ.get("ALIGNKIT_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given or Path(base) / "alignkit").expanduser().resolve()
+
+
+def cached_folder(
+    key: str,
+    build: Callable[[Path], None],
+    damage: Callable[[Path], str | None] = lambda folder: None,
+) -> Path:
+    """The folder `key` of the cache; `build` fills it if it is not there, or if `damage` says what
+    is wrong with it.
+
+    `build` gets an empty folder beside the final one. A folder that bears its final name is whole:
+    the rename is the last act, and a build that fails or is killed leaves nothing that is ever
+    read. Of several processes one builds while the others wait. Errors: ResourceError when the
+    cache cannot be written; what `build` raises goes through.
+    """
+    folder = cache_root() / key
+    if folder.is_dir() and damage(folder) is None:
+        return folder
+
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder.with_name(f".{folder.name}.lock")))
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write to the cache {cache_root()}: {error.strerror}; "
+                "set ALIGNKIT_CACHE to another folder"
+            ) from error
+
+        # Another process may have made it while this one waited.
+        if not folder.is_dir() or damage(folder) is not None:
+            build(stack.enter_context(replaced_folder(folder)))
+    return folder

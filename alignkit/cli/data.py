@@ -1,11 +1,15 @@
 """`alignkit data`: look at data before training. What it does is in `alignkit.data.load`."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from alignkit.cli.options import Overrides, Source
 from alignkit.config.escaping import printable
+
+if TYPE_CHECKING:
+    from alignkit.data.cache import LazyTokenizer
 
 app = typer.Typer(help="Look at data before training on them.", no_args_is_help=True)
 
@@ -34,10 +38,7 @@ def check_data(
     config = load_recipe("dpo", overrides or []).data  # any recipe: only its data section is used
     tokenizer = None
     if model is not None:
-        from alignkit.config.model import ModelConfig
-        from alignkit.policies.tokenizer import load_tokenizer
-
-        tokenizer = load_tokenizer(ModelConfig(name_or_path=model))
+        tokenizer = _tokenizer(model)
 
     rows = resolve(source).rows(family or "pair") if source.startswith("task:") else source
     report, refusal = check(config, tokenizer, family=family, source=rows)
@@ -49,3 +50,16 @@ def check_data(
         typer.echo(printable("\n".join(report.lines())))
     if refusal is not None:
         raise refusal
+
+
+def _tokenizer(model: str) -> "LazyTokenizer":
+    """The model's tokenizer, which takes seconds to load and is seldom needed the second time."""
+    from alignkit.config.model import ModelConfig
+    from alignkit.data.cache import LazyTokenizer
+
+    def load() -> Any:
+        from alignkit.policies.tokenizer import load_tokenizer
+
+        return load_tokenizer(ModelConfig(name_or_path=model))
+
+    return LazyTokenizer(load, Path(model).expanduser())

@@ -10,6 +10,9 @@
     prompts.py     examples as prompts, for objectives that sample their completions
     verdicts.py    everything that can be wrong with a row
     report.py      how often each verdict was given, on which rows
+    checking.py    all rows of a source, part by part
+    stored.py      bundles in a file that is mapped into memory
+    cache.py       where these files lie, so that many rows are tokenised once
     load.py        all of the above in order: load_bundles, load_prompts, check
 
 Names load when they are used: importing the folder imports neither torch nor datasets.

@@ -196,9 +196,9 @@ def _object_row(number: int, value: object) -> Row:
     return Row(number, None, f"a JSON {type(value).__name__}, expected an object with the columns")
 
 
-def numbered(values: Iterable[object]) -> list[Row]:
+def numbered(values: Iterable[object]) -> Iterator[Row]:
     """Rows that have no line numbers of their own, counted from 1."""
-    return [_object_row(number, value) for number, value in enumerate(values, 1)]
+    return (_object_row(number, value) for number, value in enumerate(values, 1))
 
 
 def _read_json(path: Path, splits: Sequence[str]) -> Iterator[Row]:

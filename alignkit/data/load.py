@@ -4,16 +4,17 @@
 `check` reports on data without raising (`alignkit data check`).
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.config.data import DataConfig
-from alignkit.data.examples import Example, make_example
-from alignkit.data.formats import conversation_column, detect_format
-from alignkit.data.read import Rows, Source, read_rows, renamed
+from alignkit.data.cache import Entry, LazyTokenizer, entry_of, few_rows
+from alignkit.data.checking import Checked, Use, check_rows
+from alignkit.data.examples import Example
+from alignkit.data.read import Rows, Source, open_source
 from alignkit.data.report import Report
-from alignkit.data.verdicts import BadRow
 from alignkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,21 +24,32 @@ if TYPE_CHECKING:
 
 def load_bundles(
     config: DataConfig, family: str, tokenizer: Any, *, source: Source | None = None
-) -> tuple[list["Bundle"], Report]:
+) -> tuple[Sequence["Bundle"], Report]:
     """Bundles for an objective of `family` (sequence, pair, labelled, ranked) from `source`
     (default: config.train). For labelled ones a pair becomes two, chosen and rejected.
 
-    Raises DataError for malformed rows (unless on_bad_row is drop) and for data that cannot teach
-    anything; ConfigError and ModelError for options the tokenizer cannot serve.
+    The bundles of many rows stay on disk, see `data/cache.py`. Raises DataError for malformed rows
+    (unless on_bad_row is drop) and for data that cannot teach anything; ConfigError and ModelError
+    for options the tokenizer cannot serve.
     """
-    from alignkit.data.tokenise import tokenize_examples, unpaired
+    rows = open_source(config, source)
+    few = few_rows(rows)
+    lazy = LazyTokenizer.of(tokenizer)
+    entry = None if few else entry_of(rows, config, family, lazy)
+    bundles: Sequence[Bundle]
 
-    report, examples = _read_examples(config, family, source, tokenizer)
-    _stop_on_malformed_rows(report, config)
-    bundles = tokenize_examples(examples, config, tokenizer, report, family)
-    report.usable = len(bundles)
-    _stop_on_useless_data(report, config)
-    return unpaired(bundles) if family == "labelled" else bundles, report
+    if entry is None:
+        in_memory: list[Bundle] = []
+        checked = _tokenised(few or rows, config, family, tokenizer, in_memory.extend, stop=True)
+        bundles = in_memory
+    else:
+        from alignkit.data.stored import StoredBundles
+
+        checked = _cached(entry, rows, config, family, lazy, stop=True)
+        bundles = StoredBundles(entry.folder)
+
+    checked.stop_on_useless_data(config)
+    return bundles, checked.report
 
 
 def load_prompts(
@@ -47,14 +59,18 @@ def load_prompts(
 
     Raises as load_bundles does.
     """
-    from alignkit.data.prompts import tokenize_prompts
-
-    report, examples = _read_examples(config, "rollout", source, tokenizer)
-    _stop_on_malformed_rows(report, config)
-    prompts = tokenize_prompts(examples, config, tokenizer, report)
-    report.usable = len(prompts)
-    _stop_on_useless_data(report, config)
-    return prompts, report
+    prompts: list[Prompt] = []
+    rows = open_source(config, source)
+    checked = check_rows(
+        few_rows(rows) or rows,
+        config,
+        "rollout",
+        tokenizer,
+        lambda format: _into_prompts(config, tokenizer, prompts),
+        stop=config.on_bad_row == "error",
+    )
+    checked.stop_on_useless_data(config)
+    return prompts, checked.report
 
 
 def check(
@@ -65,23 +81,104 @@ def check(
     source: Source | None = None,
 ) -> tuple[Report, DataError | None]:
     """Read every row and report; the error is what `load_bundles` would stop with. Without a
-    tokenizer only text is checked.
+    tokenizer only text is checked. A tokenizer that is a `LazyTokenizer` is loaded when it is needed.
     """
-    report, examples = _read_examples(config, family, source, tokenizer)
+    rows = open_source(config, source)
+    few = few_rows(rows)
+    lazy = None if tokenizer is None else LazyTokenizer.of(tokenizer)
+    entry = None if few or lazy is None else entry_of(rows, config, family, lazy)
 
-    if tokenizer is not None and report.format == "prompt":
-        from alignkit.data.prompts import tokenize_prompts
+    if lazy is None:
+        checked = check_rows(few or rows, config, family, None, _as_text, stop=False)
+    elif entry is not None:
+        checked = _cached(entry, rows, config, family, lazy, stop=False)
+    else:
+        checked = _tokenised(few or rows, config, family, lazy.load(), _forget, stop=False)
 
-        report.usable = len(tokenize_prompts(examples, config, tokenizer, report))
-    elif tokenizer is not None:
-        from alignkit.data.tokenise import tokenize_examples
-
-        bundles = tokenize_examples(examples, config, tokenizer, report, family or "")
-        report.usable = len(bundles)
-
+    report = checked.report
     if report.errors() and config.on_bad_row == "error":
         return report, report.malformed()
     return report, report.refusal(config.max_length)
+
+
+def _cached(
+    entry: Entry,
+    rows: Rows,
+    config: DataConfig,
+    family: str | None,
+    tokenizer: LazyTokenizer,
+    *,
+    stop: bool,
+) -> Checked:
+    """What the entry of the cache says about the rows, made if it is not there."""
+
+    def build(folder: Path) -> Checked:
+        from alignkit.data.stored import BundleWriter
+
+        loaded = tokenizer.load()
+        with BundleWriter(folder) as writer:
+            checked = _tokenised(rows, config, family, loaded, writer.add, stop=stop)
+        if stop:  # what is not whole is not kept
+            checked.stop_on_malformed_rows(config)
+        return checked
+
+    return entry.made(build, rows)
+
+
+def _tokenised(
+    rows: Rows,
+    config: DataConfig,
+    family: str | None,
+    tokenizer: Any,
+    take: Callable[[list["Bundle"]], None],
+    *,
+    stop: bool,
+) -> Checked:
+    """Check the rows and `take` their bundles, part by part. Prompts are counted alone."""
+
+    def use(format: str) -> Use:
+        if format == "prompt":
+            return _into_prompts(config, tokenizer, None)
+        return _into_bundles(config, family, tokenizer, take)
+
+    stop = stop and config.on_bad_row == "error"
+    return check_rows(rows, config, family, tokenizer, use, stop=stop)
+
+
+def _into_bundles(
+    config: DataConfig,
+    family: str | None,
+    tokenizer: Any,
+    take: Callable[[list["Bundle"]], None],
+) -> Use:
+    from alignkit.data.tokenise import tokenize_examples, unpaired
+
+    def use(examples: Sequence[Example], report: Report) -> int:
+        bundles = tokenize_examples(examples, config, tokenizer, report, family or "")
+        take(unpaired(bundles) if family == "labelled" else bundles)
+        return len(bundles)
+
+    return use
+
+
+def _into_prompts(config: DataConfig, tokenizer: Any, prompts: list["Prompt"] | None) -> Use:
+    from alignkit.data.prompts import tokenize_prompts
+
+    def use(examples: Sequence[Example], report: Report) -> int:
+        made = tokenize_prompts(examples, config, tokenizer, report)
+        if prompts is not None:
+            prompts.extend(made)
+        return len(made)
+
+    return use
+
+
+def _as_text(format: str) -> Use:
+    return lambda examples, report: len(examples)
+
+
+def _forget(bundles: Sequence["Bundle"]) -> None:
+    """For a check, which looks at the report alone."""
 
 
 def check_held_out(
@@ -91,8 +188,10 @@ def check_held_out(
 
     Raises DataError where all of them are, because nothing is held out then.
     """
-    trained = {_content(row) for row in training}
-    seen = sum(_content(row) in trained for row in evaluation)
+    from alignkit.data.stored import contents
+
+    trained = set(contents(training))
+    seen = sum(content in trained for content in contents(evaluation))
     if not seen:
         return []
     if seen == len(evaluation):
@@ -104,112 +203,15 @@ def check_held_out(
     return [f"{where}: {seen} of {len(evaluation)} held-out rows are trained on too"]
 
 
-def _content(row: "Bundle | Prompt") -> Hashable:
-    """Equal for rows of equal tokens."""
-    from alignkit.batches import Bundle
-
-    if isinstance(row, Bundle):
-        parts = [row.prompt, *row.completions, *row.rows.values()]
-    else:
-        parts = [row.ids]
-    return tuple(tuple(part.tolist()) for part in parts)
-
-
 def fingerprint(bundles: Sequence["Bundle"]) -> str:
     """SHA-256 of what is trained on (token ids, masks, labels,
     order), for the checkpoint's manifest.
     """
+    from alignkit.data.stored import StoredBundles, add_to_fingerprint
+
+    if isinstance(bundles, StoredBundles):
+        return bundles.fingerprint
     digest = sha256()
     for bundle in bundles:
-        labels = [bundle.rows[name] for name in sorted(bundle.rows)]
-        for tensor in (bundle.prompt, *bundle.completions, *bundle.masks, *labels):
-            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+        add_to_fingerprint(digest, bundle)
     return digest.hexdigest()
-
-
-def _read_examples(
-    config: DataConfig, family: str | None, source: Source | None, tokenizer: Any
-) -> tuple[Report, list[Example]]:
-    """All rows, each checked in the format that the columns of all rows decide. Malformed rows are
-    counted in the report. Without a tokenizer a chat template is assumed to be there.
-    """
-    rows = read_rows(config, source)
-    report = Report(rows.where, rows.name, total=len(rows.rows))
-    report.places = {row.number: row.place for row in rows.rows if row.place}
-    if not rows.rows:
-        raise DataError(f"{rows.where} has 0 rows")
-
-    if not rows.columns:  # nothing could be read: there is no format to decide
-        for row in rows.rows:
-            report.add("unreadable" if row.values is None else "null", row.number, row.problem)
-        raise report.malformed()
-
-    rows = renamed(rows, conversation_column(rows.columns, family))
-    report.format = detect_format(rows.columns, config.format, family, rows.where)
-    template = config.chat_template or getattr(tokenizer, "chat_template", None)
-    turns = tokenizer is None or template is not None
-    examples = _make_examples(rows, report, family, system_turn=turns and "system" in rows.columns)
-    _count_repetitions(examples, report)
-    if family == "labelled" and report.format != "labelled":
-        for example in examples:
-            report.add("unpaired", example.number)
-    if template is not None:
-        for example in examples:
-            if not example.chat:
-                report.add("plain_text", example.number)
-    report.usable = len(examples)
-    return report, examples
-
-
-def _make_examples(
-    rows: Rows, report: Report, family: str | None, *, system_turn: bool
-) -> list[Example]:
-    examples = []
-    for row in rows.rows:
-        try:
-            example = make_example(row, report.format, family, rows.name, system_turn=system_turn)
-        except BadRow as bad:
-            report.add_bad(bad, row.number)
-            continue
-        examples.append(example)
-        for verdict in example.verdicts:
-            report.add(verdict, row.number)
-    return examples
-
-
-def _count_repetitions(examples: Sequence[Example], report: Report) -> None:
-    """Count rows that repeat an earlier one, pairs that contradict an earlier one, and completions
-    that repeat the prompt.
-    """
-    earlier: set[str] = set()
-    for example in examples:
-        key = example.key()
-        if key in earlier:
-            report.add("duplicate", example.number)
-        if len(example.completions) == 2 and example.key(swapped=True) in earlier:
-            report.add("contradictory", example.number)
-        if _repeats_the_prompt(example):
-            report.add("prompt_repeated", example.number)
-        earlier.add(key)
-
-
-def _repeats_the_prompt(example: Example) -> bool:
-    """Whether both completions of a pair of plain texts begin with the prompt."""
-    prompt = example.prompt
-    if example.chat or not isinstance(prompt, str) or not prompt.strip():
-        return False
-    pair = len(example.completions) == 2
-    return pair and all(str(text).startswith(prompt) for text in example.completions)
-
-
-def _stop_on_malformed_rows(report: Report, config: DataConfig) -> None:
-    if report.errors() and config.on_bad_row == "error":
-        raise report.malformed()
-
-
-def _stop_on_useless_data(report: Report, config: DataConfig) -> None:
-    # Tokenising may have counted more malformed rows: those that the chat template refuses.
-    _stop_on_malformed_rows(report, config)
-    if error := report.refusal(config.max_length):
-        raise error

@@ -96,8 +96,8 @@ def _texts(examples: Sequence[Example], encoder: TextEncoder, report: Report) ->
 def _checked_ids(ids: Ids, number: int, encoder: TextEncoder, report: Report) -> Ids:
     """The ids of a prompt with BOS once and at least one token. Raises BadRow."""
     ids = encoder.without_second_bos(ids)
-    report.prompt_lengths.append(len(ids))
-    report.lengths.append(len(ids))
+    report.prompt_lengths[len(ids)] += 1
+    report.lengths[len(ids)] += 1
 
     if not ids and encoder.stand_in is None:
         raise BadRow("no_prompt")

@@ -2,9 +2,11 @@
 through `datasets`, files through `file_formats.py`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from alignkit.data.file_formats import (
     read_file,
 )
 from alignkit.errors import ConfigError, DataError, first_line
+from alignkit.files import sha256_of_file
 
 HELD_OUT_SPLITS = ("validation", "test", "eval")  # the first that exists serves for evaluation
 
@@ -45,20 +48,43 @@ class _Part:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """Rows that are read anew each time somebody goes through them, so that a file of any size
+    takes no memory.
+    """
+
+    read: Callable[[], Iterable[Row]]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.read())
+
+
+@dataclass(frozen=True)
 class Rows:
     """All rows of a source. `name` is short (for row ids), `where` names the source in messages."""
 
     name: str
     where: str
-    rows: list[Row]
+    rows: Iterable[Row]  # a list or a Stream
+    # What the rows are a function of, as JSON: hashes of files; None where that is not known.
+    content: Callable[[], Any] = lambda: None
+
+    @cached_property
+    def keys(self) -> dict[str, bool]:
+        """Every column in the order of their first appearance -> whether it holds a value in at
+        least one row.
+        """
+        keys: dict[str, bool] = {}
+        for row in self.rows:
+            for key, value in (row.values or {}).items():
+                if not keys.get(key):
+                    keys[key] = value is not None
+        return keys
 
     @property
     def columns(self) -> list[str]:
-        """Columns that hold a value in at least one row, in the order of their first appearance."""
-        names: dict[str, None] = {}  # an ordered set
-        for row in self.rows:
-            names |= {key: None for key, value in (row.values or {}).items() if value is not None}
-        return list(names)
+        """Columns that hold a value in at least one row."""
+        return [key for key, has_value in self.keys.items() if has_value]
 
 
 def held_out(config: DataConfig) -> HeldOut | None:
@@ -73,18 +99,22 @@ def held_out(config: DataConfig) -> HeldOut | None:
 def read_rows(config: DataConfig, source: Source | None = None) -> Rows:
     """Every row of `source` (default: config.train), with `config.columns` renamed.
 
-    Raises DataError for a source that does not exist or cannot be read, ConfigError for `task:`,
-    which only the command line can resolve. A row that cannot be read raises nothing: its `problem`
-    says why.
+    Raises DataError for a source that does not exist or cannot be read (some of that only when its
+    rows are gone through), ConfigError for `task:`, which only the command line can resolve. A row
+    that cannot be read raises nothing: its `problem` says why.
     """
+    return renamed(open_source(config, source), config.columns)
+
+
+def open_source(config: DataConfig, source: Source | None = None) -> Rows:
+    """As `read_rows`, under the names that the columns have in the source."""
     source = config.train if source is None else source
     if isinstance(source, HeldOut):
-        rows = _read_named(source.name, _held_out_part(config, source.name))
-    elif isinstance(source, str | Path):
-        rows = _read_named(source, _Part((config.split,), config.subset))
-    else:
-        rows = Rows("rows", "the given rows", numbered(source))
-    return renamed(rows, config.columns)
+        return _read_named(source.name, _held_out_part(config, source.name))
+    if isinstance(source, str | Path):
+        return _read_named(source, _Part((config.split,), config.subset))
+    given = list(source)
+    return Rows("rows", "the given rows", list(numbered(given)), lambda: given)
 
 
 def _held_out_part(config: DataConfig, name: str) -> _Part:
@@ -108,34 +138,66 @@ def _read_named(source: str | Path, part: _Part) -> Rows:
 
     path = Path(source).expanduser()
     if path.is_file():
-        try:
-            return Rows(path.name, str(path), list(read_file(path, part.splits)))
-        except OSError as error:
-            raise DataError(f"data: cannot read {path} ({error.strerror})") from None
+        return _of_file(path, part)
     if has_magic(name) and not path.exists():
-        return Rows(path.name, str(path), list(_read_files(path, part)))
+        return _of_files(path, part)
     if path.is_dir():
-        split, values = _read_folder(path, part)
-        return Rows(path.name, f"{path} split {split}", numbered(values))
+        split, dataset = _read_folder(path, part)
+        return _of_dataset(path.name, f"{path} split {split}", dataset)
 
     # Hub names look like paths; what can only be a path is not looked up on the hub.
     if data_suffix(path) in SUFFIXES or path.is_absolute() or name.startswith((".", "~")):
         raise _no_such_path(path)
-    split, values = _read_hub(name, part)
-    return Rows(name, f"dataset {name} split {split}", numbered(values))
+    split, dataset = _read_hub(name, part)
+    return _of_dataset(name, f"dataset {name} split {split}", dataset)
 
 
-def _read_files(pattern: Path, part: _Part) -> Iterator[Row]:
+def _of_file(path: Path, part: _Part) -> Rows:
+    def rows() -> Iterator[Row]:
+        with _readable(path):
+            yield from read_file(path, part.splits)
+
+    def content() -> Any:
+        return [path.name, part.splits, sha256_of_file(path)]
+
+    with _readable(path):
+        read_file(path, part.splits)  # refuses what its name does not allow
+    return Rows(path.name, str(path), Stream(rows), content)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """DataError where the file system refuses the file inside the block."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"data: cannot read {path} ({error.strerror})") from None
+
+
+def _of_files(pattern: Path, part: _Part) -> Rows:
     """The rows of all files that match `pattern`, in the order of their names, numbered through."""
     paths = sorted(path for path in map(Path, glob(str(pattern), recursive=True)) if path.is_file())
     if not paths:
         raise DataError(f"data: no file matches {pattern}")
+    files = [_of_file(path, part) for path in paths]
 
-    number = 0
-    for path in paths:
-        for row in _read_named(path, part).rows:
-            number += 1
-            yield replace(row, number=number, place=f"{path.name}:{row.number}")
+    def rows() -> Iterator[Row]:
+        number = 0
+        for file in files:
+            for row in file.rows:
+                number += 1
+                yield replace(row, number=number, place=f"{file.name}:{row.number}")
+
+    return Rows(pattern.name, str(pattern), Stream(rows), lambda: [f.content() for f in files])
+
+
+def _of_dataset(name: str, where: str, dataset: Any) -> Rows:
+    def content() -> Any:
+        """The fingerprint says which rows of which files they are."""
+        files = [sha256_of_file(Path(file["filename"])) for file in dataset.cache_files]
+        return [name, dataset._fingerprint, files] if files else None
+
+    return Rows(name, where, Stream(lambda: numbered(dataset)), content)
 
 
 def _no_such_path(path: Path) -> DataError:
@@ -145,7 +207,7 @@ def _no_such_path(path: Path) -> DataError:
     return DataError(f"data: there is no file or folder {path}{hint}")
 
 
-def _read_folder(path: Path, part: _Part) -> tuple[str, Iterable[object]]:
+def _read_folder(path: Path, part: _Part) -> tuple[str, Any]:
     """The name of the split that was read, and its rows."""
     import datasets
 
@@ -160,11 +222,11 @@ def _read_folder(path: Path, part: _Part) -> tuple[str, Iterable[object]]:
         ) from None
     if isinstance(dataset, datasets.DatasetDict):
         split = _existing_split(str(path), part, list(dataset))
-        return split, list(dataset[split])
-    return str(dataset.split or "train"), list(dataset)
+        return split, dataset[split]
+    return str(dataset.split or "train"), dataset
 
 
-def _read_hub(name: str, part: _Part) -> tuple[str, Iterable[object]]:
+def _read_hub(name: str, part: _Part) -> tuple[str, Any]:
     """The name of the split that was read, and its rows."""
     import datasets
 
@@ -194,10 +256,9 @@ def _existing_split(name: str, part: _Part, there: Sequence[str]) -> str:
 
 def renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
     """`rows` with the columns called what we call them; `columns` maps our name to theirs."""
-    if not columns or not rows.rows:
+    there = rows.keys if columns else {}
+    if not there:
         return rows
-
-    there = list(dict.fromkeys(key for row in rows.rows for key in row.values or ()))
     for ours, theirs in columns.items():
         if theirs not in there:
             close = get_close_matches(theirs, there, n=1)
@@ -215,7 +276,9 @@ def renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
         mapped = {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
         return others | mapped
 
-    renamed = [
-        row if row.values is None else replace(row, values=rename(row.values)) for row in rows.rows
-    ]
-    return Rows(rows.name, rows.where, renamed)
+    def all_renamed() -> Iterator[Row]:
+        for row in rows.rows:
+            yield row if row.values is None else replace(row, values=rename(row.values))
+
+    in_memory = isinstance(rows.rows, list)
+    return replace(rows, rows=list(all_renamed()) if in_memory else Stream(all_renamed))

@@ -2,9 +2,10 @@
 or a rich table.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alignkit.data.verdicts import VERDICTS, BadRow, Severity
 from alignkit.errors import DataError
@@ -40,10 +41,10 @@ class Report:
     findings: dict[str, Finding] = field(default_factory=dict)
     places: dict[int, str] = field(default_factory=dict)  # of rows that lie in several files
 
-    # In tokens, one entry per row that was tokenised, rows that were dropped later included. A
-    # length is that of the prompt and the longest completion, before the cut.
-    prompt_lengths: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
+    # In tokens -> rows of that length, of all that were tokenised, rows that were dropped later
+    # included. A length is that of the prompt and the longest completion, before the cut.
+    prompt_lengths: Counter[int] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
 
     def add(self, verdict: str, row: int, detail: str = "") -> None:
         """Count `verdict` for row number `row`."""
@@ -55,6 +56,41 @@ class Report:
     def add_bad(self, bad: BadRow, row: int) -> None:
         """Count the verdict with which row number `row` left the data."""
         self.add(bad.verdict, row, bad.detail)
+
+    def add_all(self, other: "Report") -> None:
+        """Count what `other` found in the same rows, behind one's own findings."""
+        for verdict, finding in other.findings.items():
+            own = self.findings.setdefault(verdict, Finding(detail=finding.detail))
+            own.count += finding.count
+            own.rows += finding.rows[: SHOWN - len(own.rows)]
+        self.places |= other.places
+        self.prompt_lengths += other.prompt_lengths
+        self.lengths += other.lengths
+
+    def forget_places(self) -> None:
+        """Keep the places of those rows alone that the report names."""
+        named = {row for finding in self.findings.values() for row in finding.rows}
+        self.places = {row: place for row, place in self.places.items() if row in named}
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as JSON, without the source's name; `from_json` reads it."""
+        content = {key: value for key, value in vars(self).items() if key != "source"}
+        content["findings"] = {name: vars(finding) for name, finding in self.findings.items()}
+        for name in ("places", "prompt_lengths", "lengths"):  # JSON has no keys that are numbers
+            content[name] = sorted(content[name].items())
+        return content
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], source: str) -> "Report":
+        """The report that `as_json` wrote, about `source`."""
+        findings = {verdict: Finding(**values) for verdict, values in content["findings"].items()}
+        changed = {
+            "findings": findings,
+            "places": dict(content["places"]),
+            "prompt_lengths": Counter(dict(content["prompt_lengths"])),
+            "lengths": Counter(dict(content["lengths"])),
+        }
+        return cls(source, **{**content, **changed})
 
     def count(self, verdict: str) -> int:
         """Rows that got `verdict`."""
@@ -170,12 +206,10 @@ class Report:
     def _token_lines(self) -> list[str]:
         if not self.lengths:
             return []
-        prompts = sorted(self.prompt_lengths)
-        rows = sorted(self.lengths)
-        middle = len(rows) // 2
+        medians = [_quantile(lengths, 0.5) for lengths in (self.prompt_lengths, self.lengths)]
         return [
-            f"tokens: prompt median {prompts[middle]}, max {prompts[-1]}; "
-            f"whole row median {rows[middle]}, max {rows[-1]}"
+            f"tokens: prompt median {medians[0]}, max {max(self.prompt_lengths)}; "
+            f"whole row median {medians[1]}, max {max(self.lengths)}"
         ]
 
     def _too_long(self, max_length: int) -> str:
@@ -188,12 +222,11 @@ class Report:
         )
 
 
-def histogram_lines(lengths: Sequence[int]) -> list[str]:
-    """Counts of `lengths` (tokens) in ranges that double."""
-    counts: dict[int, int] = {}
-    for length in lengths:
-        top = 1 << max(length - 1, 1).bit_length()
-        counts[top] = counts.get(top, 0) + 1
+def histogram_lines(lengths: Mapping[int, int]) -> list[str]:
+    """How many rows have `lengths` (tokens -> rows), in ranges that double."""
+    counts: Counter[int] = Counter()
+    for length, rows in lengths.items():
+        counts[1 << max(length - 1, 1).bit_length()] += rows
     peak = max(counts.values())
     return [
         f"{top // 2 + 1:>7} - {top:<7} {counts[top]:>7} {'#' * -(-30 * counts[top] // peak)}"
@@ -201,9 +234,14 @@ def histogram_lines(lengths: Sequence[int]) -> list[str]:
     ]
 
 
-def _quantile(values: Sequence[int], level: float) -> int:
-    ordered = sorted(values)
-    return ordered[min(int(level * len(ordered)), len(ordered) - 1)]
+def _quantile(lengths: Counter[int], level: float) -> int:
+    """The length of the row at `level` (0 to 1) of all rows in the order of their lengths."""
+    place = min(int(level * lengths.total()), lengths.total() - 1)
+    for length in sorted(lengths):
+        place -= lengths[length]
+        if place < 0:
+            break
+    return length
 
 
 def _round_up(length: int) -> int:

@@ -255,8 +255,8 @@ def _cut(
     """
     limit = encoder.config.max_length
     longest = max(len(row.ids) for row in token_rows)
-    report.prompt_lengths.append(length)
-    report.lengths.append(longest)
+    report.prompt_lengths[length] += 1
+    report.lengths[longest] += 1
 
     # The prompt can make room for the completions; its last token has to stay.
     skipped = 0
@@ -274,10 +274,16 @@ def _cut(
         report.add("truncated", example.number)
     if min(longest, limit) > encoder.tokenizer.model_max_length:
         report.add("beyond_context", example.number)
+    # Tensors are made of all parts at once: there may be millions of rows.
+    parts = [token_rows[0].ids[skipped:length], *completions]
+    prompt, *ids = torch.tensor([index for part in parts for index in part]).split(
+        [len(part) for part in parts]
+    )
+    trained = torch.tensor([is_trained for mask in masks for is_trained in mask])
     return Bundle(
-        torch.tensor(token_rows[0].ids[skipped:length]),
-        [torch.tensor(ids) for ids in completions],
-        [torch.tensor(mask) for mask in masks],
+        prompt,
+        ids,
+        list(trained.split([len(mask) for mask in masks])),
         uid=example.uid,
         rows={} if example.label is None else {"label": torch.tensor([example.label])},
     )

@@ -24,6 +24,7 @@ from alignkit.policies.dtensors import like
 from alignkit.policies.export import save_model, with_fields
 from alignkit.policies.head import AnchorLaws, AnchorStates
 from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches
+from alignkit.policies.lazy import changed
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.reference import Anchor
 from alignkit.policies.sharded_export import save_sharded
@@ -230,26 +231,26 @@ class PolicyPair:
 
     def cached(
         self, bundles: Sequence[Bundle], plan: Plan, progress: Callable[[int], None] | None = None
-    ) -> list[Bundle]:
+    ) -> Sequence[Bundle]:
         """The bundles with the reference's log-probs stored in `tokens["reference"]`; call it
         before the policy moves.
 
         A few bundles are scored a second time by themselves; the largest difference goes to
         `notes`. `progress` is called with the number of bundles done.
         """
-        filled = list(bundles)
-        done = 0
+        reference: dict[int, list[Tensor]] = {}  # by the bundle's place
+
+        def with_reference(place: int, bundle: Bundle) -> Bundle:
+            return replace(bundle, tokens={**bundle.tokens, "reference": reference[place]})
 
         with self.together():
             for group in self.micro_batches(bundles, SCORING_BUDGET):
                 scored = self._reference_tokens([bundles[i] for i in group])
-                for index, logps in zip(group, scored):
-                    tokens = {**bundles[index].tokens, "reference": logps}
-                    filled[index] = replace(bundles[index], tokens=tokens)
-                done += len(group)
+                reference |= zip(group, scored)
                 if progress is not None:
-                    progress(done)
+                    progress(len(reference))
 
+            filled = changed(bundles, with_reference)
             worst = self.rescored(filled)
         self.notes.append(
             f"reference log-probs stored for {len(filled)} bundles; scored again one by one they "

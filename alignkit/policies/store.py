@@ -7,6 +7,7 @@ of the same data share the rows they have in common.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from alignkit.batches import Bundle, Plan
 from alignkit.errors import CheckpointError, ResourceError, first_line
 from alignkit.files import locked, replaced_file, sha256_of_parts
 from alignkit.policies.dtensors import full
+from alignkit.policies.lazy import Selected, changed
 from alignkit.policies.module import causal_lm
 from alignkit.policies.pair import PolicyPair
 
@@ -25,12 +27,37 @@ from alignkit.policies.pair import PolicyPair
 TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.25
 
-LogpsByRow = dict[bytes, list[Tensor]]  # key of a row -> log-probs of its completions, K x [T_k]
+# What a file holds: of all rows, one behind the other.
+EMPTY = {
+    "keys": torch.zeros((0, 16), dtype=torch.uint8),
+    "completions": torch.zeros(0, dtype=torch.int64),  # of each row
+    "lengths": torch.zeros(0, dtype=torch.int64),  # of each completion, in tokens
+    "logps": torch.zeros(0),
+}
+
+
+class _Rows:
+    """The rows of a store: for each key the log-probs of its completions, K x [T_k]."""
+
+    def __init__(self, content: Mapping[str, Tensor]) -> None:
+        self.content = content
+        self.ends = [0, *content["lengths"].cumsum(0).tolist()]  # of the completions
+        counts = content["completions"].tolist()
+        firsts = [0, *accumulate(counts)]
+        keys = (key.tobytes() for key in content["keys"].numpy())
+        self.completions = dict(zip(keys, map(range, firsts, firsts[1:])))
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.completions
+
+    def __getitem__(self, key: bytes) -> list[Tensor]:
+        logps = self.content["logps"]
+        return [logps[self.ends[i] : self.ends[i + 1]] for i in self.completions[key]]
 
 
 def cached_in(
     folder: Path, pair: PolicyPair, bundles: Sequence[Bundle], plan: Plan
-) -> list[Bundle]:
+) -> Sequence[Bundle]:
     """Like `pair.cached`, with a store: rows that `folder` has are read, the others are scored and
     added to it.
 
@@ -48,17 +75,16 @@ def cached_in(
 
     with locked(file.with_suffix(".lock")):
         stored = _read(file)
-        missing = {key: bundle for key, bundle in zip(keys, bundles) if key not in stored}
+        missing = {key: place for place, key in enumerate(keys) if key not in stored}
         if missing:
-            scored = pair.cached(list(missing.values()), plan)
-            for key, bundle in zip(missing, scored):
-                stored[key] = list(bundle.tokens["reference"])
-            _write(file, stored)
+            scored = pair.cached(Selected(bundles, list(missing.values())), plan)
+            stored = _with_more(stored, list(missing), scored)
+            _write(file, stored.content)
 
-    filled = [
-        replace(bundle, tokens={**bundle.tokens, "reference": stored[key]})
-        for key, bundle in zip(keys, bundles)
-    ]
+    def with_reference(place: int, bundle: Bundle) -> Bundle:
+        return replace(bundle, tokens={**bundle.tokens, "reference": stored[keys[place]]})
+
+    filled = changed(bundles, with_reference)
     if not missing and filled:
         _check(pair, filled, file)
     return filled
@@ -66,20 +92,20 @@ def cached_in(
 
 def _cached_together(
     file: Path, pair: PolicyPair, bundles: Sequence[Bundle], keys: Sequence[bytes], plan: Plan
-) -> list[Bundle]:
+) -> Sequence[Bundle]:
     """`cached_in` for a sharded pair: every process scores what it misses, and adds it after that."""
     stored = _read(file)
-    missing = {key: bundle for key, bundle in zip(keys, bundles) if key not in stored}
-    for key, bundle in zip(missing, pair.cached(list(missing.values()), plan)):
-        stored[key] = list(bundle.tokens["reference"])
+    missing = {key: place for place, key in enumerate(keys) if key not in stored}
+    scored = pair.cached(Selected(bundles, list(missing.values())), plan)
+    stored = _with_more(stored, list(missing), scored)
     if missing:
         with locked(file.with_suffix(".lock")):
-            _write(file, {**_read(file), **{key: stored[key] for key in missing}})
+            _write(file, _with_more(_read(file), list(missing), scored).content)
 
-    filled = [
-        replace(bundle, tokens={**bundle.tokens, "reference": stored[key]})
-        for key, bundle in zip(keys, bundles)
-    ]
+    def with_reference(place: int, bundle: Bundle) -> Bundle:
+        return replace(bundle, tokens={**bundle.tokens, "reference": stored[keys[place]]})
+
+    filled = changed(bundles, with_reference)
     with pair.together():
         if not missing and filled:
             _check(pair, filled, file)
@@ -146,26 +172,37 @@ def _content_hash(content: Mapping[str, Tensor]) -> str:
     )
 
 
-def _read(file: Path) -> LogpsByRow:
+def _read(file: Path) -> _Rows:
     if not file.exists():
-        return {}
+        return _Rows(EMPTY)
     reason = damage(file)
     if reason:
         raise CheckpointError(f"reference.store: {file} is damaged: {reason}; delete it")
-    content = load_file(file)
-    rows = iter(content["logps"].split(content["lengths"].tolist()))
-    keys = [key.tobytes() for key in content["keys"].numpy()]
-    counts = content["completions"].tolist()
-    return {key: [next(rows) for _ in range(count)] for key, count in zip(keys, counts)}
+    return _Rows(load_file(file))
 
 
-def _write(file: Path, stored: Mapping[bytes, Sequence[Tensor]]) -> None:
-    rows = [row for completions in stored.values() for row in completions]
-    content = {
-        "keys": torch.tensor([list(key) for key in stored], dtype=torch.uint8),
-        "completions": torch.tensor([len(completions) for completions in stored.values()]),
-        "lengths": torch.tensor([len(row) for row in rows]),
-        "logps": torch.cat(rows),
+def _with_more(stored: _Rows, keys: Sequence[bytes], scored: Sequence[Bundle]) -> _Rows:
+    """The rows with those of `scored` bundles behind them, as far as they are new."""
+    new_keys = []
+    logps: list[Tensor] = []
+    counts = []
+    for key, bundle in zip(keys, scored):
+        if key not in stored:
+            new_keys.append(list(key))
+            logps += bundle.tokens["reference"]
+            counts.append(len(bundle.tokens["reference"]))
+    if not new_keys:
+        return stored
+
+    more = {
+        "keys": torch.tensor(new_keys, dtype=torch.uint8),
+        "completions": torch.tensor(counts),
+        "lengths": torch.tensor([len(row) for row in logps]),
+        "logps": torch.cat(logps),
     }
+    return _Rows({name: torch.cat([old, more[name]]) for name, old in stored.content.items()})
+
+
+def _write(file: Path, content: Mapping[str, Tensor]) -> None:
     with replaced_file(file) as temporary:
-        save_file(content, temporary, metadata={"sha256": _content_hash(content)})
+        save_file(dict(content), temporary, metadata={"sha256": _content_hash(content)})

@@ -155,6 +155,6 @@ def _hub_rows_hash(section: Section, field: str, source: str) -> str | None:
 def _rows_hash(source: str | HeldOut, chosen: tuple[tuple[str, str], ...]) -> str | None:
     try:
         rows = read_rows(DataConfig.model_validate(dict(chosen)), source).rows
+        return sha256_of_json([repr(row.values) for row in rows])
     except DataError:
         return None
-    return sha256_of_json([repr(row.values) for row in rows])

@@ -20,6 +20,7 @@ from alignkit.data.prompts import fingerprint as prompts_fingerprint
 from alignkit.data.report import Report
 from alignkit.errors import ConfigError
 from alignkit.judges.load import load_judge
+from alignkit.policies.lazy import changed
 from alignkit.policies.module import context_length
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.store import cached_in
@@ -72,7 +73,7 @@ def fixed_data(context: RunContext) -> JobData:
     identity = {"rows": fingerprint(bundles)}
     notes = [*report.lines(), *check_row_lengths(context, bundles, report.source)]
 
-    held_out: list[Bundle] = []
+    held_out: Sequence[Bundle] = []
     if recipe.data.eval:
         held_out, held_out_report = load_bundles(
             recipe.data, plan.data, pair.tokenizer, source=context.rows("eval")
@@ -99,14 +100,13 @@ def fixed_data(context: RunContext) -> JobData:
         rank=context.rank,
         world=context.processes,
     )
-    prompts = {tuple(bundle.prompt.tolist()): bundle.prompt for bundle in held_out or bundles}
     return JobData(
         source=_with_samples(context, dataset) if plan.samples else dataset,
         rows=len(bundles),
         format=report.format,
         identity=identity,
         notes=notes,
-        samples=_shown_samples(context, list(prompts.values())[:SHOWN_PROMPTS]),
+        samples=_shown_samples(context, _first_prompts(held_out or bundles)),
         evaluation=held_out[context.rank :: context.processes] if recipe.data.eval else None,
     )
 
@@ -252,6 +252,16 @@ def _judge(context: RunContext) -> Callable[..., Any] | None:
     return context.task.judge if context.task else None
 
 
+def _first_prompts(bundles: Sequence[Bundle]) -> list[Tensor]:
+    """The first few prompts that differ."""
+    prompts: dict[tuple[int, ...], Tensor] = {}
+    for bundle in bundles:
+        prompts.setdefault(tuple(bundle.prompt.tolist()), bundle.prompt)
+        if len(prompts) == SHOWN_PROMPTS:
+            break
+    return list(prompts.values())
+
+
 def _with_samples(context: RunContext, dataset: DatasetSource) -> SampledPairs:
     """The rows with the completions that the plan draws beside them in every step."""
     recipe = context.recipe
@@ -266,7 +276,7 @@ def _with_samples(context: RunContext, dataset: DatasetSource) -> SampledPairs:
     )
 
 
-def _with_reference(context: RunContext, bundles: list[Bundle]) -> list[Bundle]:
+def _with_reference(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[Bundle]:
     """The bundles with the reference's log-probs of their tokens.
 
     Each rank scores its share, or reads it from `reference.store`; the shares are then exchanged.
@@ -291,13 +301,13 @@ def _with_reference(context: RunContext, bundles: list[Bundle]) -> list[Bundle]:
     for first, logps in enumerate(shares):
         reference |= dict(zip(range(first, len(bundles), processes), logps))
 
-    return [
-        replace(bundle, tokens={**bundle.tokens, "reference": reference[place]})
-        for place, bundle in enumerate(bundles)
-    ]
+    def with_reference(place: int, bundle: Bundle) -> Bundle:
+        return replace(bundle, tokens={**bundle.tokens, "reference": reference[place]})
+
+    return changed(bundles, with_reference)
 
 
-def _with_teacher(context: RunContext, bundles: list[Bundle]) -> list[Bundle]:
+def _with_teacher(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[Bundle]:
     """The bundles with the teacher's most likely tokens, where the recipe asks for that. Every
     process scores all of them, unless a store has them.
     """
@@ -309,8 +319,8 @@ def _with_teacher(context: RunContext, bundles: list[Bundle]) -> list[Bundle]:
 
 
 def _with_prefixed_reference(
-    context: RunContext, bundles: list[Bundle], name: str, text: str
-) -> list[Bundle]:
+    context: RunContext, bundles: Sequence[Bundle], name: str, text: str
+) -> Sequence[Bundle]:
     """The bundles with tokens[name]: the reference's log-probs where `text` stands before the
     prompt, behind a start token if there is one.
     """

@@ -2,10 +2,13 @@
 rankings, and metrics on held-out ones.
 """
 
+from collections.abc import Sequence
+
 from alignkit.batches import Bundle
 from alignkit.data.load import check_held_out, fingerprint, load_bundles
 from alignkit.data.report import Report
 from alignkit.errors import ConfigError
+from alignkit.policies.lazy import changed
 from alignkit.policies.scorer import TrainedScorer, joined, separator_of
 from alignkit.runs.context import RunContext
 from alignkit.runs.job_data import JobData
@@ -60,7 +63,7 @@ def preference_data(context: RunContext) -> JobData:
     )
 
 
-def _bundles(context: RunContext, split: str) -> tuple[list[Bundle], Report]:
+def _bundles(context: RunContext, split: str) -> tuple[Sequence[Bundle], Report]:
     """The bundles of `split` (train, eval); where the plan says so, both completions of a pair
     become one text.
 
@@ -74,5 +77,6 @@ def _bundles(context: RunContext, split: str) -> tuple[list[Bundle], Report]:
 
     bundles, report = load_bundles(config, context.plan.data, tokenizer, source=context.rows(split))
     if context.plan.joined:
-        bundles = [joined(bundle, separator_of(tokenizer)) for bundle in bundles]
+        separator = separator_of(tokenizer)
+        bundles = changed(bundles, lambda place, bundle: joined(bundle, separator))
     return bundles, report

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from alignkit.batches import Bundle
 from alignkit.data.prompts import Prompt
+from alignkit.data.stored import row_lengths
 from alignkit.errors import DataError
 from alignkit.policies.layout import used_tokens
 from alignkit.policies.module import causal_lm, context_length, position_table
@@ -23,14 +24,17 @@ def check_row_lengths(context: RunContext, bundles: Sequence[Bundle], where: str
         for text in context.plan.prefixes.values()
     ]
     longest_prefix = max(prefixes, default=0)
+    # No row is longer than its tokens are many.
+    limit, is_table = _positions(context)
+    if max(row_lengths(bundles), default=0) + longest_prefix <= limit:
+        return []
+
     # A scorer reads whole rows, a language model all tokens but the last.
     reads_all = context.plan.outputs
     lengths = [
         _tokens_of(bundle) if reads_all else positions_of(bundle) + longest_prefix
         for bundle in bundles
     ]
-
-    limit, is_table = _positions(context)
     beyond = [i for i, length in enumerate(lengths) if length > limit]
     if not beyond:
         return []

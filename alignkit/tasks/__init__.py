@@ -15,8 +15,8 @@ from typing import Any
 
 from alignkit.config.validation import nearest
 from alignkit.errors import ConfigError
+from alignkit.files import cached_folder
 from alignkit.tasks.arithmetic import ARITHMETIC
-from alignkit.tasks.cache import cached_folder
 from alignkit.tasks.cyclic import CYCLIC
 from alignkit.tasks.definition import Definition
 from alignkit.tasks.reviews import REVIEWS

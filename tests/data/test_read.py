@@ -175,7 +175,7 @@ def test_damaged_files_of_other_formats(tmp_path):
     with pytest.raises(DataError, match=r"a\.csv:3: not valid CSV"):
         values(path)
     path.write_text("prompt,chosen\na,b,c,d\n")
-    assert read_rows(DataConfig(), path).rows == [
+    assert list(read_rows(DataConfig(), path).rows) == [
         Row(1, None, "2 more cells than the header has columns")
     ]
     path = tmp_path / "a.parquet"

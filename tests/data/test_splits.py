@@ -41,7 +41,7 @@ def saved(tmp_path, monkeypatch):
 
 def split_read(config, *, evaluation):
     rows = read_rows(config, held_out(config) if evaluation else None)
-    return rows.rows[0].values["prompt"].split()[1]
+    return next(iter(rows.rows)).values["prompt"].split()[1]
 
 
 @pytest.mark.parametrize("kind", ["saved", "json", "files"])
@@ -62,7 +62,7 @@ def test_one_set_on_both_sides_is_evaluated_on_its_held_out_split(saved, kind):
     # A slice is not a name; the library understands it for folders of files and hub names.
     if kind == "files":
         sliced = both.model_copy(update={"split": "train[:1]"})
-        assert len(read_rows(sliced).rows) == 1
+        assert len(list(read_rows(sliced).rows)) == 1
 
 
 @pytest.mark.parametrize("kind", ["saved", "json", "files"])
@@ -73,7 +73,7 @@ def test_a_split_that_does_not_exist_names_those_that_do(saved, kind):
         DataConfig(train=path, eval=path, eval_split="valid"),
     ):
         with pytest.raises(DataError, match=r"no split `valid`; the splits are .*t.*, t"):
-            read_rows(wrong, held_out(wrong))
+            list(read_rows(wrong, held_out(wrong)).rows)
 
 
 @pytest.mark.parametrize("kind", ["saved", "json", "files"])
@@ -83,7 +83,7 @@ def test_a_set_without_a_held_out_split_is_refused_for_evaluation(saved, kind):
     with pytest.raises(
         DataError, match="no split `validation` or `test` or `eval`; the splits are train"
     ):
-        read_rows(config, held_out(config))
+        list(read_rows(config, held_out(config)).rows)
 
     # Of another set its held-out split is read, or the one that there is.
     other = DataConfig(train="mine.jsonl", eval=path)
@@ -93,7 +93,8 @@ def test_a_set_without_a_held_out_split_is_refused_for_evaluation(saved, kind):
 def test_a_row_whose_columns_are_lists_of_messages_is_no_object_of_splits(tmp_path):
     row = {"messages": [{"role": "user", "content": "a"}]}
     (tmp_path / "one.json").write_text(json.dumps(row))
-    assert read_rows(DataConfig(train=str(tmp_path / "one.json"))).rows[0].values == row
+    (read,) = read_rows(DataConfig(train=str(tmp_path / "one.json"))).rows
+    assert read.values == row
 
 
 def test_the_same_rows_on_both_sides_are_refused_and_shared_ones_are_counted(kinds):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import ResourceError
-from alignkit.tasks.cache import cache_root, cached_folder
+from alignkit.files import cache_root, cached_folder
 from alignkit.tasks.worker import run_apart
 
 
