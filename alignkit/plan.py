@@ -38,7 +38,7 @@ class Draw:
     """Completions of each prompt that one policy samples: who draws, and how many.
 
     >>> Draw(2)  # two from the policy
-    Draw(n=2, source='policy', weights={}, share=None, once=False, scored=True)
+    Draw(n=2, source='policy', weights={}, top=None, share=None, once=False, scored=True)
     """
 
     # Completions per prompt; None takes the recipe's `rollout.completions`.
@@ -53,6 +53,11 @@ class Draw:
     # weight * log-probs, normalised. Weights have any sign and any sum; empty is `source` alone.
     # Example: Draw(2, weights={"policy": 0.875, "reference": 0.125}) for IPO-MD.
     weights: Mapping[str, float] = field(default_factory=dict)
+
+    # The source proposes each token and the teacher replaces it by one of its own where it is not
+    # among the teacher's so many most likely ones; None: no teacher looks.
+    # Example: Draw(1, top=25) for speculative knowledge distillation.
+    top: int | None = None
 
     # Fixed data: with this probability the completion takes the place of the row's own answer;
     # None puts it beside it. Which rows these are follows from the seed and the step.
@@ -75,6 +80,10 @@ class Draw:
 
         ConfigError for a weight that is not finite, or where nothing is left.
         """
+        if self.top is not None:
+            if self.weights or self.top < 1:
+                raise ConfigError("a draw with `top`, at least 1, has a source and no weights")
+            return {self.source: 1.0, "teacher": 1.0}
         if not self.weights:
             return {self.source: 1.0}
         for name, weight in self.weights.items():

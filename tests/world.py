@@ -137,7 +137,10 @@ def make_job(
             else None,
         )
     if "teacher" in plan.anchors:
-        folder = save_model(out.parent / f"{out.name}-teacher", seed=7)
+        folder = out.parent / f"{out.name}-teacher"
+        if accelerator.is_main_process:
+            save_model(folder, seed=7)
+        accelerator.wait_for_everyone()
         add_teacher(pair, TeacherConfig(name_or_path=str(folder)), model_config)
     source = DatasetSource(
         bundles,

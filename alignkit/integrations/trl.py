@@ -27,11 +27,16 @@ from alignkit.integrations.trl_checks import (
     wants_reference,
     warn_of_other_forms,
 )
+from alignkit.integrations.trl_distillation import Distilled, check_distilled
 from alignkit.integrations.trl_tensors import on_first_token, on_labels, placed
 from alignkit.objectives.base import Objective
 
 check_version()  # first, since an unknown release may fail on import with a message of its own
+import trl  # noqa: E402
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer  # noqa: E402
+
+# Older releases have none.
+DistillationTrainer = getattr(trl, "DistillationTrainer", None)
 
 # What a batch of each trainer may hold. Anything else (images, say) would be left unread.
 PAIR_KEYS = {
@@ -57,10 +62,10 @@ GROUP_KEYS = {
 
 def as_trl_trainer(objective: Objective, base: type = DPOTrainer) -> type:
     """A trainer class that minimises `objective`: a named subclass of `base` (DPOTrainer,
-    GRPOTrainer or a subclass).
+    GRPOTrainer, DistillationTrainer or a subclass).
 
     Pair objectives and demonstrations go on DPOTrainer, rollout objectives on GRPOTrainer, whose
-    advantages become the objective's own. Raises ConfigError for a release, trainer or objective
+    advantages become the objective's own; `Distill(share=1.0)` goes on DistillationTrainer. Raises ConfigError for a release, trainer or objective
     that does not fit.
     """
     if not isinstance(base, type):
@@ -73,14 +78,12 @@ def as_trl_trainer(objective: Objective, base: type = DPOTrainer) -> type:
             f"as_trl_trainer: {base.__name__} is patched by unsloth, whose losses are its own; "
             "run without `import unsloth`"
         )
-    if not issubclass(base, DPOTrainer | GRPOTrainer):
-        raise ConfigError(
-            f"as_trl_trainer: base is {base.__name__}; "
-            "allowed are DPOTrainer, GRPOTrainer and their subclasses"
-        )
-    adapter = _Pairs if issubclass(base, DPOTrainer) else _Groups
-    check_objective(objective, adapter.family, base.__name__)
-    warn_of_other_forms(objective)
+    adapter = _adapter(base)
+    if adapter is Distilled:
+        check_distilled(objective, base.__name__)
+    else:
+        check_objective(objective, adapter.family, base.__name__)
+        warn_of_other_forms(objective)
 
     # TRL writes `_name` and `_paper` into the model card.
     name = type(objective).__name__
@@ -91,7 +94,23 @@ def as_trl_trainer(objective: Objective, base: type = DPOTrainer) -> type:
         "_name": name,
         "_paper": {"title": objective.paper, "id": arxiv[1]} if arxiv else {},
     }
+    if adapter is Distilled:
+        attributes["config"] = trl.DistillationConfig
     return type(f"{name}{base.__name__}", (adapter, base), attributes)
+
+
+def _adapter(base: type) -> type[Adapter]:
+    """What serves a trainer's batches to objectives. ConfigError for other trainers."""
+    if issubclass(base, DPOTrainer):
+        return _Pairs
+    if issubclass(base, GRPOTrainer):
+        return _Groups
+    if DistillationTrainer is not None and issubclass(base, DistillationTrainer):
+        return Distilled
+    raise ConfigError(
+        f"as_trl_trainer: base is {base.__name__}; "
+        "allowed are DPOTrainer, GRPOTrainer, DistillationTrainer and their subclasses"
+    )
 
 
 class _Pairs(Adapter):

@@ -42,16 +42,21 @@ def check_version() -> None:
     )
 
 
-def check_objective(objective: Any, family: Family, base: str) -> None:
-    """Raise ConfigError for what trainer `base`, whose batches are
-    of `family` (pair or rollout), cannot train.
-    """
+def check_instance(objective: Any) -> None:
+    """Raise ConfigError for what is no objective, or its class."""
     if not isinstance(objective, Objective):
         given = objective.__name__ if isinstance(objective, type) else type(objective).__name__
         raise ConfigError(
             f"as_trl_trainer: objective is {given}, not an objective's instance; "
             "give one, such as DPO(beta=0.1)"
         )
+
+
+def check_objective(objective: Any, family: Family, base: str) -> None:
+    """Raise ConfigError for what trainer `base`, whose batches are
+    of `family` (pair or rollout), cannot train.
+    """
+    check_instance(objective)
     name = type(objective).__name__
     plan = objective.plan
 
@@ -76,7 +81,8 @@ def check_objective(objective: Any, family: Family, base: str) -> None:
         ),
         "the whole step's rows at once": family == "rollout" and plan.coupled,
         "prompts with other prompts' completions": plan.mismatched,
-        "a second anchor": set(plan.anchors) - {"reference"},
+        "a teacher (base=DistillationTrainer has one, for Distill(share=1.0))": plan.needs_teacher,
+        "a second anchor": set(plan.anchors) - {"reference", "teacher"},
         "a state carried from step to step": objective.init_state(),
         "epochs or minibatches of its own (in TRL: args.num_iterations and "
         "args.steps_per_generation)": plan.epochs * plan.minibatches > 1,

@@ -54,7 +54,21 @@ def distillation_loss(
     check_settings(divergence, beta, alpha, mu, temperature)
     policy = normalised(policy_logprobs, temperature)
     teacher = normalised(teacher_logprobs.detach(), temperature).to(policy.dtype)
+    return divergence_of_laws(policy, teacher, divergence, beta=beta, alpha=alpha, mu=mu)
 
+
+def divergence_of_laws(
+    policy: Tensor,
+    teacher: Tensor,
+    divergence: VocabularyDivergence,
+    *,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    mu: float = 0.5,
+) -> Tensor:
+    """`distillation_loss` of log-probs that are normalised already, in float32 or wider, and whose
+    settings are checked: it saves two passes over [..., V].
+    """
     if divergence == "total_variation":
         return 0.5 * (teacher.exp() - policy.exp()).abs().sum(-1)
     if divergence == "akl":

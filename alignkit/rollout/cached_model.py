@@ -186,6 +186,27 @@ def mixed_logits(models: Sequence[CachedModel], logits: Sequence[Tensor]) -> Ten
     return torch.stack([model.weight * part.to(wide) for model, part in taking_part]).sum(0)
 
 
+def proposed_logits(
+    models: Sequence[CachedModel], logits: Sequence[Tensor], *, top: int, temperature: float
+) -> Tensor:
+    """Logits [R, V] of the law of tokens that the first model proposes and the second one replaces
+    by a sample of its own where they are not among its `top` most likely ones.
+
+    With S the first model's law, T the second's and K its top tokens: S within K plus (1 - S(K)) T.
+    Both are laws at `temperature`, by which the result is divided in its turn. Source: Xu et al.
+    2025, arXiv:2410.11325. ModelError where the vocabularies differ in size.
+    """
+    if logits[0].shape[-1] != logits[1].shape[-1]:
+        mixed_logits(models, logits)  # says so
+    heat = temperature or 1.0
+    proposer, judge = ((part.float() / heat).log_softmax(-1) for part in logits)
+    best = judge.topk(min(top, judge.shape[-1])).indices
+    within = torch.zeros_like(judge, dtype=torch.bool).scatter(-1, best, True)
+    replaced = proposer.masked_fill(within, -torch.inf).logsumexp(-1, keepdim=True)
+    law = torch.logaddexp(proposer.masked_fill(~within, -torch.inf), replaced + judge)
+    return law * heat
+
+
 def _check_context(model: nn.Module, prompt: int, new_tokens: int) -> None:
     limit = context_length(model)
     if prompt + new_tokens > limit:

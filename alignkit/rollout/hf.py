@@ -2,9 +2,10 @@
 per row and step over the model's own cache.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from alignkit.batches import Draw
 from alignkit.errors import ConfigError, NumericsError
 from alignkit.kl import exact
 from alignkit.rollout.cache_probe import sampling_model
-from alignkit.rollout.cached_model import CachedModel, mixed_logits
+from alignkit.rollout.cached_model import CachedModel, mixed_logits, proposed_logits
 from alignkit.rollout.noise import gumbel, row_keys
 from alignkit.rollout.policy_copy import copied
 from alignkit.rollout.protocol import Models, Sample, check_request, stop_tokens
@@ -22,6 +23,9 @@ from alignkit.rollout.truncation import StopTexts, Truncation
 
 # Logits that a processor samples from at a time: the work buffers stay in its cache.
 _LOGITS_AT_A_TIME = 1 << 16
+
+# Makes one law's logits [R, V] of every model's.
+Mix = Callable[[Sequence[CachedModel], Sequence[Tensor]], Tensor]
 
 # Finished rows leave the batch once this share of it is left: removing them copies the cache.
 _COMPACT_AT = 0.75
@@ -100,12 +104,15 @@ class HFSampler:
             weights.setdefault("reference", 0.0)
         drawn_from = [sampling_model(self.models, *each) for each in weights.items()]
         samples: list[list[Sample]] = [[] for _ in prompts]
+        mix: Mix = mixed_logits
+        if draw.top is not None:
+            mix = partial(proposed_logits, top=draw.top, temperature=self.temperature)
 
         # One model is entered for the whole call. The two of a mixture may be one network with its
         # adapter on and off: each of them is entered for its own forwards alone.
         with drawn_from[0].entered() if len(drawn_from) == 1 else nullcontext():
             for batch in self._batches(prompts, n):
-                rows = self._sample_batch(drawn_from, prompts, batch, step, prompt_ids)
+                rows = self._sample_batch(drawn_from, mix, prompts, batch, step, prompt_ids)
                 for (prompt, _), sample in zip(batch, rows, strict=True):
                     samples[prompt].append(sample)
         return samples
@@ -146,6 +153,7 @@ class HFSampler:
     def _sample_batch(
         self,
         drawn_from: list[CachedModel],
+        mix: Mix,
         prompts: Sequence[Tensor],
         batch: list[tuple[int, int]],
         step: int,
@@ -167,10 +175,10 @@ class HFSampler:
         )
         for model in drawn_from:
             model.select(owner)
-        return self._decode(drawn_from, [part[owner] for part in logits], rows)
+        return self._decode(drawn_from, mix, [part[owner] for part in logits], rows)
 
     def _decode(
-        self, drawn_from: list[CachedModel], logits: list[Tensor], rows: "_Rows"
+        self, drawn_from: list[CachedModel], mix: Mix, logits: list[Tensor], rows: "_Rows"
     ) -> list[Sample]:
         """One sample per row, token by token, from every model's logits [R, V] of the first token
         on.
@@ -186,7 +194,7 @@ class HFSampler:
 
         for position in range(self.max_new_tokens):
             keys = rows.keys(self.seed, live, position)
-            mixed = mixed_logits(drawn_from, logits)
+            mixed = mix(drawn_from, logits)
             anchor = _of_reference(drawn_from, logits) if self.measured else None
             tokens, numbers = self._choose(mixed, keys, anchor)
             drawn.put(live, position, tokens, numbers)

@@ -47,7 +47,7 @@ def own_rows(plan: Plan, bundles: Sequence[Bundle]) -> Tensor:
     draws = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
     if len(plan.samples) < 2:
         return torch.arange(len(draws))
-    own = torch.tensor([draw.source == "policy" and not draw.weights for draw in plan.samples])
+    own = torch.tensor([draw.models == {"policy": 1.0} for draw in plan.samples])
     return own[draws].nonzero()[:, 0]
 
 

@@ -101,9 +101,9 @@ def small_model(family: str = "llama", vocab: int = 4, seed: int = 0, **changes)
         return AutoModelForCausalLM.from_config(config).eval()
 
 
-def models_of(policy, reference=None):
+def models_of(policy, reference=None, **others):
     """The `Models` that a sampler wants."""
-    named = {"policy": policy, "reference": reference}
+    named = {"policy": policy, "reference": reference, **others}
     return SimpleNamespace(
         model=lambda name: nullcontext(named[name]),
         together=nullcontext,

@@ -76,6 +76,46 @@ def test_a_mixture_follows_the_token_level_joint(mix):
             )
 
 
+@pytest.mark.parametrize(("top", "temperature"), [(1, 1.0), (3, 1.0), (2, 0.7)])
+def test_a_teacher_replaces_tokens_that_are_not_among_its_likeliest(top, temperature):
+    """The law is S within the teacher's top tokens K, plus (1 - S(K)) T; the recorded log-probs are
+    its own.
+    """
+    policy, teacher = small_model("llama"), small_model("llama", seed=1)
+
+    def law(ids):
+        own, theirs = (
+            (next_logits(model, ids) / temperature).softmax(-1) for model in (policy, teacher)
+        )
+        within = torch.zeros_like(own).scatter(-1, theirs.topk(top).indices, 1.0)
+        return (own * within + (own * (1 - within)).sum() * theirs).log()
+
+    sampler = HFSampler(
+        models_of(policy, teacher=teacher), max_new_tokens=3, temperature=temperature
+    )
+    for prompt, samples in zip(
+        PROMPTS, sampler.sample(PROMPTS[:2], Draw(3000, top=top), step=0, prompt_ids=[7, 8])
+    ):
+        exact = enumerate_completions(law, prompt.tolist(), 3)
+        assert abs(sum(exact.values()) - 1) < 1e-6
+        assert p_value(samples, exact) > 1e-3
+        for sample in samples[:50]:
+            recorded = sample.logps.double().sum()
+            assert abs(recorded - torch.tensor(exact[tuple(sample.ids.tolist())]).log()) < 1e-5
+
+
+def test_a_teacher_whose_every_token_is_likely_changes_nothing():
+    policy, teacher = small_model("llama"), small_model("llama", seed=1)
+    sampler = HFSampler(models_of(policy, teacher=teacher), max_new_tokens=3)
+    arguments = {"step": 0, "prompt_ids": [0]}
+    (alone,), (watched,) = (
+        sampler.sample(PROMPTS[:1], draw, **arguments) for draw in (Draw(50), Draw(50, top=10**6))
+    )
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(alone, watched, strict=True))
+    with pytest.raises(ConfigError, match="has a source and no weights"):
+        sampler.sample(PROMPTS[:1], Draw(1, top=2, weights={"policy": 1.0}), **arguments)
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.5, 1.0), (2.0, 1.0), (1.0, 0.7)])
 def test_temperature_and_nucleus_shape_the_recorded_distribution(temperature, top_p):
     model = small_model(seed=3)

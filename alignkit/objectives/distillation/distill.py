@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from alignkit.batches import Draw, LossTerms, Plan, RolloutBatch, SequenceBatch, Term
@@ -36,29 +36,42 @@ class Distill(DivergenceObjective):
         0.0, description="fraction of the answers that the policy samples itself; 1: prompts alone"
     )
 
+    teacher_top: PositiveInt | None = Field(
+        None,
+        description="own answers: a token outside of the teacher's so many likeliest is replaced "
+        "by the teacher's own (SKD); null = never",
+    )
+
     @model_validator(mode="after")
     def _likelihood_needs_given_answers(self) -> Self:
         if self.share == 1 and self.kd_ratio < 1:
             raise ValueError("kd_ratio below 1 needs given answers; with share 1 there are none")
+        if self.teacher_top and not self.share:
+            raise ValueError("teacher_top changes own answers; with share 0 there are none")
         return self
 
     @property
     def plan(self) -> Plan:
         statistics = {"divergence": self.statistic}
         if self.share == 1:
-            return Plan("rollout", statistics, ("teacher",), (Draw(),))
-        draws = (Draw(1, share=self.share),) if self.share else ()
+            own = Draw(top=self.teacher_top)
+            return Plan("rollout", statistics, ("teacher",), (own,))
+        draws = (Draw(1, share=self.share, top=self.teacher_top),) if self.share else ()
         return Plan("sequence", statistics, ("teacher",), draws)
 
     @property
     def kl_gradient(self) -> tuple[Credit, Direction] | None:
         """Of the KL to the teacher, on own samples."""
-        own = self.share == 1 and self.divergence == "reverse_kl" and self.temperature == 1
+        own = self.share == 1 and self.teacher_top is None
+        own = own and self.divergence == "reverse_kl" and self.temperature == 1
         return ("token", "reverse") if own else None
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:
-        own = [cls(divergence="reverse_kl", share=1.0), cls(divergence="akl", mu=0.7, share=1.0)]
+        own = [
+            cls(divergence="reverse_kl", share=1.0),
+            cls(divergence="akl", mu=0.7, share=1.0, teacher_top=3),
+        ]
         skewed = [cls(divergence=name, alpha=0.2) for name in ("skew_kl", "skew_reverse_kl")]
         varied = cls(divergence="jsd", beta=0.3, kd_ratio=0.7, share=0.5, temperature=2.0)
         return [cls(), varied, *own, *skewed, cls(divergence="total_variation")]

@@ -15,6 +15,7 @@ from alignkit.objectives.vocabulary_divergences import (
     VocabularyDivergence,
     check_settings,
     distillation_loss,
+    divergence_of_laws,
 )
 
 # Metrics are named as in alignkit.objectives.rollout_base: the first name is averaged over.
@@ -77,6 +78,19 @@ def teacher_law(teacher_logprobs: Tensor | None) -> Tensor:
 
 
 def _divergence(
-    policy_logprobs: Tensor, teacher_logprobs: Tensor | None, labels: Tensor, **settings: Any
+    policy_logprobs: Tensor,
+    teacher_logprobs: Tensor | None,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    **settings: Any,
 ) -> Tensor:
-    return distillation_loss(policy_logprobs, teacher_law(teacher_logprobs), **settings)
+    teacher = teacher_law(teacher_logprobs)
+    if temperature != 1:
+        return distillation_loss(policy_logprobs, teacher, temperature=temperature, **settings)
+
+    # The head's laws are normalised already; temperature 1 leaves them so.
+    divergence = settings.pop("divergence", "forward_kl")
+    return divergence_of_laws(
+        policy_logprobs, teacher.detach().to(policy_logprobs.dtype), divergence, **settings
+    )

@@ -1,0 +1,164 @@
+"""What a teacher costs: distillation from a live teacher of the policy's size and from a stored
+top-64 one beside plain SFT on the same rows, in turn, in one process.
+
+    python tests/benchmarks/bench_teacher.py [--steps 7] [--size 15M] [--vocab 8192]
+
+On GSM8K answers; memory in a process of each. The table goes to stdout as Markdown.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from world import GPU, SHAPES, clock, measured_alone, pairs, peak_memory, write_world
+
+from alignkit import SFT, Distill
+from alignkit.config.data import DataConfig
+from alignkit.config.model import ModelConfig, ReferenceConfig
+from alignkit.config.teacher import TeacherConfig
+from alignkit.config.train import TrainConfig
+from alignkit.data.load import load_bundles
+from alignkit.policies.head import chunk_rows
+from alignkit.policies.load import load_pair
+from alignkit.policies.packing import default_budget
+from alignkit.policies.teacher import add_teacher
+from alignkit.policies.teacher_store import with_stored_teacher
+from alignkit.training.optimizer import make_optimizer
+from alignkit.training.reduction import Reducer
+
+BATCH = 8
+TOP = 64
+SIDES = {
+    "SFT": SFT(),
+    f"stored, top {TOP}": Distill(),
+    "live, forward KL": Distill(),
+    "live, reverse KL": Distill(divergence="reverse_kl"),
+}
+
+
+class Side:
+    """A training step with the loop's own reducer and optimiser."""
+
+    def __init__(self, name: str, folder: Path, steps: int):
+        objective = SIDES[name]
+        accelerator = Accelerator(cpu=not GPU)
+        model = ModelConfig(name_or_path=str(folder / "policy"))
+        self.pair = load_pair(
+            model,
+            ReferenceConfig(),
+            None,
+            objective.plan,
+            device=accelerator.device,
+            fixed_data=True,
+        )
+        rows = [
+            {"prompt": row["prompt"], "completion": " " + row["chosen"]}
+            for row in pairs(BATCH * steps)
+        ]
+        bundles, _ = load_bundles(DataConfig(), "sequence", self.pair.tokenizer, source=rows)
+
+        if objective.plan.needs_teacher:
+            add_teacher(self.pair, TeacherConfig(name_or_path=str(folder / "teacher")), model)
+        if name.startswith("stored"):
+            bundles = with_stored_teacher(self.pair, bundles, TOP)
+            self.pair.anchors["teacher"].module = None
+
+        self.batches = [bundles[i : i + BATCH] for i in range(0, len(bundles), BATCH)]
+        make = partial(make_optimizer, TrainConfig(learning_rate=1e-5))
+        self.optimizer = self.pair.prepare(accelerator, make)
+        budget = default_budget(accelerator.device, self.pair.packing)
+        self.reducer = Reducer(objective, self.pair, accelerator, budget, 1.0)
+
+    def step(self, index: int) -> None:
+        """One optimiser step."""
+        self.reducer.backward(self.batches[index])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def write_models(folder: Path, size: str, vocab: int) -> None:
+    """A policy and a teacher of random weights and one size."""
+    write_world(folder / "policy", size, vocab)
+    shutil.copytree(folder / "policy", folder / "teacher")
+
+
+def memory_of(name: str, folder: Path) -> float:
+    """MiB at the peak of two steps, without what loading took for a while."""
+    side = Side(name, folder, 3)
+    side.step(0)  # optimiser state and buffers are there from here on
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    side.step(1)
+    side.step(2)
+    return peak_memory()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--size", default="15M", choices=SHAPES)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.alone:
+        print(json.dumps({"memory": memory_of(given.alone, Path(given.folder))}))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_models(folder, given.size, given.vocab)
+        report(folder, given)
+
+
+def report(folder: Path, given: argparse.Namespace) -> None:
+    """Time all sides in turn and print the table."""
+    sides = {name: Side(name, folder, given.steps) for name in SIDES}
+    wall: dict[str, list[float]] = {name: [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
+    for index in range(given.steps):
+        for name, side in sides.items():
+            began, used = clock(), time.process_time()
+            side.step(index)
+            wall[name].append(clock() - began)
+            cpu[name].append(time.process_time() - used)
+
+    print(
+        f"\nGSM8K answers, batch {BATCH}, {given.size}, vocabulary {given.vocab}, float32, medians "
+        f"of {given.steps - 1} steps\n"
+    )
+    print("| side | s per step | of SFT's | CPU s | of SFT's |\n|---|---|---|---|---|")
+    for name in SIDES:
+        # Ratios step by step: neighbours in time share the machine's mood.
+        cells = []
+        for seconds in (wall, cpu):
+            ratios = [own / base for own, base in zip(seconds[name][1:], seconds["SFT"][1:])]
+            cells += [f"{statistics.median(seconds[name][1:]):.3f}"]
+            cells += [f"{statistics.median(ratios):.2f}"]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+    pair = sides["SFT"].pair
+    weights = sum(p.numel() for p in pair.base.parameters()) / 2**18
+    chunk = chunk_rows(given.vocab, pair.device) * given.vocab / 2**18
+    del sides, pair
+    print(
+        f"\nPeak memory of a step; the teacher's weights take {weights:.0f} MiB, a chunk of the "
+        f"head {chunk:.0f} MiB\n"
+    )
+    print("| side | MiB | above SFT's |\n|---|---|---|")
+    memory: dict[str, float] = {}
+    for name in SIDES:
+        memory[name] = measured_alone(__file__, "--alone", name, "--folder", str(folder))["memory"]
+        print(f"| {name} | {memory[name]:.0f} | {memory[name] - memory['SFT']:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
