@@ -46,9 +46,11 @@ def model_card(
 def _front_matter(recipe: Recipe, objective: Objective) -> str:
     """The header in the hub's format, and the title."""
     adapted = recipe.model.adapter is not None
+    # Reward and preference models are sequence classifiers.
+    task = "text-classification" if objective.plan.outputs else "text-generation"
     header: dict[str, Any] = {
         "library_name": "peft" if adapted else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": task,
         "tags": ["alignkit", *(type(part).__name__.lower() for part, _ in _parts(objective))],
     }
     # The hub knows names, and no paths of this machine.

@@ -122,9 +122,13 @@ def test_evaluation_epochs_and_the_card(world, tmp_path):
     ] == [2, 4, 5]
     card = (tmp_path / "run" / "README.md").read_text()
     front, _, body = card.removeprefix("---\n").partition("\n---\n")
-    assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["alignkit"]}
+    assert yaml.safe_load(front) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["alignkit", "dpo", "sft"],
+    }
     for words in (
-        "| DPO | 1 | beta = 0.3,",
+        "| DPO | 1 | weighting = none, beta = 0.3,",
         "| SFT | 0.5 |",
         "arXiv:2305.18290",
         "10 rows read, 10 kept",
