@@ -259,7 +259,7 @@ def test_a_beta_that_means_nothing_is_refused(beta):
 
 def test_fields_of_the_objective_are_checked_where_they_stand(write):
     assert (
-        "`objective.btea` is not a field of `objective`. Did you mean `beta`? Allowed: beta, label_smoothing"
+        "`objective.btea` is not a field of `objective`. Did you mean `beta`? Allowed: weighting, beta, label_smoothing"
         in objective_refusal("objective.btea=1")
     )
     recipe = load_recipe(write("objective:\n- {name: dpo}\n- name: sft\n  weight: 0\n"))
