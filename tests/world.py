@@ -151,7 +151,7 @@ def make_job(
         world=accelerator.num_processes,
     )
     run = RunFolder(out, writes=accelerator.is_main_process)
-    identity = {"config": train.model_dump(mode="json", exclude={"save_every", "keep"})}
+    identity = {"config": train.model_dump(mode="json", exclude={"save_every", "keep", "mesh"})}
     return Job(
         objective,
         pair,

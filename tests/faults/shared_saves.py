@@ -79,6 +79,7 @@ def repeat(folder: Path, rng: random.Random) -> dict[str, bool]:
     time.sleep(rng.random() * LONGEST)
 
     victim = rng.randrange(PROCESSES)
+    in_a_save = bool(list(folder.glob(".tmp-step-*")))
     os.kill(processes[victim], signal.SIGKILL)
     time.sleep(rng.random() * 0.2)  # the other one goes on for a while, as it would
     for process in processes:
@@ -90,7 +91,6 @@ def repeat(folder: Path, rng: random.Random) -> dict[str, bool]:
     whole = newest is not None and torch.equal(
         newest.tensors["policy"]["weight"], content(newest.step)
     )
-    in_a_save = bool(list(folder.glob(".tmp-step-*")))
     return {"whole": whole and not broken, "in a save": in_a_save, "first": victim == 0}
 
 

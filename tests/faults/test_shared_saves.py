@@ -19,7 +19,7 @@ def test_a_process_that_is_killed_in_a_save_leaves_the_last_checkpoint_whole(tmp
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60 + 10 * KILLS,
+        timeout=240 + 20 * KILLS,
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
 
