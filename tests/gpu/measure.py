@@ -134,7 +134,7 @@ def speed(size, name, count, length, repeats):
     )
 
 
-def report(sizes, count, length, repeats):
+def report(sizes, count, length, repeats, with_trl=True):
     """The Markdown page, line by line."""
     clock = Clock()
     device = torch.cuda.get_device_name() if GPU else "no GPU: a CPU, tiny shapes"
@@ -169,7 +169,8 @@ def report(sizes, count, length, repeats):
             if measured:
                 lines.append(measured[1])
                 beside.append((size, name, measured[0]))
-    lines += ["", *beside_trl(beside, count, length, repeats, clock, left_out)]
+    if with_trl:
+        lines += ["", *beside_trl(beside, count, length, repeats, clock, left_out)]
     if left_out:
         lines += ["", "Left out:", "", *(f"- {what}" for what in left_out)]
     return lines
@@ -212,9 +213,11 @@ def main():
     parser.add_argument("--pairs", type=int, default=32 if GPU else 4)
     parser.add_argument("--length", type=int, default=256 if GPU else 8)
     parser.add_argument("--repeats", type=int, default=5 if GPU else 1)
+    parser.add_argument("--without-trl", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "gpu.md")
     asked = parser.parse_args()
-    text = "\n".join(report(asked.sizes, asked.pairs, asked.length, asked.repeats)) + "\n"
+    sizes = (asked.pairs, asked.length, asked.repeats)
+    text = "\n".join(report(asked.sizes, *sizes, with_trl=not asked.without_trl)) + "\n"
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(text)
     print(text)

@@ -36,7 +36,7 @@ def train(world, capsys):
             f"model.name_or_path={model or world / 'model'}",
             f"data.train={world / 'prompts.jsonl'}",
             f"rewards=[{{function: '{world / 'mine.py'}:wanted'}}]",
-            f"rollout={{url: {url}, max_new_tokens: 6, completions: 4, timeout: 5, start_timeout: 5}}",
+            f"rollout={{url: {url}, max_new_tokens: 6, completions: 4, timeout: 60, start_timeout: 60}}",
             f"output_dir={out}",
             *settings.split(),
         ]

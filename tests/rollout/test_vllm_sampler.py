@@ -49,7 +49,7 @@ def pair_of(folder, **fields):
 def sampler_of(pair, url, seed=0, **fields):
     return VLLMSampler(
         pair,
-        RolloutConfig(url=url, max_new_tokens=6, start_timeout=5, timeout=5, **fields),
+        RolloutConfig(url=url, max_new_tokens=6, start_timeout=60, timeout=60, **fields),
         seed=seed,
     )
 
