@@ -9,119 +9,25 @@ Axes: B pairs or prompts, K completions of one prompt, N completions of a whole 
 V vocabulary. Log-probs are natural logarithms, in nats.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from alignkit.bundles import Bundle as Bundle
+from alignkit.bundles import Outputs as Outputs
+from alignkit.bundles import TokenLogps as TokenLogps
 from alignkit.plan import Draw as Draw
 from alignkit.plan import Family as Family
 from alignkit.plan import LossTerms as LossTerms
 from alignkit.plan import Plan as Plan
 from alignkit.plan import Statistic as Statistic
 from alignkit.plan import Term as Term
-from alignkit.tensors import masked_sum
 
 TwoTensors = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """One prompt with K completions. All tensors live on the CPU until the layout moves them.
-
-    A demonstration has K = 1, a pair K = 2 (chosen, rejected), a rollout one completion per sample.
-    """
-
-    prompt: Tensor  # [P] int64, at least one token
-    completions: Sequence[Tensor]  # K x [T_k] int64
-    masks: Sequence[Tensor]  # K x [T_k] bool: which tokens are trained; may have holes (dialogues)
-    uid: str = ""  # where the row comes from ("preferences.jsonl:17"); named in errors
-    # Name -> [K], one number per completion: "label", "score", "preference", ...; "table" is [K, K].
-    rows: Mapping[str, Tensor] = field(default_factory=dict)
-    # Name -> K x [T_k], one number per token: "behavior", an anchor's stored log-probs,
-    # "advantages", "returns", ...
-    tokens: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
-    # This prompt with another prompt's completion (KTO's z0); never trained on.
-    mismatched: bool = False
-
-    @property
-    def n_trained(self) -> int:
-        """Trained tokens over all completions."""
-        return sum(int(mask.sum()) for mask in self.masks)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens the shared-prefix layout computes for this bundle."""
-        return len(self.prompt) + sum(len(ids) for ids in self.completions)
-
-
-@dataclass(frozen=True)
-class TokenLogps:
-    """Per-token log-probs of N completions, padded to T. Everything is 0 where `mask` is False."""
-
-    # [N, T] log pi(y_t | prompt, y_<t), with gradient in training.
-    policy: Tensor
-    # Name -> [N, T], never with gradient; "reference" anchors the KL.
-    anchors: Mapping[str, Tensor]
-    # [N, T] bool, True at trained tokens.
-    mask: Tensor
-    # [N, T] log-probs under the policy that sampled the tokens.
-    behavior: Tensor | None = None
-    # Name -> [N, T]: "entropy", "values" and the plan's statistics.
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def reference(self) -> Tensor:
-        """The reference's log-probs [N, T]."""
-        return self.anchors["reference"]
-
-    @property
-    def log_ratio(self) -> Tensor:
-        """log policy - log reference per token [N, T]."""
-        return self.policy - self.reference
-
-    @property
-    def lengths(self) -> Tensor:
-        """Trained tokens per completion [N]."""
-        return self.mask.sum(-1)
-
-    def sequence(self, name: str = "policy") -> Tensor:
-        """Sum over the trained tokens of `policy`, `behavior`, an anchor or an extra: [N]."""
-        return masked_sum(self.get(name), self.mask)
-
-    def get(self, name: str) -> Tensor:
-        """`policy`, `behavior`, an anchor or an extra by name: [N, T]."""
-        if name == "policy":
-            return self.policy
-        if name == "behavior":
-            assert self.behavior is not None, "this batch has no behaviour log-probs"
-            return self.behavior
-        return self.anchors[name] if name in self.anchors else self.extras[name]
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """`fn` applied to every tensor."""
-        return replace(
-            self,
-            policy=fn(self.policy),
-            anchors={name: fn(values) for name, values in self.anchors.items()},
-            mask=fn(self.mask),
-            behavior=None if self.behavior is None else fn(self.behavior),
-            extras={name: fn(values) for name, values in self.extras.items()},
-        )
-
-    def select(self, index: Tensor) -> Self:
-        """The completions at `index` [n]."""
-        return self.map(lambda t: t[index])
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a reward or preference model gives for N whole completions: D numbers for each."""
-
-    values: Tensor  # [N, D], with gradient when trained; D is `plan.outputs`
 
 
 def _tables(bundles: Sequence[Bundle], device: torch.device) -> Tensor | None:
@@ -309,16 +215,24 @@ class RolloutBatch:
     values: Tensor | None = None  # [N, T] what the value head said at rollout time
     draws: Tensor | None = None  # [N] int64, which of the plan's draws; None: it has one
 
+    # For `credit`, which gets one row per episode. None: completions of one turn each.
+    ids: Tensor | None = None  # [N, T] int64 the tokens; what stands outside the mask is not own
+    turns: Tensor | None = None  # [N, T] int64 number of the turn; -1 at tokens that are not own
+    states: Tensor | None = None  # [N, T] int64 key of the state in which the turn was taken
+    rewards: Tensor | None = None  # [N, T] at the last own token of a turn; they add up to `scores`
+
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:
         device = tokens.policy.device
         length = tokens.policy.shape[1]
         groups = [i for i, bundle in enumerate(bundles) for _ in bundle.completions]
 
-        def padded(name: str) -> Tensor | None:
-            rows = [row for bundle in bundles for row in bundle.tokens.get(name, ())]
+        def stacked(rows: Sequence[Tensor]) -> Tensor | None:
             full = [pad(row, (0, length - len(row))) for row in rows]
             return torch.stack(full).to(device) if full else None
+
+        def padded(name: str) -> Tensor | None:
+            return stacked([row for bundle in bundles for row in bundle.tokens.get(name, ())])
 
         return cls(
             tokens,
@@ -328,6 +242,7 @@ class RolloutBatch:
             returns=padded("returns"),
             values=padded("values"),
             draws=_draws(bundles, device),
+            ids=stacked([row for bundle in bundles for row in bundle.completions]),
         )
 
     def drawn_by(self, draw: int) -> Tensor:
@@ -343,8 +258,12 @@ class RolloutBatch:
 
     @staticmethod
     def counts(bundles: Sequence[Bundle]) -> dict[str, int]:
-        completions = sum(len(b.completions) for b in bundles)
-        return {"rows": completions, "tokens": sum(b.n_trained for b in bundles)}
+        """Rows are episodes: one that was cut into several segments counts with its first."""
+        rows = sum(
+            int((b.rows["segment"] == 0).sum()) if "segment" in b.rows else len(b.completions)
+            for b in bundles
+        )
+        return {"rows": rows, "tokens": sum(b.n_trained for b in bundles)}
 
 
 @dataclass(frozen=True)

@@ -184,9 +184,16 @@ def group_advantages(
 
 
 @torch.no_grad()
-def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, beta: float | Tensor) -> Tensor:
-    """-beta * kl_t on every unmasked token plus the score on the
-    last one: [N], [N, T], [N, T] -> [N, T].
+def shaped_rewards(
+    scores: Tensor,
+    kl: Tensor,
+    mask: Tensor,
+    *,
+    beta: float | Tensor,
+    rewards: Tensor | None = None,
+) -> Tensor:
+    """-beta * kl_t on every unmasked token plus the score on the last one: [N], [N, T], [N, T] ->
+    [N, T]; or, where there are `rewards` per token [N, T], plus those in place of the score.
 
     With kl_t = k1 on the rollout policy this is the reward whose policy gradient is that of
     E[score] - beta * KL(policy || reference) (Ziegler et al. 2019, arXiv:1909.08593, eq. 2). Single
@@ -197,10 +204,19 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, beta: float | Te
         raise ShapeError(
             f"shaped_rewards: scores {list(scores.shape)} must have one entry per row of kl {list(kl.shape)}"
         )
-    last = mask & (reverse_cumsum(mask.long()) == 1)
     dtype = torch.promote_types(scores.dtype, kl.dtype)
     penalties = torch.where(mask, -beta * kl.double(), 0.0)
-    return (penalties + torch.where(last, scores.double().unsqueeze(-1), 0.0)).to(dtype)
+    if rewards is None:
+        rewards = at_the_end(scores, mask)
+    check_same_shape(rewards=rewards, mask=mask)
+    return (penalties + torch.where(mask, rewards.double(), 0.0)).to(dtype)
+
+
+@torch.no_grad()
+def at_the_end(scores: Tensor, mask: Tensor) -> Tensor:
+    """Each row's score on its last unmasked token, 0 elsewhere: [N], [N, T] -> [N, T] float64."""
+    last = mask & (reverse_cumsum(mask.long()) == 1)
+    return torch.where(last, scores.double().unsqueeze(-1), 0.0)
 
 
 @torch.no_grad()

@@ -95,10 +95,7 @@ def dropped(model, out, accelerator, **settings):
 def measured(model, out, accelerator, **settings):
     job = rpg(model, out, accelerator, eval_every=1, **settings)
     source = job.source
-    scoring = source.scoring
-    job.measure = HeldOut(
-        source.prompts, source.sampler, scoring.decode, scoring.reward, accelerator
-    )
+    job.measure = HeldOut(source.prompts, source.sampler, source.scoring, accelerator)
     return job
 
 

@@ -80,6 +80,23 @@ class RolloutConfig(Section):
     stop: list[str] = Field(
         [], description="texts that end a completion, with the token that completes one of them"
     )
+    environment: str | None = Field(
+        None, description="a class of your own, file.py:Name, in whose world the policy takes turns"
+    )
+    tools: list[str] = Field(
+        [], description="functions of your own, file.py:name, that the policy may call"
+    )
+    turns: PositiveInt = Field(8, description="environment, tools: most turns of an episode")
+    rewritten: Literal["segments", "refuse"] = Field(
+        "segments",
+        description="environment, tools: what happens where a chat template rewrites earlier turns",
+    )
+    environment_timeout: PositiveFloat = Field(
+        10.0, description="environment, tools: seconds for one answer; the episode then fails"
+    )
+    environment_memory_mb: PositiveInt = Field(
+        4096, description="environment, tools: MiB of memory of one episode's process"
+    )
     start_timeout: PositiveFloat = Field(
         600.0, description="vllm: seconds that the server may take to load its model"
     )
@@ -136,6 +153,11 @@ class RolloutConfig(Section):
         # Not by assignment, which would validate all over again.
         self.__dict__["engine"] = "vllm" if has_servers else "hf"
         return self
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether completions are episodes with an environment or tools."""
+        return self.environment is not None or bool(self.tools)
 
     @model_validator(mode="after")
     def _own_engine_alone(self) -> "RolloutConfig":

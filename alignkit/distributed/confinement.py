@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 # Numbers of Linux's prctl(2) and mount(2).
@@ -112,6 +112,35 @@ def _kill_the_rest(user: int | None) -> bool:
     for process in family:
         _kill(process)
     return bool(family)
+
+
+def family(ancestor: int) -> list[int]:
+    """Process ids of everything that descends from the process `ancestor` (Linux)."""
+    return _descendants(ancestor)
+
+
+def end_child(child: int, others: Sequence[int]) -> None:
+    """Kill `child` and every descendant of this process that is neither one of `others` nor
+    descends from one; gives up after a few seconds on what the kernel does not let go.
+    """
+    _kill(child)
+    os.waitpid(child, 0)
+    if os.readlink("/proc/self") != str(os.getpid()):  # it shows another namespace's processes
+        return
+
+    until = time.monotonic() + _ENDING
+    while time.monotonic() < until:
+        spared = {*others, *(process for other in others for process in _descendants(other))}
+        strangers = [process for process in _descendants(os.getpid()) if process not in spared]
+        for process in strangers:
+            _kill(process)
+        if not strangers:
+            return
+
+        for process in strangers:  # killed is not ended yet: wait for those that are its children
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(process, os.WNOHANG)
+        time.sleep(_PAUSE)
 
 
 def let_in(paths: Iterable[str | Path], *, own_mounts: bool) -> list[Path]:

@@ -57,14 +57,26 @@ class Lines:
                 raise NoLine(f"no answer within {seconds or 0:g} s")
             if self.lifeline in ready:
                 raise NoLine("nobody waits for it")
+            self._read()
+        return self._first()
 
-            chunk = os.read(self.descriptor, 65536)
-            if not chunk:
-                raise Ended("its process ended")
-            self.unread += chunk
-            if len(self.unread) > self.longest:
-                raise NoLine(f"an answer of more than {self.longest} bytes")
+    def available(self) -> bytes | None:
+        """The next line once there is something to read; None where it has no end yet. Raises
+        NoLine.
+        """
+        if b"\n" not in self.unread:
+            self._read()
+        return self._first() if b"\n" in self.unread else None
 
+    def _read(self) -> None:
+        chunk = os.read(self.descriptor, 65536)
+        if not chunk:
+            raise Ended("its process ended")
+        self.unread += chunk
+        if len(self.unread) > self.longest:
+            raise NoLine(f"an answer of more than {self.longest} bytes")
+
+    def _first(self) -> bytes:
         line, _, self.unread = self.unread.partition(b"\n")
         return line
 
@@ -83,13 +95,37 @@ def wait_for(
     return [descriptor for descriptor, _ in poll.poll(milliseconds)]
 
 
+def write_line(descriptor: int, message: bytes, until: float | None) -> None:
+    """Hand over `message` and the end of its line, which may be longer than the pipe holds, before
+    the time `until` of time.monotonic(). Raises NoLine.
+    """
+    rest = message + b"\n"
+    while rest:
+        if not wait_for(descriptor, until=until, events=select.POLLOUT):
+            raise NoLine("its question was not read in time")
+        try:
+            rest = rest[os.write(descriptor, rest) :]
+        except BlockingIOError:
+            continue
+        except BrokenPipeError:
+            raise Ended("its process ended") from None
+
+
 class Worker:
     """One process that runs `python -m MODULE SETTING...`, started when it is first needed.
 
     It first writes {"ready": true}, or {"broken": why}, and then one line for each that it reads.
     """
 
-    def __init__(self, module: str, settings: Sequence[str], isolation: Isolation):
+    def __init__(
+        self,
+        module: str,
+        settings: Sequence[str],
+        isolation: Isolation,
+        *,
+        longest: int = _LONGEST,
+    ):
+        self.longest = longest  # bytes of one answer
         self.module = module
         self.settings = settings
         self.isolation = isolation
@@ -106,10 +142,12 @@ class Worker:
                 return {"broken": broken}
 
         identity = secrets.token_hex(16)
-        message = json.dumps({"id": identity, **question}, default=str).encode() + b"\n"
+        message = json.dumps({"id": identity, **question}, default=str).encode()
         deadline = time.monotonic() + seconds
         try:
-            self._write(message, deadline)
+            assert self.child is not None
+            assert self.child.stdin is not None
+            write_line(self.child.stdin.fileno(), message, deadline)
             answer = self._read(deadline - time.monotonic())
             if answer.pop("id", None) != identity:
                 raise NoLine("an answer to another question")
@@ -155,7 +193,7 @@ class Worker:
         assert self.child.stdin is not None
         assert self.child.stdout is not None
         os.set_blocking(self.child.stdin.fileno(), False)
-        self.lines = Lines(self.child.stdout.fileno())
+        self.lines = Lines(self.child.stdout.fileno(), longest=self.longest)
         try:
             self.greeting = self._read(_START)
         except NoLine as error:
@@ -163,21 +201,6 @@ class Worker:
         if "ready" in self.greeting:
             return None
         return str(self.greeting.get("broken", "its first line is no greeting"))
-
-    def _write(self, message: bytes, deadline: float) -> None:
-        """Hand over `message`, which may be longer than the pipe holds. Raises NoLine."""
-        assert self.child is not None
-        assert self.child.stdin is not None
-        descriptor = self.child.stdin.fileno()
-        while message:
-            if not wait_for(descriptor, until=deadline, events=select.POLLOUT):
-                raise NoLine("its question was not read in time")
-            try:
-                message = message[os.write(descriptor, message) :]
-            except BlockingIOError:
-                continue
-            except BrokenPipeError:
-                raise Ended("its process ended") from None
 
     def _read(self, seconds: float) -> dict[str, Any]:
         """The next line as a JSON object. Raises NoLine."""

@@ -87,12 +87,20 @@ class RolloutObjective(Objective):
         objectives, not scalings of one.
         """
         if values.dim() == 1:
+            if tokens.cut:
+                raise ConfigError(
+                    "objective: it weighs whole completions, and a chat template that rewrites "
+                    "history has cut an episode into several; set rollout.rewritten to refuse and "
+                    "take another template, or an objective with credit per token"
+                )
             return Term(name, values, "rows", weight)
         if self.aggregation == "token_mean":
             trained = torch.where(tokens.mask, values, values.new_zeros(()))
             return Term(name, trained, "tokens", weight)
         if self.aggregation == "sequence_mean":
-            return Term(name, masked_mean(values, tokens.mask), "rows", weight)
+            lengths = tokens.lengths if tokens.whole_lengths is None else tokens.whole_lengths
+            means = masked_sum(values, tokens.mask) / lengths.clamp(min=1)
+            return Term(name, means, "rows", weight)
         if self.aggregation == "constant" and self.length is None:
             raise ConfigError(
                 "objective: aggregation 'constant' divides by `length`; set it, e.g. to rollout.max_new_tokens"

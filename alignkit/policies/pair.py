@@ -171,7 +171,12 @@ class PolicyPair:
         behavior = None
         if all("behavior" in bundle.tokens for bundle in bundles):
             behavior = self._stored(bundles, "behavior", rows)
-        return TokenLogps(extras.pop("policy"), anchor_logps, rows.mask, behavior, extras)
+        whole = None
+        if all("episode_tokens" in bundle.rows for bundle in bundles):
+            whole = torch.cat([bundle.rows["episode_tokens"] for bundle in bundles])
+            whole = whole.to(rows.labels.device)
+        policy = extras.pop("policy")
+        return TokenLogps(policy, anchor_logps, rows.mask, behavior, extras, whole)
 
     @property
     def packing(self) -> float | None:

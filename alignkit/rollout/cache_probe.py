@@ -112,7 +112,7 @@ def _disagrees(
     not. Rows are repeated and dropped on the way, as completions are.
     """
     try:
-        logits = model.prefill(prompts, NEW_TOKENS)
+        logits = model.prefill(prompts, [NEW_TOKENS] * len(prompts))
         rows = torch.tensor([0, 1, 0, 1], device=logits.device)
         model.select(rows)
         logits = logits[rows]

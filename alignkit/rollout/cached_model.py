@@ -62,14 +62,14 @@ class CachedModel:
                 finally:
                     self.entered_model = None
 
-    def prefill(self, prompts: list[Tensor], new_tokens: int) -> Tensor:
+    def prefill(self, prompts: list[Tensor], rooms: Sequence[int]) -> Tensor:
         """Next-token logits [P, V] after each of P prompts; fills the cache, one row per prompt.
 
-        ConfigError where a prompt and `new_tokens` exceed the model's context.
+        ConfigError where a prompt and its new tokens, `rooms` at most, exceed the model's context.
         """
         width = max(len(prompt) for prompt in prompts)
         with self.entered() as model:
-            _check_context(model, width, new_tokens)
+            _check_context(model, prompts, rooms)
             device = next(model.parameters()).device
             layer = BranchingLayer if self.branches else RoomyLayer
             self.cache = roomy_cache(model.config, layer)
@@ -126,10 +126,10 @@ class UncachedModel(CachedModel):
 
     rows: list[Tensor]  # the tokens of each row so far
 
-    def prefill(self, prompts: list[Tensor], new_tokens: int) -> Tensor:
+    def prefill(self, prompts: list[Tensor], rooms: Sequence[int]) -> Tensor:
         """Next-token logits [P, V] after each of P prompts."""
         with self.entered() as model:
-            _check_context(model, max(map(len, prompts)), new_tokens)
+            _check_context(model, prompts, rooms)
             device = next(model.parameters()).device
         self.rows = [prompt.to(device) for prompt in prompts]
         return self._of_rows()
@@ -207,11 +207,13 @@ def proposed_logits(
     return law * heat
 
 
-def _check_context(model: nn.Module, prompt: int, new_tokens: int) -> None:
+def _check_context(model: nn.Module, prompts: Sequence[Tensor], rooms: Sequence[int]) -> None:
     limit = context_length(model)
-    if prompt + new_tokens > limit:
+    lengths = [(len(prompt) + room, len(prompt)) for prompt, room in zip(prompts, rooms)]
+    total, prompt = max(lengths)
+    if total > limit:
         raise ConfigError(
-            f"a prompt of {prompt} tokens and {new_tokens} new tokens exceed the model's context "
+            f"a prompt of {prompt} tokens and {total - prompt} new tokens exceed the model's context "
             f"of {limit}; lower max_new_tokens (rollout.max_new_tokens of a recipe) or "
             "data.max_length"
         )

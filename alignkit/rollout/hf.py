@@ -18,7 +18,13 @@ from alignkit.rollout.cache_probe import sampling_model
 from alignkit.rollout.cached_model import CachedModel, mixed_logits, proposed_logits
 from alignkit.rollout.noise import gumbel, row_keys
 from alignkit.rollout.policy_copy import copied
-from alignkit.rollout.protocol import Models, Sample, check_request, stop_tokens
+from alignkit.rollout.protocol import (
+    Continuation,
+    Models,
+    Sample,
+    check_request,
+    stop_tokens,
+)
 from alignkit.rollout.truncation import StopTexts, Truncation
 
 # Logits that a processor samples from at a time: the work buffers stay in its cache.
@@ -81,23 +87,25 @@ class HFSampler:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[Tensor], draw: Draw, *, step: int, prompt_ids: Sequence[int]
+        self,
+        prompts: Sequence[Tensor],
+        draw: Draw,
+        *,
+        step: int,
+        prompt_ids: Sequence[int],
+        continued: Sequence[Continuation] | None = None,
     ) -> list[list[Sample]]:
         """`draw.n` samples for each prompt; see `Sampler.sample`.
 
         Raises ConfigError, DataError, ModelError, NumericsError.
         """
-        n = check_request(prompts, draw, prompt_ids)
+        n = check_request(prompts, draw, prompt_ids, continued)
+        asked = self._asked(prompts, n, prompt_ids, continued)
         with self.models.together():
-            return self._samples(prompts, draw, n, step, prompt_ids)
+            return self._samples(prompts, draw, asked, step)
 
     def _samples(
-        self,
-        prompts: Sequence[Tensor],
-        draw: Draw,
-        n: int,
-        step: int,
-        prompt_ids: Sequence[int],
+        self, prompts: Sequence[Tensor], draw: Draw, asked: list["_Asked"], step: int
     ) -> list[list[Sample]]:
         weights = draw.models
         if self.measured:
@@ -111,10 +119,10 @@ class HFSampler:
         # One model is entered for the whole call. The two of a mixture may be one network with its
         # adapter on and off: each of them is entered for its own forwards alone.
         with drawn_from[0].entered() if len(drawn_from) == 1 else nullcontext():
-            for batch in self._batches(prompts, n):
-                rows = self._sample_batch(drawn_from, mix, prompts, batch, step, prompt_ids)
-                for (prompt, _), sample in zip(batch, rows, strict=True):
-                    samples[prompt].append(sample)
+            for batch in self._batches(prompts, asked):
+                rows = self._sample_batch(drawn_from, mix, prompts, batch, step)
+                for row, sample in zip(batch, rows, strict=True):
+                    samples[row.prompt].append(sample)
         return samples
 
     def sync(self) -> None:
@@ -134,19 +142,36 @@ class HFSampler:
     def rest(self) -> None:
         """Nothing to do: caches end with each call."""
 
-    def _batches(self, prompts: Sequence[Tensor], n: int) -> Iterator[list[tuple[int, int]]]:
-        """(prompt, completion) rows, short prompts first, as many per
-        batch as the token budget holds.
-        """
-        batch: list[tuple[int, int]] = []
-        for prompt in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+    def _asked(
+        self,
+        prompts: Sequence[Tensor],
+        n: int,
+        prompt_ids: Sequence[int],
+        continued: Sequence[Continuation] | None,
+    ) -> list["_Asked"]:
+        """One row for each sample that is to be drawn, those of short prompts first."""
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        if continued is None:
+            room = self.max_new_tokens
+            return [
+                _Asked(i, prompt_ids[i], Continuation(completion, 0, room))
+                for i in by_length
+                for completion in range(n)
+            ]
+        return [_Asked(i, prompt_ids[i], continued[i]) for i in by_length]
+
+    def _batches(
+        self, prompts: Sequence[Tensor], asked: list["_Asked"]
+    ) -> Iterator[list["_Asked"]]:
+        """The rows, as many per batch as the token budget holds."""
+        batch: list[_Asked] = []
+        for row in asked:
             # the longest so far: all rows are padded to it
-            width = len(prompts[prompt]) + self.max_new_tokens
-            for completion in range(n):
-                if batch and (len(batch) + 1) * width > self.token_budget:
-                    yield batch
-                    batch = []
-                batch.append((prompt, completion))
+            width = len(prompts[row.prompt]) + self.max_new_tokens
+            if batch and (len(batch) + 1) * width > self.token_budget:
+                yield batch
+                batch = []
+            batch.append(row)
         if batch:
             yield batch
 
@@ -155,23 +180,25 @@ class HFSampler:
         drawn_from: list[CachedModel],
         mix: Mix,
         prompts: Sequence[Tensor],
-        batch: list[tuple[int, int]],
+        batch: list["_Asked"],
         step: int,
-        prompt_ids: Sequence[int],
     ) -> list[Sample]:
-        """One sample for each (prompt, completion) of the batch. Each prompt is read once, however
-        many of its completions the batch has.
+        """One sample for each row of the batch. Each prompt is read once, however many of its
+        completions the batch has.
         """
-        unique = list(dict.fromkeys(prompt for prompt, _ in batch))
-        room = self.max_new_tokens
-        logits = [model.prefill([prompts[i] for i in unique], room) for model in drawn_from]
+        rooms = {row.prompt: row.start.room for row in batch}
+        unique = list(rooms)
+        read = [prompts[i] for i in unique]
+        logits = [model.prefill(read, list(rooms.values())) for model in drawn_from]
         device = logits[0].device
 
-        owner = torch.tensor([unique.index(prompt) for prompt, _ in batch]).to(device)
+        owner = torch.tensor([unique.index(row.prompt) for row in batch]).to(device)
         rows = _Rows(
             step,
-            torch.tensor([prompt_ids[prompt] for prompt, _ in batch]).to(device),
-            torch.tensor([completion for _, completion in batch]).to(device),
+            torch.tensor([row.prompt_id for row in batch]).to(device),
+            torch.tensor([row.start.completion for row in batch]).to(device),
+            torch.tensor([row.start.position for row in batch]).to(device),
+            torch.tensor([row.start.room for row in batch]).to(device),
         )
         for model in drawn_from:
             model.select(owner)
@@ -187,12 +214,13 @@ class HFSampler:
         them, its further tokens unread, until enough rows have ended for removing them to pay.
         """
         first = logits[0]
-        drawn = _Drawn(len(first), self.max_new_tokens, first.device, self.measured)
+        cap = int(rows.rooms.max())
+        drawn = _Drawn(rows.rooms, cap, self.measured)
         stop = torch.tensor(stop_tokens(self.models), device=first.device)
         live = torch.arange(len(first), device=first.device)  # [L] into the R rows
         running = torch.ones_like(live, dtype=torch.bool)  # [L]: has not ended
 
-        for position in range(self.max_new_tokens):
+        for position in range(cap):
             keys = rows.keys(self.seed, live, position)
             mixed = mix(drawn_from, logits)
             anchor = _of_reference(drawn_from, logits) if self.measured else None
@@ -202,9 +230,9 @@ class HFSampler:
             stopped = running & ended
             drawn.end(live[stopped], position)
 
-            running = running & ~stopped
+            running = running & ~stopped & (rows.rooms[live] > position + 1)
             left = int(running.sum())
-            if left == 0 or position + 1 == self.max_new_tokens:
+            if left == 0:
                 break
 
             if left <= _COMPACT_AT * len(running):
@@ -254,12 +282,23 @@ class HFSampler:
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """One sample that is to be drawn."""
+
+    prompt: int  # its place among the prompts of the call
+    prompt_id: int
+    start: Continuation
+
+
+@dataclass(frozen=True)
 class _Rows:
-    """What the noise of R rows depends on, beside the seed and the position."""
+    """What the noise of R rows depends on, beside the seed and the position; and their room."""
 
     step: int
     prompt_ids: Tensor  # [R]
     completions: Tensor  # [R]: the number of the completion among its prompt's
+    positions: Tensor  # [R]: of the first token
+    rooms: Tensor  # [R]: most tokens
 
     def keys(self, seed: int, live: Tensor, position: int) -> Tensor:
         """Noise keys of the rows `live` [L] at one position: [L]."""
@@ -268,19 +307,21 @@ class _Rows:
             self.step,
             self.prompt_ids[live],
             self.completions[live],
-            torch.full_like(live, position),
+            self.positions[live] + position,
         )
 
 
 class _Drawn:
-    """The tokens of R rows as they are drawn, `cap` at most of each."""
+    """The tokens of R rows as they are drawn, at most `rooms` [R] of each and `cap` of any."""
 
-    def __init__(self, rows: int, cap: int, device: torch.device, measured: bool) -> None:
-        self.tokens = torch.zeros((rows, cap), dtype=torch.int64, device=device)
+    def __init__(self, rooms: Tensor, cap: int, measured: bool) -> None:
+        device = rooms.device
+        shape = (len(rooms), cap)
+        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         names = ["logps", *(MEASURED if measured else ())]
-        self.numbers = {name: torch.zeros((rows, cap), device=device) for name in names}
-        self.lengths = torch.full((rows,), cap, device=device)
-        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.numbers = {name: torch.zeros(shape, device=device) for name in names}
+        self.lengths = rooms.clone()
+        self.ended = torch.zeros(len(rooms), dtype=torch.bool, device=device)
 
     def put(self, rows: Tensor, position: int, tokens: Tensor, numbers: dict[str, Tensor]) -> None:
         """The tokens [L] of these rows at a position, with numbers about each of them."""

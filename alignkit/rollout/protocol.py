@@ -30,6 +30,22 @@ class Sample:
     entropy: Tensor | None = None  # of the law of the step
     reference_logps: Tensor | None = None  # log-prob of the token under the reference
 
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of the completion, all of which the policy has drawn."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Where one sample takes up an episode that has begun, so that a later turn goes on with the
+    noise of its own completion and stays within the episode's room.
+    """
+
+    completion: int  # its number among the completions of its prompt
+    position: int  # tokens that the policy has drawn in the episode so far
+    room: int  # most new tokens
+
 
 class Sampler(Protocol):
     """Draws completions.
@@ -38,11 +54,20 @@ class Sampler(Protocol):
     """
 
     def sample(
-        self, prompts: Sequence[Tensor], draw: Draw, *, step: int, prompt_ids: Sequence[int]
+        self,
+        prompts: Sequence[Tensor],
+        draw: Draw,
+        *,
+        step: int,
+        prompt_ids: Sequence[int],
+        continued: Sequence[Continuation] | None = None,
     ) -> list[list[Sample]]:
         """`draw.n` samples for each prompt ([P] int64 each). Two draws that must be independent (a
         completion and its opponent) need different steps: under one step and prompt id they see the
         same noise.
+
+        `continued` has one entry per prompt, each of which goes on with one episode (`draw.n` is
+        1). Left out, all samples begin at position 0 with the engine's cap as their room.
         """
         ...
 
@@ -88,7 +113,12 @@ class Models(Protocol):
         ...
 
 
-def check_request(prompts: Sequence[Tensor], draw: Draw, prompt_ids: Sequence[int]) -> int:
+def check_request(
+    prompts: Sequence[Tensor],
+    draw: Draw,
+    prompt_ids: Sequence[int],
+    continued: Sequence[Continuation] | None = None,
+) -> int:
     """Completions per prompt of a request that can be answered. ConfigError, DataError."""
     if draw.n is None or draw.n < 1:
         raise ConfigError(f"sampling: {draw.n} completions per prompt; at least 1")
@@ -96,6 +126,11 @@ def check_request(prompts: Sequence[Tensor], draw: Draw, prompt_ids: Sequence[in
         raise ConfigError(
             f"sampling: {len(prompts)} prompts but {len(prompt_ids)} prompt ids; "
             "give one id per prompt"
+        )
+    if continued is not None and (draw.n != 1 or len(continued) != len(prompts)):
+        raise ConfigError(
+            f"sampling: {draw.n} completions for each of {len(prompts)} prompts, which go on with "
+            f"{len(continued)} episodes; ask for one completion of each"
         )
     if any(len(prompt) == 0 for prompt in prompts):
         raise DataError("sampling: a prompt has no tokens; give it at least one (a BOS token)")

@@ -22,7 +22,13 @@ from alignkit.policies.export import take_part, write_weights
 from alignkit.rollout.client import Client
 from alignkit.rollout.fleet import Fleet, Stale
 from alignkit.rollout.noise import row_keys
-from alignkit.rollout.protocol import Models, Sample, check_request, stop_tokens
+from alignkit.rollout.protocol import (
+    Continuation,
+    Models,
+    Sample,
+    check_request,
+    stop_tokens,
+)
 
 SEEDS = (1 << 62) - 1  # vLLM takes 63 bits, and adds a completion's number to its prompt's seed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -169,44 +175,57 @@ class VLLMSampler:
             self.asleep = True
 
     def sample(
-        self, prompts: Sequence[Tensor], draw: Draw, *, step: int, prompt_ids: Sequence[int]
+        self,
+        prompts: Sequence[Tensor],
+        draw: Draw,
+        *,
+        step: int,
+        prompt_ids: Sequence[int],
+        continued: Sequence[Continuation] | None = None,
     ) -> list[list[Sample]]:
         """`draw.n` samples for each prompt; see `Sampler.sample`.
 
         Raises ConfigError, DataError, NumericsError, ResourceError.
         """
-        n = check_request(prompts, draw, prompt_ids)
+        n = check_request(prompts, draw, prompt_ids, continued)
         check_draw(draw)
         if not prompts:
             return []
-        self._check_room(prompts)
+        cap = self.config.max_new_tokens
+        rooms = [cap] * len(prompts) if continued is None else [start.room for start in continued]
+        self._check_room(prompts, rooms)
         self.version = self.version or self.fleet.version()
 
         ids = torch.tensor(prompt_ids)
-        zeros = torch.zeros_like(ids)
-        seeds = (row_keys(self.seed, step, ids, zeros, zeros) & SEEDS).tolist()
+        completions = positions = torch.zeros_like(ids)
+        if continued is not None:
+            completions = torch.tensor([start.completion for start in continued])
+            positions = torch.tensor([start.position for start in continued])
+        seeds = (row_keys(self.seed, step, ids, completions, positions) & SEEDS).tolist()
         requests = [
-            self._request(prompt, n, key) for prompt, key in zip(prompts, seeds, strict=True)
+            self._request(prompt, n, key, room)
+            for prompt, key, room in zip(prompts, seeds, rooms, strict=True)
         ]
         return self.fleet.map(self._answered, requests)
 
-    def _check_room(self, prompts: Sequence[Tensor]) -> None:
-        room = self.max_length - max(len(prompt) for prompt in prompts)
-        if room < self.config.max_new_tokens:
-            raise ConfigError(
-                f"rollout.max_new_tokens: a prompt leaves room for {room} of "
-                f"{self.config.max_new_tokens} tokens in the server's {self.max_length}; "
-                "lower it or data.max_length, or start the server with a larger --max-model-len"
-            )
+    def _check_room(self, prompts: Sequence[Tensor], rooms: Sequence[int]) -> None:
+        for prompt, wanted in zip(prompts, rooms, strict=True):
+            room = self.max_length - len(prompt)
+            if room < wanted:
+                raise ConfigError(
+                    f"rollout.max_new_tokens: a prompt leaves room for {room} of {wanted} tokens "
+                    f"in the server's {self.max_length}; lower it or data.max_length, or start the "
+                    "server with a larger --max-model-len"
+                )
 
-    def _request(self, prompt: Tensor, n: int, seed: int) -> dict[str, Any]:
+    def _request(self, prompt: Tensor, n: int, seed: int, room: int) -> dict[str, Any]:
         """All completions of a prompt are one request: its tokens are computed once."""
         return {
             "token_ids": prompt.tolist(),
             "sampling_params": {
                 "n": n,
                 "seed": seed,
-                "max_tokens": self.config.max_new_tokens,
+                "max_tokens": room,
                 "temperature": self.config.temperature,
                 "top_p": self.config.top_p,
                 "stop_token_ids": self.stop,

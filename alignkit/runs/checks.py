@@ -34,6 +34,12 @@ def check_without_torch(recipe: Recipe, safe: bool = False) -> None:
             f"{place}: `train.callbacks` would run {recipe.train.callbacks[0]}, code that the recipe "
             "names, and --safe forbids it"
         )
+    if safe and recipe.rollout.takes_turns:
+        field = "environment" if recipe.rollout.environment else "tools"
+        place = recipe.origin.at(("rollout", field))
+        raise ConfigError(
+            f"{place}: `rollout.{field}` would run code that the recipe names, and --safe forbids it"
+        )
 
     for field in ("train", "eval"):
         source = getattr(recipe.data, field) or ""
@@ -111,7 +117,9 @@ def check_appraisal(recipe: Recipe, objective: "Objective", task: Task | None) -
 
     if feedback == "reward":
         needed = "`rewards`: set rewards.0.function=my_file.py:my_function"
-        available = bool(recipe.rewards) or (task is not None and task.reward is not None)
+        of_task = task is not None and (task.reward or task.environment) is not None
+        # Whether an environment gives rewards is known once it has been imported.
+        available = bool(recipe.rewards) or of_task or recipe.rollout.environment is not None
     else:
         needed = "`judge`: set judge.function=my_file.py:my_function"
         available = recipe.judge is not None or (task is not None and task.judge is not None)
@@ -119,6 +127,37 @@ def check_appraisal(recipe: Recipe, objective: "Objective", task: Task | None) -
     if not available:
         place = recipe.origin.at(("objective",))
         raise ConfigError(f"{place}: this objective needs {needed}")
+
+
+def check_turns(recipe: Recipe, objective: "Objective", task: Task | None) -> None:
+    """Check that episodes of several turns are asked for by an objective that can learn from them.
+    ConfigError.
+    """
+    from alignkit.batches import FAMILIES
+
+    plan = objective.plan
+    of_task = task is not None and task.environment is not None
+    if not FAMILIES[plan.data].sampled or not (recipe.rollout.takes_turns or of_task):
+        return
+    if plan.data != "rollout" or len(plan.samples) != 1:
+        place = recipe.origin.at(("objective",))
+        raise ConfigError(
+            f"{place}: this objective compares answers with one another and cannot learn from "
+            "episodes with an environment or tools; take one that learns from rewards, such as "
+            "grpo or rpg"
+        )
+    if recipe.rollout.ahead:
+        place = recipe.origin.at(("rollout", "ahead"))
+        raise ConfigError(
+            f"{place}: `rollout.ahead` samples single answers beside the training, and not yet "
+            "episodes with an environment or tools: leave it out"
+        )
+    if recipe.rollout.mask_truncated:
+        place = recipe.origin.at(("rollout", "mask_truncated"))
+        raise ConfigError(
+            f"{place}: `rollout.mask_truncated` is for single answers; an episode that was cut has "
+            "turns that were not: leave it out"
+        )
 
 
 def check_teacher(recipe: Recipe, objective: "Objective") -> None:
@@ -167,6 +206,7 @@ def unused_sections(recipe: Recipe, objective: "Objective") -> list[str]:
         "rollout.mask_truncated": recipe.rollout.mask_truncated and plan.data != "rollout",
         "target": recipe.target is not None and "target" not in plan.anchors,
         "teacher": recipe.teacher is not None and not plan.needs_teacher,
+        "rollout.environment": recipe.rollout.takes_turns and plan.data != "rollout",
     }
     return [
         f"`{section}` is set in the recipe, but this objective does not use it"

@@ -75,6 +75,13 @@ def _code(context: RunContext) -> Iterator[tuple[str, str]]:
         if reward.verifier is not None:
             yield f"{field}.verifier", reward.verifier
 
+    rollout = context.recipe.rollout
+    if context.plan.data == "rollout" and rollout.environment is not None:
+        yield "rollout.environment", rollout.environment
+    if context.plan.data == "rollout":
+        for number, tool in enumerate(rollout.tools):
+            yield f"rollout.tools.{number}", tool
+
     judge = context.recipe.judge
     if _asks_judge(context) and judge is not None:
         if judge.function is not None:

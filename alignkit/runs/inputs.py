@@ -20,7 +20,7 @@ from alignkit.files import sha256_of_file, sha256_of_json
 from alignkit.tasks import DEFAULT_TASK, resolve
 
 # What a field of a recipe names, wherever it stands in it.
-CODE = ("function", "verifier", "import")
+CODE = ("function", "verifier", "import", "environment", "tools")
 MODEL = ("name_or_path", "path", "kind", "model")
 DATA = ("train", "eval", "prompts")
 FILE = ("chat_template",)

@@ -28,10 +28,12 @@ from alignkit.policies.teacher_store import with_stored_teacher
 from alignkit.rewards.call import RewardCall
 from alignkit.rewards.load import load_rewards
 from alignkit.rollout.engines import make_sampler
+from alignkit.rollout.environment_pool import Environments
 from alignkit.rollout.importance import Correction
 from alignkit.rollout.policy_copy import PolicyCopy
 from alignkit.rollout.protocol import Models
 from alignkit.rollout.text import as_reply, decode
+from alignkit.runs.agents import environments_of, shown_episodes, turn_sampler
 from alignkit.runs.context import RunContext
 from alignkit.runs.row_lengths import check_prompt_lengths, check_row_lengths
 from alignkit.sources.base import Source
@@ -128,11 +130,12 @@ def sampled_data(context: RunContext) -> JobData:
             "that of the full distribution"
         )
     reward = _reward(context)
-    source = _rollouts(context, prompts, reward, _judge(context))
+    environments = environments_of(context)
+    source = _rollouts(context, prompts, reward, _judge(context), environments)
 
     measure = None
-    if recipe.data.eval and reward:
-        measure, held_out_report = _held_out(context, reward)
+    if recipe.data.eval and (reward or environments):
+        measure, held_out_report = _held_out(context, reward, environments)
         if source.drawing is not None:
             measure = replace(measure, wait=source.drawing.wait)
         notes = [*notes, *held_out_report.lines()]
@@ -146,6 +149,12 @@ def sampled_data(context: RunContext) -> JobData:
         )
         notes = [*notes, unused]
 
+    shown = prompts[:SHOWN_PROMPTS]
+    samples = (
+        _shown_samples(context, [prompt.ids for prompt in shown])
+        if environments is None
+        else shown_episodes(context, environments, shown)
+    )
     every_prompt = repr([prompt.ids.tolist() for prompt in prompts])
     return JobData(
         source=source,
@@ -156,7 +165,7 @@ def sampled_data(context: RunContext) -> JobData:
             "prompts": prompts_fingerprint(prompts),
         },
         notes=notes,
-        samples=_shown_samples(context, [prompt.ids for prompt in prompts[:SHOWN_PROMPTS]]),
+        samples=samples,
         measure=measure,
     )
 
@@ -166,6 +175,7 @@ def _rollouts(
     prompts: Sequence[Prompt],
     reward: RewardCall | None,
     judge: Callable[..., Any] | None,
+    environments: Environments | None,
 ) -> RolloutSource:
     """The source that samples the prompts' completions and has them scored or judged."""
     recipe = context.recipe
@@ -182,18 +192,22 @@ def _rollouts(
     if rollout.ahead and rollout.engine == "hf":
         models = PolicyCopy(context.pair)
 
+    sampler = make_sampler(
+        rollout,
+        models,
+        seed=recipe.train.seed,
+        temperature=context.pair.base.temperature,
+        truncates=FAMILIES[context.plan.data].credited,
+        accelerator=context.accelerator,
+    )
+    turns = None
+    if environments is not None:
+        turns = turn_sampler(context, environments, sampler, prompts, recipe.train.seed)
     return RolloutSource(
         prompts,
         context.objective,
         context.pair,
-        make_sampler(
-            rollout,
-            models,
-            seed=recipe.train.seed,
-            temperature=context.pair.base.temperature,
-            truncates=FAMILIES[context.plan.data].credited,
-            accelerator=context.accelerator,
-        ),
+        sampler,
         Scoring(context.plan, _reply(context), reward, judge),
         context.accelerator,
         batch_size=recipe.train.batch_size,
@@ -203,12 +217,15 @@ def _rollouts(
         pass_rate=rollout.pass_rate if context.plan.feedback == "reward" else None,
         refills=rollout.refills,
         mask_truncated=rollout.mask_truncated and FAMILIES[context.plan.data].credited,
+        turns=turns,
         correction=correction,
         ahead=rollout.ahead,
     )
 
 
-def _held_out(context: RunContext, reward: RewardCall) -> tuple[HeldOut, Report]:
+def _held_out(
+    context: RunContext, reward: RewardCall | None, environments: Environments | None
+) -> tuple[HeldOut, Report]:
     """The mean reward on the prompts of `data.eval`, under noise that training does not see."""
     recipe = context.recipe
     prompts, report = load_prompts(recipe.data, context.pair.tokenizer, source=context.rows("eval"))
@@ -220,7 +237,11 @@ def _held_out(context: RunContext, reward: RewardCall) -> tuple[HeldOut, Report]
         truncates=True,
         accelerator=context.accelerator,
     )
-    return HeldOut(prompts, sampler, _reply(context), reward, context.accelerator), report
+    turns = None
+    if environments is not None:
+        turns = turn_sampler(context, environments, sampler, prompts, recipe.train.seed + 1)
+    scoring = Scoring(context.plan, _reply(context), reward)
+    return HeldOut(prompts, sampler, scoring, context.accelerator, turns=turns), report
 
 
 def _reply(context: RunContext) -> Callable[[Prompt, Tensor], Any]:

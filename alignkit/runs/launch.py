@@ -22,6 +22,7 @@ from alignkit.runs.checks import (
     check_appraisal,
     check_engine,
     check_teacher,
+    check_turns,
     check_without_torch,
     unused_sections,
 )
@@ -114,6 +115,7 @@ def _run(
     if task is None:
         task = resolve_task(recipe)
     check_appraisal(recipe, objective, task)
+    check_turns(recipe, objective, task)
 
     accelerator = make_accelerator(recipe)
     run = RunFolder(recipe.output_dir, writes=accelerator.is_main_process)

@@ -52,6 +52,7 @@ class LiveTask(Task):
             embedded.rows_folder if embedded else Path(),
             reward,  # type: ignore[arg-type]
             judge,
+            embedded.environment if embedded else None,
             model,
             tokenizer,
             train_rows,

@@ -151,7 +151,7 @@ def _reward(request: PairRequest, task: Task | None) -> RewardCall:
         section = {"function" if ":" in request.reward else "model": request.reward}
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return load_rewards([section], safe=request.safe, device=device)
-    if task is not None:
+    if task is not None and task.reward is not None:
         return task.reward
     raise ConfigError(
         "pairs: no reward; name one with --reward FILE.py:NAME or a reward model's folder"

@@ -2,7 +2,8 @@
 bundles of the next optimiser steps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,19 +12,29 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from alignkit.batches import FAMILIES, Bundle, Draw, RolloutBatch, TokenLogps
+from alignkit.batches import FAMILIES, Bundle, Draw, TokenLogps
 from alignkit.distributed.errors import raise_on_all_ranks
-from alignkit.distributed.gather import concat, gather_rows
+from alignkit.distributed.gather import concat
 from alignkit.errors import DataError, NumericsError
 from alignkit.objectives.base import Objective
 from alignkit.policies.layout import stand_in
 from alignkit.policies.pair import PolicyPair
 from alignkit.rollout.importance import Correction, mismatch, own_rows
 from alignkit.rollout.protocol import Sample, Sampler
+from alignkit.rollout.turns import TurnSampler
 from alignkit.sources.ahead import Ahead, Request
 from alignkit.sources.bundle_io import pack, sampled_bundle, unpack, with_channels
+from alignkit.sources.crediting import advantages
 from alignkit.sources.dataset import Order
-from alignkit.sources.scoring import FlatScores, Scoring, mixed_versions, rollout_metrics
+from alignkit.sources.episodes import episode_columns
+from alignkit.sources.scoring import (
+    Answers,
+    FlatScores,
+    Scoring,
+    mixed_versions,
+    rollout_metrics,
+    scores_of,
+)
 
 
 @dataclass
@@ -57,6 +68,9 @@ class RolloutSource:
     # Completions without an end token keep their score, and their tokens are not trained on.
     mask_truncated: bool = False
 
+    # Plays episodes of several turns, where the recipe names an environment or tools.
+    turns: TurnSampler | None = None
+
     # Set where another engine than the trainer's own model samples.
     correction: Correction | None = None
 
@@ -85,7 +99,7 @@ class RolloutSource:
         # The current rollout. A place is a prompt's position in it; rank r has those with
         # place % world == r.
         self.number = -1
-        self.bundles: dict[int, Bundle] = {}  # this rank's, by place
+        self.bundles: dict[int, list[Bundle]] = {}  # this rank's, by place
         self.places: list[int] = []  # that have a bundle, on all ranks
 
     def collect(self, step: int, half: int = 0) -> list[Bundle]:
@@ -113,9 +127,9 @@ class RolloutSource:
         first = epoch_start + len(self.places) * index // count
         end = epoch_start + len(self.places) * (index + 1) // count
         drawn = [self.places[i] for i in order[first:end]]
-        return [self.bundles[place] for place in drawn if place in self.bundles]
+        return [bundle for place in drawn for bundle in self.bundles.get(place, [])]
 
-    def _rollout(self, number: int, half: int) -> dict[int, Bundle]:
+    def _rollout(self, number: int, half: int) -> dict[int, list[Bundle]]:
         """This rank's bundles of a rollout, by place: sampled, scored and credited."""
         size = self.batch_size * self.plan.minibatches
         turns = 1 + (self.refills if self.pass_rate else 0)
@@ -123,8 +137,8 @@ class RolloutSource:
             if self.drawing is None:
                 self.sampler.sync()
 
-        answers: list[list[Sample]] = []
-        bundles: dict[int, Bundle | None] = {}
+        answers: Answers = []
+        bundles: dict[int, list[Bundle]] = {}
         fitting: list[int] = []
         places_asked = 0
 
@@ -134,15 +148,11 @@ class RolloutSource:
             positions = [number * turns * size + place for place in mine]
             with raise_on_all_ranks(self.accelerator):
                 turn_answers, turn_bundles = self._answered(positions, 2 * number + half)
-            answers.extend(turn_answers)
+            answers = [*answers, *turn_answers]
             bundles |= dict(zip(mine, turn_bundles))
             places_asked += size
 
-            own_fitting = [
-                place
-                for place, bundle in bundles.items()
-                if bundle is not None and self._fits(bundle)
-            ]
+            own_fitting = [place for place, own in bundles.items() if own and self._fits(own)]
             fitting = sorted(gather_object(own_fitting))
             if len(fitting) >= size:
                 break
@@ -151,8 +161,9 @@ class RolloutSource:
                 self.sampler.rest()
 
         self.metrics |= self.scoring.metrics
+        further = episode_columns(answers, self.turns.tools) if self.turns else None
         self.metrics |= rollout_metrics(
-            self.plan, answers, list(bundles.values()), self.accelerator
+            self.plan, answers, list(bundles.values()), self.accelerator, further
         )
         if self.correction is not None:
             self.metrics |= mixed_versions(answers, self.accelerator)
@@ -162,12 +173,9 @@ class RolloutSource:
 
         # Where no prompt fits, none is better than the first ones.
         chosen_places = set(fitting[:size] or range(size))
-        chosen = {
-            place: bundle
-            for place, bundle in bundles.items()
-            if bundle is not None and place in chosen_places
-        }
-        return dict(zip(chosen, self._credited(list(chosen.values()))))
+        chosen = {place: own for place, own in bundles.items() if own and place in chosen_places}
+        credited = iter(self._credited([bundle for own in chosen.values() for bundle in own]))
+        return {place: [next(credited) for _ in own] for place, own in chosen.items()}
 
     def _own_places(self, first: int, end: int) -> list[int]:
         """This rank's places in [first, end)."""
@@ -175,24 +183,27 @@ class RolloutSource:
         world = self.accelerator.num_processes
         return [place for place in range(first, end) if place % world == rank]
 
-    def _fits(self, bundle: Bundle) -> bool:
+    def _fits(self, bundles: Sequence[Bundle]) -> bool:
         """Whether the prompt is neither too hard nor too easy for the
         policy (Bae et al. 2025, arXiv:2504.03380).
         """
         if self.pass_rate is None:
             return True
         lowest, highest = self.pass_rate
-        return lowest < float(bundle.rows["score"].mean()) < highest
+        scores = scores_of(bundles)
+        return scores is not None and lowest < float(scores.mean()) < highest
 
-    def _answered(
-        self, positions: Sequence[int], visit: int
-    ) -> tuple[list[list[Sample]], list[Bundle | None]]:
-        """The policy's samples for the prompts at `positions` of the order, and their bundles with
-        scores or preferences. None stands for a bundle that cannot be used.
+    def _answered(self, positions: Sequence[int], visit: int) -> tuple[Answers, list[list[Bundle]]]:
+        """The policy's answers to the prompts at `positions` of the order, and the bundles of each
+        prompt with scores or preferences; none where it cannot be used.
         """
         prompts = [
             self.prompts[i] for position in positions for i in self.order[position : position + 1]
         ]
+        step = self.number * self.plan.epochs * self.plan.minibatches
+        if self.turns is not None:
+            return self._played(prompts, positions, visit, step)
+
         answers: list[list[Sample]] = [[] for _ in prompts]
         opponents: list[list[Sample]] = [[] for _ in prompts]
         draws: list[int] = []  # of each prompt's answers
@@ -208,8 +219,19 @@ class RolloutSource:
             sampled_bundle(prompt, samples, rows, truncated=not self.mask_truncated)
             for prompt, samples in zip(prompts, answers)
         ]
-        step = self.number * self.plan.epochs * self.plan.minibatches
-        return answers, self.scoring.score(prompts, bundles, answers, opponents, step)
+        scored = self.scoring.score(prompts, bundles, answers, opponents, step)
+        return answers, [[] if bundle is None else [bundle] for bundle in scored]
+
+    def _played(
+        self, prompts: Sequence[Any], positions: Sequence[int], visit: int, step: int
+    ) -> tuple[Answers, list[list[Bundle]]]:
+        """The same for episodes of several turns."""
+        assert self.turns is not None
+        (draw,) = self.plan.samples
+        counted = replace(draw, n=draw.n or self.completions)
+        with explained_numerics():
+            rows = self.turns.episodes(prompts, counted, step=visit, prompt_ids=positions)
+        return rows, self.scoring.score_episodes(prompts, rows, positions, step)
 
     def _requests(self, positions: Sequence[int], visit: int) -> list[Request]:
         """What the plan's draws ask for. Every draw of every visit gets noise of its own."""
@@ -234,18 +256,13 @@ class RolloutSource:
         """The samples of each request. NumericsError where the policy's log-probs are not finite,
         with what to do about it.
         """
-        try:
+        with explained_numerics():
             if self.drawing is not None:
                 drawn = self.drawing.take(self.number)
                 per_rollout = self.plan.epochs * self.plan.minibatches
                 self.metrics["rollout/lag"] = float(self.drawing.age * per_rollout)
                 return drawn
             return [self._now(index, request) for index, request in enumerate(requests)]
-        except NumericsError as error:
-            raise NumericsError(
-                f"{error}. The updates before this step went too far: lower train.learning_rate, or go on from an earlier "
-                "checkpoint with --resume PATH"
-            ) from error
 
     def _now(self, index: int, request: Request) -> list[list[Sample]]:
         """The samples of draw `index`."""
@@ -297,6 +314,18 @@ class RolloutSource:
         credited = dict(zip(order, with_channels(ordered, channels)))
         return [credited[i] for i in range(len(bundles))]
 
+    def _advantages(self, bundles: list[Bundle], tokens: TokenLogps) -> dict[str, Tensor]:
+        """The objective's credit of the global rollout: this rank's part of it, [N, T] each."""
+        channels, self.credit_state = advantages(
+            self.objective, self.credit_state, bundles, tokens, self.accelerator
+        )
+        self.metrics |= {
+            f"credit/{name}": float(value)
+            for name, value in self.credit_state.items()
+            if value.numel() == 1
+        }
+        return channels
+
     def _no_rows(self) -> TokenLogps:
         """Log-probs of no completion [0, T], with the channels that other ranks have: every bundle
         of this rank was dropped.
@@ -304,55 +333,17 @@ class RolloutSource:
         nothing = replace(stand_in(), tokens={"behavior": [torch.zeros(1)]})
         return self.pair.logps([nothing], self.plan).map(lambda t: t[:0])
 
-    def _advantages(self, bundles: list[Bundle], tokens: TokenLogps) -> dict[str, Tensor]:
-        """The objective's credit of the global rollout; returns this
-        rank's part of it, [N, T] each.
-        """
-        everyone, offset = gather_rows(tokens, self.accelerator)
-        every_score = gather_object([RolloutBatch.scores_of(b).tolist() for b in bundles])
-        own_draws = [draw for b in bundles for draw in b.rows.get("draw", torch.empty(0)).tolist()]
-        every_draw = gather_object(own_draws)
-        device = self.pair.device
-        groups = [group for group, scores in enumerate(every_score) for _ in scores]
-        rollout = RolloutBatch(
-            everyone,
-            torch.tensor(
-                [score for scores in every_score for score in scores],
-                dtype=torch.float64,
-                device=device,
-            ),
-            torch.tensor(groups, device=device),
-            draws=torch.tensor(every_draw, device=device) if every_draw else None,
-        )
-        credited, self.credit_state = self.objective.credit(rollout, self.credit_state)
-        self.metrics |= {
-            f"credit/{name}": float(value)
-            for name, value in self.credit_state.items()
-            if value.numel() == 1
-        }
-
-        own_rows = slice(offset, offset + len(tokens.policy))
-        channels = {
-            "advantages": credited.advantages,
-            "returns": credited.returns,
-            "values": credited.values,
-        }
-        return {
-            name: _narrowed(name, value, rollout)[own_rows]
-            for name, value in channels.items()
-            if value is not None
-        }
-
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Every rank's part of the current rollout, and the objective's state. The position in the
         rollout follows from the step.
         """
-        tensors, shapes = pack(gather_object(list(self.bundles.values())))
+        own = [(place, bundle) for place, row in self.bundles.items() for bundle in row]
+        tensors, shapes = pack(gather_object([bundle for _, bundle in own]))
         credit = {f"credit.{name}": value for name, value in self.credit_state.items()}
         state = {
             "number": self.number,
             "bundles": shapes,
-            "places": gather_object(list(self.bundles)),
+            "places": gather_object([place for place, _ in own]),
         }
         coming: dict[str, Tensor] = {}
         if self.drawing is not None:
@@ -362,11 +353,13 @@ class RolloutSource:
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Put back what `state` returned, for any number of processes."""
         self.number = state["number"]
-        self.places = sorted(state["places"])
+        self.places = sorted(set(state["places"]))
 
         own = set(self._own_places(0, max(self.places, default=-1) + 1))
-        everyone = zip(state["places"], unpack(tensors, state["bundles"]))
-        self.bundles = {place: bundle for place, bundle in everyone if place in own}
+        self.bundles = {}
+        for place, bundle in zip(state["places"], unpack(tensors, state["bundles"])):
+            if place in own:
+                self.bundles.setdefault(place, []).append(bundle)
         self.credit_state = {
             name.removeprefix("credit."): value.to(self.pair.device)
             for name, value in tensors.items()
@@ -376,20 +369,13 @@ class RolloutSource:
             self.drawing.load_state(tensors, state["ahead"])
 
 
-def _narrowed(name: str, values: Tensor, rollout: RolloutBatch) -> Tensor:
-    """What `credit` computed in float64 [N, T], in the dtype of the log-probs. NumericsError where
-    it is not finite there, with the scores that led to it.
-    """
-    narrow = values.to(rollout.tokens.policy.dtype)
-    rows = (~narrow.isfinite()).flatten(1).any(-1).nonzero()[:, 0].tolist()
-    if not rows:
-        return narrow
-
-    group = rollout.scores[rollout.groups == rollout.groups[rows[0]]].tolist()
-    listed = ", ".join(f"{score:.6g}" for score in group[:8])
-    raise NumericsError(
-        f"the {name} of {len(rows)} of {len(narrow)} completions are not finite in "
-        f"{str(narrow.dtype).removeprefix('torch.')}; the first one's prompt has the scores "
-        f"{listed}{', ...' if len(group) > 8 else ''}. Nothing was updated; scale the reward down "
-        "(its `weight`), or mend it"
-    )
+@contextmanager
+def explained_numerics() -> Iterator[None]:
+    """NumericsError where the policy's log-probs are not finite, with what to do about it."""
+    try:
+        yield
+    except NumericsError as error:
+        raise NumericsError(
+            f"{error}. The updates before this step went too far: lower train.learning_rate, or go on from an earlier "
+            "checkpoint with --resume PATH"
+        ) from error

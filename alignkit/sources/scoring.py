@@ -17,12 +17,19 @@ from alignkit.credit import constant_groups
 from alignkit.errors import DataError, NumericsError
 from alignkit.judges.rows import INVALID, Compare, judged
 from alignkit.rewards.call import RewardCall, call_reward
+from alignkit.rollout.episodes import Episode
 from alignkit.rollout.protocol import Sample
+from alignkit.sources.episodes import (
+    bundles_of,
+    completion_text,
+    warn_of_failures,
+)
 
 log = logging.getLogger("alignkit")
 
 Decode = Callable[[Any, Tensor], Any]  # (prompt, token ids) -> what rewards and judges read
 Samples = Sequence[Sequence[Sample]]  # one list for each prompt
+Answers = Sequence[Sequence[Sample]] | Sequence[Sequence[Episode]]
 
 # After so many rollouts in a row in which no prompt's completions differ in score, the user is
 # warned.
@@ -64,6 +71,42 @@ class Scoring:
         if self.plan.feedback == "reward":
             return self._rewarded(prompts, bundles, answers, texts, step)
         return self._judged(prompts, bundles, texts, self._texts(prompts, opponents))
+
+    def score_episodes(
+        self,
+        prompts: Sequence[Any],
+        rows: Sequence[Sequence[Episode]],
+        groups: Sequence[int],
+        step: int,
+    ) -> list[list[Bundle]]:
+        """The bundles of each prompt's episodes, with the score of each: what its environment gave
+        plus, where there is a reward, what that makes of its messages. Episodes that failed are set
+        aside. `groups` are the numbers of the prompts in the rollout.
+        """
+        warn_of_failures(rows)
+        played = [[episode for episode in row if episode.failed is None] for row in rows]
+        given: list[list[float | None]] = [[0.0 for _ in row] for row in played]
+        if self.reward is not None:
+            opened = [
+                SimpleNamespace(text=row[0].prompt if row else prompt.text, columns=prompt.columns)
+                for prompt, row in zip(prompts, rows)
+            ]
+            texts = [
+                [completion_text(episode, not isinstance(prompt.text, str)) for episode in row]
+                for prompt, row in zip(prompts, played)
+            ]
+            ids = [
+                [[i for segment in e.segments for i in segment.ids.tolist()] for e in row]
+                for row in played
+            ]
+            state = SimpleNamespace(global_step=step)
+            given = call_reward(self.reward, opened, texts, ids, trainer_state=state)
+            self.metrics |= getattr(self.reward, "metrics", {})
+
+        return [
+            bundles_of(prompt, *_with_a_score(row, scores), group)
+            for prompt, row, scores, group in zip(prompts, played, given, groups)
+        ]
 
     def _texts(self, prompts: Sequence[Any], samples: Samples) -> list[list[Any]]:
         return [
@@ -137,17 +180,24 @@ def _with_scores(bundle: Bundle, scores: Sequence[float | None]) -> Bundle | Non
 
 
 def rollout_metrics(
-    plan: Plan, samples: Samples, bundles: Sequence[Bundle | None], accelerator: Accelerator
+    plan: Plan,
+    samples: Answers,
+    bundles: Sequence[Sequence[Bundle]],
+    accelerator: Accelerator,
+    further: Mapping[str, list[float]] | None = None,
 ) -> dict[str, float]:
-    """Means that describe a rollout, over all ranks. `bundles` has None for each that was dropped.
+    """Means that describe a rollout, over all ranks. `bundles` has none for a prompt that was
+    dropped; `further` are columns whose means belong to them, of the same names on all ranks.
 
     DataError or NumericsError where no bundle is left on any rank.
     """
-    scores = [b.rows["score"] for b in bundles if b is not None and "score" in b.rows]
+    every_score = [scores_of(row) for row in bundles]
+    scores = [row for row in every_score if row is not None]
     values: dict[str, list[float]] = {
-        "completions/mean_length": [len(sample.ids) for row in samples for sample in row],
+        "completions/mean_length": [sample.own_tokens for row in samples for sample in row],
         "completions/clipped_ratio": [not sample.ended for row in samples for sample in row],
-        "rollout/dropped": [bundle is None for bundle in bundles],
+        "rollout/dropped": [not row for row in bundles],
+        **(further or {}),
     }
     if plan.feedback == "reward":
         values["reward"] = [value for row in scores for value in row.tolist()]
@@ -155,9 +205,7 @@ def rollout_metrics(
         values["frac_reward_zero_std"] = [_agree(row) for row in scores]
         # Completions that lost all others to compare them with: their advantage is 0.
         values["rollout/groups_of_one"] = [
-            len(bundle.completions) == 1 < len(row)
-            for row, bundle in zip(samples, bundles)
-            if bundle is not None
+            len(left) == 1 < len(row) for row, left in zip(samples, every_score) if left is not None
         ]
     elif plan.feedback != "none":
         values["judge/invalid"] = values["rollout/dropped"]
@@ -172,12 +220,14 @@ def rollout_metrics(
     dropped, asked = totals["rollout/dropped"]
     if dropped == asked:
         if plan.feedback == "reward":
-            raise DataError("no completion of this step has a score; check the reward")
+            raise DataError(
+                "no completion of this step has a score; check the reward, or the environment"
+            )
         raise NumericsError(INVALID)
     return {name: total / max(count, 1) for name, (total, count) in totals.items()}
 
 
-def mixed_versions(samples: Samples, accelerator: Accelerator) -> dict[str, float]:
+def mixed_versions(samples: Answers, accelerator: Accelerator) -> dict[str, float]:
     """The share of completions, over all ranks, whose tokens were drawn with more than one version
     of the weights. Their log-probs are those of each token's own version, so importance weights
     account for them.
@@ -186,6 +236,28 @@ def mixed_versions(samples: Samples, accelerator: Accelerator) -> dict[str, floa
     own = torch.tensor([sum(flags), len(flags)], dtype=torch.float64, device=accelerator.device)
     mixed, total = accelerator.reduce(own).tolist()
     return {"sampling/mixed_versions": mixed / max(total, 1)}
+
+
+def scores_of(bundles: Sequence[Bundle]) -> Tensor | None:
+    """The scores of a prompt's completions [K], each once; None where nothing scores them."""
+    if not bundles or not all("score" in bundle.rows for bundle in bundles):
+        return None
+    scores = torch.cat([bundle.rows["score"] for bundle in bundles])
+    if "segment" not in bundles[0].rows:
+        return scores
+    return scores[torch.cat([bundle.rows["segment"] for bundle in bundles]) == 0]
+
+
+def _with_a_score(
+    episodes: Sequence[Episode], given: Sequence[float | None]
+) -> tuple[list[Episode], list[float]]:
+    """The episodes to which the reward applies, and their scores."""
+    scored = [
+        (episode, episode.reward + score)
+        for episode, score in zip(episodes, given, strict=True)
+        if score is not None
+    ]
+    return [episode for episode, _ in scored], [score for _, score in scored]
 
 
 def _agree(scores: Tensor) -> bool:

@@ -45,9 +45,11 @@ class Task:
     model_folder: Path  # loads with from_pretrained, tokenizer included
     rows_folder: Path
     # reward(prompts, completions, **columns) -> one number per completion
-    reward: Callable[..., list[float]]
+    reward: Callable[..., list[float]] | None
     # judge(prompts, first, second) -> Verdict, where the task is a game
     judge: Callable[..., Any] | None = None
+    # a class of alignkit.rollout.environment.Environment, where episodes have several turns
+    environment: Callable[[], Any] | None = None
 
     @property
     def teacher_folder(self) -> Path:

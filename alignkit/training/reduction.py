@@ -161,7 +161,9 @@ class Reducer:
             sums.guard.watch_outputs(seen, chunk)
         else:
             sums.guard.watch_logps(seen, chunk)
-        out = weighted(self.objective.loss(self.family.build(chunk, seen)), chunk)
+        out = self.objective.loss(self.family.build(chunk, seen))
+        if all("importance" in bundle.rows for bundle in chunk):  # another engine has sampled them
+            out = weighted(out, chunk)
         sums.add(out, chunk)
         loss = _total(out, counts)
         sums.loss += loss.detach().double()

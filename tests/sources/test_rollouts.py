@@ -65,7 +65,7 @@ def test_self_play_moves_to_what_the_judge_prefers(model, tmp_path, objective, r
     def draws():
         return [
             i
-            for b in job.source._rollout(999, 0).values()
+            for (b,) in job.source._rollout(999, 0).values()
             for ids in b.completions
             for i in ids.tolist()
         ]
@@ -142,7 +142,8 @@ def test_prompts_that_are_too_hard_or_too_easy_make_room_for_others(model, tmp_p
     def rollout(pass_rate, refills=3):
         source = online_job(model, tmp_path, GRPO(), n_prompts=30, reward=reward).source
         source.pass_rate, source.refills = pass_rate, refills
-        return source, source._rollout(2, 0)
+        rollout = source._rollout(2, 0)
+        return source, {place: bundle for place, (bundle,) in rollout.items()}
 
     source, kept = rollout((0.2, 0.8))
     assert len(kept) == 4

@@ -14,9 +14,11 @@ from world import save_model
 from alignkit.config.recipe import load_recipe
 from alignkit.errors import DataError
 from alignkit.files import read_jsonl
+from alignkit.objectives.online.grpo import GRPO
 from alignkit.rollout.generate import OneModel, generate
 from alignkit.rollout.hf import HFSampler
 from alignkit.runs.launch import run_recipe
+from alignkit.sources.scoring import Scoring
 from alignkit.training.held_out_reward import HeldOut
 
 REWARD = """
@@ -90,8 +92,7 @@ def test_a_reward_that_never_applies_is_an_error(folder):
     nothing = HeldOut(
         prompts,
         HFSampler(models, max_new_tokens=2),
-        lambda p, ids: "x",
-        lambda *a, **k: [None],
+        Scoring(GRPO().plan, lambda p, ids: "x", lambda *a, **k: [None]),
         Accelerator(cpu=True),
     )
     with pytest.raises(DataError, match=r"no held-out completion has a score"):

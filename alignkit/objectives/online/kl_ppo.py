@@ -74,7 +74,13 @@ class KLPPO(ValueObjective):
 
         # Inside the rewards a token pays for the KL that it causes later; outside for its own alone.
         inside = self.kl_credit == "sequence"
-        rewards = shaped_rewards(rollout.scores, kl, tokens.mask, beta=beta if inside else 0.0)
+        rewards = shaped_rewards(
+            rollout.scores,
+            kl,
+            tokens.mask,
+            beta=beta if inside else 0.0,
+            rewards=rollout.rewards,
+        )
         advantages, returns = self.estimate(rewards, tokens)
         if not inside:
             advantages = torch.where(tokens.mask, advantages - beta * kl, 0.0)

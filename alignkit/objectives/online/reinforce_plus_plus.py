@@ -52,8 +52,13 @@ class ReinforcePlusPlus(ClippedObjective):
         """
         tokens = rollout.tokens
         if self.baseline == "none":
-            scores = rollout.scores.double()
-            rewards = shaped_rewards(scores, tokens.log_ratio, tokens.mask, beta=self.beta)
+            rewards = shaped_rewards(
+                rollout.scores.double(),
+                tokens.log_ratio,
+                tokens.mask,
+                beta=self.beta,
+                rewards=rollout.rewards,
+            )
             credit = reward_to_go(rewards, tokens.mask)
             return replace(rollout, advantages=whiten(credit, tokens.mask)), state
 

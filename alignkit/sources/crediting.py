@@ -1,0 +1,180 @@
+"""From the scores of a rollout to the advantages of its tokens: the objective's `credit`, asked on
+the rollout of all processes.
+
+Credit belongs to episodes. Where a rewritten history has cut one into several rows, its rows are
+put behind one another for the objective and taken apart afterwards, so that a return runs on over
+the cut and no mean counts an episode twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.nn.functional import pad
+
+from alignkit.batches import Bundle, RolloutBatch, TokenLogps
+from alignkit.distributed.gather import gather_rows
+from alignkit.errors import NumericsError
+from alignkit.objectives.base import Objective, State
+
+# What bundles carry per token -> the field of the rollout, and what stands where nothing does.
+CHANNELS = {"turn": ("turns", -1), "state": ("states", 0), "reward": ("rewards", 0)}
+
+
+def advantages(
+    objective: Objective,
+    state: State,
+    bundles: Sequence[Bundle],
+    tokens: TokenLogps,
+    accelerator: Accelerator,
+) -> tuple[dict[str, Tensor], State]:
+    """The objective's credit of the global rollout: this rank's part of it, [N, T] each, and the
+    objective's next state.
+
+    `tokens` are the log-probs of the N completions of `bundles`. NumericsError where an advantage
+    is not finite.
+    """
+    device = tokens.policy.device
+    channels = _channels(bundles, tokens)
+    gathered, offset = gather_rows(
+        replace(tokens, extras={**tokens.extras, **channels}), accelerator
+    )
+    everyone = replace(gathered, extras={name: gathered.extras[name] for name in tokens.extras})
+    rows = {name: values for name, values in _gathered_rows(bundles).items() if values}
+
+    rollout = RolloutBatch(
+        everyone,
+        torch.tensor(rows.get("score", []), dtype=torch.float64, device=device),
+        torch.tensor(rows.get("group", []), dtype=torch.int64, device=device),
+        draws=torch.tensor(rows["draw"], device=device) if "draw" in rows else None,
+        ids=gathered.extras["ids"],
+        **{field: gathered.extras.get(field) for field, _ in CHANNELS.values()},
+    )
+    episodes = Episodes.of(rows.get("episode"), rows.get("segment"), device)
+    credited, state = objective.credit(episodes.joined(rollout), state)
+
+    own_rows = slice(offset, offset + len(tokens.policy))
+    results = {
+        "advantages": credited.advantages,
+        "returns": credited.returns,
+        "values": credited.values,
+    }
+    own = {
+        name: _narrowed(name, episodes.apart(value), rollout)[own_rows]
+        for name, value in results.items()
+        if value is not None
+    }
+    return own, state
+
+
+class Episodes:
+    """Which rows belong to one episode, in time. Without cuts every row is one."""
+
+    def __init__(self, table: Tensor | None) -> None:
+        self.table = table  # [E, S] int64 rows of each episode, -1 behind the last; None: no cuts
+
+    @classmethod
+    def of(
+        cls, episodes: Sequence[int] | None, segments: Sequence[int] | None, device: Any
+    ) -> "Episodes":
+        """From the episode and the segment of each row."""
+        if episodes is None or segments is None or not any(segments):
+            return cls(None)
+        numbers = {episode: i for i, episode in enumerate(dict.fromkeys(episodes))}
+        table = torch.full((len(numbers), max(segments) + 1), -1, dtype=torch.int64)
+        for row, (episode, segment) in enumerate(zip(episodes, segments, strict=True)):
+            table[numbers[episode], segment] = row
+        return cls(table.to(device))
+
+    def joined(self, rollout: RolloutBatch) -> RolloutBatch:
+        """One row per episode, its segments behind one another."""
+        if self.table is None:
+            return rollout
+        table = self.table
+
+        def join(values: Tensor) -> Tensor:
+            padded = torch.cat([values, torch.zeros_like(values[:1])])  # row -1
+            return padded[table].flatten(1, 2)
+
+        turns = rollout.turns
+        first = table[:, 0]
+        tokens = rollout.tokens.map(join)
+        return replace(
+            rollout,
+            tokens=tokens,
+            scores=rollout.scores[first],
+            groups=rollout.groups[first],
+            draws=None if rollout.draws is None else rollout.draws[first],
+            ids=None if rollout.ids is None else join(rollout.ids),
+            turns=None if turns is None else torch.where(tokens.mask, join(turns), -1),
+            states=None if rollout.states is None else join(rollout.states),
+            rewards=None if rollout.rewards is None else join(rollout.rewards),
+        )
+
+    def apart(self, values: Tensor) -> Tensor:
+        """The inverse, for what `credit` gave: [E, S T] -> [N, T]."""
+        if self.table is None:
+            return values
+        cut = values.unflatten(1, (self.table.shape[1], -1))
+        there = self.table >= 0
+        rows = torch.empty_like(cut[there])
+        rows[self.table[there]] = cut[there]
+        return rows
+
+
+def _channels(bundles: Sequence[Bundle], tokens: TokenLogps) -> dict[str, Tensor]:
+    """Ids and, of episodes, turns, states and rewards: [N, T] each."""
+    length = tokens.policy.shape[1]
+
+    def padded(rows: Sequence[Tensor], filling: float, dtype: torch.dtype) -> Tensor:
+        full = [pad(row, (0, length - len(row)), value=filling) for row in rows]
+        empty = torch.zeros((0, length), dtype=dtype)
+        return (torch.stack(full) if full else empty).to(tokens.policy.device)
+
+    ids = [row for bundle in bundles for row in bundle.completions]
+    channels = {"ids": padded(ids, 0, torch.int64)}
+    of_episodes = gather_object([all(name in b.tokens for name in CHANNELS) for b in bundles])
+    for name, (field, filling) in CHANNELS.items() if any(of_episodes) else ():
+        rows = [row for bundle in bundles for row in bundle.tokens[name]]
+        dtype = torch.float64 if name == "reward" else torch.int64
+        channels[field] = padded(rows, filling, dtype)
+    return channels
+
+
+def _gathered_rows(bundles: Sequence[Bundle]) -> dict[str, list[Any]]:
+    """One number per completion, of all ranks; completions of one prompt have one group."""
+    names = ("draw", "episode", "segment", "group")
+    own: list[dict[str, Any]] = [
+        {"score": RolloutBatch.scores_of(bundle).tolist()}
+        | {name: bundle.rows[name].tolist() for name in names if name in bundle.rows}
+        for bundle in bundles
+    ]
+    rows: dict[str, list[Any]] = {name: [] for name in ("score", *names)}
+    for number, values in enumerate(gather_object(own)):
+        values.setdefault("group", [number] * len(values["score"]))
+        for name, entries in values.items():
+            rows[name] += entries
+    return rows
+
+
+def _narrowed(name: str, values: Tensor, rollout: RolloutBatch) -> Tensor:
+    """What `credit` computed in float64 [N, T], in the dtype of the log-probs. NumericsError where
+    it is not finite there, with the scores that led to it.
+    """
+    narrow = values.to(rollout.tokens.policy.dtype)
+    rows = (~narrow.isfinite()).flatten(1).any(-1).nonzero()[:, 0].tolist()
+    if not rows:
+        return narrow
+
+    group = rollout.scores[rollout.groups == rollout.groups[rows[0]]].tolist()
+    listed = ", ".join(f"{score:.6g}" for score in group[:8])
+    raise NumericsError(
+        f"the {name} of {len(rows)} of {len(narrow)} completions are not finite in "
+        f"{str(narrow.dtype).removeprefix('torch.')}; the first one's prompt has the scores "
+        f"{listed}{', ...' if len(group) > 8 else ''}. Nothing was updated; scale the reward down "
+        "(its `weight`), or mend it"
+    )
