@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from alignkit.bundles import Bundle as Bundle
 from alignkit.bundles import Outputs as Outputs
 from alignkit.bundles import TokenLogps as TokenLogps
+from alignkit.bundles import whole_lengths as whole_lengths
 from alignkit.plan import Draw as Draw
 from alignkit.plan import Family as Family
 from alignkit.plan import LossTerms as LossTerms
@@ -227,12 +228,13 @@ class RolloutBatch:
         length = tokens.policy.shape[1]
         groups = [i for i, bundle in enumerate(bundles) for _ in bundle.completions]
 
-        def stacked(rows: Sequence[Tensor]) -> Tensor | None:
-            full = [pad(row, (0, length - len(row))) for row in rows]
+        def stacked(rows: Sequence[Tensor], filling: int = 0) -> Tensor | None:
+            full = [pad(row, (0, length - len(row)), value=filling) for row in rows]
             return torch.stack(full).to(device) if full else None
 
-        def padded(name: str) -> Tensor | None:
-            return stacked([row for bundle in bundles for row in bundle.tokens.get(name, ())])
+        def padded(name: str, filling: int = 0) -> Tensor | None:
+            rows = [row for bundle in bundles for row in bundle.tokens.get(name, ())]
+            return stacked(rows, filling)
 
         return cls(
             tokens,
@@ -243,6 +245,9 @@ class RolloutBatch:
             values=padded("values"),
             draws=_draws(bundles, device),
             ids=stacked([row for bundle in bundles for row in bundle.completions]),
+            turns=padded("turn", -1),
+            states=padded("state"),
+            rewards=padded("reward"),
         )
 
     def drawn_by(self, draw: int) -> Tensor:

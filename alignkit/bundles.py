@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from alignkit.tensors import masked_sum
@@ -116,3 +117,10 @@ class Outputs:
     """What a reward or preference model gives for N whole completions: D numbers for each."""
 
     values: Tensor  # [N, D], with gradient when trained; D is `plan.outputs`
+
+
+def whole_lengths(bundles: Sequence[Bundle], device: torch.device) -> Tensor | None:
+    """`TokenLogps.whole_lengths` of the completions of these bundles; None where they have none."""
+    if not all("episode_tokens" in bundle.rows for bundle in bundles):
+        return None
+    return torch.cat([bundle.rows["episode_tokens"] for bundle in bundles]).to(device)

@@ -144,7 +144,8 @@ class LanguageWorld:
         unique = list(dict.fromkeys(run.prompt for run in runs))
         ids = [prompts[place].ids for place in unique]
         room = decoder.schedule.max_new_tokens
-        logits = [model.prefill(ids, room) for model in self.models]
+        rooms = [room] * len(ids)
+        logits = [model.prefill(ids, rooms) for model in self.models]
         device = logits[0].device
         owner = torch.tensor([unique.index(run.prompt) for run in runs], device=device)
         slots = owner.repeat_interleave(decoder.schedule.particles)

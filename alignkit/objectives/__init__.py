@@ -48,6 +48,8 @@ OBJECTIVES: dict[str, str] = {
     "rpg": "online.rpg:RPG:rpg_loss",
     "critical_rpg": "online.critical_rpg:CriticalRPG:",
     "grpo": "online.grpo:GRPO:grpo_loss",
+    "gigpo": "online.gigpo:GiGPO:gigpo_advantages",
+    "ktae": "online.ktae:KTAE:ktae_values",
     "raft": "online.raft:RAFT:",
     "rloo": "online.rloo:RLOO:rloo_loss",
     "dr_grpo": "online.dr_grpo:DrGRPO:",
@@ -81,8 +83,6 @@ OBJECTIVES: dict[str, str] = {
 FUNCTIONS: dict[str, str] = {
     "wpo_weights": "preference.weighting",
     "on_policy_enough": "exploration",
-    "gigpo_advantages": "turn_credit",
-    "ktae_values": "token_credit",
     "entropic_value_loss": "online.entropic",
     "distillation_loss": "vocabulary_divergences",
     "pld_loss": "teacher_losses",

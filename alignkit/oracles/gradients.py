@@ -119,7 +119,9 @@ class Population:
         anchors = {name: tree.logps(self.reference) for name in plan.anchors}
         tokens = TokenLogps(tree.logps(theta), anchors, tree.mask, tree.logps(self.theta), extras)
         groups = torch.arange(len(self.rows)) // 2
-        return RolloutBatch(tokens.select(self.rows), scores[self.rows], groups)
+        return RolloutBatch(
+            tokens.select(self.rows), scores[self.rows], groups, ids=tree.tokens[self.rows]
+        )
 
     def delivered(self, objective: Objective, scores: Tensor, at: Tensor | None = None) -> Tensor:
         """Expected gradient of the objective's whole way, credit, loss

@@ -71,6 +71,20 @@ def _rollout(plan: Plan, noise: torch.Generator, i: int) -> list[Draft]:
     return [Draft(score - score.mean(), rows)]
 
 
+def _with_turns(bundle: Bundle) -> Bundle:
+    """Each run of own tokens is a turn, taken in a state of its number; the last earns the score."""
+    turns, rewards = [], []
+    for mask, score in zip(bundle.masks, RolloutBatch.scores_of(bundle), strict=True):
+        begins = mask & ~pad(mask[:-1], (1, 0))
+        turns.append(torch.where(mask, begins.cumsum(0) - 1, -1))
+        reward = torch.zeros(len(mask), dtype=torch.float64)
+        reward[mask.nonzero()[-1]] = score
+        rewards.append(reward)
+
+    states = [turn.clamp(min=0) for turn in turns]
+    return replace(bundle, tokens={"turn": turns, "state": states, "reward": rewards})
+
+
 def _table(count: int, noise: torch.Generator) -> Tensor:
     """Random P(row beats column), P + P^T = 1: [count, count]."""
     table = torch.rand(count, count, generator=noise, dtype=torch.float64)
@@ -139,11 +153,10 @@ class TabularWorld:
         for i, draft in enumerate(drafts):
             part = range(at, at := at + len(draft.better))
             ids, masks = ([t[n, : lengths[n]] for n in part] for t in (labels, mask))
-            bundles.append(
-                Bundle(
-                    torch.tensor([i]), ids, masks, str(i), draft.rows, mismatched=draft.mismatched
-                )
+            bundle = Bundle(
+                torch.tensor([i]), ids, masks, str(i), draft.rows, mismatched=draft.mismatched
             )
+            bundles.append(_with_turns(bundle) if FAMILIES[plan.data].credited else bundle)
         shape = (*mask.shape, VOCAB)
         anchors = {name: normal(*shape) for name in plan.anchors}
         return cls(

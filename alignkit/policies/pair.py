@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from alignkit.batches import Bundle, Outputs, Plan, TokenLogps
+from alignkit.batches import Bundle, Outputs, Plan, TokenLogps, whole_lengths
 from alignkit.config.train import MeshConfig
 from alignkit.errors import CheckpointError, ModelError
 from alignkit.policies.bins import save_bins
@@ -171,12 +171,8 @@ class PolicyPair:
         behavior = None
         if all("behavior" in bundle.tokens for bundle in bundles):
             behavior = self._stored(bundles, "behavior", rows)
-        whole = None
-        if all("episode_tokens" in bundle.rows for bundle in bundles):
-            whole = torch.cat([bundle.rows["episode_tokens"] for bundle in bundles])
-            whole = whole.to(rows.labels.device)
-        policy = extras.pop("policy")
-        return TokenLogps(policy, anchor_logps, rows.mask, behavior, extras, whole)
+        whole = whole_lengths(bundles, rows.labels.device)
+        return TokenLogps(extras.pop("policy"), anchor_logps, rows.mask, behavior, extras, whole)
 
     @property
     def packing(self) -> float | None:

@@ -1,6 +1,6 @@
 """Small self-contained tasks: a base model, rows, a reward. `resolve` finds one by name.
 
-A task is defined by a grammar or a rule (reviews, arithmetic, cyclic). From that, build.py trains
+A task is defined by a grammar or a rule (reviews, arithmetic, cyclic, shop). From that, build.py trains
 the base model and writes the rows, in a process of its own (worker.py); cache.py keeps the files.
 exact.py then computes what a model does on a task whose outcomes can be listed. Importing this
 imports no torch.
@@ -20,9 +20,10 @@ from alignkit.tasks.arithmetic import ARITHMETIC
 from alignkit.tasks.cyclic import CYCLIC
 from alignkit.tasks.definition import Definition
 from alignkit.tasks.reviews import REVIEWS
+from alignkit.tasks.shop import SHOP
 from alignkit.tasks.worker import run_apart
 
-TASKS: dict[str, Definition] = {**REVIEWS, **ARITHMETIC, **CYCLIC}
+TASKS: dict[str, Definition] = {**REVIEWS, **ARITHMETIC, **CYCLIC, **SHOP}
 TEACHER_FORMAT = 1  # raise it when build.py makes other teachers of the same tasks
 DEFAULT_TASK = "reviews"  # the task of `model: task` where the data name none
 
@@ -94,4 +95,5 @@ def resolve(name: str) -> Task:
         folder / "rows",
         definition.reward,
         definition.judge,
+        getattr(definition, "environment", None),
     )

@@ -21,6 +21,7 @@ from alignkit.tasks.cyclic import Cyclic
 from alignkit.tasks.dataset import write_rows
 from alignkit.tasks.definition import BaseConfig
 from alignkit.tasks.reviews import Reviews
+from alignkit.tasks.shop import Shop
 
 WATCHED_PROMPTS = 400  # on which the base model of sums is watched
 TEACHER = BaseConfig(steps=200, batch_size=32, learning_rate=3e-3)  # its size is the base model's
@@ -36,6 +37,8 @@ def build(name: str, folder: Path) -> None:
         build_reviews(definition, folder)
     elif isinstance(definition, Arithmetic):
         build_arithmetic(definition, folder)
+    elif isinstance(definition, Shop):
+        build_shop(definition, folder)
     else:
         raise TypeError(f"build.py does not know how to make the task {name}")
 
@@ -70,6 +73,19 @@ def build_arithmetic(sums: Arithmetic, folder: Path) -> None:
     for split, rows in solved.items():
         prompts = [{"prompt": row["prompt"]} for row in rows]
         files.write_jsonl(rows_folder / f"demonstrations_{split}.jsonl", rows)
+        files.write_jsonl(rows_folder / f"prompts_{split}.jsonl", prompts)
+
+
+def build_shop(shop: Shop, folder: Path) -> None:
+    """A base model of what customers say, and every wish as a prompt."""
+    tokenizer = word_tokenizer(shop.vocabulary)
+    turns = list(shop.turns(tokenizer.eos_token))
+    train_base(shop.base, tokenizer, turns, folder)
+
+    rows_folder = folder / "rows"
+    rows_folder.mkdir()
+    for split in ("train", "eval"):
+        prompts = [{"prompt": prompt} for prompt in shop.prompts]
         files.write_jsonl(rows_folder / f"prompts_{split}.jsonl", prompts)
 
 

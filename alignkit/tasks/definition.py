@@ -1,6 +1,6 @@
 """What defines an embedded task. Importing this imports no torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,8 +36,9 @@ class Definition(Protocol):
         """judge(prompts, first, second) -> Verdict, where the task has one."""
         ...
 
-    def reward(
-        self, prompts: Sequence[str], completions: Sequence[str], **columns: Any
-    ) -> list[float]:
-        """One number per completion, in TRL's signature."""
+    @property
+    def reward(self) -> Callable[..., list[float]] | None:
+        """reward(prompts, completions, **columns) -> one number per completion, in TRL's signature;
+        None where an environment gives it.
+        """
         ...

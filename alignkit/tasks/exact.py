@@ -46,7 +46,7 @@ def outcome_logps(pair: PolicyPair, prompts: Sequence[str], completions: Sequenc
 
 def folder_logps(folder: Path | str, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
     """The same for a model in a folder: a task's base, or a run's `model`."""
-    return outcome_logps(_pair(folder), prompts, completions)
+    return outcome_logps(pair_of_folder(folder), prompts, completions)
 
 
 def folder_optimum(
@@ -63,7 +63,7 @@ def folder_optimum(
     is solved on the tree of the completions' tokens; there whatever leaves the grammar at a prefix
     is one leaf of that prefix.
     """
-    pair = _pair(folder)
+    pair = pair_of_folder(folder)
     if objective.backup(torch.zeros(1), torch.zeros(1)) is None:
         return objective.optimum(rewards, outcome_logps(pair, prompts, completions))
 
@@ -200,7 +200,8 @@ def _rest(logps: Tensor) -> Tensor:
     return (1 - logps.exp().sum(-1, keepdim=True)).clamp(min=LEAST).log()
 
 
-def _pair(folder: Path | str) -> PolicyPair:
+def pair_of_folder(folder: Path | str) -> PolicyPair:
+    """A model in a folder, as a policy without anchors."""
     model = ModelConfig(name_or_path=str(folder))
     return load_pair(model, ReferenceConfig(), None, PLAN, device="cpu", fixed_data=True)
 

@@ -193,18 +193,16 @@ def test_an_episode_whose_environment_fails_is_set_aside_with_the_reason(models)
     assert all(not e.segments and e.reward == 0 for e in failed)
 
 
-def chat_prompts(n):
-    return [
-        type(p)(**{**vars(p), "text": [{"role": "user", "content": p.text}]}) for p in prompts(n)
-    ]
-
-
 def chats(models, template, **settings):
     models.tokenizer.chat_template = template
     try:
         renderer = ChatRenderer(models.tokenizer, DataConfig(), stops=[EOS])
+        given = prompts(3)
+        for prompt in given:
+            prompt.text = [{"role": "user", "content": prompt.text}]
+            prompt.ids = renderer.start(prompt.text)
         return renderer, player(models, Echo, renderer=renderer, cap=100, **settings).episodes(
-            chat_prompts(3), Draw(4), step=5, prompt_ids=range(3)
+            given, Draw(4), step=5, prompt_ids=range(3)
         )
     finally:
         models.tokenizer.chat_template = None
