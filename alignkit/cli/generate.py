@@ -26,6 +26,15 @@ Beta = Annotated[
     float | None,
     typer.Option(help="With --toward: strength of the tilt e^(reward / beta); not for best_of."),
 ]
+# Turn by turn.
+Environment = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.py:NAME",
+        help="An environment: episodes are played in it and printed turn by turn.",
+    ),
+]
+Turns = Annotated[int, typer.Option(min=1, help="With --environment: most turns of an episode.")]
 Particles = Annotated[
     int | None,
     typer.Option(min=1, help="With --toward: candidates or particles; default: 8."),
@@ -55,41 +64,66 @@ def generate(
     method: Method = None,
     beta: Beta = None,
     particles: Particles = None,
+    environment: Environment = None,
+    turns: Turns = 8,
     safe: Safe = False,
 ) -> None:
-    r"""Sample completions of a prompt, as the model gives them or toward a reward. Control
-    characters are printed as escapes, such as \x1b.
+    r"""Sample completions of a prompt, as the model gives them or toward a reward, or episodes with
+    an environment. Control characters are printed as escapes, such as \x1b.
     """
-    decoder = toward_section(toward, method, beta, particles, temperature)
-    if decoder is not None:
-        from alignkit.decoding.generate import generate_toward
-        from alignkit.runs.trained_model import load_finished
+    messages: Any = [{"role": "user", "content": prompt}] if chat else prompt
+    if environment is not None:
+        if toward is not None:
+            raise ConfigError(
+                "--environment and --toward: episodes are drawn as the model gives them"
+            )
+        settings: dict[str, Any] = {
+            "completions": completions,
+            "temperature": temperature,
+            "seed": seed,
+        }
+        settings |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+        _show(_episodes(model, messages, environment, safe=safe, turns=turns, **settings))
+        return
 
-        toward_reward = generate_toward(
-            load_finished(model),
-            [{"role": "user", "content": prompt}] if chat else prompt,
-            decoder,
-            completions=completions,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            safe=safe,
-        )
-        _show(toward_reward)
+    decoder = toward_section(toward, method, beta, particles, temperature)
+    limits: dict[str, Any] = {
+        "completions": completions,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    if decoder is not None:
+        _show(_drawn_toward(model, messages, decoder, safe=safe, **limits))
         return
 
     from alignkit.rollout.generate import generate as sample
     from alignkit.runs.trained_model import load_finished
 
-    text_or_messages: Any = [{"role": "user", "content": prompt}] if chat else prompt
-    texts = sample(
-        load_finished(model),
-        [text_or_messages],
-        completions=completions,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-    )
+    texts = sample(load_finished(model), [messages], temperature=temperature, **limits)
     _show(texts[0])
+
+
+def _drawn_toward(model: str, prompt: Any, decoder: DecodeConfig, **settings: Any) -> list[str]:
+    """Completions of one prompt that are drawn toward a reward."""
+    from alignkit.decoding.generate import generate_toward
+    from alignkit.runs.trained_model import load_finished
+
+    return generate_toward(load_finished(model), prompt, decoder, **settings)
+
+
+def _episodes(
+    model: str, prompt: Any, environment: str, *, safe: bool, **settings: Any
+) -> list[str]:
+    """Episodes of one prompt as text, an empty line between them."""
+    if safe:
+        raise ConfigError(f"--environment: {environment} would run, and --safe does not allow that")
+
+    from alignkit.rollout.environment_pool import WorkerEnvironments
+    from alignkit.rollout.play import play, transcript
+    from alignkit.runs.trained_model import load_finished
+
+    (episodes,) = play(load_finished(model), [prompt], WorkerEnvironments(environment), **settings)
+    return "\n\n".join(map(transcript, episodes)).split("\n")
 
 
 def _show(texts: list[str]) -> None:

@@ -114,9 +114,9 @@ def _kill_the_rest(user: int | None) -> bool:
     return bool(family)
 
 
-def family(ancestor: int) -> list[int]:
-    """Process ids of everything that descends from the process `ancestor` (Linux)."""
-    return _descendants(ancestor)
+def parents_of_all() -> set[int]:
+    """Ids of the processes that have children (Linux)."""
+    return set(_children_of_all())
 
 
 def end_child(child: int, others: Sequence[int]) -> None:
@@ -200,12 +200,7 @@ def _closed_to_others(path: Path) -> Path | None:
 
 def _descendants(ancestor: int) -> list[int]:
     """Process ids of the children of `ancestor`, of their children, and so on (Linux)."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError):
-            parent = int(entry.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(entry.parent.name))
-
+    children = _children_of_all()
     waiting = [ancestor]
     below = []
     while waiting:
@@ -213,6 +208,15 @@ def _descendants(ancestor: int) -> list[int]:
         below += direct
         waiting += direct
     return below
+
+
+def _children_of_all() -> dict[int, list[int]]:
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            parent = int(entry.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.parent.name))
+    return children
 
 
 def _kill(process: int) -> bool:

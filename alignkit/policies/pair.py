@@ -168,9 +168,8 @@ class PolicyPair:
         if laws is not None:
             anchor_logps[plan.anchors[0]] = extras.pop("anchor")
 
-        behavior = None
-        if all("behavior" in bundle.tokens for bundle in bundles):
-            behavior = self._stored(bundles, "behavior", rows)
+        known = all("behavior" in bundle.tokens for bundle in bundles)
+        behavior = self._stored(bundles, "behavior", rows) if known else None
         whole = whole_lengths(bundles, rows.labels.device)
         return TokenLogps(extras.pop("policy"), anchor_logps, rows.mask, behavior, extras, whole)
 

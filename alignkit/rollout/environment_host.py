@@ -22,9 +22,9 @@ from alignkit.distributed.confinement import (
     confine,
     end_all,
     end_child,
-    family,
     hide_process,
     let_in,
+    parents_of_all,
     volunteer_for_out_of_memory,
 )
 from alignkit.distributed.worker_pool import Lines, NoLine, wait_for, write_line
@@ -209,9 +209,11 @@ class Host:
 
     def _end_leftovers(self, places: set[int]) -> None:
         """End the places whose last episode has left processes, or words, behind."""
-        for place in places & set(self.children):
+        used = places & set(self.children)
+        parents = parents_of_all() if used else set()
+        for place in sorted(used):
             child = self.children[place]
-            if family(child.process) or wait_for(child.answers.descriptor, until=0.0):
+            if child.process in parents or wait_for(child.answers.descriptor, until=0.0):
                 self._end(place)
 
     def _end(self, place: int) -> None:

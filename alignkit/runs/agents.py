@@ -6,7 +6,7 @@ from typing import Any
 
 from alignkit.batches import Draw
 from alignkit.data.prompts import Prompt
-from alignkit.errors import ConfigError, DataError
+from alignkit.errors import ConfigError
 from alignkit.policies.module import context_length
 from alignkit.rollout.engines import make_sampler
 from alignkit.rollout.environment_pool import (
@@ -15,8 +15,9 @@ from alignkit.rollout.environment_pool import (
     WorkerEnvironments,
 )
 from alignkit.rollout.episodes import Episode
-from alignkit.rollout.protocol import Sampler, stop_tokens
-from alignkit.rollout.renderer import ChatRenderer, Renderer, TextRenderer
+from alignkit.rollout.play import renderer_for
+from alignkit.rollout.protocol import Sampler
+from alignkit.rollout.renderer import Renderer
 from alignkit.rollout.turns import TurnSampler
 from alignkit.runs.context import RunContext
 
@@ -88,23 +89,7 @@ def _renderer(
     context: RunContext, environments: Environments, prompts: Sequence[Prompt]
 ) -> Renderer:
     recipe = context.recipe
-    tokenizer = context.pair.tokenizer
-    schemas = environments.about.schemas
-    chats = {not isinstance(prompt.text, str) for prompt in prompts}
-    if len(chats) > 1:
-        raise DataError(
-            "some prompts are chats and some plain text; episodes need one form for all of them"
-        )
-    if chats != {True}:
-        if schemas:
-            raise ConfigError(
-                f"{recipe.origin.at(('rollout', 'tools'))}: tools are called through a chat "
-                "template, and the prompts are plain text; write them as messages, or give the "
-                "environment a method `step`"
-            )
-        return TextRenderer(tokenizer, recipe.data)
-
-    renderer = ChatRenderer(tokenizer, recipe.data, schemas, stop_tokens(context.pair))
+    renderer = renderer_for(context.pair, recipe.data, environments, prompts)
     if renderer.rewrites and recipe.rollout.rewritten == "refuse":
         raise ConfigError(
             f"{recipe.origin.at(('rollout', 'rewritten'))}: the chat template rewrites earlier "

@@ -146,6 +146,18 @@ def test_safe_refuses_environments_and_tools(folder, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_generate_plays_episodes_and_prints_them_turn_by_turn(folder, capsys):
+    arguments = ("generate", folder / "model", "w3 w4", "--completions", "2", "--turns", "3")
+    code = f"{folder / 'worlds.py'}:Echo"
+    assert run(*arguments, "--max-new-tokens", "40", "--environment", code) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("prompt     w3 w4") == 2
+    assert sum(line.startswith("policy ") for line in lines) > 2
+    assert sum(line.startswith("world ") for line in lines) > 0
+    assert sum(line.startswith("reward ") for line in lines) == 2
+    assert run(*arguments, "--environment", code, "--safe") == 2
+
+
 def test_an_edited_environment_is_another_run(folder, tmp_path):
     code = tmp_path / "worlds.py"
     code.write_text(WORLD)
