@@ -24,6 +24,8 @@ from world import make_job, pairs
 
 from alignkit.distributed.launcher import end
 from alignkit.errors import AlignkitError, DataError, ResourceError
+from alignkit.objectives.distillation.distill import Distill
+from alignkit.objectives.distillation.opd import OPD
 from alignkit.objectives.online.rpg import RPG
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.objectives.preference.kto import KTO
@@ -77,6 +79,25 @@ def rpg(model, out, accelerator, **settings):
     )
 
 
+def distilled(model, out, accelerator, **settings):
+    """A live teacher, and a likelihood of the rows' own answers."""
+    return make_job(
+        model,
+        out,
+        Distill(divergence="jsd", kd_ratio=0.7),
+        pairs(20, k=1),
+        accelerator=accelerator,
+        batch_size=6,
+        steps=4,
+        **settings,
+    )
+
+
+def on_policy(model, out, accelerator, **settings):
+    """A teacher that reads what the policy samples."""
+    return online_job(model, out, OPD(), accelerator=accelerator, steps=4, **settings)
+
+
 def dropped(model, out, accelerator, **settings):
     """The reward applies to the first prompt of each rollout alone: the second rank's whole rollout
     is dropped.
@@ -111,6 +132,9 @@ CASES = {
     "kto": (kto, {"optimizer": "sgd", "budget": 24}),
     "rpg": (rpg, {"optimizer": "sgd", "learning_rate": 0.1}),
     "dropped": (dropped, {"optimizer": "sgd", "learning_rate": 0.1}),
+    "distill": (distilled, {**SGD, "budget": 24}),
+    "opd": (on_policy, {"optimizer": "sgd", "learning_rate": 0.1}),
+    "fsdp_distill": (distilled, {"shard": True, "budget": 24}),
     "fsdp_dpo": (dpo, {"shard": True, "save_every": 2}),
     "fsdp_ema": (dpo, {"shard": True, "reference": "ema", "ema_decay": 0.5, "budget": 24}),
     "fsdp_lora": (dpo, {"shard": True, "lora": True, "reference": "adapter_off", "budget": 24}),
