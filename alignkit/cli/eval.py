@@ -60,6 +60,14 @@ Html = Annotated[
     Path | None,
     typer.Option(metavar="PAGE.html", help="Also one page with the picture and the samples."),
 ]
+Distance = Annotated[
+    int | None,
+    typer.Option(
+        min=4,
+        metavar="SAMPLES",
+        help="Nats of each run from its own optimum, log Z from so many base samples per prompt.",
+    ),
+]
 Credit = Annotated[
     bool,
     typer.Option("--credit", help="Colour the tokens of the page's samples by their log-ratio."),
@@ -81,6 +89,7 @@ def evaluate(
     to: To = Path("eval.json"),
     html: Html = None,
     credit: Credit = False,
+    distance: Distance = None,
     safe: Safe = False,
     allow_private_judge: AllowPrivateJudge = False,
 ) -> None:
@@ -109,6 +118,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             seed=seed,
             credit=credit,
+            distance=distance,
             safe=safe,
         )
     )

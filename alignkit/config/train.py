@@ -41,6 +41,17 @@ class MeshConfig(Section):
     shard: PositiveInt = Field(description="processes over which a group spreads it")
 
 
+class ResetConfig(Section):
+    """Elastic Reset (Noukhovitch et al. 2023, arXiv:2312.07551): every so many steps the policy goes
+    back to the moving average of its weights, and the average to where training began.
+    """
+
+    every: PositiveInt = Field(description="steps between two resets")
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.995, description="share of itself that the average keeps in a step"
+    )
+
+
 class TrainConfig(Section):
     """Optimiser, schedule, and how often the loop evaluates and saves."""
 
@@ -139,6 +150,10 @@ class TrainConfig(Section):
         ge=0,
         lt=1,
         description="decay of the average of the weights that is written to model/; 0 = off",
+    )
+
+    reset: ResetConfig | None = Field(
+        None, description="reset the policy to a moving average of its weights; null = never"
     )
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from alignkit.config.recipe import Recipe
 from alignkit.data.load import load_prompts
 from alignkit.data.read import Source, held_out
 from alignkit.evaluation.decoded import listed_law, measure_decoder
+from alignkit.evaluation.distance import distance, reference_scores
 from alignkit.evaluation.exact import Listed
 from alignkit.evaluation.measure import (
     Yardstick,
@@ -84,12 +85,13 @@ def evaluate(request: Request) -> Results:
 
     measured = {"base": shared.base}
     credits: dict[str, Any] = {}
+    scores = None if request.distance is None else reference_scores(shared, request.distance)
     models = []
     for name, label in zip(request.models, labels_of(request.models)):
         if name in request.decoders:
             measured[label], own = _decoder(shared, name, label)
         else:
-            measured[label], own = _model(shared, name, label)
+            measured[label], own = _model(shared, name, label, scores)
         credits[label] = own.pop("credit", None)
         common = {**_summary(request, measured[label]), **_wins(shared, measured[label])}
         models.append({"name": label, "model": name, **common, **own})
@@ -109,7 +111,7 @@ def evaluate(request: Request) -> Results:
     return _without_nan(every_result)
 
 
-def _model(shared: "Shared", name: str, label: str) -> tuple[Measured, Results]:
+def _model(shared: Shared, name: str, label: str, scores: Array | None) -> tuple[Measured, Results]:
     """A finished model: its samples, and what only trained models have."""
     pair = evaluation_pair(name, shared.reference)
     measured = shared.yardstick.measure(pair, label, base=shared.base)
@@ -119,6 +121,7 @@ def _model(shared: "Shared", name: str, label: str) -> tuple[Measured, Results]:
     return measured, {
         "credit": credit,
         **merge_of(name),
+        **({} if scores is None else distance(shared, name, measured, scores)),
         **_exact(shared.listed, pair),
         **_preferences(shared, name, pair),
         **_forgetting(shared, pair),

@@ -15,7 +15,7 @@ def evaluate(models: str | Path | Sequence[str | Path], **options: Any) -> dict[
 
     `models` are run folders or model folders. `options` are those of the command line:
     `reference`, `prompts`, `reward`, `pairs`, `text`, `unrelated`, `correct`, `samples`,
-    `max_new_tokens`, `seed`, `credit`, `safe`. ConfigError for other names.
+    `max_new_tokens`, `seed`, `credit`, `distance`, `safe`. ConfigError for other names.
     """
     from alignkit.evaluation.evaluate import evaluate as evaluate_request
 

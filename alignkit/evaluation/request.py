@@ -30,6 +30,7 @@ class Request:
     samples: int = 8
     max_new_tokens: int | None = None
     seed: int = 0
+    distance: int | None = None  # samples of the reference per prompt, for runs' distance to optima
     credit: bool = False  # the shown samples with each token's log-ratio
     safe: bool = False
     # of the models that are run folders; filled by `checked`

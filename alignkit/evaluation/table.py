@@ -52,6 +52,7 @@ def show(results: Results, console: Console) -> None:
             _row(table, words, [_number(model["figures"][name]["value"]) for model in models])
     for name, words in EXACT.items():
         _row(table, words, [_number(_inner(model, "exact", name)) for model in models])
+    _row(table, "nats from its own optimum", [_distance(model) for model in models])
     _add_wins(table, models)
     for name, words in AT_K.items():
         for k in models[0].get(name, ()):
@@ -112,6 +113,14 @@ def _bounds(model: Results) -> str:
         return ""
     error = _number(model["standard_errors"]["kl"])
     return f"{_number(means['kl_low']['value'])} to {_number(means['kl']['value'])} ± {error}"
+
+
+def _distance(model: Results) -> str:
+    ends = model.get("distance")
+    if ends is None:
+        return ""
+    low, high = (_number(ends[end]["value"]) for end in ("low", "high"))
+    return f"{low} to {high} (beta {ends['beta']:g})"
 
 
 def _number(value: float | None) -> str:

@@ -121,6 +121,35 @@ def tilted_optimum(scores: ArrayLike, beta: float) -> Baseline:
     return Baseline(score, score / beta - log_z, 1 / (weights**2).sum(-1))
 
 
+def log_partition_bounds(scores: ArrayLike, beta: float) -> tuple[Array, Array]:
+    """Two estimates of log Z, Z = E e^(score / beta) under the reference, from 2n of its samples per
+    prompt: `scores` [P, 2n] -> [P] each, the first too low and the second too high in the mean.
+
+    Forward, log of the mean over n samples is too low by Jensen's inequality. Backward, one of the
+    n takes part that follows the tilted law, among n - 1 fresh ones, and the log-mean is too high
+    (Zhao et al. 2024, arXiv:2404.17546). That one is drawn by its weight among n samples, all of
+    which are averaged over, so the upper end itself is approximate where few samples carry the
+    weight. Each half serves as either; the means are taken.
+    """
+    if not beta > 0:
+        raise ConfigError(f"log partition: beta is {beta}; it must be above 0")
+    tilts = np.asarray(scores, dtype=float) / beta
+    n = tilts.shape[1] // 2
+    if n < 2:
+        raise ConfigError(f"log partition: {tilts.shape[1]} samples per prompt; at least 4")
+
+    low = []
+    high = []
+    halves = (tilts[:, :n], tilts[:, n : 2 * n])
+    for own, other in (halves, halves[::-1]):
+        total = np.logaddexp.reduce(own, axis=1)
+        low.append(total - log(n))
+        fresh = np.logaddexp.reduce(other[:, 1:], axis=1)
+        given = np.logaddexp(own, fresh[:, None]) - log(n)
+        high.append((np.exp(own - total[:, None]) * given).sum(1))
+    return np.mean(low, axis=0), np.mean(high, axis=0)
+
+
 def _check(n: int) -> None:
     if n < 1:
         raise ConfigError(f"best of n: n is {n}; at least 1")

@@ -17,6 +17,7 @@ from alignkit.errors import CheckpointError, ConfigError, NumericsError, Resourc
 from alignkit.policies.dtensors import local
 from alignkit.training import checkpoint, shared_checkpoint
 from alignkit.training.callbacks import Callbacks
+from alignkit.training.elastic_reset import ElasticReset
 from alignkit.training.guard import BrokenStep, broken_weights
 from alignkit.training.job import Job, Result
 from alignkit.training.optimizer import learning_rate, make_optimizer
@@ -65,9 +66,19 @@ class _Loop:
         if self.config.ema_decay:
             self.average = self.pair.state()
 
+        self.reset: ElasticReset | None = None
+        if self.config.reset is not None:
+            self.reset = ElasticReset(self.pair, self.config.reset)
+
         self.counters = Counters()
         self.snapshot = Snapshot(
-            self.pair, self.optimizer, job.source, self.average, self.counters, self.accelerator
+            self.pair,
+            self.optimizer,
+            job.source,
+            self.average,
+            self.counters,
+            self.accelerator,
+            {} if self.reset is None else self.reset.tensors,
         )
         self.signals = Signals()
         self.callbacks = Callbacks(job, self.optimizer)
@@ -165,7 +176,9 @@ class _Loop:
             )
             return {"skipped": float(self.counters.skipped)}
 
-        # What follows the policy: moving anchors, then the weight average.
+        # What follows the policy: a reset, moving anchors, then the weight average.
+        if self.reset is not None:
+            self.reset.after_step(step + 1)
         self.pair.after_step(step + 1)
         if self.average:
             for name, value in self.pair.tensors().items():

@@ -46,6 +46,7 @@ class Snapshot:
     average: dict[str, Tensor]  # weight average of the policy; empty without one
     counters: Counters
     accelerator: Accelerator
+    reset: dict[str, Tensor]  # of `ElasticReset`; empty without one
 
     def capture(self) -> tuple[Groups, dict[str, Any]]:
         """Tensors by group, shards among them, and JSON. Called on every rank: rollouts and random
@@ -60,6 +61,7 @@ class Snapshot:
             "optimizer": moments,
             "source": rollout,
             "average": self.average,
+            "reset": self.reset,
             "rng": numbers,
         }
         state = {
@@ -79,6 +81,8 @@ class Snapshot:
         self.source.load_state(tensors.get("source", {}), state["source"])
         for name, value in self.average.items():
             tensors["average"].stored(name).read_into(value)
+        for name, value in self.reset.items():
+            tensors["reset"].stored(name).read_into(value)
 
         # A rank that the checkpoint does not know goes on with the first one's random numbers.
         rank = (

@@ -291,3 +291,14 @@ def test_decoders_of_a_listed_world_have_exact_laws(tmp_path):
     )
     assert model["exact"]["score"] == pytest.approx(same["score"], abs=1e-9)
     assert model["exact"]["kl"] == pytest.approx(same["kl"], abs=1e-9)
+
+
+def test_the_distance_of_a_run_to_its_own_optimum(world, asked):
+    """DPO's optimum is the tilt at its beta; a model that is no run has none to be away from."""
+    models = [str(world / "dpo"), str(world / "ipo"), str(world / "ipo" / "model")]
+    dpo, ipo, plain = evaluate(Request(models, samples=4, distance=64, **asked))["models"]
+    ends = dpo["distance"]
+    assert ends["beta"] == load_recipe(world / "dpo" / "recipe.yaml").objective["beta"]
+    assert 0 < ends["low"]["value"] < ends["high"]["value"] + 0.05  # up to the sampling error
+    assert "distance" not in ipo
+    assert "distance" not in plain

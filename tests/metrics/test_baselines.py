@@ -14,6 +14,7 @@ from alignkit.metrics.baselines import (
     best_of_n_kl,
     exact_best_of_n,
     folklore_kl,
+    log_partition_bounds,
     tilted_optimum,
 )
 from alignkit.metrics.frontier import OptimalFrontier
@@ -129,3 +130,29 @@ def test_what_cannot_be_asked():
         exact_best_of_n([[0.0]], [1.0], 0)
     with pytest.raises(ConfigError, match="must be above 0"):
         tilted_optimum([[1.0]], 0)
+
+
+def test_log_partition_is_enclosed():
+    """On a world of three outcomes: the means of the two ends over many prompts enclose log Z."""
+    rng = np.random.default_rng(0)
+    probs = np.array([0.5, 0.3, 0.2])
+    rewards = np.array([0.0, 1.0, 2.0])
+    beta = 0.5
+    log_z = float(np.log((probs * np.exp(rewards / beta)).sum()))
+    scores = rewards[rng.choice(3, p=probs, size=(8_000, 64))]
+    low, high = log_partition_bounds(scores, beta)
+    for end, sign in ((low, 1), (high, -1)):
+        error = 3 * end.std() / len(end) ** 0.5
+        assert sign * (log_z - end.mean()) > -error
+        assert abs(log_z - end.mean()) < 0.1
+    assert high.mean() > low.mean()
+
+    same = np.full((3, 8), 0.7)  # without spread both are exact
+    for end in log_partition_bounds(same, beta):
+        np.testing.assert_allclose(end, 0.7 / beta, atol=1e-12)
+
+
+@pytest.mark.parametrize(("count", "beta"), [(3, 1.0), (8, 0.0)])
+def test_log_partition_refuses(count, beta):
+    with pytest.raises(ConfigError):
+        log_partition_bounds(np.zeros((2, count)), beta)

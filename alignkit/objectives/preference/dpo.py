@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field, PositiveFloat
-from torch import Tensor
+from torch import Tensor, zeros_like
 from torch.nn.functional import logsigmoid
 
-from alignkit.batches import LossTerms, PairBatch
+from alignkit.batches import LossTerms, PairBatch, Plan
 from alignkit.objectives.base import Objective, tilted
 from alignkit.objectives.preference.weighting import WeighablePairs
 from alignkit.tensors import pair_log_ratios
@@ -37,7 +37,10 @@ def dpo_loss(
 
 
 class DPO(WeighablePairs):
-    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290, eq. 7)."""
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
+
+    `reference_free` trains GenARM's autoregressive reward model (Xu et al. 2024, arXiv:2410.08193).
+    """
 
     paper: ClassVar[str] = "Rafailov et al. 2023, arXiv:2305.18290, eq. 7"
     equation: ClassVar[str] = "L = -log sigmoid(beta * [log pi(w)/ref(w) - log pi(l)/ref(l)])"
@@ -47,28 +50,46 @@ class DPO(WeighablePairs):
         0.0, description="probability that a label is flipped (cDPO)"
     )
 
+    reference_free: bool = Field(
+        False,
+        description="compare log-probs, not log-ratios: trains an autoregressive reward to fuse with "
+        "(GenARM)",
+    )
+
+    @property
+    def plan(self) -> Plan:
+        return self.pair_plan(anchors=() if self.reference_free else ("reference",))
+
     def loss(self, batch: PairBatch) -> LossTerms:
-        losses = dpo_loss(
-            *batch.sequence_logps(), beta=self.beta, label_smoothing=self.label_smoothing
-        )
+        if self.reference_free:
+            chosen = batch.chosen.sequence()
+            rejected = batch.rejected.sequence()
+            logps = (chosen, rejected, zeros_like(chosen), zeros_like(rejected))
+        else:
+            logps = batch.sequence_logps()
+        losses = dpo_loss(*logps, beta=self.beta, label_smoothing=self.label_smoothing)
         return batch.rows("dpo", self.weighted(losses, batch), scale=self.beta)
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """ref * exp(reward / beta), normalised; none with label
         smoothing (the smoothed labels are not Bradley-Terry).
+
+        Without a reference it is exp(reward / beta), normalised (Xu et al. 2024, arXiv:2410.08193).
         """
         if self.label_smoothing:
             return None
+        if self.reference_free:
+            return (reward / self.beta).log_softmax(-1)
         return tilted(reward, reference, self.beta)
 
     def backup(self, values: Tensor, reference: Tensor) -> Tensor | None:
         """The soft value beta * log E_ref exp(values / beta)."""
         return (
             None
-            if self.label_smoothing
+            if self.label_smoothing or self.reference_free
             else self.beta * (reference + values / self.beta).logsumexp(-1)
         )
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:
-        return [cls(), cls(label_smoothing=0.1)]
+        return [cls(), cls(label_smoothing=0.1), cls(reference_free=True)]
