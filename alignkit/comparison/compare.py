@@ -9,7 +9,7 @@ processes, `single_run` trains one and `measure_run` measures it, `results` gath
 measured, `report` writes it down.
 
 The recipe's output_dir holds `runs/NAME` (ordinary run folders), `reference` (the one reference
-pass), `base.json`, `results.json`, `report.md`, `report.html` and the pictures. The same call goes
+pass), `decoders`, `base.json`, `results.json`, `report.md`, `report.html` and the pictures. The same call goes
 on where an interrupted one stopped. Every run is tied to the content of the models, rows and code
 it was made from (`run_state`); where that has changed since, the run is named and left out.
 """
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from alignkit.comparison.decoders import expand_decoders, measure_decoders
 from alignkit.comparison.folder import check_folder, mark_folder
 from alignkit.comparison.grid import Point, expand, section_of
 from alignkit.comparison.live_table import LiveTable
@@ -65,6 +66,7 @@ def compare(
     """
     console = console or Console(stderr=True)
     points = expand(recipe)
+    decoders = expand_decoders(recipe)
     for point in points:
         check_without_torch(point.recipe, safe)
     check_folder(Path(recipe.output_dir).expanduser())
@@ -101,6 +103,7 @@ def compare(
         if done:
             _print(console, f"{done} of {len(points)} runs are finished and not repeated")
         _run_all(recipe, current, waiting, safe, console)
+        measure_decoders(measurer, decoders)
 
         results = gather(recipe, points, measurer, stale, seconds=time.monotonic() - start)
         with writing(out.path):

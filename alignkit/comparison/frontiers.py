@@ -115,15 +115,21 @@ def _point_row(curve: Curve, setting: int, listed: Listed | None) -> Row:
     return row
 
 
-def verdict_rows(curves: Sequence[Curve], base_score: Array, listed: Listed | None) -> Row:
-    """Pairs of objectives at matched KL, and mean gains from `low` to `kl` nats, the range that the
-    runs of all objectives span. Where there is no such range, `words` say why and no mean gain is
-    given.
+def verdict_rows(
+    curves: Sequence[Curve],
+    base_score: Array,
+    listed: Listed | None,
+    decoders: Sequence[Curve] = (),
+) -> Row:
+    """Pairs of objectives and decoders at matched KL, and mean gains from `low` to `kl` nats, the
+    range that the runs of all objectives span. Where there is no such range, `words` say why and no
+    mean gain is given.
     """
     if not curves:
         return {"pairs": [], "areas": [], "low": None, "kl": None, "words": ""}
     scale = scale_of(listed)
-    comparisons = compare_frontiers(curves, base_score, scale=scale) if len(curves) > 1 else []
+    every = [*curves, *decoders]
+    comparisons = compare_frontiers(every, base_score, scale=scale) if len(every) > 1 else []
     pairs = [{**asdict(pair), "words": pair.verdict} for pair in comparisons]
 
     low, high = spanned_range(curves)

@@ -105,8 +105,7 @@ def _point(
     seed: int,
 ) -> Point:
     """One run: the recipe `shared` by its curve with its own values of the swept fields and seed."""
-    parts = [label, *(f"{field}={value}" for field, value in swept.items()), f"seed={seed}"]
-    name = re.sub(r"[^\w.=+-]", "_", "-".join(parts)).lstrip(".")
+    name = name_of(label, {**swept, "seed": seed})
     out = Path(recipe.output_dir)
     changes = {
         "objective": {**objective, **swept},
@@ -116,6 +115,12 @@ def _point(
         "output_dir": str(out / "runs" / name),
     }
     return Point(name, label, swept, seed, shared.model_copy(update=changes))
+
+
+def name_of(label: str, fields: Mapping[str, Any]) -> str:
+    """The name of a file or folder for a label with some of its fields."""
+    parts = [label, *(f"{field}={value}" for field, value in fields.items())]
+    return re.sub(r"[^\w.=+-]", "_", "-".join(parts)).lstrip(".")
 
 
 def _check_size(recipe: Recipe, section: CompareConfig) -> None:

@@ -52,7 +52,7 @@ class Measurer:
         self.task: Any = resolve_task(recipe)
         base = recipe.model.name_or_path
         self.base_name = str(self.task.model_folder) if self.task and base == "task" else base
-        self.reference = load_finished(self._start())
+        self.reference = load_finished(self.start)
 
         prompts, report = load_prompts(
             recipe.data, self.reference.tokenizer, source=self._prompt_source()
@@ -72,7 +72,7 @@ class Measurer:
         the code of rewards included: two measurements of the same key can be compared.
         """
         section = self.section.model_dump(
-            mode="json", exclude={"grid", "overrides", "seeds", "workers"}
+            mode="json", exclude={"grid", "overrides", "seeds", "workers", "decode"}
         )
         sections = self.recipe.model_dump(
             mode="json", include={"model", "rewards", "rollout", "data"}
@@ -112,7 +112,7 @@ class Measurer:
 
         Where nothing can be listed, a larger pool of its samples goes with it, for the baselines.
         """
-        pair = evaluation_pair(self._start(), self.reference)
+        pair = evaluation_pair(self.start, self.reference)
         measured = self.yardstick.measure_reference(pair)
         more_samples = self.section.base_samples > self.section.samples
         pool = self._pool(pair) if self.listed is None and more_samples else None
@@ -157,7 +157,8 @@ class Measurer:
         logps = [[float(sample.logps.double().sum()) for sample in row] for row in drawn]
         return {"score": scores, "logp": np.array(logps)}
 
-    def _start(self) -> str:
+    @property
+    def start(self) -> str:
         """The model that every run starts from and that its KL is measured to."""
         adapter = self.recipe.model.adapter
         return adapter.path if adapter and adapter.path else self.base_name

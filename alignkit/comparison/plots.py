@@ -3,7 +3,7 @@ each tell the curves apart.
 """
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,9 @@ def draw(results: Row, out: Path) -> dict[str, str]:
 
 def styles(results: Row) -> dict[str, dict[str, Any]]:
     """Label -> how its curve looks, the same in every picture."""
-    labels = dict.fromkeys(run["label"] for run in results["runs"])
+    curves = results.get("decoder_curves", [])  # results of earlier versions have none
+    labels = dict.fromkeys([run["label"] for run in results["runs"]])
+    labels |= dict.fromkeys(curve["label"] for curve in curves)
     return {
         label: {
             "color": COLOURS[i % len(COLOURS)],
@@ -72,10 +74,13 @@ def frontier(results: Row) -> Figure | None:
     main = axes[0, 0]
     look = styles(results)
 
-    reach = 1.08 * max(point["kl"]["value"] for curve in curves for point in curve["points"])
+    drawn = [*curves, *results.get("decoder_curves", [])]
+    reach = 1.08 * max(point["kl"]["value"] for curve in drawn for point in curve["points"])
     _draw_baselines(main, results, reach)
     for curve in curves:
         _draw_curve(main, curve, look[curve["label"]])
+    for curve in results.get("decoder_curves", []):
+        _draw_decoder(main, curve, results["decoders"], look[curve["label"]])
     main.set_title("what is gained at which distance", loc="left", fontsize=11)
     main.set(
         xlabel=KL_AXIS,
@@ -122,6 +127,27 @@ def _draw_curve(axes: Axes, curve: Row, look: Mapping[str, Any]) -> None:
     axes.plot(
         x[order], y, label=curve["label"], linewidth=1.8, markersize=7, markevery=runs, **look
     )
+
+
+def _draw_decoder(axes: Axes, curve: Row, decoders: Sequence[Row], look: Mapping[str, Any]) -> None:
+    """The decoders of one label, joined by a thin line, with the dearest one's price in the legend; a
+    bar that lies is a KL of which an interval is known.
+    """
+    own = [row for row in decoders if row["label"] == curve["label"]]
+    kl = [point["kl"]["value"] for point in curve["points"]]
+    score = [point["score"]["value"] for point in curve["points"]]
+    dearest = max(own, key=lambda row: row["sampled"])
+    price = f"up to {dearest['sampled']:.0f} tokens, {dearest['reward_calls']:.0f} reward calls"
+    hollow = {**look, "linewidth": 0.9, "markerfacecolor": "white", "markersize": 7}
+    axes.plot(kl, score, label=f"{curve['label']} ({price})", **hollow)
+
+    by_setting = {row["setting"]: row for row in own}
+    for point in curve["points"]:
+        low = by_setting[point["setting"]]["kl_low"]
+        if low is not None:
+            ends = [low, point["kl"]["value"]]
+            height = [point["score"]["value"]] * 2
+            axes.plot(ends, height, color=look["color"], linewidth=5, alpha=0.35)
 
 
 def _draw_baselines(axes: Axes, results: Row, reach: float) -> None:

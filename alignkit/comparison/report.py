@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from alignkit.comparison.decoder_table import decoder_blocks
 from alignkit.comparison.plots import draw
 from alignkit.evaluation.blocks import Block, Heading, Items, Picture, Table, Text, html, markdown
+from alignkit.evaluation.page import MISSING, number, span
 from alignkit.files import write_text
 
 Row = Mapping[str, Any]  # one JSON object
-MISSING = "-"
 EFFICIENT = 0.9  # the efficiency from which on the summary names an objective
 EXACT = (
     "Score and KL of the frontier are exact sums over all outcomes instead; everything that the "
@@ -71,7 +72,7 @@ def _summary(results: Row) -> list[Block]:
         where = f"{_range(verdicts)}, which the runs of all objectives span"
         sentences.append(
             f"Highest mean gain over the base model {where}: "
-            f"`{best['label']}`, {_with_span(best['area'])}."
+            f"`{best['label']}`, {span(best['area'])}."
         )
     if verdicts["words"]:
         sentences.append(_sentence(verdicts["words"]))
@@ -123,13 +124,13 @@ def _picture(results: Row, files: Mapping[str, str], name: str, heading: str = "
 def _curve_table(results: Row) -> Table:
     """Every point of every curve; the efficiency only where the optimum is known."""
     header = ["objective", "setting", "KL", "score", "efficiency"]
-    base_score = _with_span(results["base"]["score"])
-    rows = [["base model", "", _number(0.0), base_score, MISSING]]
+    base_score = span(results["base"]["score"])
+    rows = [["base model", "", number(0.0), base_score, MISSING]]
     for curve in results["curves"]:
         for point in curve["points"]:
             row = [curve["label"], point["setting"]]
-            row += [_with_span(point["kl"]), _with_span(point["score"])]
-            rows.append([*row, _number(point.get("efficiency"))])
+            row += [span(point["kl"]), span(point["score"])]
+            rows.append([*row, number(point.get("efficiency"))])
 
     if results["exact"]:
         return Table(header, rows)
@@ -170,7 +171,7 @@ def _verdict_part(results: Row) -> list[Block]:
 
     if verdicts["areas"]:
         text = f"Mean gain over the base model along the frontier, {_range(verdicts)}:"
-        gains = [[row["label"], _with_span(row["area"])] for row in verdicts["areas"]]
+        gains = [[row["label"], span(row["area"])] for row in verdicts["areas"]]
         blocks += [Text(text), Table(["objective", "mean gain"], gains)]
     elif verdicts["words"]:
         blocks.append(Text(_sentence(verdicts["words"])))
@@ -198,9 +199,9 @@ def _baseline_part(results: Row) -> list[Block]:
         rows = [
             [
                 str(row["n"]),
-                _with_span(row["kl"]),
-                _number(row["folklore"]),
-                _with_span(row["score"]),
+                span(row["kl"]),
+                number(row["folklore"]),
+                span(row["score"]),
             ]
             for row in baselines["best_of_n"]
         ]
@@ -215,9 +216,10 @@ def _baseline_part(results: Row) -> list[Block]:
         rows = []
         for row in baselines["tilted"]:
             effective = f"{row['effective']:.1f} of {baselines['samples']}"
-            cells = [_number(row["beta"]), _with_span(row["kl"]), _with_span(row["score"])]
+            cells = [number(row["beta"]), span(row["kl"]), span(row["score"])]
             rows.append([*cells, effective])
         blocks += [Text(text), Table(["beta", "KL", "score", "effective samples"], rows)]
+    blocks += decoder_blocks(results)
     return [Heading("What needs no training"), *blocks] if blocks else []
 
 
@@ -260,11 +262,11 @@ def _run_table(results: Row) -> Table:
             errors = run["standard_errors"]
             wins = run["wins"]
             measured = [
-                f"{_number(means['score']['value'])} ± {_number(errors['score'])}",
-                f"{_number(means['kl']['value'])} ± {_number(errors['kl'])}",
-                _number(means["forward_kl"]["value"]),
-                _with_span(wins["rate"]),
-                _number(wins["length_controlled"]),
+                f"{number(means['score']['value'])} ± {number(errors['score'])}",
+                f"{number(means['kl']['value'])} ± {number(errors['kl'])}",
+                number(means["forward_kl"]["value"]),
+                span(wins["rate"]),
+                number(wins["length_controlled"]),
                 f"{100 * wins['invalid']:.0f} %",
             ]
         else:
@@ -289,7 +291,7 @@ def _text_table(results: Row) -> Table:
     models = {"base model": results["base"]}
     models |= {run["name"]: run["figures"] for run in results["runs"] if "figures" in run}
     rows = [
-        [name, *(_number(means[column]["value"]) for column in columns)]
+        [name, *(number(means[column]["value"]) for column in columns)]
         for name, means in models.items()
     ]
     return Table(["model", *columns.values()], rows)
@@ -300,7 +302,7 @@ def _calibration_part(results: Row, files: Mapping[str, str]) -> list[Block]:
     for run in results["runs"]:
         if "calibration" in run:
             fit = run["calibration"]
-            rows.append([run["name"], _number(fit["accuracy"]), _number(fit["error"])])
+            rows.append([run["name"], number(fit["accuracy"]), number(fit["error"])])
     if not rows:
         return []
     table = Table(["run", "preference accuracy", "expected calibration error"], rows)
@@ -313,7 +315,7 @@ def _pass_part(results: Row, files: Mapping[str, str]) -> list[Block]:
         return []
     header = ["model", *(f"{name}@{k}" for name in ("pass", "majority") for k in rows[0]["k"])]
     cells = [
-        [row["name"], *(_number(value) for value in (*row["pass"], *row["majority"]))]
+        [row["name"], *(number(value) for value in (*row["pass"], *row["majority"]))]
         for row in rows
     ]
     return [*_picture(results, files, "pass_at_k", "pass@k"), Table(header, cells)]
@@ -385,15 +387,3 @@ def _prompt(prompt: Any) -> str:
 def _sample(side: Row) -> str:
     score = "no score" if side["score"] is None else f"{side['score']:+.2f}"
     return f"{side['text'].strip()} ({score})"
-
-
-def _number(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.3f}"
-
-
-def _with_span(interval: Row) -> str:
-    """A number with its interval, if it has one: "0.400 [0.350, 0.450]"."""
-    span = ""
-    if interval["low"] is not None:
-        span = f" [{interval['low']:.3f}, {interval['high']:.3f}]"
-    return _number(interval["value"]) + span

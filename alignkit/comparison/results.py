@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from alignkit.comparison.decoders import decoder_curves, decoder_rows, expand_decoders
 from alignkit.comparison.frontiers import (
     DRAWS,
     baseline_rows,
@@ -72,6 +73,8 @@ def gather(
     if listed:
         base_summary["score"] = interval_row(mean_interval(base_score))
     curves = curves_of(points, measurements, exact=listed is not None)
+    decoders = expand_decoders(recipe)
+    beside = decoder_curves(measurer, decoders)
 
     results = {
         "recipe": _name(recipe),
@@ -88,8 +91,10 @@ def gather(
             for point in points
         ],
         "curves": [curve_row(curve, base_score, listed) for curve in curves],
+        "decoders": decoder_rows(measurer, decoders),
+        "decoder_curves": [curve_row(curve, base_score, listed) for curve in beside],
         "baselines": baseline_rows(section.best_of, base, listed),
-        "verdicts": verdict_rows(curves, base_score, listed),
+        "verdicts": verdict_rows(curves, base_score, listed, beside),
         "samples_shown": _shown_samples(points, measurements, base.measured),
         "pass_at_k": _pass_rows(points, measurements, base.measured, section.correct),
         "training": {

@@ -24,6 +24,11 @@ class CompareConfig(Section):
     overrides: dict[str, Sections] = Field(
         {}, description="label -> sections of the recipe that differ for its runs"
     )
+    decode: dict[str, Sections] = Field(
+        {},
+        description="label -> a `decode` section that stands beside the grid, with its KL and its "
+        "price; a list of values makes one decoder per value",
+    )
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = Field(
         [0], description="every point is trained once per seed"
     )
