@@ -90,7 +90,7 @@ def test_a_run_learns_values_and_guides(tmp_path, capsys):
     assert (
         run(
             "train", "token_value", f"model.name_or_path={base}", f"rewards.0.function={worth}",
-            f"data.train={tmp_path / 'prompts.jsonl'}", "data.format=prompt", "train.steps=25",
+            f"data.train={tmp_path / 'prompts.jsonl'}", "data.format=prompt", "train.steps=40",
             "train.batch_size=4", "train.learning_rate=1e-2", "train.warmup_steps=0",
             "rollout.completions=16", "rollout.max_new_tokens=3", "objective.bins=5",
             "objective.low=0.0", "objective.high=1.0", f"output_dir={tmp_path / 'value'}", *quiet,
