@@ -88,7 +88,7 @@ class Measurer:
             return None
         if self.reward != self.task.reward:
             return None
-        world = listed_reviews(self.recipe.data.train)
+        world = listed_reviews(self.recipe.data.task_source() or "")
         return Listed(world, self.base_name) if world else None
 
     def read_base(self) -> Measurement | None:

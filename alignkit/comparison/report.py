@@ -36,7 +36,7 @@ CAPTIONS = {
 def write_report(results: Row, out: Path) -> None:
     """Write the pictures, report.md and report.html into the folder `out`."""
     files = draw(results, out)
-    data = results["data"].rpartition("/")[2]
+    data = ", ".join(name.rpartition("/")[2] for name in results["data"].split(", "))
     title = f"{len(results['curves'])} objectives on {data}"
     blocks = _blocks(results, files)
     write_text(out / "report.md", markdown(title, blocks))

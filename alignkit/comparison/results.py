@@ -79,7 +79,7 @@ def gather(
     results = {
         "recipe": _name(recipe),
         "model": recipe.model.name_or_path,
-        "data": recipe.data.train,
+        "data": ", ".join(source.source for source in recipe.data.sources()),
         "exact": listed is not None,
         "prompts": len(base.measured.prompts),
         "samples": section.samples,

@@ -3,16 +3,30 @@
 from datetime import date, datetime
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
+from alignkit.config.row_sources import TrainSource, check_shares
 from alignkit.config.section import Section
+
+
+def _kind(value: object) -> str:
+    """Which member of a union a value is meant to be, so that its faults alone are explained."""
+    return "several" if isinstance(value, list | dict) else "one"
+
+
+Several = Annotated[list[TrainSource], Field(min_length=1)]
+Train = Annotated[
+    Annotated[str, Tag("one")] | Annotated[Several, Tag("several")], Discriminator(_kind)
+]
 
 
 class DataConfig(Section):
     """Where the rows come from and how they become tokens."""
 
-    train: str = Field(
-        "task:reviews", description="a file, a saved dataset folder, a hub name, or task:NAME"
+    train: Train = Field(
+        "task:reviews",
+        description="a file, a saved dataset folder, a hub name, or task:NAME; or a list of "
+        "{source, share, split, subset, columns, max_rows}",
     )
     eval: str | None = Field(None, description="held-out rows, from the same kinds of source")
     split: str = Field("train", description="which split to read where a dataset has several")
@@ -60,6 +74,24 @@ class DataConfig(Section):
     on_bad_row: Literal["error", "drop"] = Field(
         "error", description="malformed rows stop the run, or are dropped and counted"
     )
+
+    def sources(self) -> list[TrainSource]:
+        """The sources that are trained on: `train`, or those in its list that have no share of 0."""
+        if isinstance(self.train, str):
+            return [TrainSource(source=self.train)]
+        return [source for source in self.train if source.share != 0]
+
+    def task_source(self) -> str | None:
+        """The first `task:NAME` that is trained on; None where there is none."""
+        names = [source.source for source in self.sources()]
+        return next((name for name in names if name.startswith("task:")), None)
+
+    @field_validator("train")
+    @classmethod
+    def _check_shares(cls, value: str | list[TrainSource]) -> str | list[TrainSource]:
+        if not isinstance(value, str):
+            check_shares(value)
+        return value
 
     @field_validator("template_time", mode="before")
     @classmethod

@@ -13,7 +13,8 @@
     checking.py    all rows of a source, part by part
     stored.py      bundles in a file that is mapped into memory
     cache.py       where these files lie, so that many rows are tokenised once
-    load.py        all of the above in order: load_bundles, load_prompts, check
+    mixture.py     several sources as one data set: how many rows of each an epoch has
+    load.py        all of the above in order: load_bundles, load_prompts, load_mixture, check
 
 Names load when they are used: importing the folder imports neither torch nor datasets.
 """
@@ -26,6 +27,7 @@ _LAZY = {
     "Prompt": "alignkit.data.prompts",
     "load_bundles": "alignkit.data.load",
     "load_prompts": "alignkit.data.load",
+    "load_mixture": "alignkit.data.load",
     "check": "alignkit.data.load",
     "fingerprint": "alignkit.data.load",
 }

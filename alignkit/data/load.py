@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.config.data import DataConfig
+from alignkit.config.row_sources import TrainSource
 from alignkit.data.cache import Entry, LazyTokenizer, entry_of, few_rows
 from alignkit.data.checking import Checked, Use, check_rows
 from alignkit.data.examples import Example
+from alignkit.data.mixture import Mixture, Part
 from alignkit.data.read import Rows, Source, open_source
 from alignkit.data.report import Report
 from alignkit.errors import DataError
@@ -71,6 +73,28 @@ def load_prompts(
     )
     checked.stop_on_useless_data(config)
     return prompts, checked.report
+
+
+def load_mixture(
+    config: DataConfig,
+    load: Callable[[DataConfig, Source], tuple[Sequence[Any], Report]],
+    resolve: Callable[[TrainSource], Source] = lambda source: source,
+) -> Mixture[Any]:
+    """All sources that are trained on. `load` reads one (as `load_bundles` and `load_prompts` do),
+    each with its own columns and format; `resolve` turns what only the caller knows into rows.
+
+    Raises as `load` does, and DataError for a share that is no row of an epoch.
+    """
+    parts = []
+    for source in config.sources():
+        own = config
+        if source.columns is not None:
+            own = config.model_copy(update={"columns": source.columns})
+        parts.append(Part(source, *load(own, resolve(source))))
+
+    mixture = Mixture(parts)
+    _ = mixture.counts  # refuses a share that is too small
+    return mixture
 
 
 def check(
@@ -208,10 +232,14 @@ def fingerprint(bundles: Sequence["Bundle"]) -> str:
     order), for the checkpoint's manifest.
     """
     from alignkit.data.stored import StoredBundles, add_to_fingerprint
+    from alignkit.policies.lazy import Joined
 
     if isinstance(bundles, StoredBundles):
         return bundles.fingerprint
     digest = sha256()
+    if isinstance(bundles, Joined):
+        digest.update("".join(map(fingerprint, bundles.parts)).encode())
+        return digest.hexdigest()
     for bundle in bundles:
         add_to_fingerprint(digest, bundle)
     return digest.hexdigest()

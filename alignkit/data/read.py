@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from glob import glob, has_magic
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from alignkit.config.data import DataConfig
+from alignkit.config.row_sources import RowSource
 from alignkit.data.file_formats import (
     SUFFIXES,
     Row,
@@ -36,7 +38,7 @@ class HeldOut:
         return self.name
 
 
-Source = str | Path | HeldOut | Sequence[Mapping[str, Any]]
+Source = str | Path | HeldOut | RowSource | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,11 @@ def read_rows(config: DataConfig, source: Source | None = None) -> Rows:
 
 def open_source(config: DataConfig, source: Source | None = None) -> Rows:
     """As `read_rows`, under the names that the columns have in the source."""
-    source = config.train if source is None else source
+    if source is None:
+        source = only_source(config)
+    if isinstance(source, RowSource):
+        part = _Part((source.split or config.split,), source.subset or config.subset)
+        return _first_rows(_read_named(source.source, part), source.max_rows)
     if isinstance(source, HeldOut):
         return _read_named(source.name, _held_out_part(config, source.name))
     if isinstance(source, str | Path):
@@ -117,14 +123,45 @@ def open_source(config: DataConfig, source: Source | None = None) -> Rows:
     return Rows("rows", "the given rows", list(numbered(given)), lambda: given)
 
 
+def only_source(config: DataConfig) -> RowSource:
+    """The one source that is trained on. ConfigError where there are several, which no function of
+    one source can read.
+    """
+    sources = config.sources()
+    if len(sources) > 1:
+        raise ConfigError(
+            f"data.train is a list of {len(sources)} sources; pass one of config.sources() as "
+            "`source`, or all of them through load_mixture"
+        )
+    return sources[0]
+
+
+def _first_rows(rows: Rows, most: int | None) -> Rows:
+    """The first `most` rows; None: all."""
+    if most is None:
+        return rows
+    first = Stream(lambda: islice(rows.rows, most))
+
+    def content() -> Any:
+        whole = rows.content()
+        return None if whole is None else [whole, most]
+
+    return replace(rows, rows=first, content=content)
+
+
 def _held_out_part(config: DataConfig, name: str) -> _Part:
     subset = config.eval_subset or config.subset
     if config.eval_split is not None:
         return _Part((config.eval_split,), subset)
 
-    # The set that is trained on has another part for evaluation, or none that could serve.
-    if name == config.train and subset == config.subset:
-        return _Part(tuple(s for s in HELD_OUT_SPLITS if s != config.split), subset)
+    # A set that is trained on has another part for evaluation, or none that could serve.
+    trained = {
+        source.split or config.split
+        for source in config.sources()
+        if source.source == name and (source.subset or config.subset) == subset
+    }
+    if trained:
+        return _Part(tuple(s for s in HELD_OUT_SPLITS if s not in trained), subset)
     return _Part((*HELD_OUT_SPLITS, config.split), subset)
 
 

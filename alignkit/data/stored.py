@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self, overload
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from alignkit.batches import Bundle
 from alignkit.data.prompts import Prompt
-from alignkit.policies.lazy import Selected
+from alignkit.policies.lazy import Joined, Selected
 
 ROWS = "rows.arrow"
 SUMMARY = "rows.json"
@@ -156,6 +157,8 @@ def row_lengths(bundles: Sequence[Bundle]) -> Iterator[int]:
     """Tokens of the prompt and its longest completion, of each bundle."""
     if isinstance(bundles, StoredBundles):
         return bundles.row_lengths()
+    if isinstance(bundles, Joined):
+        return chain.from_iterable(map(row_lengths, bundles.parts))
     return (len(b.prompt) + max(map(len, b.completions)) for b in bundles)
 
 
@@ -163,6 +166,8 @@ def contents(rows: Sequence[Bundle | Prompt]) -> Iterator[bytes]:
     """16 bytes for each row, equal for rows of equal tokens and labels."""
     if isinstance(rows, StoredBundles):
         return rows.contents()
+    if isinstance(rows, Joined):
+        return chain.from_iterable(map(contents, rows.parts))
     return map(_content, rows)
 
 

@@ -118,7 +118,7 @@ def _anchor(recipe: Recipe) -> str:
         return adapter.path
     if recipe.model.name_or_path != "task":
         return recipe.model.name_or_path
-    return recipe.data.train if recipe.data.train.startswith("task:") else f"task:{DEFAULT_TASK}"
+    return recipe.data.task_source() or f"task:{DEFAULT_TASK}"
 
 
 def task_of(request: Request) -> Task | None:
@@ -130,7 +130,7 @@ def task_of(request: Request) -> Task | None:
         *request.models,
         *(config.model for config in request.decoders.values()),
         *(recipe.data.eval for recipe in recipes),
-        *(recipe.data.train for recipe in recipes),
+        *(recipe.data.task_source() for recipe in recipes),
     ]
     for name in names:
         if name and name.startswith("task:"):

@@ -41,12 +41,20 @@ def check_without_torch(recipe: Recipe, safe: bool = False) -> None:
             f"{place}: `rollout.{field}` would run code that the recipe names, and --safe forbids it"
         )
 
-    for field in ("train", "eval"):
-        source = getattr(recipe.data, field) or ""
+    _check_sources(recipe)
 
+
+def _check_sources(recipe: Recipe) -> None:
+    """Files and tasks that the data section names and that do not exist."""
+    data = recipe.data
+    named = [("train", source.source) for source in data.sources()]
+    if data.eval is not None:
+        named.append(("eval", data.eval))
+
+    for field, source in named:
         is_file_name = data_suffix(Path(source)) in SUFFIXES and not has_magic(source)
         if is_file_name and not Path(source).expanduser().exists():
-            read_rows(recipe.data, source)  # raises, and names a file with a similar name
+            read_rows(data, source)  # raises, and names a file with a similar name
 
         name = source.removeprefix("task:")
         if name != source and name not in TASKS:

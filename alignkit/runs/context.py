@@ -1,14 +1,18 @@
 """What every step of building a run needs to know, in one object."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from accelerate import Accelerator
 
 from alignkit.batches import Plan
 from alignkit.config.recipe import Recipe
+from alignkit.config.row_sources import TrainSource
 from alignkit.data.read import Source, held_out
+from alignkit.errors import ConfigError
 from alignkit.objectives.base import Objective
 from alignkit.policies.pair import PolicyPair
+from alignkit.runs.live import PREFIX, LiveTask
 from alignkit.tasks import Task
 
 
@@ -38,15 +42,32 @@ class RunContext:
         """How many processes train together."""
         return self.accelerator.num_processes
 
-    def rows(self, split: str) -> Source:
-        """What `data.train` or `data.eval` (the split) names; `task:NAME` becomes the rows of that
-        task, `python:...` those that the caller gave as objects.
-        """
-        data = self.recipe.data
-        source = held_out(data) if split == "eval" else data.train
+    def training_rows(self, source: TrainSource) -> Source:
+        """What a source of `data.train` names."""
+        rows = self._named(source.source, "train")
+        return source if rows is None else rows[: source.max_rows]
+
+    def held_out_rows(self) -> Source:
+        """What `data.eval` names."""
+        source = held_out(self.recipe.data)
         assert source is not None  # nobody asks for the rows of an empty `data.eval`
-        if not str(source).startswith(("task:", "python:")):
-            return source
+        rows = self._named(source.name, "eval")
+        return source if rows is None else rows
+
+    def _named(self, name: str, split: str) -> list[dict[str, Any]] | None:
+        """The rows of `task:NAME`, and those of `python:...`, which the caller gave as objects; None
+        for what is read from a file or a hub.
+        """
+        if name.startswith(PREFIX):
+            rows = self.task.live_rows(name) if isinstance(self.task, LiveTask) else None
+            if rows is None:
+                raise ConfigError(
+                    f"data.{split}: {name} was given to alignkit.train as an object; start the run "
+                    "there again, or name a file"
+                )
+            return rows
+        if not name.startswith("task:"):
+            return None
 
         assert self.task is not None  # resolved from the very same field
         return self.task.rows(self.plan.data, split)

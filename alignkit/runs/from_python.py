@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.config.recipe import Recipe
+from alignkit.config.row_sources import TrainSource
 from alignkit.config.section import Section
 from alignkit.config.text import Origin
 from alignkit.config.validation import nearest, validated
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 # Sections whose fields may be given by keyword, without their section's name.
 SECTIONS = ("train", "rollout", "data", "model", "reference")
 NAMED_SECTIONS = (*SECTIONS, "target", "teacher", "trackers", "hub")
+SOURCE_FIELDS = set(TrainSource.model_fields)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def train(
     - `model`: a transformers causal language model or a peft model (trained in place; needs its
       `tokenizer`), or a folder, a hub name or "task"
     - `data`, `eval_data`: a list of rows (dicts), a `datasets.Dataset`, a pandas frame, or what
-      `data.train` takes in a recipe
+      `data.train` takes in a recipe; a mixture is a list of `{"source": ..., "share": ...}`, whose
+      sources may be any of these
     - `rewards`: a function `f(prompts, completions, **columns) -> list`, or a list of functions,
       whose scores are added
     - `judge`: a function `f(prompts, first, second)` that gives the probability that the first wins
@@ -78,18 +81,23 @@ def train(
     from alignkit.runs.launch import resolve_task, run_with_task
     from alignkit.training.run_folder import RunFolder
 
-    live = _live_inputs(model, tokenizer, data, eval_data)
+    live = _live_model(model, tokenizer)
+    named_rows: dict[str, Any] = {}
     sections = _sections(settings)
     sections["objective"] = _objective_section(objective)
     sections["output_dir"] = str(Path(output_dir).expanduser().absolute())
-    _set(sections, "model", "name_or_path", _name(live.get("model"), model, name_of_model))
-    _set(sections, "data", "train", _name(live.get("train_rows"), data, name_of_rows))
+    _set(sections, "model", "name_or_path", name_of_model(model) if live else str(model))
+    _set(sections, "data", "train", _training_data(data, named_rows))
     if eval_data is not None:
-        _set(sections, "data", "eval", _name(live.get("eval_rows"), eval_data, name_of_rows))
+        _set(sections, "data", "eval", _data(eval_data, "eval_data", named_rows))
     recipe = _recipe(sections)
 
     task = LiveTask.of(
-        **live, reward=_reward(rewards), judge=_judge(judge), embedded=resolve_task(recipe)
+        **live,
+        named_rows=named_rows,
+        reward=_reward(rewards),
+        judge=_judge(judge),
+        embedded=resolve_task(recipe),
     )
     notes = [f"reward: {name_of_function(function)}" for function in _as_list(rewards)]
     notes += [f"judge: {name_of_function(function)}" for function in _as_list(judge)]
@@ -104,23 +112,49 @@ def train(
     )
 
 
-def _live_inputs(model: Any, tokenizer: Any, data: Any, eval_data: Any) -> dict[str, Any]:
-    """What was given as an object, by the names that `LiveTask.of` has for it."""
-    live: dict[str, Any] = {}
-    if not isinstance(model, str | Path):
-        if tokenizer is None:
-            raise ConfigError("tokenizer: a model that is given as an object needs its tokenizer")
-        live |= {"model": model, "tokenizer": tokenizer}
-    if not isinstance(data, str | Path):
-        live["train_rows"] = rows_of(data, "data")
-    if eval_data is not None and not isinstance(eval_data, str | Path):
-        live["eval_rows"] = rows_of(eval_data, "eval_data")
-    return live
+def _live_model(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """A model that was given as an object, with its tokenizer; nothing where it was named."""
+    if isinstance(model, str | Path):
+        return {}
+    if tokenizer is None:
+        raise ConfigError("tokenizer: a model that is given as an object needs its tokenizer")
+    return {"model": model, "tokenizer": tokenizer}
 
 
-def _name(live: Any, given: Any, name_of: Callable[[Any], str]) -> str:
-    """What a recipe calls an input: a hash of the live object, or the name that was given."""
-    return str(given) if live is None else name_of(live)
+def _training_data(given: Any, named_rows: dict[str, Any]) -> str | list[dict[str, Any]]:
+    """What `data.train` says: the name of one source, or a mixture of several."""
+    if not _is_mixture(given):
+        return _data(given, "data", named_rows)
+    return [
+        {**entry, "source": _data(entry["source"], f"data.{place}.source", named_rows)}
+        for place, entry in enumerate(given)
+    ]
+
+
+def _is_mixture(given: Any) -> bool:
+    """Whether a list holds sources instead of rows: mappings with `source`, and none of the columns
+    that rows have.
+    """
+    return (
+        isinstance(given, list | tuple)
+        and bool(given)
+        and all(
+            isinstance(entry, Mapping) and "source" in entry and entry.keys() <= SOURCE_FIELDS
+            for entry in given
+        )
+    )
+
+
+def _data(given: Any, argument: str, named_rows: dict[str, Any]) -> str:
+    """What a recipe calls a source. Rows that are given as an object are named by their hash, and
+    `named_rows` has them under that name.
+    """
+    if isinstance(given, str | Path):
+        return str(given)
+    rows = rows_of(given, argument)
+    name = name_of_rows(rows)
+    named_rows[name] = rows
+    return name
 
 
 def _sections(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +187,7 @@ def _sections(settings: Mapping[str, Any]) -> dict[str, Any]:
     return sections
 
 
-def _set(sections: dict[str, Any], section: str, field: str, value: str) -> None:
+def _set(sections: dict[str, Any], section: str, field: str, value: Any) -> None:
     given = sections.setdefault(section, {})
     if field in given:
         raise ConfigError(

@@ -4,6 +4,7 @@ A recipe names files whose content may change while their names stay. A result b
 content, so it is kept with these hashes. Importing this imports no torch.
 """
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -13,6 +14,7 @@ from typing import Any
 from alignkit.config.code_hash import code_hash
 from alignkit.config.data import DataConfig
 from alignkit.config.recipe import REFERENCES
+from alignkit.config.row_sources import RowSource
 from alignkit.config.text import Keys
 from alignkit.data.read import HeldOut, read_rows
 from alignkit.errors import DataError
@@ -22,9 +24,10 @@ from alignkit.tasks import DEFAULT_TASK, resolve
 # What a field of a recipe names, wherever it stands in it.
 CODE = ("function", "verifier", "import", "environment", "tools")
 MODEL = ("name_or_path", "path", "kind", "model")
-DATA = ("train", "eval", "prompts")
+DATA = ("train", "eval", "prompts", "source")
 FILE = ("chat_template",)
 PARTS = ("train", "split", "subset", "eval_split", "eval_subset")
+SOURCE_PARTS = ("source", "split", "subset", "max_rows")
 
 # Files of a model's folder that change nothing about the model.
 BESIDE = (".md", ".txt", ".log", ".png")
@@ -44,6 +47,10 @@ def inputs_of(sections: Section) -> Inputs:
     names_task = False
     for section, path, value in _texts(sections):
         names_task = names_task or value.startswith("task:")
+        if path[-1] == "source":  # what it leaves open is as in the section around it
+            around = sections.get(path[0]) or {}
+            chosen = {name: section[name] for name in SOURCE_PARTS if section.get(name)}
+            section = {**around, **chosen}
         content = _hash(section, path[-1], value)
         if content is not None:
             inputs[f"{'.'.join(path)} ({value})"] = content[:DIGITS]
@@ -147,14 +154,19 @@ def _commit(section: Section, name: str) -> str | None:
 
 def _hub_rows_hash(section: Section, field: str, source: str) -> str | None:
     """Of the rows of a data set of the hub, as `section` chooses them."""
-    chosen = tuple((name, section[name]) for name in PARTS if section.get(name))
-    return _rows_hash(HeldOut(source) if field == "eval" else source, chosen)
+    chosen = {name: section[name] for name in PARTS if section.get(name)}
+    rows: HeldOut | RowSource
+    if field == "eval":
+        rows = HeldOut(source)
+    else:
+        rows = RowSource(source=source, max_rows=section.get("max_rows"))
+    return _rows_hash(rows, json.dumps(chosen))
 
 
 @cache
-def _rows_hash(source: str | HeldOut, chosen: tuple[tuple[str, str], ...]) -> str | None:
+def _rows_hash(source: HeldOut | RowSource, config: str) -> str | None:
     try:
-        rows = read_rows(DataConfig.model_validate(dict(chosen)), source).rows
+        rows = read_rows(DataConfig.model_validate_json(config), source).rows
         return sha256_of_json([repr(row.values) for row in rows])
     except DataError:
         return None

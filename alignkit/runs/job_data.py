@@ -6,25 +6,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from alignkit.batches import FAMILIES, Bundle, Draw
-from alignkit.data.load import check_held_out, fingerprint, load_bundles, load_prompts
+from alignkit.config.data import DataConfig
+from alignkit.data.load import (
+    check_held_out,
+    fingerprint,
+    load_bundles,
+    load_mixture,
+    load_prompts,
+)
+from alignkit.data.mixture import Mixture
 from alignkit.data.prompts import Prompt
 from alignkit.data.prompts import fingerprint as prompts_fingerprint
+from alignkit.data.read import Source as RowsSource
 from alignkit.data.report import Report
-from alignkit.errors import ConfigError
 from alignkit.judges.load import load_judge
-from alignkit.policies.lazy import changed
 from alignkit.policies.module import context_length
 from alignkit.policies.pair import PolicyPair
-from alignkit.policies.store import cached_in
-from alignkit.policies.teacher_store import with_stored_teacher
 from alignkit.rewards.call import RewardCall
 from alignkit.rewards.load import load_rewards
 from alignkit.rollout.engines import make_sampler
@@ -36,8 +38,9 @@ from alignkit.rollout.text import as_reply, decode
 from alignkit.runs.agents import environments_of, shown_episodes, turn_sampler
 from alignkit.runs.context import RunContext
 from alignkit.runs.row_lengths import check_prompt_lengths, check_row_lengths
+from alignkit.runs.scored_rows import with_prefixed_reference, with_reference, with_teacher
 from alignkit.sources.base import Source
-from alignkit.sources.dataset import DatasetSource
+from alignkit.sources.dataset import DatasetSource, order_of
 from alignkit.sources.rollouts import RolloutSource
 from alignkit.sources.sampled_pairs import SampledPairs
 from alignkit.sources.scoring import Scoring
@@ -69,30 +72,32 @@ def fixed_data(context: RunContext) -> JobData:
     plan = context.plan
     pair = context.pair
 
-    bundles, report = load_bundles(
-        recipe.data, plan.data, pair.tokenizer, source=context.rows("train")
-    )
-    identity = {"rows": fingerprint(bundles)}
-    notes = [*report.lines(), *check_row_lengths(context, bundles, report.source)]
+    def load(config: DataConfig, source: RowsSource) -> tuple[Sequence[Bundle], Report]:
+        return load_bundles(config, plan.data, pair.tokenizer, source=source)
+
+    mixture = load_mixture(recipe.data, load, context.training_rows)
+    bundles = mixture.rows
+    identity = {"rows": fingerprint(bundles), **mixture.identity()}
+    notes = mixture.lines()
+    for part in mixture.parts:
+        notes += check_row_lengths(context, part.rows, part.report.source)
 
     held_out: Sequence[Bundle] = []
     if recipe.data.eval:
-        held_out, held_out_report = load_bundles(
-            recipe.data, plan.data, pair.tokenizer, source=context.rows("eval")
-        )
+        held_out, held_out_report = load(recipe.data, context.held_out_rows())
         notes = [*notes, *held_out_report.lines()]
         notes += check_row_lengths(context, held_out, held_out_report.source)
         if context.task is None:
             notes += check_held_out(bundles, held_out, held_out_report.source)
 
     if pair.reference_kind == "cached":
-        bundles = _with_reference(context, bundles)
-        held_out = _with_reference(context, held_out)
-    bundles = _with_teacher(context, bundles)
-    held_out = _with_teacher(context, held_out)
+        bundles = with_reference(context, bundles)
+        held_out = with_reference(context, held_out)
+    bundles = with_teacher(context, bundles)
+    held_out = with_teacher(context, held_out)
     for name, text in plan.prefixes.items():
-        bundles = _with_prefixed_reference(context, bundles, name, text)
-        held_out = _with_prefixed_reference(context, held_out, name, text)
+        bundles = with_prefixed_reference(context, bundles, name, text)
+        held_out = with_prefixed_reference(context, held_out, name, text)
 
     dataset = DatasetSource(
         bundles,
@@ -101,11 +106,12 @@ def fixed_data(context: RunContext) -> JobData:
         seed=recipe.train.seed,
         rank=context.rank,
         world=context.processes,
+        order=order_of(mixture, recipe.train.seed),
     )
     return JobData(
         source=_with_samples(context, dataset) if plan.samples else dataset,
         rows=len(bundles),
-        format=report.format,
+        format=mixture.format,
         identity=identity,
         notes=notes,
         samples=_shown_samples(context, _first_prompts(held_out or bundles)),
@@ -118,11 +124,15 @@ def sampled_data(context: RunContext) -> JobData:
     of the task).
     """
     recipe = context.recipe
-    prompts, report = load_prompts(
-        recipe.data, context.pair.tokenizer, source=context.rows("train")
-    )
-    check_prompt_lengths(context, prompts, report.source)
-    notes = report.lines()
+
+    def load(config: DataConfig, source: RowsSource) -> tuple[Sequence[Prompt], Report]:
+        return load_prompts(config, context.pair.tokenizer, source=source)
+
+    mixture = load_mixture(recipe.data, load, context.training_rows)
+    prompts = mixture.rows
+    for part in mixture.parts:
+        check_prompt_lengths(context, part.rows, part.report.source)
+    notes = mixture.lines()
     if recipe.rollout.truncation:
         notes.append(
             f"completions are drawn with {', '.join(recipe.rollout.truncation)}, and their tokens "
@@ -131,7 +141,7 @@ def sampled_data(context: RunContext) -> JobData:
         )
     reward = _reward(context)
     environments = environments_of(context)
-    source = _rollouts(context, prompts, reward, _judge(context), environments)
+    source = _rollouts(context, mixture, reward, _judge(context), environments)
 
     measure = None
     if recipe.data.eval and (reward or environments):
@@ -159,8 +169,9 @@ def sampled_data(context: RunContext) -> JobData:
     return JobData(
         source=source,
         rows=len(prompts),
-        format=report.format,
+        format=mixture.format,
         identity={
+            **mixture.identity(),
             "rows": sha256(every_prompt.encode()).hexdigest(),
             "prompts": prompts_fingerprint(prompts),
         },
@@ -172,7 +183,7 @@ def sampled_data(context: RunContext) -> JobData:
 
 def _rollouts(
     context: RunContext,
-    prompts: Sequence[Prompt],
+    mixture: Mixture[Prompt],
     reward: RewardCall | None,
     judge: Callable[..., Any] | None,
     environments: Environments | None,
@@ -202,9 +213,9 @@ def _rollouts(
     )
     turns = None
     if environments is not None:
-        turns = turn_sampler(context, environments, sampler, prompts, recipe.train.seed)
+        turns = turn_sampler(context, environments, sampler, mixture.rows, recipe.train.seed)
     return RolloutSource(
-        prompts,
+        mixture.rows,
         context.objective,
         context.pair,
         sampler,
@@ -220,6 +231,7 @@ def _rollouts(
         turns=turns,
         correction=correction,
         ahead=rollout.ahead,
+        visits=order_of(mixture, recipe.train.seed),
     )
 
 
@@ -228,7 +240,9 @@ def _held_out(
 ) -> tuple[HeldOut, Report]:
     """The mean reward on the prompts of `data.eval`, under noise that training does not see."""
     recipe = context.recipe
-    prompts, report = load_prompts(recipe.data, context.pair.tokenizer, source=context.rows("eval"))
+    prompts, report = load_prompts(
+        recipe.data, context.pair.tokenizer, source=context.held_out_rows()
+    )
     sampler = make_sampler(
         recipe.rollout,
         context.pair,
@@ -295,77 +309,6 @@ def _with_samples(context: RunContext, dataset: DatasetSource) -> SampledPairs:
         _judge(context),
         partial(decode, context.pair.tokenizer),
     )
-
-
-def _with_reference(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[Bundle]:
-    """The bundles with the reference's log-probs of their tokens.
-
-    Each rank scores its share, or reads it from `reference.store`; the shares are then exchanged.
-    """
-    rank = context.rank
-    processes = context.processes
-    store = context.recipe.reference.store
-
-    share = bundles[rank::processes]
-    # A process without a share takes part where the model is spread over all.
-    takes_part = bool(share) or context.pair.shards is not None
-    if takes_part and store:
-        share = cached_in(Path(store).expanduser(), context.pair, share, context.plan)
-    elif takes_part:
-        share = context.pair.cached(share, context.plan)
-    if processes == 1:
-        return share
-
-    # Rank r scored the bundles at places r, r + processes, r + 2 * processes, ...
-    reference: dict[int, list[Tensor]] = {}
-    shares = gather_object([[bundle.tokens["reference"] for bundle in share]])
-    for first, logps in enumerate(shares):
-        reference |= dict(zip(range(first, len(bundles), processes), logps))
-
-    def with_reference(place: int, bundle: Bundle) -> Bundle:
-        return replace(bundle, tokens={**bundle.tokens, "reference": reference[place]})
-
-    return changed(bundles, with_reference)
-
-
-def _with_teacher(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[Bundle]:
-    """The bundles with the teacher's most likely tokens, where the recipe asks for that. Every
-    process scores all of them, unless a store has them.
-    """
-    teacher = context.recipe.teacher
-    if teacher is None or teacher.top is None or not context.plan.needs_teacher or not bundles:
-        return bundles
-    folder = Path(teacher.store).expanduser() if teacher.store else None
-    return with_stored_teacher(context.pair, bundles, teacher.top, folder)
-
-
-def _with_prefixed_reference(
-    context: RunContext, bundles: Sequence[Bundle], name: str, text: str
-) -> Sequence[Bundle]:
-    """The bundles with tokens[name]: the reference's log-probs where `text` stands before the
-    prompt, behind a start token if there is one.
-    """
-    tokenizer = context.pair.tokenizer
-    prefix = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
-    if not len(prefix):
-        raise ConfigError(
-            f"objective.{name}: the tokenizer makes no token of {text!r}; give a text"
-        )
-
-    prefixed = []
-    for bundle in bundles:
-        has_start = (
-            tokenizer.bos_token_id is not None and bundle.prompt[0] == tokenizer.bos_token_id
-        )
-        first = int(has_start)
-        prompt = torch.cat([bundle.prompt[:first], prefix, bundle.prompt[first:]])
-        prefixed.append(replace(bundle, prompt=prompt, tokens={}))
-
-    scored = _with_reference(context, prefixed)
-    return [
-        replace(bundle, tokens={**bundle.tokens, name: other.tokens["reference"]})
-        for bundle, other in zip(bundles, scored)
-    ]
 
 
 def _shown_samples(context: RunContext, prompts: list[Tensor]) -> SampleRows:

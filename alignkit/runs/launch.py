@@ -146,13 +146,14 @@ def resolve_task(recipe: Recipe) -> Task | None:
     """
     sources = [
         source
-        for source in (recipe.data.train, recipe.data.eval)
+        for source in (*(row.source for row in recipe.data.sources()), recipe.data.eval)
         if source and source.startswith("task:")
     ]
     if len(set(sources)) > 1:
         place = recipe.origin.at(("data", "eval"))
         raise ConfigError(
-            f"{place}: `data.train` and `data.eval` name two tasks: {', '.join(sources)}"
+            f"{place}: `data.train` and `data.eval` name two tasks: "
+            f"{', '.join(dict.fromkeys(sources))}"
         )
     models = [recipe.model.name_or_path, recipe.teacher.name_or_path if recipe.teacher else None]
     if not sources and "task" not in models:

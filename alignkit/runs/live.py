@@ -7,7 +7,7 @@ run was and a resumed run is refused other inputs.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ class LiveTask(Task):
 
     model: Any = None  # a transformers causal LM, or a peft model around one
     tokenizer: Any = None
-    train_rows: Sequence[Mapping[str, Any]] | None = None
-    eval_rows: Sequence[Mapping[str, Any]] | None = None
+    # The rows that were given, by the names that the recipe has for them.
+    named_rows: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     embedded: Task | None = None  # serves what was given by the name of an embedded task
 
     @classmethod
@@ -35,8 +35,7 @@ class LiveTask(Task):
         *,
         model: Any = None,
         tokenizer: Any = None,
-        train_rows: Sequence[Mapping[str, Any]] | None = None,
-        eval_rows: Sequence[Mapping[str, Any]] | None = None,
+        named_rows: Mapping[str, Sequence[Mapping[str, Any]]],
         reward: Callable[..., Any] | None = None,
         judge: Callable[..., Any] | None = None,
         embedded: Task | None = None,
@@ -55,8 +54,7 @@ class LiveTask(Task):
             embedded.environment if embedded else None,
             model,
             tokenizer,
-            train_rows,
-            eval_rows,
+            named_rows,
             embedded,
         )
 
@@ -68,13 +66,15 @@ class LiveTask(Task):
         return self.embedded.teacher_folder
 
     def rows(self, family: str, split: str = "train") -> list[dict[str, Any]]:
-        """The rows of `split`, as they were given."""
-        rows = self.train_rows if split == "train" else self.eval_rows
-        if rows is None and self.embedded is not None:
-            return self.embedded.rows(family, split)
-        if rows is None:
+        """The rows of the embedded task. ConfigError where there is none."""
+        if self.embedded is None:
             raise ConfigError(f"data.{split}: no rows were given")
-        return [dict(row) for row in rows]
+        return self.embedded.rows(family, split)
+
+    def live_rows(self, name: str) -> list[dict[str, Any]] | None:
+        """The rows that were given under `name`; None where none were."""
+        rows = self.named_rows.get(name)
+        return None if rows is None else [dict(row) for row in rows]
 
 
 def rows_of(data: Any, name: str) -> list[dict[str, Any]]:

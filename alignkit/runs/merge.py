@@ -151,8 +151,7 @@ def _start_of(name: str) -> str | None:
             return recipe.model.adapter.path
         if recipe.model.name_or_path != "task":
             return recipe.model.name_or_path
-        train = recipe.data.train
-        return train if train.startswith("task:") else f"task:{DEFAULT_TASK}"
+        return recipe.data.task_source() or f"task:{DEFAULT_TASK}"
 
     if (folder / "adapter_config.json").is_file():
         from peft import PeftConfig

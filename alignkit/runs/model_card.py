@@ -57,7 +57,7 @@ def _front_matter(recipe: Recipe, objective: Objective) -> str:
     if _on_the_hub(recipe.model.name_or_path):
         header["base_model"] = recipe.model.name_or_path
         header["base_model_relation"] = "adapter" if adapted else "finetune"
-    sources = _sources(recipe.data.train)
+    sources = dict.fromkeys(source.source for source in recipe.data.sources())
     datasets = [source for source in sources if _on_the_hub(source)]
     if datasets:
         header["datasets"] = datasets
@@ -72,14 +72,6 @@ def _front_matter(recipe: Recipe, objective: Objective) -> str:
     if recipe.model.trust_remote_code:
         lines += ["", "Its base model runs code of its own (`trust_remote_code`)."]
     return "\n".join(lines)
-
-
-def _sources(train: Any) -> list[str]:
-    """The training sets' names: of one set, or of a mixture of several."""
-    entries = train if isinstance(train, list | tuple) else [train]
-    return [
-        entry if isinstance(entry, str) else str(getattr(entry, "source", "")) for entry in entries
-    ]
 
 
 def _on_the_hub(name: str) -> bool:

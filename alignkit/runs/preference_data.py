@@ -3,9 +3,12 @@ rankings, and metrics on held-out ones.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from alignkit.batches import Bundle
-from alignkit.data.load import check_held_out, fingerprint, load_bundles
+from alignkit.config.data import DataConfig
+from alignkit.data.load import check_held_out, fingerprint, load_bundles, load_mixture
+from alignkit.data.read import Source
 from alignkit.data.report import Report
 from alignkit.errors import ConfigError
 from alignkit.policies.lazy import changed
@@ -13,7 +16,7 @@ from alignkit.policies.scorer import TrainedScorer, joined, separator_of
 from alignkit.runs.context import RunContext
 from alignkit.runs.job_data import JobData
 from alignkit.runs.row_lengths import check_row_lengths
-from alignkit.sources.dataset import DatasetSource
+from alignkit.sources.dataset import DatasetSource, order_of
 from alignkit.training.preference_metrics import PreferenceMetrics
 
 
@@ -28,9 +31,12 @@ def preference_data(context: RunContext) -> JobData:
             "objective: reward and preference models cannot be summed in a weighted list"
         )
 
-    bundles, report = _bundles(context, "train")
-    check_row_lengths(context, bundles, report.source)
-    notes = report.lines()
+    load = partial(_bundles, context)
+    mixture = load_mixture(context.recipe.data, load, context.training_rows)
+    bundles = mixture.rows
+    for part in mixture.parts:
+        check_row_lengths(context, part.rows, part.report.source)
+    notes = mixture.lines()
     source = DatasetSource(
         bundles,
         context.plan,
@@ -38,12 +44,13 @@ def preference_data(context: RunContext) -> JobData:
         seed=train.seed,
         rank=context.rank,
         world=context.processes,
+        order=order_of(mixture, train.seed),
     )
 
     held_out = None
     measure = None
     if context.recipe.data.eval:
-        every_held_out, held_out_report = _bundles(context, "eval")
+        every_held_out, held_out_report = load(context.recipe.data, context.held_out_rows())
         check_row_lengths(context, every_held_out, held_out_report.source)
         notes = [*notes, *held_out_report.lines()]
         if context.task is None:
@@ -54,8 +61,8 @@ def preference_data(context: RunContext) -> JobData:
     return JobData(
         source=source,
         rows=len(bundles),
-        format=report.format,
-        identity={"rows": fingerprint(bundles)},
+        format=mixture.format,
+        identity={"rows": fingerprint(bundles), **mixture.identity()},
         notes=notes,
         samples=lambda step: [],  # these models score texts, they write none
         evaluation=held_out,
@@ -63,19 +70,20 @@ def preference_data(context: RunContext) -> JobData:
     )
 
 
-def _bundles(context: RunContext, split: str) -> tuple[Sequence[Bundle], Report]:
-    """The bundles of `split` (train, eval); where the plan says so, both completions of a pair
+def _bundles(
+    context: RunContext, config: DataConfig, source: Source
+) -> tuple[Sequence[Bundle], Report]:
+    """The bundles of one source; where the plan says so, both completions of a pair
     become one text.
 
     Plain texts get no end token unless `data.append_eos` asks for one: the model is read at the
     last token of the text itself, as reward models are when they score.
     """
-    config = context.recipe.data
     tokenizer = context.pair.tokenizer
     if config.append_eos == "auto":
         config = config.model_copy(update={"append_eos": False})
 
-    bundles, report = load_bundles(config, context.plan.data, tokenizer, source=context.rows(split))
+    bundles, report = load_bundles(config, context.plan.data, tokenizer, source=source)
     if context.plan.joined:
         separator = separator_of(tokenizer)
         bundles = changed(bundles, lambda place, bundle: joined(bundle, separator))

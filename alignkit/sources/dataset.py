@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignkit.batches import Bundle, Plan
+from alignkit.data.mixture import Mixture
 from alignkit.errors import DataError
 
 
@@ -33,10 +35,7 @@ class Order:
 
     def _epoch(self, epoch: int) -> list[int]:
         if epoch not in self._epochs:
-            items = list(range(self.n))
-            if self.shuffle:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                items = torch.randperm(self.n, generator=generator).tolist()
+            items = self._items(epoch)
 
             # A window may reach back into the epoch before; older ones are forgotten.
             recent = {
@@ -44,6 +43,44 @@ class Order:
             }
             self._epochs = {**recent, epoch: items}
         return self._epochs[epoch]
+
+    def _items(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.n))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.n, generator=generator).tolist()
+
+
+class MixedOrder(Order):
+    """The order of several sources whose items stand one behind the other: each epoch visits
+    `counts[i]` of the `sizes[i]` items of source i, mixed.
+
+    Each source is gone through in permutations of its own, from one epoch into the next, so none of
+    its items is visited again before all others were.
+    """
+
+    def __init__(self, sizes: Sequence[int], counts: Sequence[int], seed: int):
+        super().__init__(sum(counts), seed)
+        self.counts = counts
+        self.starts = [0, *accumulate(sizes)]
+        self.sources = [
+            Order(size, seed + 104_729 * number) for number, size in enumerate(sizes, start=1)
+        ]
+
+    def _items(self, epoch: int) -> list[int]:
+        items = [
+            start + item
+            for start, count, source in zip(self.starts, self.counts, self.sources)
+            for item in source[epoch * count : (epoch + 1) * count]
+        ]
+        return [items[place] for place in super()._items(epoch)]
+
+
+def order_of(mixture: Mixture[Any], seed: int) -> Order:
+    """The order in which the rows of a mixture are visited."""
+    if mixture.counts is None:
+        return Order(len(mixture.rows), seed)
+    return MixedOrder(mixture.sizes, mixture.counts, seed)
 
 
 class DatasetSource:
@@ -59,6 +96,7 @@ class DatasetSource:
         rank: int = 0,
         world: int = 1,
         shuffle: bool = True,
+        order: Order | None = None,
     ):
         if not bundles:
             raise DataError(
@@ -72,7 +110,7 @@ class DatasetSource:
         self.bundles = bundles
         self.plan = plan
         self.batch_size = batch_size
-        self.order = Order(len(bundles), seed, shuffle)
+        self.order = order or Order(len(bundles), seed, shuffle)
         self.rank = rank
         self.world = world
         self.metrics: dict[str, float] = {}
@@ -81,7 +119,7 @@ class DatasetSource:
         """This rank's bundles of optimiser step `step`."""
         first = step * self.batch_size
         batch = [self.bundles[i] for i in self.order[first : first + self.batch_size]]
-        self.metrics = {"epoch": round((step + 1) * self.batch_size / len(self.bundles), 4)}
+        self.metrics = {"epoch": round((step + 1) * self.batch_size / self.order.n, 4)}
 
         mine = batch[self.rank :: self.world]
         if self.plan.mismatched:

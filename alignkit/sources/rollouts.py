@@ -77,6 +77,9 @@ class RolloutSource:
     # Rollouts that are sampled while earlier ones are trained on.
     ahead: int = 0
 
+    # The order of the prompts; None: in permutations of all.
+    visits: Order | None = None
+
     metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,7 +92,7 @@ class RolloutSource:
                 f"train.batch_size {self.batch_size} is smaller than the number of processes {self.accelerator.num_processes}"
             )
         self.plan = self.objective.plan
-        self.order = Order(len(self.prompts), self.seed)
+        self.order = self.visits or Order(len(self.prompts), self.seed)
         self.flat_scores = FlatScores()
         self.credit_state = self.objective.init_state()
         self.drawn_once: dict[tuple[int, int], list[Sample]] = {}  # by draw and prompt

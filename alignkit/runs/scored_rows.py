@@ -1,0 +1,87 @@
+"""Fixed rows with what frozen models say about them, scored once before training."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from alignkit.batches import Bundle
+from alignkit.errors import ConfigError
+from alignkit.policies.lazy import changed
+from alignkit.policies.store import cached_in
+from alignkit.policies.teacher_store import with_stored_teacher
+from alignkit.runs.context import RunContext
+
+
+def with_reference(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[Bundle]:
+    """The bundles with the reference's log-probs of their tokens.
+
+    Each rank scores its share, or reads it from `reference.store`; the shares are then exchanged.
+    """
+    rank = context.rank
+    processes = context.processes
+    store = context.recipe.reference.store
+
+    share = bundles[rank::processes]
+    # A process without a share takes part where the model is spread over all.
+    takes_part = bool(share) or context.pair.shards is not None
+    if takes_part and store:
+        share = cached_in(Path(store).expanduser(), context.pair, share, context.plan)
+    elif takes_part:
+        share = context.pair.cached(share, context.plan)
+    if processes == 1:
+        return share
+
+    # Rank r scored the bundles at places r, r + processes, r + 2 * processes, ...
+    reference: dict[int, list[Tensor]] = {}
+    shares = gather_object([[bundle.tokens["reference"] for bundle in share]])
+    for first, logps in enumerate(shares):
+        reference |= dict(zip(range(first, len(bundles), processes), logps))
+
+    def scored(place: int, bundle: Bundle) -> Bundle:
+        return replace(bundle, tokens={**bundle.tokens, "reference": reference[place]})
+
+    return changed(bundles, scored)
+
+
+def with_teacher(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[Bundle]:
+    """The bundles with the teacher's most likely tokens, where the recipe asks for that. Every
+    process scores all of them, unless a store has them.
+    """
+    teacher = context.recipe.teacher
+    if teacher is None or teacher.top is None or not context.plan.needs_teacher or not bundles:
+        return bundles
+    folder = Path(teacher.store).expanduser() if teacher.store else None
+    return with_stored_teacher(context.pair, bundles, teacher.top, folder)
+
+
+def with_prefixed_reference(
+    context: RunContext, bundles: Sequence[Bundle], name: str, text: str
+) -> Sequence[Bundle]:
+    """The bundles with tokens[name]: the reference's log-probs where `text` stands before the
+    prompt, behind a start token if there is one.
+    """
+    tokenizer = context.pair.tokenizer
+    prefix = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+    if not len(prefix):
+        raise ConfigError(
+            f"objective.{name}: the tokenizer makes no token of {text!r}; give a text"
+        )
+
+    prefixed = []
+    for bundle in bundles:
+        has_start = (
+            tokenizer.bos_token_id is not None and bundle.prompt[0] == tokenizer.bos_token_id
+        )
+        first = int(has_start)
+        prompt = torch.cat([bundle.prompt[:first], prefix, bundle.prompt[first:]])
+        prefixed.append(replace(bundle, prompt=prompt, tokens={}))
+
+    scored = with_reference(context, prefixed)
+    return [
+        replace(bundle, tokens={**bundle.tokens, name: other.tokens["reference"]})
+        for bundle, other in zip(bundles, scored)
+    ]
