@@ -16,6 +16,7 @@ from world import pair_rows, run, save_model, write_rows
 from alignkit.cli.main import main
 from alignkit.config.recipe import load_recipe, shipped_recipes
 from alignkit.files import read_jsonl
+from alignkit.training.ownership import MARK
 
 COMMANDS = [
     "",
@@ -218,6 +219,7 @@ def test_exit_6_checkpoint(finished, world, tmp_path, capsys):
     assert "holds no checkpoints" in capsys.readouterr().err
     broken = tmp_path / "broken"
     (broken / "checkpoints" / "step-2").mkdir(parents=True)
+    (broken / MARK).write_text('{"alignkit": "0"}')
     assert run("checkpoint", "verify", broken) == 6
     assert "manifest.json is missing" in capsys.readouterr().out
     assert run("train", "dpo", *options(world, broken), "--resume", "auto") == 6

@@ -2,6 +2,7 @@
 price that they report, and what they refuse.
 """
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -44,7 +45,7 @@ def worth(prompts, completions, **_):
 
 def models():
     named = models_of(POLICY, REFERENCE)
-    return SimpleNamespace(model=named.model, tokenizer=Tokens())
+    return SimpleNamespace(model=named.model, together=nullcontext, tokenizer=Tokens())
 
 
 def decoder_of(reward=worth, **fields):

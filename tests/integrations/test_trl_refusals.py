@@ -104,7 +104,11 @@ class ByToken(PairObjective):
         ),
         (DPO, DPOTrainer, "objective is DPO, not an objective's instance; give one, such as DPO"),
         ("dpo", DPOTrainer, "objective is str, not an objective's instance"),
-        (DPO(), dict, "base is dict; allowed are DPOTrainer, GRPOTrainer and their subclasses"),
+        (
+            DPO(),
+            dict,
+            "base is dict; allowed are DPOTrainer, GRPOTrainer, DistillationTrainer and their",
+        ),
         (DPO(), "DPOTrainer", "base is 'DPOTrainer', not a class"),
         (
             DPO(),

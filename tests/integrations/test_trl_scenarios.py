@@ -216,7 +216,7 @@ def test_online_scripts(model, tmp_path, name):
             r"a Weighted list of DPO and SFT",
         ),
         (DPO(), {"ld_alpha": 0.5}, r"instead of ld_alpha use LDDPO\(alpha=...\)"),
-        (DPO(), {"use_weighting": True}, "no objective of alignkit has use_weighting=True"),
+        (DPO(), {"use_weighting": True}, "instead of use_weighting use weighting='wpo'"),
         (GRPO(beta=0), {"importance_sampling_level": "sequence"}, "use GSPO"),
         (GRPO(beta=0), {"loss_type": "dr_grpo"}, "instead of loss_type use DrGRPO"),
         (GRPO(beta=0), {"loss_type": "luspo"}, "instead of loss_type use LUSPO"),

@@ -15,6 +15,7 @@ from alignkit.config.recipe import load_recipe
 from alignkit.errors import CheckpointError, ResourceError
 from alignkit.files import read_jsonl
 from alignkit.objectives.preference.dpo import DPO
+from alignkit.policies import slices
 from alignkit.runs.launch import run_recipe
 from alignkit.runs.resume import identity_of
 from alignkit.training import checkpoint
@@ -138,18 +139,18 @@ def test_the_last_step_can_be_the_best(model, tmp_path):
 
 def test_a_disk_that_fills_up_in_the_middle(model, tmp_path, monkeypatch):
     _, expected = run(make_job(model, tmp_path / "a", DPO(), pairs(8), save_every=1))
-    save_file, saves = checkpoint.save_file, []
+    save_file, saves = slices.save_file, []
 
-    def full(tensors, path):
+    def full(tensors, path, **options):
         saves.append(path)
         if len(saves) > 8:  # in the middle of the third checkpoint
             path.write_bytes(b"half")
             raise SafetensorError(
                 "Error while serializing: I/O error: No space left on device (os error 28)"
             )
-        save_file(tensors, path)
+        save_file(tensors, path, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(slices, "save_file", full)
     with pytest.raises(
         CheckpointError, match=r"No space left on device.*older checkpoints are untouched"
     ) as caught:
@@ -160,7 +161,7 @@ def test_a_disk_that_fills_up_in_the_middle(model, tmp_path, monkeypatch):
         (step, None) for step in range(1, len(found) + 1)
     ]
     assert len(list((tmp_path / "b" / "checkpoints").iterdir())) == len(found) > 0
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(slices, "save_file", save_file)
     result, weights = run(make_job(model, tmp_path / "b", DPO(), pairs(8), save_every=1), "auto")
     assert result.resumed_from == found[-1].step
     assert all(torch.equal(weights[name], value) for name, value in expected.items())

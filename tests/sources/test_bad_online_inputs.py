@@ -15,9 +15,6 @@ def infinite(prompts, completions, **columns): return [float("-inf")] + [0.0] * 
 def short(prompts, completions, **columns): return [1.0]
 def huge(prompts, completions, **columns): return [1] * (len(prompts) - 1) + [10**400]
 def wide(prompts, completions, **columns): return [1e60 * n for n in range(len(prompts))]
-def alarmed(prompts, completions, **columns):
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    return [float(len(c)) for c in completions]
 def scalar(prompts, completions, **columns): return 1.0
 def word(prompts, completions, **columns): return "good"
 def raises(prompts, completions, **columns): return [{}[n] if n == 1 else 1.0 for n in columns["n"]]
@@ -42,10 +39,6 @@ REWARDS = {
         "reward huge returned inf for 1 of 8 completions (rows 7); first: prompt 'w",
     ),
     "wide": (5, "the advantages of 8 of 8 completions are not finite in float32; the first one's"),
-    "alarmed": (
-        3,
-        "reward alarmed sets a signal (a timeout of its own), which Python allows in the",
-    ),
     "short": (3, "reward short returned 1 values for 8 completions"),
     "scalar": (3, "reward scalar returned 1.0 (float)"),
     "word": (3, "reward word returned 'good' (str)"),

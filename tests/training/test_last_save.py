@@ -13,6 +13,7 @@ from world import make_job, pairs, save_model
 from alignkit.errors import ResourceError
 from alignkit.files import read_jsonl
 from alignkit.objectives.preference.dpo import DPO
+from alignkit.policies import slices
 from alignkit.training import checkpoint
 from alignkit.training.loop import train
 
@@ -69,7 +70,7 @@ def test_without_a_checkpoint_nobody_is_told_to_resume(
 ):
     """Neither the checkpoint nor the model fits on the run's disk."""
     run(job_of(model, tmp_path / "whole"))
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(slices, "save_file", full_disk)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     job = job_of(model, tmp_path / "run")
     job.pair.save = refuse_below(tmp_path / "run" if fits_elsewhere else tmp_path, job.pair.save)
