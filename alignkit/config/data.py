@@ -1,22 +1,32 @@
 """The recipe's `data` section. Imports pydantic alone."""
 
 from datetime import date, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from alignkit.config.row_sources import TrainSource, check_shares
+from alignkit.config.row_sources import RowSource, TrainSource, check_set_names, check_shares
 from alignkit.config.section import Section
 
 
 def _kind(value: object) -> str:
     """Which member of a union a value is meant to be, so that its faults alone are explained."""
-    return "several" if isinstance(value, list | dict) else "one"
+    if value is None:
+        return "none"
+    return "several" if isinstance(value, list | dict | RowSource) else "one"
 
 
 Several = Annotated[list[TrainSource], Field(min_length=1)]
 Train = Annotated[
     Annotated[str, Tag("one")] | Annotated[Several, Tag("several")], Discriminator(_kind)
+]
+NamedSource = Annotated[
+    Annotated[str, Tag("one")] | Annotated[RowSource, Tag("several")], Discriminator(_kind)
+]
+Sets = Annotated[dict[str, NamedSource], Field(min_length=1)]
+Eval = Annotated[
+    Annotated[None, Tag("none")] | Annotated[str, Tag("one")] | Annotated[Sets, Tag("several")],
+    Discriminator(_kind),
 ]
 
 
@@ -28,7 +38,11 @@ class DataConfig(Section):
         description="a file, a saved dataset folder, a hub name, or task:NAME; or a list of "
         "{source, share, split, subset, columns, max_rows}",
     )
-    eval: str | None = Field(None, description="held-out rows, from the same kinds of source")
+    eval: Eval = Field(
+        None,
+        description="held-out rows, from the same kinds of source; or several sets: a mapping of "
+        "names to sources or {source, split, subset, columns, max_rows}",
+    )
     split: str = Field("train", description="which split to read where a dataset has several")
     subset: str | None = Field(
         None, description="which configuration to read where a hub dataset has several"
@@ -85,6 +99,29 @@ class DataConfig(Section):
         """The first `task:NAME` that is trained on; None where there is none."""
         names = [source.source for source in self.sources()]
         return next((name for name in names if name.startswith("task:")), None)
+
+    def held_out_sources(self) -> dict[str, RowSource]:
+        """Name -> source of the held-out rows; one set that has no name stands under ""."""
+        if self.eval is None:
+            return {}
+        sets = {"": self.eval} if isinstance(self.eval, str) else self.eval
+        return {
+            name: RowSource(source=given) if isinstance(given, str) else given
+            for name, given in sets.items()
+        }
+
+    def reading(self, source: RowSource) -> Self:
+        """The section as it reads `source`, whose columns may be other ones."""
+        if source.columns is None:
+            return self
+        return self.model_copy(update={"columns": source.columns})
+
+    @field_validator("eval")
+    @classmethod
+    def _check_names(cls, value: Eval) -> Eval:
+        if isinstance(value, dict):
+            check_set_names(value)
+        return value
 
     @field_validator("train")
     @classmethod

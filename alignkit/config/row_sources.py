@@ -1,8 +1,13 @@
 """One of several sources of rows in a recipe's `data` section. Imports pydantic alone."""
 
+import re
+from collections.abc import Mapping
+
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from alignkit.config.section import Section
+
+SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*", re.ASCII)
 
 
 class RowSource(Section):
@@ -42,3 +47,13 @@ def check_shares(sources: list[TrainSource]) -> None:
         )
     if not without and not any(shares):
         raise ValueError("the shares sum to 0; give at least one source a share above 0")
+
+
+def check_set_names(names: Mapping[str, object]) -> None:
+    """ValueError where a name cannot stand in the name of a metric."""
+    for name in names:
+        if not SET_NAME.fullmatch(name):
+            raise ValueError(
+                f"{name!r} is no name for held-out rows, which stands in names such as eval_NAME_loss; "
+                "use letters, digits, dots, hyphens and single underscores"
+            )

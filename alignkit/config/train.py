@@ -32,6 +32,15 @@ GOALS: dict[str, Goal] = {
 }
 
 
+def known_goal(metric: str) -> Goal | None:
+    """Whether less or more of a held-out metric is better, also of one of several held-out sets
+    (`eval_NAME_loss`); None where that is not known.
+    """
+    names = (name for name in GOALS if metric.endswith(name.removeprefix("eval")))
+    longest = max(names, key=len, default=None)
+    return GOALS[longest] if longest and metric.startswith("eval_") else None
+
+
 class MeshConfig(Section):
     """How the processes of `train.shard` stand: `replicate` groups, each with a whole model that is
     spread over the `shard` processes of the group.
@@ -190,7 +199,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _goal_is_known(self) -> Self:
         """Nobody guesses the direction of a metric: a wrong guess would keep the worst checkpoint."""
-        if self.metric != "auto" and self.metric_goal == "auto" and self.metric not in GOALS:
+        if self.metric != "auto" and self.metric_goal == "auto" and not known_goal(self.metric):
             raise ValueError(
                 f"it is not known whether less or more of metric `{self.metric}` is better; "
                 "set train.metric_goal to min or max"
@@ -201,4 +210,8 @@ class TrainConfig(Section):
         """Whether less or more of `metric`, this section's or the one
         that `auto` stood for, is better.
         """
-        return GOALS[metric] if self.metric_goal == "auto" else self.metric_goal
+        if self.metric_goal != "auto":
+            return self.metric_goal
+        goal = known_goal(metric)
+        assert goal is not None  # refused when the section was read
+        return goal

@@ -72,13 +72,15 @@ def field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
 def _place(fault: ErrorDetails, data: Any) -> Keys:
     """The fault's location without pydantic's own marks (which member of a union failed)."""
     keys: list[str] = []
-    for part in fault["loc"]:
+    last = len(fault["loc"]) - 1
+    for number, part in enumerate(fault["loc"]):
         inside = (isinstance(data, dict) and part in data) or (
             isinstance(data, list) and isinstance(part, int) and part < len(data)
         )
         if inside:
             data = data[part]
-        if inside or (fault["type"] == "missing" and isinstance(data, dict)):
+        is_missing = fault["type"] == "missing" and number == last
+        if inside or (is_missing and isinstance(data, dict)):
             keys.append(str(part))
     return tuple(keys)
 
@@ -150,11 +152,12 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _models_at(model: type[BaseModel], keys: Keys) -> list[type[BaseModel]]:
-    """The models that may stand at `keys`; list indices stay on the same model."""
+    """The models that may stand at `keys`; list indices, and keys of a mapping of models, stay on
+    the same model.
+    """
     models = [model]
     for key in keys:
-        if key.isdecimal():
-            continue
         annotations = [m.model_fields[key].annotation for m in models if key in m.model_fields]
-        models = [inner for annotation in annotations for inner in _models_in(annotation)]
+        if annotations:
+            models = [inner for annotation in annotations for inner in _models_in(annotation)]
     return models

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.config.data import DataConfig
-from alignkit.config.row_sources import TrainSource
+from alignkit.config.row_sources import RowSource, TrainSource
 from alignkit.data.cache import Entry, LazyTokenizer, entry_of, few_rows
 from alignkit.data.checking import Checked, Use, check_rows
 from alignkit.data.examples import Example
 from alignkit.data.mixture import Mixture, Part
-from alignkit.data.read import Rows, Source, open_source
+from alignkit.data.read import HeldOut, Rows, Source, open_source, reading
 from alignkit.data.report import Report
 from alignkit.errors import DataError
 
@@ -35,6 +35,7 @@ def load_bundles(
     for options the tokenizer cannot serve.
     """
     rows = open_source(config, source)
+    config = reading(config, source)
     few = few_rows(rows)
     lazy = LazyTokenizer.of(tokenizer)
     entry = None if few else entry_of(rows, config, family, lazy)
@@ -63,6 +64,7 @@ def load_prompts(
     """
     prompts: list[Prompt] = []
     rows = open_source(config, source)
+    config = reading(config, source)
     checked = check_rows(
         few_rows(rows) or rows,
         config,
@@ -87,14 +89,25 @@ def load_mixture(
     """
     parts = []
     for source in config.sources():
-        own = config
-        if source.columns is not None:
-            own = config.model_copy(update={"columns": source.columns})
-        parts.append(Part(source, *load(own, resolve(source))))
+        parts.append(Part(source, *load(config.reading(source), resolve(source))))
 
     mixture = Mixture(parts)
     _ = mixture.counts  # refuses a share that is too small
     return mixture
+
+
+def load_held_out(
+    config: DataConfig,
+    load: Callable[[DataConfig, Source], tuple[Sequence[Any], Report]],
+    resolve: Callable[[RowSource], Source] = HeldOut,
+) -> dict[str, tuple[Sequence[Any], Report]]:
+    """Name -> rows and report of every set of `data.eval`; one without a name stands under "". The
+    arguments are those of `load_mixture`.
+    """
+    return {
+        name: load(config.reading(source), resolve(source))
+        for name, source in config.held_out_sources().items()
+    }
 
 
 def check(
@@ -108,6 +121,7 @@ def check(
     tokenizer only text is checked. A tokenizer that is a `LazyTokenizer` is loaded when it is needed.
     """
     rows = open_source(config, source)
+    config = reading(config, source)
     few = few_rows(rows)
     lazy = None if tokenizer is None else LazyTokenizer.of(tokenizer)
     entry = None if few or lazy is None else entry_of(rows, config, family, lazy)

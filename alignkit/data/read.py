@@ -30,12 +30,12 @@ HELD_OUT_SPLITS = ("validation", "test", "eval")  # the first that exists serves
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out part of the set `name`, see `held_out`."""
+    """The held-out part of a source, see `held_out`."""
 
-    name: str
+    source: RowSource
 
     def __str__(self) -> str:
-        return self.name
+        return self.source.source
 
 
 Source = str | Path | HeldOut | RowSource | Sequence[Mapping[str, Any]]
@@ -90,12 +90,14 @@ class Rows:
 
 
 def held_out(config: DataConfig) -> HeldOut | None:
-    """What `data.eval` names, as a source for `read_rows`; None where it is not set.
+    """What `data.eval` names, of several sets the first, as a source for `read_rows`; None where it
+    is not set.
 
-    Of a set with several splits, `data.eval_split` is read, or else one that is named as held-out
-    splits are, which is never the one that is trained on.
+    Of a set with several splits, its own or `data.eval_split` is read, or else one that is named as
+    held-out splits are, which is never one that is trained on.
     """
-    return None if config.eval is None else HeldOut(config.eval)
+    sources = list(config.held_out_sources().values())
+    return HeldOut(sources[0]) if sources else None
 
 
 def read_rows(config: DataConfig, source: Source | None = None) -> Rows:
@@ -105,7 +107,15 @@ def read_rows(config: DataConfig, source: Source | None = None) -> Rows:
     rows are gone through), ConfigError for `task:`, which only the command line can resolve. A row
     that cannot be read raises nothing: its `problem` says why.
     """
-    return renamed(open_source(config, source), config.columns)
+    return renamed(open_source(config, source), reading(config, source).columns)
+
+
+def reading(config: DataConfig, source: Source | None) -> DataConfig:
+    """The section as it reads `source` (default: config.train), which may have columns of its own."""
+    if source is None:
+        source = only_source(config)
+    own = source.source if isinstance(source, HeldOut) else source
+    return config.reading(own) if isinstance(own, RowSource) else config
 
 
 def open_source(config: DataConfig, source: Source | None = None) -> Rows:
@@ -116,7 +126,9 @@ def open_source(config: DataConfig, source: Source | None = None) -> Rows:
         part = _Part((source.split or config.split,), source.subset or config.subset)
         return _first_rows(_read_named(source.source, part), source.max_rows)
     if isinstance(source, HeldOut):
-        return _read_named(source.name, _held_out_part(config, source.name))
+        held = source.source
+        rows = _read_named(held.source, _held_out_part(config, held))
+        return _first_rows(rows, held.max_rows)
     if isinstance(source, str | Path):
         return _read_named(source, _Part((config.split,), config.subset))
     given = list(source)
@@ -149,16 +161,17 @@ def _first_rows(rows: Rows, most: int | None) -> Rows:
     return replace(rows, rows=first, content=content)
 
 
-def _held_out_part(config: DataConfig, name: str) -> _Part:
-    subset = config.eval_subset or config.subset
-    if config.eval_split is not None:
-        return _Part((config.eval_split,), subset)
+def _held_out_part(config: DataConfig, held: RowSource) -> _Part:
+    subset = held.subset or config.eval_subset or config.subset
+    split = held.split or config.eval_split
+    if split is not None:
+        return _Part((split,), subset)
 
     # A set that is trained on has another part for evaluation, or none that could serve.
     trained = {
         source.split or config.split
         for source in config.sources()
-        if source.source == name and (source.subset or config.subset) == subset
+        if source.source == held.source and (source.subset or config.subset) == subset
     }
     if trained:
         return _Part(tuple(s for s in HELD_OUT_SPLITS if s not in trained), subset)

@@ -10,6 +10,7 @@ from pathlib import Path
 from alignkit.config.data import DataConfig
 from alignkit.config.decode import DecodeConfig, is_decode_file, load_decode
 from alignkit.config.recipe import REFERENCES, Recipe, load_recipe
+from alignkit.data.read import held_out
 from alignkit.errors import ConfigError
 from alignkit.runs.trained_model import find_finished
 from alignkit.tasks import DEFAULT_TASK, Task, resolve
@@ -129,12 +130,12 @@ def task_of(request: Request) -> Task | None:
         request.reference,
         *request.models,
         *(config.model for config in request.decoders.values()),
-        *(recipe.data.eval for recipe in recipes),
+        *(held_out(recipe.data) for recipe in recipes),
         *(recipe.data.task_source() for recipe in recipes),
     ]
     for name in names:
-        if name and name.startswith("task:"):
-            return resolve(name)
+        if str(name).startswith("task:"):
+            return resolve(str(name))
     return None
 
 

@@ -48,8 +48,7 @@ def _check_sources(recipe: Recipe) -> None:
     """Files and tasks that the data section names and that do not exist."""
     data = recipe.data
     named = [("train", source.source) for source in data.sources()]
-    if data.eval is not None:
-        named.append(("eval", data.eval))
+    named += [("eval", source.source) for source in data.held_out_sources().values()]
 
     for field, source in named:
         is_file_name = data_suffix(Path(source)) in SUFFIXES and not has_magic(source)

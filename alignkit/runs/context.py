@@ -7,8 +7,8 @@ from accelerate import Accelerator
 
 from alignkit.batches import Plan
 from alignkit.config.recipe import Recipe
-from alignkit.config.row_sources import TrainSource
-from alignkit.data.read import Source, held_out
+from alignkit.config.row_sources import RowSource, TrainSource
+from alignkit.data.read import HeldOut, Source
 from alignkit.errors import ConfigError
 from alignkit.objectives.base import Objective
 from alignkit.policies.pair import PolicyPair
@@ -47,12 +47,10 @@ class RunContext:
         rows = self._named(source.source, "train")
         return source if rows is None else rows[: source.max_rows]
 
-    def held_out_rows(self) -> Source:
-        """What `data.eval` names."""
-        source = held_out(self.recipe.data)
-        assert source is not None  # nobody asks for the rows of an empty `data.eval`
-        rows = self._named(source.name, "eval")
-        return source if rows is None else rows
+    def held_out_rows(self, source: RowSource) -> Source:
+        """What a source of `data.eval` names."""
+        rows = self._named(source.source, "eval")
+        return HeldOut(source) if rows is None else rows[: source.max_rows]
 
     def _named(self, name: str, split: str) -> list[dict[str, Any]] | None:
         """The rows of `task:NAME`, and those of `python:...`, which the caller gave as objects; None

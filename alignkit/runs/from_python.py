@@ -63,8 +63,8 @@ def train(
     - `model`: a transformers causal language model or a peft model (trained in place; needs its
       `tokenizer`), or a folder, a hub name or "task"
     - `data`, `eval_data`: a list of rows (dicts), a `datasets.Dataset`, a pandas frame, or what
-      `data.train` takes in a recipe; a mixture is a list of `{"source": ..., "share": ...}`, whose
-      sources may be any of these
+      `data.train` takes in a recipe; a mixture is a list of `{"source": ..., "share": ...}`, and
+      several evaluation sets are a mapping of names, whose sources may be any of these
     - `rewards`: a function `f(prompts, completions, **columns) -> list`, or a list of functions,
       whose scores are added
     - `judge`: a function `f(prompts, first, second)` that gives the probability that the first wins
@@ -89,7 +89,7 @@ def train(
     _set(sections, "model", "name_or_path", name_of_model(model) if live else str(model))
     _set(sections, "data", "train", _training_data(data, named_rows))
     if eval_data is not None:
-        _set(sections, "data", "eval", _data(eval_data, "eval_data", named_rows))
+        _set(sections, "data", "eval", _held_out_data(eval_data, named_rows))
     recipe = _recipe(sections)
 
     task = LiveTask.of(
@@ -129,6 +129,19 @@ def _training_data(given: Any, named_rows: dict[str, Any]) -> str | list[dict[st
         {**entry, "source": _data(entry["source"], f"data.{place}.source", named_rows)}
         for place, entry in enumerate(given)
     ]
+
+
+def _held_out_data(given: Any, named_rows: dict[str, Any]) -> str | dict[str, Any]:
+    """What `data.eval` says: the name of one source, or of several by the names of their sets."""
+    if not isinstance(given, Mapping):
+        return _data(given, "eval_data", named_rows)
+
+    def named(name: str, part: Any) -> Any:
+        if isinstance(part, Mapping) and "source" in part:
+            return {**part, "source": _data(part["source"], f"eval_data.{name}.source", named_rows)}
+        return _data(part, f"eval_data.{name}", named_rows)
+
+    return {name: named(name, part) for name, part in given.items()}
 
 
 def _is_mixture(given: Any) -> bool:

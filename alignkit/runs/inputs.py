@@ -47,11 +47,7 @@ def inputs_of(sections: Section) -> Inputs:
     names_task = False
     for section, path, value in _texts(sections):
         names_task = names_task or value.startswith("task:")
-        if path[-1] == "source":  # what it leaves open is as in the section around it
-            around = sections.get(path[0]) or {}
-            chosen = {name: section[name] for name in SOURCE_PARTS if section.get(name)}
-            section = {**around, **chosen}
-        content = _hash(section, path[-1], value)
+        content = _hash(*_of_a_source(sections, section, path), value)
         if content is not None:
             inputs[f"{'.'.join(path)} ({value})"] = content[:DIGITS]
 
@@ -105,6 +101,24 @@ def _texts(tree: Section, path: tuple[str, ...] = ()) -> Iterator[tuple[Section,
                     yield tree, where, element
 
 
+def _of_a_source(sections: Section, section: Section, path: Keys) -> tuple[Section, str]:
+    """The section and the field that a text counts as: what one of several sources leaves open is
+    as in the section around it, and named held-out sets count as `eval`.
+    """
+    if path[0] != "data" or len(path) < 3:
+        return section, path[-1]
+
+    chosen = {}
+    if path[-1] == "source":
+        chosen = {name: section[name] for name in SOURCE_PARTS if section.get(name)}
+    if path[1] != "eval":
+        return {**sections["data"], **chosen}, path[-1]
+    if len(path) > 3 and path[-1] != "source":  # a split or the name of a column
+        return section, ""
+    prefixed = {f"eval_{name}": value for name, value in chosen.items()}
+    return {**sections["data"], **chosen, **prefixed}, "eval"
+
+
 def _hash(section: Section, field: str, value: str) -> str | None:
     """The hash of what a field of a section names; None where it names nothing that is there."""
     path = Path(value).expanduser()
@@ -155,12 +169,8 @@ def _commit(section: Section, name: str) -> str | None:
 def _hub_rows_hash(section: Section, field: str, source: str) -> str | None:
     """Of the rows of a data set of the hub, as `section` chooses them."""
     chosen = {name: section[name] for name in PARTS if section.get(name)}
-    rows: HeldOut | RowSource
-    if field == "eval":
-        rows = HeldOut(source)
-    else:
-        rows = RowSource(source=source, max_rows=section.get("max_rows"))
-    return _rows_hash(rows, json.dumps(chosen))
+    rows = RowSource(source=source, max_rows=section.get("max_rows"))
+    return _rows_hash(HeldOut(rows) if field == "eval" else rows, json.dumps(chosen))
 
 
 @cache

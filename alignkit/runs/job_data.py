@@ -3,7 +3,7 @@ prompts that `samples.jsonl` shows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from typing import Any
@@ -16,6 +16,7 @@ from alignkit.data.load import (
     check_held_out,
     fingerprint,
     load_bundles,
+    load_held_out,
     load_mixture,
     load_prompts,
 )
@@ -38,13 +39,14 @@ from alignkit.rollout.text import as_reply, decode
 from alignkit.runs.agents import environments_of, shown_episodes, turn_sampler
 from alignkit.runs.context import RunContext
 from alignkit.runs.row_lengths import check_prompt_lengths, check_row_lengths
-from alignkit.runs.scored_rows import with_prefixed_reference, with_reference, with_teacher
+from alignkit.runs.scored_rows import scored
 from alignkit.sources.base import Source
 from alignkit.sources.dataset import DatasetSource, order_of
 from alignkit.sources.rollouts import RolloutSource
 from alignkit.sources.sampled_pairs import SampledPairs
 from alignkit.sources.scoring import Scoring
-from alignkit.training.held_out_reward import HeldOut
+from alignkit.training.held_out_reward import HeldOut, at_once
+from alignkit.training.held_out_sets import measured_on
 from alignkit.training.reduction import Metrics
 
 SHOWN_PROMPTS = 4  # in samples.jsonl, at each step that writes them
@@ -62,7 +64,8 @@ class JobData:
     identity: Mapping[str, Any]  # what a checkpoint must match
     notes: Sequence[str]  # the data report
     samples: SampleRows
-    evaluation: Sequence[Bundle] | None = None  # this rank's held-out bundles
+    # Name -> this rank's held-out bundles.
+    evaluation: Mapping[str, Sequence[Bundle]] | None = None
     measure: Callable[[], Metrics] | None = None  # further held-out metrics, over all ranks
 
 
@@ -82,22 +85,15 @@ def fixed_data(context: RunContext) -> JobData:
     for part in mixture.parts:
         notes += check_row_lengths(context, part.rows, part.report.source)
 
-    held_out: Sequence[Bundle] = []
-    if recipe.data.eval:
-        held_out, held_out_report = load(recipe.data, context.held_out_rows())
-        notes = [*notes, *held_out_report.lines()]
-        notes += check_row_lengths(context, held_out, held_out_report.source)
+    held_out = load_held_out(recipe.data, load, context.held_out_rows)
+    for rows, report in held_out.values():
+        notes += report.lines()
+        notes += check_row_lengths(context, rows, report.source)
         if context.task is None:
-            notes += check_held_out(bundles, held_out, held_out_report.source)
+            notes += check_held_out(bundles, rows, report.source)
 
-    if pair.reference_kind == "cached":
-        bundles = with_reference(context, bundles)
-        held_out = with_reference(context, held_out)
-    bundles = with_teacher(context, bundles)
-    held_out = with_teacher(context, held_out)
-    for name, text in plan.prefixes.items():
-        bundles = with_prefixed_reference(context, bundles, name, text)
-        held_out = with_prefixed_reference(context, held_out, name, text)
+    bundles = scored(context, bundles)
+    sets = {name: scored(context, rows) for name, (rows, _) in held_out.items()}
 
     dataset = DatasetSource(
         bundles,
@@ -114,9 +110,16 @@ def fixed_data(context: RunContext) -> JobData:
         format=mixture.format,
         identity=identity,
         notes=notes,
-        samples=_shown_samples(context, _first_prompts(held_out or bundles)),
-        evaluation=held_out[context.rank :: context.processes] if recipe.data.eval else None,
+        samples=_shown_samples(context, _first_prompts(next(iter(sets.values()), bundles))),
+        evaluation=shares_of(context, sets),
     )
+
+
+def shares_of(
+    context: RunContext, sets: Mapping[str, Sequence[Bundle]]
+) -> dict[str, Sequence[Bundle]] | None:
+    """This rank's part of every held-out set; None where there are none."""
+    return {name: rows[context.rank :: context.processes] for name, rows in sets.items()} or None
 
 
 def sampled_data(context: RunContext) -> JobData:
@@ -143,21 +146,21 @@ def sampled_data(context: RunContext) -> JobData:
     environments = environments_of(context)
     source = _rollouts(context, mixture, reward, _judge(context), environments)
 
-    measure = None
+    measures = {}
     if recipe.data.eval and (reward or environments):
-        measure, held_out_report = _held_out(context, reward, environments)
-        if source.drawing is not None:
-            measure = replace(measure, wait=source.drawing.wait)
-        notes = [*notes, *held_out_report.lines()]
-        check_prompt_lengths(context, measure.prompts, held_out_report.source)
-        if context.task is None:
-            notes += check_held_out(prompts, measure.prompts, held_out_report.source)
+        held_out = load_held_out(recipe.data, load, context.held_out_rows)
+        wait = source.drawing.wait if source.drawing is not None else at_once
+        measures = _held_out(context, held_out, reward, environments, wait)
+        for rows, report in held_out.values():
+            notes += report.lines()
+            check_prompt_lengths(context, rows, report.source)
+            if context.task is None:
+                notes += check_held_out(prompts, rows, report.source)
     elif recipe.data.eval:
-        unused = (
+        notes.append(
             "data.eval is not used: held-out prompts are measured by a reward, "
             "and this run has none"
         )
-        notes = [*notes, unused]
 
     shown = prompts[:SHOWN_PROMPTS]
     samples = (
@@ -177,7 +180,7 @@ def sampled_data(context: RunContext) -> JobData:
         },
         notes=notes,
         samples=samples,
-        measure=measure,
+        measure=measured_on(measures),
     )
 
 
@@ -236,26 +239,36 @@ def _rollouts(
 
 
 def _held_out(
-    context: RunContext, reward: RewardCall | None, environments: Environments | None
-) -> tuple[HeldOut, Report]:
-    """The mean reward on the prompts of `data.eval`, under noise that training does not see."""
+    context: RunContext,
+    held_out: Mapping[str, tuple[Sequence[Prompt], Report]],
+    reward: RewardCall | None,
+    environments: Environments | None,
+    wait: Callable[[], None],
+) -> dict[str, HeldOut]:
+    """The mean reward on the prompts of each set of `data.eval`, under noise that training does not
+    see.
+    """
     recipe = context.recipe
-    prompts, report = load_prompts(
-        recipe.data, context.pair.tokenizer, source=context.held_out_rows()
-    )
+    seed = recipe.train.seed + 1
     sampler = make_sampler(
         recipe.rollout,
         context.pair,
-        seed=recipe.train.seed + 1,
+        seed=seed,
         temperature=context.pair.base.temperature,
         truncates=True,
         accelerator=context.accelerator,
     )
-    turns = None
-    if environments is not None:
-        turns = turn_sampler(context, environments, sampler, prompts, recipe.train.seed + 1)
     scoring = Scoring(context.plan, _reply(context), reward)
-    return HeldOut(prompts, sampler, scoring, context.accelerator, turns=turns), report
+
+    measures = {}
+    for name, (prompts, _) in held_out.items():
+        turns = None
+        if environments is not None:
+            turns = turn_sampler(context, environments, sampler, prompts, seed)
+        measures[name] = HeldOut(
+            prompts, sampler, scoring, context.accelerator, turns=turns, wait=wait
+        )
+    return measures
 
 
 def _reply(context: RunContext) -> Callable[[Prompt, Tensor], Any]:

@@ -144,11 +144,9 @@ def resolve_task(recipe: Recipe) -> Task | None:
 
     ConfigError where the training and the held-out rows name two tasks.
     """
-    sources = [
-        source
-        for source in (*(row.source for row in recipe.data.sources()), recipe.data.eval)
-        if source and source.startswith("task:")
-    ]
+    data = recipe.data
+    named = [*data.sources(), *data.held_out_sources().values()]
+    sources = [row.source for row in named if row.source.startswith("task:")]
     if len(set(sources)) > 1:
         place = recipe.origin.at(("data", "eval"))
         raise ConfigError(

@@ -7,16 +7,23 @@ from functools import partial
 
 from alignkit.batches import Bundle
 from alignkit.config.data import DataConfig
-from alignkit.data.load import check_held_out, fingerprint, load_bundles, load_mixture
+from alignkit.data.load import (
+    check_held_out,
+    fingerprint,
+    load_bundles,
+    load_held_out,
+    load_mixture,
+)
 from alignkit.data.read import Source
 from alignkit.data.report import Report
 from alignkit.errors import ConfigError
 from alignkit.policies.lazy import changed
 from alignkit.policies.scorer import TrainedScorer, joined, separator_of
 from alignkit.runs.context import RunContext
-from alignkit.runs.job_data import JobData
+from alignkit.runs.job_data import JobData, shares_of
 from alignkit.runs.row_lengths import check_row_lengths
 from alignkit.sources.dataset import DatasetSource, order_of
+from alignkit.training.held_out_sets import measured_on
 from alignkit.training.preference_metrics import PreferenceMetrics
 
 
@@ -47,16 +54,19 @@ def preference_data(context: RunContext) -> JobData:
         order=order_of(mixture, train.seed),
     )
 
-    held_out = None
-    measure = None
-    if context.recipe.data.eval:
-        every_held_out, held_out_report = load(context.recipe.data, context.held_out_rows())
-        check_row_lengths(context, every_held_out, held_out_report.source)
-        notes = [*notes, *held_out_report.lines()]
+    held_out = load_held_out(context.recipe.data, load, context.held_out_rows)
+    for rows, held_out_report in held_out.values():
+        check_row_lengths(context, rows, held_out_report.source)
+        notes += held_out_report.lines()
         if context.task is None:
-            notes += check_held_out(bundles, every_held_out, held_out_report.source)
-        held_out = every_held_out[context.rank :: context.processes]
-        measure = PreferenceMetrics(objective, scorer, held_out, int(train.micro_batch_tokens))
+            notes += check_held_out(bundles, rows, held_out_report.source)
+
+    shares = shares_of(context, {name: rows for name, (rows, _) in held_out.items()})
+    budget = int(train.micro_batch_tokens)
+    measures = {
+        name: PreferenceMetrics(objective, scorer, rows, budget)
+        for name, rows in (shares or {}).items()
+    }
 
     return JobData(
         source=source,
@@ -65,8 +75,8 @@ def preference_data(context: RunContext) -> JobData:
         identity={"rows": fingerprint(bundles), **mixture.identity()},
         notes=notes,
         samples=lambda step: [],  # these models score texts, they write none
-        evaluation=held_out,
-        measure=measure,
+        evaluation=shares,
+        measure=measured_on(measures),
     )
 
 

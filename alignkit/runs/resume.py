@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignkit.config.recipe import Recipe, load_recipe
-from alignkit.config.train import GOALS
+from alignkit.config.train import known_goal
 from alignkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -126,7 +126,9 @@ def measured_autos(context: "RunContext") -> dict[str, dict[str, Any]]:
     router = getattr(getattr(pair, "base", None), "router", None)  # reward models have none
     metric = context.recipe.train.metric
     if metric == "auto":
-        metric = "eval_reward" if FAMILIES[context.plan.data].sampled else "eval_loss"
+        metric = "reward" if FAMILIES[context.plan.data].sampled else "loss"
+        first = next(iter(context.recipe.data.held_out_sources()), "")
+        metric = f"eval_{first}_{metric}" if first else f"eval_{metric}"
 
     return {
         "model": {
@@ -185,7 +187,7 @@ def identity_of(recipe: Recipe) -> dict[str, Any]:
                 del identity[section][field]
 
     # A field that older checkpoints do not have is left out where it changes nothing.
-    if recipe.train.metric_goal in ("auto", GOALS.get(recipe.train.metric)):
+    if recipe.train.metric_goal in ("auto", known_goal(recipe.train.metric)):
         del identity["train"]["metric_goal"]
     if recipe.train.router_aux_loss in ("auto", 0):
         del identity["train"]["router_aux_loss"]

@@ -16,7 +16,17 @@ from alignkit.policies.teacher_store import with_stored_teacher
 from alignkit.runs.context import RunContext
 
 
-def with_reference(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[Bundle]:
+def scored(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[Bundle]:
+    """The bundles with everything that the plan wants to know of them beforehand."""
+    if context.pair.reference_kind == "cached":
+        bundles = _with_reference(context, bundles)
+    bundles = _with_teacher(context, bundles)
+    for name, text in context.plan.prefixes.items():
+        bundles = _with_prefixed_reference(context, bundles, name, text)
+    return bundles
+
+
+def _with_reference(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[Bundle]:
     """The bundles with the reference's log-probs of their tokens.
 
     Each rank scores its share, or reads it from `reference.store`; the shares are then exchanged.
@@ -41,13 +51,13 @@ def with_reference(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[B
     for first, logps in enumerate(shares):
         reference |= dict(zip(range(first, len(bundles), processes), logps))
 
-    def scored(place: int, bundle: Bundle) -> Bundle:
+    def filled(place: int, bundle: Bundle) -> Bundle:
         return replace(bundle, tokens={**bundle.tokens, "reference": reference[place]})
 
-    return changed(bundles, scored)
+    return changed(bundles, filled)
 
 
-def with_teacher(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[Bundle]:
+def _with_teacher(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[Bundle]:
     """The bundles with the teacher's most likely tokens, where the recipe asks for that. Every
     process scores all of them, unless a store has them.
     """
@@ -58,7 +68,7 @@ def with_teacher(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[Bun
     return with_stored_teacher(context.pair, bundles, teacher.top, folder)
 
 
-def with_prefixed_reference(
+def _with_prefixed_reference(
     context: RunContext, bundles: Sequence[Bundle], name: str, text: str
 ) -> Sequence[Bundle]:
     """The bundles with tokens[name]: the reference's log-probs where `text` stands before the
@@ -80,8 +90,8 @@ def with_prefixed_reference(
         prompt = torch.cat([bundle.prompt[:first], prefix, bundle.prompt[first:]])
         prefixed.append(replace(bundle, prompt=prompt, tokens={}))
 
-    scored = with_reference(context, prefixed)
+    answers = _with_reference(context, prefixed)
     return [
         replace(bundle, tokens={**bundle.tokens, name: other.tokens["reference"]})
-        for bundle, other in zip(bundles, scored)
+        for bundle, other in zip(bundles, answers)
     ]

@@ -18,7 +18,7 @@ from alignkit.sources.scoring import Scoring, scores_of
 from alignkit.training.reduction import Metrics
 
 
-def _at_once() -> None:
+def at_once() -> None:
     """Nobody has to be waited for."""
 
 
@@ -33,7 +33,7 @@ class HeldOut:
     scoring: Scoring
     accelerator: Accelerator
     # Returns when nobody else draws from the sampler's engine.
-    wait: Callable[[], None] = _at_once
+    wait: Callable[[], None] = at_once
     turns: TurnSampler | None = None  # where an answer is an episode
 
     def __call__(self) -> Metrics:

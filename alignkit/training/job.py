@@ -38,9 +38,9 @@ class Job:
     # What a checkpoint must agree with to be resumed: any difference is refused by name.
     identity: Mapping[str, Any] = field(default_factory=dict)
 
-    # This rank's share of the held-out bundles. An empty share still takes part in the evaluation;
-    # None means that no rank has any.
-    evaluation: Sequence[Bundle] | None = None
+    # This rank's share of the held-out bundles, or of several sets by their names. An empty share
+    # still takes part in the evaluation; None means that no rank has any.
+    evaluation: Sequence[Bundle] | Mapping[str, Sequence[Bundle]] | None = None
 
     # Further figures to measure at every evaluation, already over all ranks.
     measure: Callable[[], Metrics] | None = None

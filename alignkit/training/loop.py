@@ -5,7 +5,7 @@ It knows plans, bundles and terms; it never learns which objective it runs.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -19,6 +19,7 @@ from alignkit.training import checkpoint, shared_checkpoint
 from alignkit.training.callbacks import Callbacks
 from alignkit.training.elastic_reset import ElasticReset
 from alignkit.training.guard import BrokenStep, broken_weights
+from alignkit.training.held_out_sets import metrics_of_sets
 from alignkit.training.job import Job, Result
 from alignkit.training.optimizer import learning_rate, make_optimizer
 from alignkit.training.progress import TrainProgress
@@ -255,7 +256,9 @@ class _Loop:
         """Metrics of the held-out data, under `eval_` names."""
         metrics: Metrics = {}
         if self.job.evaluation is not None:
-            metrics = self.reducer.evaluate(self.job.evaluation)
+            given = self.job.evaluation
+            sets = given if isinstance(given, Mapping) else {"": given}
+            metrics = metrics_of_sets(self.reducer.evaluate, sets)
         if self.job.measure:
             metrics |= self.job.measure()
 
