@@ -82,14 +82,11 @@ def train(
     from alignkit.training.run_folder import RunFolder
 
     live = _live_model(model, tokenizer)
-    named_rows: dict[str, Any] = {}
     sections = _sections(settings)
+    named_rows = _set_data(sections, data, eval_data)
     sections["objective"] = _objective_section(objective)
     sections["output_dir"] = str(Path(output_dir).expanduser().absolute())
     _set(sections, "model", "name_or_path", name_of_model(model) if live else str(model))
-    _set(sections, "data", "train", _training_data(data, named_rows))
-    if eval_data is not None:
-        _set(sections, "data", "eval", _held_out_data(eval_data, named_rows))
     recipe = _recipe(sections)
 
     task = LiveTask.of(
@@ -99,8 +96,7 @@ def train(
         judge=_judge(judge),
         embedded=resolve_task(recipe),
     )
-    notes = [f"reward: {name_of_function(function)}" for function in _as_list(rewards)]
-    notes += [f"judge: {name_of_function(function)}" for function in _as_list(judge)]
+    notes = _names("reward", rewards) + _names("judge", judge)
     job = run_with_task(
         recipe, objective, task, resume=resume, safe=safe, notes=notes, identity={"python": notes}
     )
@@ -119,6 +115,15 @@ def _live_model(model: Any, tokenizer: Any) -> dict[str, Any]:
     if tokenizer is None:
         raise ConfigError("tokenizer: a model that is given as an object needs its tokenizer")
     return {"model": model, "tokenizer": tokenizer}
+
+
+def _set_data(sections: dict[str, Any], data: Any, eval_data: Any) -> dict[str, Any]:
+    """Fill in the data section; returns the rows that were given as objects, by their names there."""
+    named_rows: dict[str, Any] = {}
+    _set(sections, "data", "train", _training_data(data, named_rows))
+    if eval_data is not None:
+        _set(sections, "data", "eval", _held_out_data(eval_data, named_rows))
+    return named_rows
 
 
 def _training_data(given: Any, named_rows: dict[str, Any]) -> str | list[dict[str, Any]]:
@@ -241,6 +246,10 @@ def _objective_section(objective: "Objective") -> dict[str, Any] | list[dict[str
         if (module, class_name) == (cls.__module__, cls.__name__):
             return {"name": name, **fields}
     return {"import": f"{cls.__module__}:{cls.__qualname__}", **fields}
+
+
+def _names(kind: str, functions: Any) -> list[str]:
+    return [f"{kind}: {name_of_function(function)}" for function in _as_list(functions)]
 
 
 def _as_list(given: Any) -> list[Any]:
