@@ -25,3 +25,9 @@ def test_no_link_is_tracked():
 def test_no_ignored_file_is_tracked():
     """An environment or a run's folder that was added by force would be in everybody's clone."""
     assert _tracked("--cached", "--ignored", "--exclude-standard") == []
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest would refuse to collect the second one."""
+    names = [Path(file).name for file in _tracked("tests") if Path(file).name.startswith("test_")]
+    assert sorted(names) == sorted(set(names))
