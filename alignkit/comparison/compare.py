@@ -51,8 +51,9 @@ if TYPE_CHECKING:
 def compare(
     recipe: Recipe, *, safe: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
-    """Run what is missing of the recipe's grid, measure it, write
-    the report, and return what `results.json` holds.
+    """Run what is missing of the recipe's grid, measure it, and write the report.
+
+    Returns what `results.json` holds.
 
     A run that fails is recorded with its reason and shown in the report; the others go on. A
     finished run whose model, rows or reward have changed since is named and left out. `safe`
@@ -96,12 +97,7 @@ def compare(
         if measurer.read_base() is None:
             measurer.measure_base()
 
-        waiting = [point for point in current if _is_left_to_do(point, measurer)]
-        for note in measurer.unreadable:
-            _print(console, note)
-        done = len(current) - len(waiting)
-        if done:
-            _print(console, f"{done} of {len(points)} runs are finished and not repeated")
+        waiting = _left_to_do(current, measurer, console)
         _run_all(recipe, current, waiting, safe, console)
         measure_decoders(measurer, decoders)
 
@@ -109,6 +105,17 @@ def compare(
         with writing(out.path):
             write_report(results, out.path)
     return results
+
+
+def _left_to_do(current: Sequence[Point], measurer: "Measurer", console: Console) -> list[Point]:
+    """The runs that are trained or measured now; says how many are not."""
+    waiting = [point for point in current if _is_left_to_do(point, measurer)]
+    for note in measurer.unreadable:
+        _print(console, note)
+    done = len(current) - len(waiting)
+    if done:
+        _print(console, f"{done} of {len(current)} runs are finished and not repeated")
+    return waiting
 
 
 def _is_left_to_do(point: Point, measurer: "Measurer") -> bool:

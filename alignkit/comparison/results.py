@@ -97,16 +97,20 @@ def gather(
         "verdicts": verdict_rows(curves, base_score, listed, beside),
         "samples_shown": _shown_samples(points, measurements, base.measured),
         "pass_at_k": _pass_rows(points, measurements, base.measured, section.correct),
-        "training": {
-            point.name: NO_CURVE if point.name in stale else _training_curve(point)
-            for point in points
-        },
+        "training": _training_rows(points, stale),
     }
     results = as_json(results)
     file = Path(recipe.output_dir) / "results.json"
     with writing(file):
         write_json(file, results)
     return results
+
+
+def _training_rows(points: Sequence[Point], stale: Mapping[str, str]) -> Row:
+    """The training curve of each run; none of those that do not belong to the recipe any more."""
+    return {
+        point.name: NO_CURVE if point.name in stale else _training_curve(point) for point in points
+    }
 
 
 def _name(recipe: Recipe) -> str:

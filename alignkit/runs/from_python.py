@@ -65,8 +65,7 @@ def train(
     - `data`, `eval_data`: a list of rows (dicts), a `datasets.Dataset`, a pandas frame, or what
       `data.train` takes in a recipe; a mixture is a list of `{"source": ..., "share": ...}`, and
       several evaluation sets are a mapping of names, whose sources may be any of these
-    - `rewards`: a function `f(prompts, completions, **columns) -> list`, or a list of functions,
-      whose scores are added
+    - `rewards`: a function `f(prompts, completions, **columns) -> list`, or several, which are added
     - `judge`: a function `f(prompts, first, second)` that gives the probability that the first wins
     - any field of the sections train, rollout, data, model and reference by keyword (`steps=300,
       learning_rate=5e-6`), or a whole section as a mapping (`train={"steps": 300}`); a field that
@@ -100,12 +99,10 @@ def train(
     job = run_with_task(
         recipe, objective, task, resume=resume, safe=safe, notes=notes, identity={"python": notes}
     )
-    return TrainedModel(
-        live.get("model", job.pair.base.model),
-        job.pair.tokenizer if tokenizer is None else tokenizer,
-        _frame(RunFolder(recipe.output_dir).metrics_file),
-        Path(recipe.output_dir),
-    )
+    trained = live.get("model", job.pair.base.model)
+    tokenizer = job.pair.tokenizer if tokenizer is None else tokenizer
+    metrics = _frame(RunFolder(recipe.output_dir).metrics_file)
+    return TrainedModel(trained, tokenizer, metrics, Path(recipe.output_dir))
 
 
 def _live_model(model: Any, tokenizer: Any) -> dict[str, Any]:

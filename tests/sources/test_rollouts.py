@@ -113,13 +113,14 @@ def test_answers_that_are_drawn_once_come_back_and_others_do_not(model, tmp_path
     """
 
     def kept(source, number):
-        bundles = source._rollout(number, 0).values()
+        groups = source._rollout(number, 0).values()
         return {
             b.uid: [
                 [ids.tolist() for ids, d in zip(b.completions, b.rows["draw"]) if d == draw]
                 for draw in (0, 1)
             ]
-            for b in bundles
+            for group in groups
+            for b in group
         }
 
     source = online_job(model, tmp_path, DPH(stored=2), n_prompts=4).source
