@@ -122,4 +122,5 @@ def test_losses_and_gradient_norms_equal_trl(shared, tmp_path, accumulation, lor
         )
     found = [(r["loss"], r["grad_norm"]) for r in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
     assert len(bundles) == len(rows)
-    assert torch.tensor(found) == pytest.approx(torch.tensor(expected), abs=1e-5, rel=1e-5)
+    # Adam spreads the rounding of the first steps; how far depends on the processor.
+    assert torch.tensor(found) == pytest.approx(torch.tensor(expected), abs=1e-5, rel=2e-5)
