@@ -172,8 +172,10 @@ def test_what_cannot_be_sampled_ahead_is_refused(tmp_path, capsys, objective, se
 
 @pytest.mark.long
 def test_the_reward_curve_is_within_noise_of_the_on_policy_one(tmp_path, capsys):
-    """`arithmetic`, three seeds: the difference of the last rewards, paired by seed."""
-    steps, tail = 30, 10
+    """`arithmetic`, three seeds: the difference of the last rewards, paired by seed. At the recipe's
+    learning rate, ten times this one, the policy moves too far in a step for a lag of one.
+    """
+    steps, tail = 40, 20
     gaps, noise = [], []
     for seed in range(3):
         ends = []
@@ -186,6 +188,7 @@ def test_the_reward_curve_is_within_noise_of_the_on_policy_one(tmp_path, capsys)
                 f"output_dir={out}",
                 "data.train=task:arithmetic",
                 "train.batch_size=8",
+                "train.learning_rate=2.0e-4",
                 "train.eval_every=0",
                 "train.save_every=0",
                 "train.log_samples_every=0",
