@@ -5,8 +5,10 @@ code.
 import os
 import signal
 import sys
+from typing import Any
 
 import typer
+import typer.core
 
 from alignkit.cli.checkpoint import app as checkpoint_app
 from alignkit.cli.compare import compare
@@ -21,10 +23,32 @@ from alignkit.cli.recipes import app as recipes_app
 from alignkit.cli.train import train
 from alignkit.cli.verify import verify
 from alignkit.config.escaping import printable
-from alignkit.errors import AlignkitError
+from alignkit.errors import AlignkitError, ConfigError
 from alignkit.training.messages import shown_messages
 
+TERMINATED = 128 + signal.SIGTERM
+
+
+class NoQuietExit(typer.core.TyperGroup):
+    """Commands that no code of the user's ends in silence. They themselves never call sys.exit; a
+    reward or an import that does would end a run as if it were done.
+    """
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """As the base class. ConfigError for a SystemExit that is not SIGTERM's."""
+        try:
+            return super().invoke(ctx)
+        except SystemExit as error:
+            if error.code == TERMINATED:
+                raise
+            raise ConfigError(
+                f"code that this command was given called sys.exit({error.code!r}), which would "
+                "end it before it is done; let the code raise an exception or return instead"
+            ) from error
+
+
 app = typer.Typer(
+    cls=NoQuietExit,
     name="alignkit",
     help="KL-regularised RLHF and preference optimisation: fine-tune by a recipe, compare "
     "objectives, verify them.",
@@ -53,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     # The hub's library reads this when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Training replaces this handler by one that saves first.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
 
     try:
         with shown_messages():

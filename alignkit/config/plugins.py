@@ -30,7 +30,12 @@ def load_object(spec: str, *, what: str, safe: bool = False) -> object:
         )
 
     log.warning("alignkit: %s runs code from %s", what, spec)
-    module = _load_module(source, what)
+    try:
+        module = _load_module(source, what)
+    except SyntaxError as error:
+        raise ConfigError(
+            f"{what}: {error.filename}:{error.lineno} is not valid Python ({error.msg})"
+        ) from None
     try:
         return getattr(module, name)
     except AttributeError:

@@ -61,6 +61,15 @@ class TextEncoder:
         """Whether the text began with BOS and the tokenizer put another before it."""
         return self.bos is not None and ids[:2] == [self.bos, self.bos]
 
+    def has_unknown(self, text: str, ids: Ids) -> bool:
+        """Whether a part of `text` is only the unknown token in `ids`. Where that token is BOS or
+        EOS too, as GPT-2's is, nobody can tell.
+        """
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None or unknown in (self.bos, self.eos) or unknown not in ids:
+            return False
+        return str(self.tokenizer.unk_token) not in text
+
     def without_second_bos(self, ids: Ids) -> Ids:
         """`ids` with one BOS where there were two."""
         return ids[1:] if self.has_second_bos(ids) else ids

@@ -8,13 +8,17 @@ from typing import Any
 from alignkit.data.dialects import translated
 from alignkit.data.dialogues import shared_turns, split_turns, without_prompt
 from alignkit.data.file_formats import Row
-from alignkit.data.formats import COLUMNS
+from alignkit.data.formats import COLUMNS, SYNONYMS
 from alignkit.data.messages import SHAPE, Text, check_ending, checked_text, is_empty, is_trained
 from alignkit.data.verdicts import BadRow
 
 SYSTEM_ROLES = ("system", "developer")
 # What rewards are called with beside the columns of the rows.
-RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "trainer_state")
+RESERVED_COLUMNS = ("self", "prompts", "completions", "completion_ids", "trainer_state")
+
+
+# What data sets for models that see or hear call what stands beside the text.
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,11 @@ def make_example(
         prompt = _with_system(prompt, values["system"], as_turn=system_turn)
     elif str(values.get("system") or "").strip():
         verdicts.append("system_unused")
+
+    if any(values.get(name) for name in MEDIA_COLUMNS):
+        verdicts.append("media_unread")
+    if format == "implicit_pair" and _has_unread_prompt(values):
+        verdicts.append("prompt_unread")
 
     columns = {key: value for key, value in values.items() if key not in texts}
     if format == "prompt" and any(_is_reserved(key) for key in columns):
@@ -171,6 +180,20 @@ def _is_reserved(column: object) -> bool:
     return column in RESERVED_COLUMNS or not isinstance(column, str)
 
 
+def _has_unread_prompt(values: Mapping[str, Any]) -> bool:
+    """Whether a column that is named as prompts are says what the two completions do not."""
+    pair = [str(values["chosen"]), str(values["rejected"])]
+    named = (values.get(name) for name in (*SYNONYMS["prompt"], "messages"))
+    prompts = [text for text in named if text and isinstance(text, str | list)]
+    return any(
+        text.strip() not in completion
+        if isinstance(text, str)
+        else isinstance(values["chosen"], str)
+        for text in prompts
+        for completion in pair
+    )
+
+
 def _with_system(prompt: Text, system: object, *, as_turn: bool) -> Text:
     """The prompt behind what the column `system` says. Raises BadRow where the two disagree."""
     text = checked_text(system, "system") if system is not None else ""
@@ -255,6 +278,8 @@ def _template_options(values: Mapping[str, Any]) -> dict[str, Any]:
     tools = values.get("tools")
     if isinstance(tools, str) and tools.strip():
         raise BadRow("type", "tools is a text that is not JSON, expected a list")
+    if tools and not isinstance(tools, list):
+        raise BadRow("type", f"tools is {type(tools).__name__}, expected a list")
     return dict(options) | ({"tools": tools} if tools else {})
 
 

@@ -179,7 +179,7 @@ def _without_bom(line: bytes, path: Path) -> bytes:
 
 def _parse_line(line: bytes, number: int) -> Row:
     try:
-        value = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
+        value = _json(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         return Row(number, None, f"not UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
@@ -188,6 +188,39 @@ def _parse_line(line: bytes, number: int) -> Row:
         # a number of thousands of digits, brackets nested too deeply
         return Row(number, None, str(error))
     return _object_row(number, value)
+
+
+def _json(text: str) -> Any:
+    """`text` as JSON. ValueError where a name stands twice in an object: one of the two values
+    would be lost.
+    """
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"the name {_repeated(name for name, _ in pairs)!r} stands twice")
+    return values
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first of `names` that stands among them twice; None where there is none."""
+    earlier: set[str] = set()
+    for name in names:
+        if name in earlier:
+            return name
+        earlier.add(name)
+    return None
+
+
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    """DataError where two columns have one name: one of them would be lost. Columns without a name
+    are never read, so there may be several.
+    """
+    name = _repeated(filter(None, names))
+    if name is not None:
+        raise DataError(f"{path}: two columns are named {name!r}; rename or remove one of them")
 
 
 def _object_row(number: int, value: object) -> Row:
@@ -205,7 +238,7 @@ def _read_json(path: Path, splits: Sequence[str]) -> Iterator[Row]:
     with _open(path) as file:
         content = _without_bom(file.read(), path)
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = _json(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
@@ -254,6 +287,7 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[Row]:
     ):
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
+            _check_columns(path, reader.fieldnames or ())
             for number, row in enumerate(reader, 1):
                 surplus = len(row.pop(None, ()))
                 problem = f"{surplus} more cells than the header has columns"
@@ -269,6 +303,7 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     try:
         allowed = _allowed(path)
         file = pq.ParquetFile(path)
+        _check_columns(path, file.schema_arrow.names)
         decode = _json_decoder(file.schema_arrow)
         groups = range(file.metadata.num_row_groups)
         stated = sum(file.metadata.row_group(group).total_byte_size for group in groups)

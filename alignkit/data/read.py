@@ -251,6 +251,11 @@ def _of_dataset(name: str, where: str, dataset: Any) -> Rows:
 
 
 def _no_such_path(path: Path) -> DataError:
+    if path.exists():  # a pipe, a socket, a device
+        return DataError(
+            f"data: {path} is neither a file nor a folder; rows are read more than once, "
+            "so write them into a file"
+        )
     neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = get_close_matches(path.name, neighbours, n=1)
     hint = f"; {close[0]} is there" if close else ""

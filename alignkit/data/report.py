@@ -142,8 +142,12 @@ class Report:
             )
         if self.share("identical") > 0.5:
             share = self.share("identical")
+            detail = self.findings["identical"].detail
+            if self.count("unknown_tokens"):
+                detail += f"; {VERDICTS['unknown_tokens'][1]}"
             return DataError(
                 f"{self.source}: chosen equals rejected in {share:.0%} of {self.total} rows"
+                + (f" ({detail})" if detail else "")
             )
         if self.usable:
             return None

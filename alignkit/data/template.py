@@ -82,7 +82,7 @@ class ChatTemplate:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _text(self, messages: list[Message], options: dict[str, Any], prompt: bool) -> str:
-        from jinja2 import TemplateError
+        from jinja2 import TemplateSyntaxError
 
         try:
             template = self.tokenizer.get_chat_template(self.given, options.get("tools"))
@@ -90,17 +90,27 @@ class ChatTemplate:
                 messages = _in_parts(messages)
             text = self._rendered(template, messages, options, prompt=prompt)
         except TimeoutError:
-            raise self._fault(f"runs for more than {MAX_SECONDS:.0f} s") from None
+            raise self._fault(
+                f"runs for more than {MAX_SECONDS:.0f} s on one conversation"
+            ) from None
         except (MemoryError, OverflowError, RecursionError) as error:
-            raise self._fault(f"does not come to an end ({type(error).__name__})") from None
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            # what templates raise on conversations that they refuse
+            raise self._fault(
+                f"does not come to an end ({type(error).__name__}) on one conversation"
+            ) from None
+        except TemplateSyntaxError as error:
+            raise self._fault(
+                f"is not valid Jinja (line {error.lineno}: {error.message})"
+            ) from None
+        except Exception as error:
+            # A template refuses a conversation by raising, and can raise whatever Python can.
             raise BadRow("template", str(error) or type(error).__name__) from None
 
         if len(text) > FREE_LENGTH:
             given = len(repr(messages)) + len(repr(options))
             if len(text) > FREE_LENGTH + MAX_GROWTH * given:
-                raise self._fault(f"makes {len(text):,} characters of about {given:,}")
+                raise self._fault(
+                    f"makes {len(text):,} characters of a conversation of about {given:,}"
+                )
         return text
 
     def _rendered(
@@ -135,18 +145,19 @@ class ChatTemplate:
         """Whether the words of SMALL_TALK are in what `template` makes of `messages`."""
         try:
             text = self._rendered(template, messages, {}, prompt=False)
+        except TimeoutError:  # it would not come to an end with the row either
+            raise
         except Exception:  # it refuses them in this form
             return False
         return all(message["content"] in text for message in SMALL_TALK)
 
     def _fault(self, what: str) -> AlignkitError:
-        """The error for a template that `what` on one conversation."""
+        """The error for a template that `what`, whatever the conversation is."""
         if self.given is None:
             return ModelError(
-                f"the tokenizer's chat template {what} on one conversation; "
-                "give another one with data.chat_template"
+                f"the tokenizer's chat template {what}; give another one with data.chat_template"
             )
-        return ConfigError(f"data.chat_template {what} on one conversation; correct its loops")
+        return ConfigError(f"data.chat_template {what}; correct it")
 
 
 def given_template(config: DataConfig) -> str | None:

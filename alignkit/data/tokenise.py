@@ -155,6 +155,9 @@ def _bundle(
     if chat and not rendered.prompt:  # the template was not asked for an empty conversation
         prompt = encoder.common_bos(rows)
 
+    if any(encoder.has_unknown(text, ids) for text, ids in zip(rendered.texts, rows)):
+        report.add("unknown_tokens", number)
+
     # A completion needs a token of its own. An EOS behind it would not be one.
     if any(len(ids) <= common_prefix([prompt, ids]) for ids in rows):
         raise BadRow("empty", "a completion has no token")
@@ -221,7 +224,23 @@ def _prompt_length(
         report.add("no_common_prefix", rendered.example.number)
     elif rendered.prompt is not None and length < len(prompt):
         report.add("boundary", rendered.example.number)
+        if _trains_the_prompt(rendered):
+            report.add("prompt_trained", rendered.example.number)
     return length
+
+
+def _trains_the_prompt(rendered: Rendered) -> bool:
+    """Whether what the last turn of a prompt says stands behind what the prompt and a row share: the
+    template wrote it otherwise once an answer followed, so it is trained as if it were the answer.
+    """
+    turns = rendered.example.prompt
+    if not isinstance(turns, list) or not turns or rendered.prompt is None:
+        return False
+    words = str(turns[-1].get("content") or "").strip()
+    return any(
+        not spans and words in text and words not in text[: common_prefix([rendered.prompt, text])]
+        for text, spans in zip(rendered.texts, rendered.spans)
+    )
 
 
 def _dialogues_differ_from_the_first_turn(example: Example) -> bool:

@@ -66,6 +66,24 @@ VERDICTS: dict[str, tuple[Severity, str]] = {
         "the column system is not used: a text that is trained as a whole, or an implicit prompt of "
         "texts, has no place for it; put it into a prompt column, or into messages",
     ),
+    "prompt_trained": (
+        "warning",
+        "the chat template writes the prompt otherwise when an answer follows, so the prompt is "
+        "trained as part of the answer; use one that writes the same beginning for both",
+    ),
+    "prompt_unread": (
+        "warning",
+        "a column named as prompts are is not read, and chosen and rejected do not hold it; "
+        "map it with data.columns.prompt=NAME",
+    ),
+    "media_unread": (
+        "warning",
+        "images, videos and sounds beside the text are not read: models are trained on text alone",
+    ),
+    "unknown_tokens": (
+        "warning",
+        "words that the tokenizer does not know: their place is taken by its unknown token",
+    ),
     "thoughts_dropped": (
         "warning",
         "the chat template leaves out thoughts of the assistant; use one that keeps them",

@@ -63,3 +63,11 @@ def test_a_missing_dependency_of_the_users_module_keeps_its_traceback(folder):
     (folder / "needy.py").write_text("import not_installed_at_all\n")
     with pytest.raises(ModuleNotFoundError, match="not_installed_at_all"):
         load_object("needy:x", what="objective.import")
+
+
+def test_a_file_that_is_no_python_is_named_with_its_line(folder):
+    (folder / "broken.py").write_text("x = 1\ndef score(:\n")
+    with pytest.raises(
+        ConfigError, match=r"rewards\.0\.function: .*broken\.py:2 is not valid Pyth"
+    ):
+        load_object("broken.py:score", what="rewards.0.function")

@@ -364,3 +364,21 @@ def test_any_rows_are_bundles_or_an_error_of_ours(kinds, source, max_length):
             for ids, mask in zip(bundle.completions, bundle.masks)
         )
         assert max(len(bundle.prompt) + len(ids) for ids in bundle.completions) <= max_length
+
+
+def test_words_that_the_tokenizer_does_not_know_are_counted(kinds, refused):
+    known = row(prompt="hello", chosen=" world", rejected=" there")
+    foreign = row(prompt="hello", chosen=" zebra world", rejected=" there")
+    report = load_bundles(DataConfig(), "pair", kinds["word_level"], source=[known, foreign])[1]
+    assert report.findings["unknown_tokens"].rows == [2]
+
+    lost = row(prompt="hello", chosen=" zebra", rejected=" giraffe")
+    message = refused([lost], tokenizer="word_level")
+    assert "chosen equals rejected in 100% of 1 rows (their tokens are equal" in message
+    assert "words that the tokenizer does not know" in message
+
+
+def test_tools_that_are_no_list_are_of_the_wrong_type(refused):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "hello"}]
+    message = refused([{"messages": chat, "tools": 5}], "sequence", "chat")
+    assert "tools is int, expected a list" in message

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 
 import datasets
 import pyarrow as pa
@@ -335,3 +336,43 @@ def test_a_pattern_reads_all_files_in_the_order_of_their_names(tmp_path, kinds):
     assert [bundle.uid for bundle in bundles] == ["a.jsonl:2", "c.jsonl:1"]
     assert "missing: 1 row (c.jsonl:2)" in "\n".join(report.lines())
     assert "; c.jsonl:2: no `chosen`" in "\n".join(report.lines())
+
+
+NAMED_TWICE = '{"prompt": "a", "prompt": "z", "chosen": "b", "rejected": "c"}'
+
+
+def test_a_name_that_stands_twice_loses_no_value_in_silence(tmp_path):
+    lines = tmp_path / "a.jsonl"
+    deep = '{"prompt": [{"role": "user", "content": "a", "content": "b"}], "chosen": "c"}'
+    lines.write_text(f"{NAMED_TWICE}\n{deep}\n{json.dumps(ROWS[0])}\n")
+    first, second, third = read_rows(DataConfig(), lines).rows
+    assert first.problem == "the name 'prompt' stands twice"
+    assert second.problem == "the name 'content' stands twice"
+    assert dict(third.values) == ROWS[0]
+
+    (tmp_path / "a.json").write_text(f"[{NAMED_TWICE}]")
+    with pytest.raises(DataError, match=r"a\.json: the name 'prompt' stands twice"):
+        values(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_two_columns_of_one_name_are_refused(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    names = ["prompt", "chosen", "chosen"]
+    if suffix == "csv":
+        path.write_text(",".join(names) + "\n1,2,3\n")
+    else:
+        pq.write_table(pa.Table.from_arrays([pa.array(["1"])] * 3, names=names), path)
+    with pytest.raises(DataError, match="two columns are named 'chosen'; rename or remove one"):
+        values(path)
+
+
+def test_nameless_columns_of_a_csv_are_left_alone(tmp_path):
+    (tmp_path / "a.csv").write_text(",,prompt\n0,1,hello\n")
+    assert [row["prompt"] for row in values(tmp_path / "a.csv")] == ["hello"]
+
+
+def test_a_pipe_is_refused_as_what_it_is(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl is neither a file nor a folder; rows are read"):
+        values(tmp_path / "a.jsonl")

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from alignkit.data import DataConfig, load_bundles, template
 from alignkit.data.template import ChatTemplate, given_template
 from alignkit.data.template_time import with_time
-from alignkit.errors import ConfigError, ModelError
+from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.rewards.model import TextScorer
 from alignkit.rollout.generate import prompt_ids
 
@@ -18,6 +18,10 @@ ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "con
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 DATED = (
     "<|im_start|>{{ strftime_now('%d %b %Y') }}{{ strftime_now(\"%H:%M\") }}<|im_end|>"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHANGELESS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -149,3 +153,37 @@ def test_prompts_of_generate_and_of_reward_models_reach_a_template_that_reads_pa
     del scorer.template
     with pytest.raises(ModelError, match="the tokenizer of the reward or preference model has no"):
         scorer.token_ids(ROW["messages"][:1], ROW["messages"][1:])
+
+
+@pytest.mark.parametrize("text", ["{{ 1 / 0 }}", "{{ messages[9].content.a }}", "{{ ''.join(1) }}"])
+def test_whatever_a_template_raises_is_a_refusal_of_the_row(kinds, text):
+    with pytest.raises(DataError, match=r"template: 1 row .*: the chat template refuses the conv"):
+        load(kinds["chat"], chat_template=text)
+
+
+def test_a_template_that_is_no_jinja_is_named_as_such(kinds, monkeypatch):
+    broken = "{% for m in messages %}"
+    with pytest.raises(ConfigError, match=r"data.chat_template is not valid Jinja \(line 1: "):
+        load(kinds["chat"], chat_template=broken)
+    monkeypatch.setattr(kinds["chat"], "chat_template", broken)
+    with pytest.raises(ModelError, match="the tokenizer's chat template is not valid Jinja"):
+        load(kinds["chat"])
+
+
+@pytest.mark.parametrize("family", ["pair", "sequence"])
+@pytest.mark.parametrize(
+    "beginning", ["{{ messages | length }}", "{{ range(99999) | random }}", ""]
+)
+def test_a_prompt_that_is_trained_as_an_answer_is_noticed(kinds, family, beginning):
+    """The beginning depends on whether the answer is there already."""
+    question = {"role": "user", "content": "hello there"}
+    rows = [
+        {
+            "prompt": [question],
+            "chosen": [{"role": "assistant", "content": "world"}],
+            "rejected": [{"role": "assistant", "content": "cat"}],
+        }
+    ]
+    config = DataConfig(chat_template=beginning + CHANGELESS)
+    report = load_bundles(config, family, kinds["chat"], source=rows)[1]
+    assert report.count("prompt_trained") == (1 if beginning else 0)
