@@ -165,8 +165,8 @@ class _Check:
         key = _hash(example.key())
         if key in self.earlier:
             self.report.add("duplicate", example.number)
-        pair = len(example.completions) == 2
-        if pair and _hash(example.key(swapped=True)) in self.earlier:
+        opposite = len(example.completions) == 2 or example.label is not None
+        if opposite and _hash(example.key(swapped=True)) in self.earlier:
             self.report.add("contradictory", example.number)
         if _repeats_the_prompt(example):
             self.report.add("prompt_repeated", example.number)

@@ -43,11 +43,12 @@ class Example:
         return any(isinstance(part, list) for part in (self.prompt, *self.completions))
 
     def key(self, *, swapped: bool = False) -> str:
-        """Equal for examples of equal content; `swapped` is the
-        content with chosen and rejected exchanged.
+        """Equal for examples of equal content; `swapped` is the content with chosen and rejected
+        exchanged, or with the other label.
         """
         completions = self.completions[::-1] if swapped else self.completions
-        return json.dumps([self.prompt, completions, self.label], sort_keys=True, default=str)
+        label = not self.label if swapped and self.label is not None else self.label
+        return json.dumps([self.prompt, completions, label], sort_keys=True, default=str)
 
 
 def make_example(

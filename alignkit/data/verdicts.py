@@ -33,7 +33,10 @@ VERDICTS: dict[str, tuple[Severity, str]] = {
         "an empty prompt, and the tokenizer has neither BOS nor EOS to stand in for it",
     ),
     "no_common_prefix": ("warning", "chosen and rejected of an implicit prompt share no beginning"),
-    "contradictory": ("warning", "the same pair occurs with chosen and rejected swapped"),
+    "contradictory": (
+        "warning",
+        "the same pair occurs with chosen and rejected swapped, or a completion with both labels",
+    ),
     "truncated": ("warning", "rows cut at data.max_length"),
     "special_tokens": (
         "warning",

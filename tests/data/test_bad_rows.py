@@ -149,9 +149,16 @@ def test_9_duplicates_and_contradictions_are_reported_and_kept(kinds):
     assert report.findings["duplicate"].rows == [4]
     assert report.findings["contradictory"].rows == [5]
     assert (
-        "contradictory: 1 row (5): the same pair occurs with chosen and rejected swapped (20.0% of rows)"
-        in report.warnings()[0]
+        "contradictory: 1 row (5): the same pair occurs with chosen and rejected swapped, "
+        "or a completion with both labels (20.0% of rows)" in report.warnings()[0]
     )
+
+
+def test_9_a_completion_with_both_labels_is_contradictory(kinds):
+    rows = [{"prompt": "hello", "completion": " world", "label": label} for label in (1, 0, True)]
+    report = load_bundles(DataConfig(), "labelled", kinds["metaspace"], source=rows)[1]
+    assert report.findings["contradictory"].rows == [2, 3]
+    assert report.findings["duplicate"].rows == [3]
 
 
 def test_11_all_rows_too_long_give_a_histogram_and_a_value_that_works(refused, kinds):
