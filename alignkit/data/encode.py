@@ -21,6 +21,10 @@ class TextEncoder:
         self.eos: int | None = tokenizer.eos_token_id
         self.adds_eos = self.eos is not None and tokenizer("a")["input_ids"][-1:] == [self.eos]
 
+        # Some tokenizers use an unknown token without declaring it; their model knows it then.
+        model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        self.unknown: str | None = tokenizer.unk_token or getattr(model, "unk_token", None)
+
         # text of each special token -> its id
         self.special: dict[str, int] = {
             token.content: index
@@ -65,10 +69,10 @@ class TextEncoder:
         """Whether a part of `text` is only the unknown token in `ids`. Where that token is BOS or
         EOS too, as GPT-2's is, nobody can tell.
         """
-        unknown = self.tokenizer.unk_token_id
-        if unknown is None or unknown in (self.bos, self.eos) or unknown not in ids:
+        if self.unknown is None:
             return False
-        return str(self.tokenizer.unk_token) not in text
+        index = self.tokenizer.convert_tokens_to_ids(self.unknown)
+        return index not in (self.bos, self.eos) and index in ids and self.unknown not in text
 
     def without_second_bos(self, ids: Ids) -> Ids:
         """`ids` with one BOS where there were two."""

@@ -373,7 +373,11 @@ def test_any_rows_are_bundles_or_an_error_of_ours(kinds, source, max_length):
         assert max(len(bundle.prompt) + len(ids) for ids in bundle.completions) <= max_length
 
 
-def test_words_that_the_tokenizer_does_not_know_are_counted(kinds, refused):
+@pytest.mark.parametrize("declared", [True, False])
+def test_words_that_the_tokenizer_does_not_know_are_counted(kinds, refused, monkeypatch, declared):
+    if not declared:
+        monkeypatch.setitem(kinds["word_level"]._special_tokens_map, "unk_token", None)
+        assert kinds["word_level"].unk_token is None
     known = row(prompt="hello", chosen=" world", rejected=" there")
     foreign = row(prompt="hello", chosen=" zebra world", rejected=" there")
     report = load_bundles(DataConfig(), "pair", kinds["word_level"], source=[known, foreign])[1]
