@@ -216,9 +216,9 @@ def the_judge(job):
 
 
 def the_held_out_reward(job):
-    job.measure = replace(
-        job.measure, reward=failing(job.measure.reward, DataError("reward mine raised KeyError: 1"))
-    )
+    scoring = job.measure.scoring
+    failed = failing(scoring.reward, DataError("reward mine raised KeyError: 1"))
+    job.measure = replace(job.measure, scoring=replace(scoring, reward=failed))
 
 
 def ones_own_code(job):

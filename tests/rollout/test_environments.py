@@ -176,7 +176,8 @@ def test_an_episode_that_misbehaves_ends_and_the_others_go_on(workers, how):
     bad, good = workers.ask(
         [(0, tools(("misbehave", {"how": how}))), (1, tools(("add", {"amount": 1})))]
     )
-    if how == "fork" and "failed" not in bad:  # the second answer came later
+    while how == "fork" and "failed" not in bad:  # the second answer comes later
+        assert time.monotonic() - began < 12
         (bad,) = workers.ask([(0, tools())])
     assert set(bad) == {"failed"}
     assert good["state"] == "6"

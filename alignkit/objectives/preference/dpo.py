@@ -92,4 +92,6 @@ class DPO(WeighablePairs):
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:
-        return [cls(), cls(label_smoothing=0.1), cls(reference_free=True)]
+        # A subclass with a loss of its own may read the reference in any setting.
+        free = [cls(reference_free=True)] if cls.loss is DPO.loss else []
+        return [cls(), cls(label_smoothing=0.1), *free]
