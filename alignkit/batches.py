@@ -9,26 +9,61 @@ Axes: B pairs or prompts, K completions of one prompt, N completions of a whole 
 V vocabulary. Log-probs are natural logarithms, in nats.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from alignkit.bundles import Bundle as Bundle
-from alignkit.bundles import Outputs as Outputs
-from alignkit.bundles import TokenLogps as TokenLogps
-from alignkit.bundles import whole_lengths as whole_lengths
 from alignkit.plan import Draw as Draw
 from alignkit.plan import Family as Family
 from alignkit.plan import LossTerms as LossTerms
 from alignkit.plan import Plan as Plan
 from alignkit.plan import Statistic as Statistic
 from alignkit.plan import Term as Term
+from alignkit.tensors import Outputs as Outputs
+from alignkit.tensors import TokenLogps as TokenLogps
 
 TwoTensors = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One prompt with K completions. All tensors live on the CPU until the layout moves them.
+
+    A demonstration has K = 1, a pair K = 2 (chosen, rejected), a rollout one completion per sample.
+    """
+
+    prompt: Tensor  # [P] int64, at least one token
+    completions: Sequence[Tensor]  # K x [T_k] int64
+    masks: Sequence[Tensor]  # K x [T_k] bool: which tokens are trained; may have holes (dialogues)
+    uid: str = ""  # where the row comes from ("preferences.jsonl:17"); named in errors
+    # Name -> [K], one number per completion: "label", "score", "preference", ...; "table" is [K, K].
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    # Name -> K x [T_k], one number per token: "behavior", an anchor's stored log-probs,
+    # "advantages", "returns", ...
+    tokens: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    # This prompt with another prompt's completion (KTO's z0); never trained on.
+    mismatched: bool = False
+
+    @property
+    def n_trained(self) -> int:
+        """Trained tokens over all completions."""
+        return sum(int(mask.sum()) for mask in self.masks)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens the shared-prefix layout computes for this bundle."""
+        return len(self.prompt) + sum(len(ids) for ids in self.completions)
+
+
+def whole_lengths(bundles: Sequence[Bundle], device: torch.device) -> Tensor | None:
+    """`TokenLogps.whole_lengths` of the completions of these bundles; None where they have none."""
+    if not all("episode_tokens" in bundle.rows for bundle in bundles):
+        return None
+    return torch.cat([bundle.rows["episode_tokens"] for bundle in bundles]).to(device)
 
 
 def _tables(bundles: Sequence[Bundle], device: torch.device) -> Tensor | None:

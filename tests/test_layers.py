@@ -32,7 +32,6 @@ ORDER = [
     "metrics",
     "objectives",
     "batches",
-    "bundles",
     "plan",
     "credit",
     "risk",
@@ -160,11 +159,11 @@ def test_a_planted_violation_is_found(tmp_path, file, text, expected):
     assert any(expected in problem for problem in violations(tmp_path)), violations(tmp_path)
 
 
-def test_the_root_holds_fourteen_modules():
+def test_the_root_holds_thirteen_modules():
     modules = {path.stem for path in ROOT.glob("*.py")}
     assert modules == {
         *("__init__", "__main__", "losses", "testing", "plan", "batches", "errors", "files"),
-        *("bundles", "tensors", "kl", "divergences", "risk", "credit"),
+        *("tensors", "kl", "divergences", "risk", "credit"),
     }
 
 
