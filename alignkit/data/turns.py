@@ -90,20 +90,23 @@ class TurnFinder:
             header = ""
             next_places = [places[k][0] for k in places if k > i]
             following = text[here.end : min(next_places, default=len(text))]
-            ending: str | None = following
+            ending = self._ending(following, following)
             if i + 1 < len(messages):
                 as_last, places_as_last = self._as_last(messages[: i + 1], options, text, places)
                 there = self._words(messages, i, options, as_last, places_as_last)
-                ending = as_last[there.end :] if there else None
+                ending = self._ending(as_last[there.end :] if there else None, following)
+                if messages[i].get("tool_calls") and messages[i].get("content"):
+                    alone = self._behind_calls_alone(messages[: i + 1], options)
+                    ending = max(ending, self._ending(alone, following), key=len)
                 if there and teach:
                     words = as_last[there.begin : there.end]
                     header = here.missing.removesuffix(there.missing)
 
             turns.text += text[copied : here.begin] + header
             begin = len(turns.text)
-            turns.text += words + self._ending(ending, following)
+            turns.text += words + ending
             turns.spans.append((begin, len(turns.text)))
-            copied = here.end + len(self._ending(ending, following))
+            copied = here.end + len(ending)
 
         turns.text += text[copied:]
         return turns
@@ -149,6 +152,15 @@ class TurnFinder:
         if text.startswith(as_last):
             return as_last, places
         return as_last, self._places(messages, options, as_last)
+
+    def _behind_calls_alone(self, messages: list[Message], options: dict[str, Any]) -> str | None:
+        """What ends the last of `messages`, a turn with tool calls, when no words stand beside them:
+        a template that moves such words elsewhere may then show where the calls end.
+        """
+        alone = [*messages[:-1], messages[-1] | {"content": ""}]
+        text, places = self._as_last(alone, options, "", {})
+        words = self._words(alone, len(alone) - 1, options, text, places)
+        return text[words.end :] if words else None
 
     def _words(
         self, messages: list[Message], i: int, options: dict[str, Any], text: str, places: Places

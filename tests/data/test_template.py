@@ -187,3 +187,31 @@ def test_a_prompt_that_is_trained_as_an_answer_is_noticed(kinds, family, beginni
     config = DataConfig(chat_template=beginning + CHANGELESS)
     report = load_bundles(config, family, kinds["chat"], source=rows)[1]
     assert report.count("prompt_trained") == (1 if beginning else 0)
+
+
+@pytest.mark.parametrize(
+    ("order", "places_one_turn"),
+    [("messages | reverse", False), ("messages[-1:] + messages[:-1]", True)],
+)
+def test_a_template_that_writes_the_answer_before_the_question_is_noticed(
+    kinds, order, places_one_turn
+):
+    """With one turn or a pair, the question is trained, which is a warning. Of several turns those
+    that cannot be placed are not trained; with none left the row is refused.
+    """
+    config = DataConfig(chat_template=CHANGELESS.replace("in messages", f"in ({order})"))
+    question = {"role": "user", "content": "hello there"}
+    answers = [[{"role": "assistant", "content": words}] for words in ("world", "cat")]
+    pair = {"prompt": [question], "chosen": answers[0], "rejected": answers[1]}
+    one_turn = {"prompt": [question], "completion": answers[0]}
+    for family, row in [("pair", pair), ("sequence", one_turn)]:
+        report = load_bundles(config, family, kinds["chat"], source=[row])[1]
+        assert report.count("prompt_trained") == 1
+
+    several = [{"messages": [question, *answers[0], question, *answers[1]]}]
+    if places_one_turn:
+        report = load_bundles(config, "sequence", kinds["chat"], source=several)[1]
+        assert report.count("untrained_turn") == 1
+    else:
+        with pytest.raises(DataError, match="none can be found in the text"):
+            load_bundles(config, "sequence", kinds["chat"], source=several)

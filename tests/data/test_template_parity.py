@@ -25,7 +25,8 @@ from template_comparison import (  # noqa: E402
 pytestmark = pytest.mark.slow  # `make test-templates`, which CI runs
 
 REASONS = {
-    "refused": "both refuse the row: the template raises (no system prompt, no tools, ...)",
+    "refused": "both refuse the row: the template raises (no system or developer role, no tools, "
+    "roles that have to alternate), or the prompt ends with the assistant's turn, too",
     "trl_fails": "TRL fails where alignkit does not: the template joins a missing content, or "
     "arguments in the other form, or the parts of a content, and alignkit gives it what it reads",
     "no_training_template": "TRL has no training template and refuses to find the turns",
@@ -37,26 +38,30 @@ REASONS = {
     "BOS, or EOS where there is none, from which `generate` begins an empty prompt too (reported)",
     "prefix": "of two implicit texts one is the beginning of the other: TRL's prompt ends a character "
     "early, alignkit's is all that both share, and the shorter one goes on with EOS",
-    "parts": "TRL hands contents in parts to the template, which writes Python's lists; alignkit "
-    "joins them to the text that they are",
+    "parts": "TRL hands contents in parts to the template, which writes them as a list of Python or "
+    "JSON, or not at all (Qwen 3); alignkit joins them to the text that they are",
     "turns": "of several turns in a completion TRL trains the user's and the tool's too",
-    "header": "TRL's training template trains the end of the generation prompt, which the model is "
-    "given and never writes; TRL itself does not train it for prompts and completions",
+    "header": "TRL trains the end of the generation prompt, which the model is given and never "
+    "writes: its training templates for messages (TRL itself does not for prompts and completions), "
+    "and pairs where the template writes nothing between two turns of a completion (Phi 3's tools)",
     "words": "TRL's text leaves out thoughts (or words beside a call) of an earlier trained turn",
     "thought_block": "TRL's raw template writes an empty thought for the last turn alone, alignkit "
     "teaches it for every turn, as TRL does for messages",
     "opening": "the assistant opens the conversation: the template writes no empty thought before "
     "its words even when they are the last, TRL's training template does",
-    "stop": "for prompts and completions TRL's template teaches no stop token",
+    "stop": "for prompts and completions TRL's template teaches no stop token (and of several turns "
+    "it trains the user's)",
     "moved": "the template moves words beside a call behind the tool's answer, where no model writes "
     "them; alignkit does not train them there, and warns (words_dropped)",
-    "space": "the template prompts for nothing, so the model writes the space before its answer, and "
-    "alignkit trains it; TRL's training template leaves it out",
+    "space": "the template writes a space behind the last stop token, and alignkit trains it as the "
+    "end of the turn, as TRL does for prompts and completions (and for the line break of ChatML); "
+    "TRL's training template leaves it out. No sampler gets so far",
     "lost": "the template glues words beside a call to the next turn's; alignkit leaves that turn out "
     "of the loss and counts it (TRL has no training template)",
     "tool_stop": "the token with which the template opens a tool's answer behind a call is where a "
     "sampler stops, so it is trained; TRL's training template gives it to the tool",
-    "cut": "alignkit ends a conversation with the last trained turn, TRL with the user's behind it",
+    "cut": "alignkit ends a conversation with the last trained turn, which so gets the template's end "
+    "of a conversation (EOS, a space); TRL goes on with the user's turn behind it",
 }
 MESSAGES = {case for case, row in world.DEMONSTRATIONS.items() if "messages" in row}
 ALLOWED = {
@@ -210,20 +215,21 @@ def leaves_out_words(compared: Comparison, theirs: Side, ours: Side) -> bool:
     taught = compared.text([ours.ids[i] for i in ours.trained()])
     words = [part for m in completion_messages(compared) for part in said_by(m)]
     missing = [part for part in words if part not in compared.text(theirs.ids)]
-    return bool(missing) and all(part in taught for part in missing)
+    whole = all(part in taught for part in missing)
+    return bool(missing) and whole and trains_the_assistant_alone(compared, beside_calls=True)
 
 
 def has_more_thought_blocks(compared: Comparison, theirs: Side, ours: Side) -> bool:
     text, own = compared.text(theirs.ids), compared.text(ours.ids)
-    return own.count(THOUGHT_BLOCK) > text.count(THOUGHT_BLOCK) and without_blocks(text, own)
+    more = own.count(THOUGHT_BLOCK) > text.count(THOUGHT_BLOCK) and without_blocks(text, own)
+    return more and trains_the_assistant_alone(compared, beside_calls=True)
 
 
 def has_no_opening_thought_block(compared: Comparison, theirs: Side, ours: Side) -> bool:
     text, own = compared.text(theirs.ids), compared.text(ours.ids)
     opens = compared.row.get("messages", [{"role": ""}])[0]["role"] == "assistant"
-    return (
-        opens and text.count(THOUGHT_BLOCK) > own.count(THOUGHT_BLOCK) and without_blocks(text, own)
-    )
+    fewer = text.count(THOUGHT_BLOCK) > own.count(THOUGHT_BLOCK) and without_blocks(text, own)
+    return opens and fewer and trains_the_assistant_alone(compared, beside_calls=True)
 
 
 def without_blocks(text: str, own: str) -> bool:
@@ -232,7 +238,14 @@ def without_blocks(text: str, own: str) -> bool:
 
 def has_a_stop_token(compared: Comparison, theirs: Side, ours: Side) -> bool:
     stop = compared.text(ours.ids[-1:])
-    return ours.ids[:-1] == theirs.ids and ours.mask[-1] and stop in ("<|user|>", "<|observation|>")
+    if (
+        ours.ids[:-1] != theirs.ids
+        or not ours.mask[-1]
+        or stop not in ("<|user|>", "<|observation|>")
+    ):
+        return False
+    before = Side(ours.ids[:-1], ours.mask[:-1])
+    return equal(theirs, before) or trains_other_turns(compared, theirs, before)
 
 
 def trains_where_a_tool_answers(compared: Comparison, theirs: Side, ours: Side) -> bool:
@@ -256,14 +269,13 @@ def leaves_out_moved_words(compared: Comparison, theirs: Side, ours: Side) -> bo
     )
 
 
-def trains_the_space_before(compared: Comparison, theirs: Side, ours: Side) -> bool:
-    """What alignkit trains beyond TRL is one space before each answer, of a template that prompts
-    for nothing.
-    """
-    spaces = [compared.text(run) for run in runs_of(ours, theirs)]
-    promptless = all(not prompt.rpartition("]")[2] for prompt in generation_prompts(compared))
+def trains_the_space_behind(compared: Comparison, theirs: Side, ours: Side) -> bool:
+    """What alignkit trains beyond TRL is the space behind the last stop token."""
+    end = len(ours.ids) - 1
+    extra = set(ours.trained()) - set(theirs.trained())
     same = theirs.ids[: len(ours.ids)] == ours.ids and not runs_of(theirs, ours)
-    return bool(spaces) and set(spaces) == {" "} and promptless and same
+    stop = compared.text(ours.ids[end - 1 : end])
+    return same and extra == {end} and (stop, compared.text(ours.ids[end:])) == ("</s>", " ")
 
 
 def goes_on_behind_the_answer(compared: Comparison, theirs: Side, ours: Side) -> bool:
@@ -286,7 +298,7 @@ CHECKS = {
     "parts": has_parts,
     "turns": trains_other_turns,
     "header": trains_the_header,
-    "space": trains_the_space_before,
+    "space": trains_the_space_behind,
     "stop": has_a_stop_token,
     "thought_block": has_more_thought_blocks,
     "opening": has_no_opening_thought_block,

@@ -36,6 +36,16 @@ NO_END = (
     "{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
+# A call is closed by a token, and the tool's answer is opened by the one where a sampler stops. Words
+# beside the call are moved behind the answer, as in Gemma 4.
+OPENED_ANSWER = (
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "<|endoftext|>{{ m.content }} {{ messages[loop.index0 - 1].content }}<|im_end|>"
+    "{% elif m.tool_calls %}<|im_start|>assistant\n{{ m.tool_calls[0].function.name }}<|im_end|>"
+    "{% if loop.last %}{{ m.content ~ '<|im_end|>' if m.content else '<|endoftext|>' }}{% endif %}"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 # Tool calls where there is no content, not even an empty one.
 CALLS_WITHOUT_CONTENT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is defined %}{{ m.content }}"
@@ -224,6 +234,15 @@ def test_words_beside_a_call_that_no_turn_holds_are_a_warning(kinds):
     _, report = taught(kinds["chat"], SYSTEM, *turns, *ends)  # in their turn, without the call
     assert report.count("words_dropped") == 0
     assert report.count("calls_dropped") == 1
+
+
+@pytest.mark.parametrize("words", ["", "the cat"])
+def test_a_call_ends_where_the_tools_answer_is_opened(kinds, words):
+    """Whether words stand beside it or not: behind a call the template writes none of them."""
+    turns = [user("what is"), assistant(words, tool_calls=[call("world")])]
+    answered = [*turns, {"role": "tool", "content": "hello"}, assistant("sat")]
+    text, _ = taught(kinds["chat"], OPENED_ANSWER, *answered)
+    assert "⟦world<|im_end|><|endoftext|>⟧hello" in text
 
 
 @pytest.mark.parametrize("family", ["sequence", "pair", "rollout"])
