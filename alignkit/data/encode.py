@@ -24,6 +24,9 @@ class TextEncoder:
         # Some tokenizers use an unknown token without declaring it; their model knows it then.
         model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
         self.unknown: str | None = tokenizer.unk_token or getattr(model, "unk_token", None)
+        self.unknown_id: int | None = None
+        if self.unknown is not None:
+            self.unknown_id = tokenizer.convert_tokens_to_ids(self.unknown)
 
         # text of each special token -> its id
         self.special: dict[str, int] = {
@@ -69,10 +72,9 @@ class TextEncoder:
         """Whether a part of `text` is only the unknown token in `ids`. Where that token is BOS or
         EOS too, as GPT-2's is, nobody can tell.
         """
-        if self.unknown is None:
+        if self.unknown is None or self.unknown_id in (self.bos, self.eos):
             return False
-        index = self.tokenizer.convert_tokens_to_ids(self.unknown)
-        return index not in (self.bos, self.eos) and index in ids and self.unknown not in text
+        return self.unknown_id in ids and self.unknown not in text
 
     def without_second_bos(self, ids: Ids) -> Ids:
         """`ids` with one BOS where there were two."""

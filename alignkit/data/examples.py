@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from alignkit.data.dialects import translated
@@ -19,6 +20,8 @@ RESERVED_COLUMNS = ("self", "prompts", "completions", "completion_ids", "trainer
 
 # What data sets for models that see or hear call what stands beside the text.
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+
+_AS_TEXT = json.JSONEncoder(sort_keys=True, default=str)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Example:
     template: Mapping[str, Any] = field(default_factory=dict)  # options of the chat template
     verdicts: Sequence[str] = ()  # what was changed in the row to understand it
 
-    @property
+    @cached_property
     def chat(self) -> bool:
         """Whether it goes through the chat template."""
         return any(isinstance(part, list) for part in (self.prompt, *self.completions))
@@ -48,7 +51,7 @@ class Example:
         """
         completions = self.completions[::-1] if swapped else self.completions
         label = not self.label if swapped and self.label is not None else self.label
-        return json.dumps([self.prompt, completions, label], sort_keys=True, default=str)
+        return _AS_TEXT.encode([self.prompt, completions, label])
 
 
 def make_example(

@@ -65,9 +65,9 @@ class BundleWriter:
         texts = [[bundle.prompt, *bundle.completions] for bundle in bundles]
         labels = [bundle.rows.get("label") for bundle in bundles]
         columns = [
-            _lists([torch.cat(parts) for parts in texts], pa.int32()),
-            _lists([torch.cat(list(bundle.masks)) for bundle in bundles], pa.uint8()),
-            _lists([torch.tensor([len(part) for part in parts]) for parts in texts], pa.int32()),
+            _lists(texts, pa.int32()),
+            _lists([bundle.masks for bundle in bundles], pa.uint8()),
+            pa.array([list(map(len, parts)) for parts in texts], SCHEMA.field("lengths").type),
             pa.array([None if label is None else int(label) for label in labels], pa.int8()),
             pa.array([bundle.uid for bundle in bundles], pa.string()),
             pa.array(list(contents(bundles)), pa.binary(16)),
@@ -75,10 +75,10 @@ class BundleWriter:
         self.writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
 
 
-def _lists(rows: Sequence[Tensor], kind: Any) -> Any:
-    """One list of numbers per row, as an Arrow array."""
-    ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    values = torch.cat(list(rows)).numpy().astype(kind.to_pandas_dtype())
+def _lists(rows: Sequence[Sequence[Tensor]], kind: Any) -> Any:
+    """The numbers of each row's tensors, as an Arrow array of lists."""
+    ends = np.cumsum([0, *(sum(map(len, parts)) for parts in rows)], dtype=np.int32)
+    values = torch.cat(list(chain.from_iterable(rows))).numpy().astype(kind.to_pandas_dtype())
     return pa.ListArray.from_arrays(ends, pa.array(values))
 
 

@@ -2,11 +2,14 @@
 tokens are trained, and the cut at max_length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from alignkit.batches import Bundle
 from alignkit.config.data import DataConfig
@@ -27,6 +30,16 @@ class TokenRow:
     mask: list[bool]  # which of them are trained, as far as they belong to the completion
 
 
+@dataclass(frozen=True)
+class Cut:
+    """An example as tokens, within the limit on their number."""
+
+    example: Example
+    prompt: Ids
+    completions: list[Ids]
+    masks: list[list[bool]]
+
+
 def tokenize_examples(
     examples: Sequence[Example], config: DataConfig, tokenizer: Any, report: Report, family: str
 ) -> list[Bundle]:
@@ -38,7 +51,7 @@ def tokenize_examples(
     ConfigError for options that do not go with chats.
     """
     encoder = TextEncoder(tokenizer, config)
-    bundles: dict[int, Bundle] = {}  # by row number
+    cuts: dict[int, Cut] = {}  # by row number
 
     # Plain text and chats follow different rules for special tokens, and each kind is encoded in
     # one call.
@@ -55,11 +68,34 @@ def tokenize_examples(
         for r, prompt in zip(rendered, prompts):
             rows = [next(encoded) for _ in r.texts]
             try:
-                bundles[r.example.number] = _bundle(r, prompt, rows, encoder, report, family)
+                cuts[r.example.number] = _tokenised(r, prompt, rows, encoder, report, family)
             except BadRow as bad:
                 report.add_bad(bad, r.example.number)
 
-    return [bundles[e.number] for e in examples if e.number in bundles]
+    return _bundles([cuts[e.number] for e in examples if e.number in cuts])
+
+
+def _bundles(cuts: Sequence[Cut]) -> list[Bundle]:
+    """Their bundles. There may be millions, so the tensors are made of one array of all tokens."""
+    ids = _tensors([part for cut in cuts for part in (cut.prompt, *cut.completions)], np.int64)
+    masks = _tensors([mask for cut in cuts for mask in cut.masks], np.bool_)
+    return [
+        Bundle(
+            next(ids),
+            [next(ids) for _ in cut.completions],
+            [next(masks) for _ in cut.masks],
+            uid=cut.example.uid,
+            rows={} if cut.example.label is None else {"label": torch.tensor([cut.example.label])},
+        )
+        for cut in cuts
+    ]
+
+
+def _tensors(rows: Sequence[Sequence[int]], dtype: type[np.generic]) -> Iterator[Tensor]:
+    """One tensor for each of `rows`."""
+    ends = list(accumulate(map(len, rows), initial=0))
+    values = np.fromiter(chain.from_iterable(rows), dtype, count=ends[-1])
+    return (torch.from_numpy(values[begin:end]) for begin, end in pairwise(ends))
 
 
 def unpaired(bundles: Sequence[Bundle]) -> list[Bundle]:
@@ -131,15 +167,15 @@ def _count_special_tokens(
             report.add("special_tokens", r.example.number, special)
 
 
-def _bundle(
+def _tokenised(
     rendered: Rendered,
     prompt: Ids,
     rows: list[Ids],
     encoder: TextEncoder,
     report: Report,
     family: str,
-) -> Bundle:
-    """One bundle from the token ids of the prompt alone and of each row, prompt and completion.
+) -> Cut:
+    """An example from the token ids of the prompt alone and of each row, prompt and completion.
 
     The prompt is what all rows and the prompt alone have in common, so that a token that spans the
     end of the prompt belongs to the completions.
@@ -268,8 +304,8 @@ def _cut(
     length: int,
     encoder: TextEncoder,
     report: Report,
-) -> Bundle:
-    """The bundle of max_length tokens of each row, if something to train on is left; `length` is
+) -> Cut:
+    """max_length tokens of each row, if something to train on is left; `length` is
     that of the prompt.
     """
     limit = encoder.config.max_length
@@ -293,16 +329,4 @@ def _cut(
         report.add("truncated", example.number)
     if min(longest, limit) > encoder.tokenizer.model_max_length:
         report.add("beyond_context", example.number)
-    # Tensors are made of all parts at once: there may be millions of rows.
-    parts = [token_rows[0].ids[skipped:length], *completions]
-    prompt, *ids = torch.tensor([index for part in parts for index in part]).split(
-        [len(part) for part in parts]
-    )
-    trained = torch.tensor([is_trained for mask in masks for is_trained in mask])
-    return Bundle(
-        prompt,
-        ids,
-        list(trained.split([len(mask) for mask in masks])),
-        uid=example.uid,
-        rows={} if example.label is None else {"label": torch.tensor([example.label])},
-    )
+    return Cut(example, token_rows[0].ids[skipped:length], completions, masks)

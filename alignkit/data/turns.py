@@ -10,6 +10,8 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress, count
+from operator import ne
 from typing import Any
 
 from alignkit.data.messages import Message
@@ -345,9 +347,9 @@ def common_prefix(sequences: Sequence[Any]) -> int:
     # The first and the last in lexical order differ no later than any other two.
     first = min(sequences)
     last = max(sequences)
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last))
-    )
+    if last[: len(first)] == first:
+        return len(first)
+    return next(compress(count(), map(ne, first, last)))
 
 
 def _says(role: str) -> Message:
