@@ -46,8 +46,7 @@ class Prompts:
         self.slots = self.owner * self.places + number  # [R] into U * places
 
         # Where the completions fill all places in their own order, nothing has to be moved.
-        all_filled = len(owner) == len(owned) * self.places
-        self.in_order = all_filled and torch.equal(by_prompt, self.slots)
+        self.in_order = torch.equal(self.slots, torch.arange(len(owned) * self.places).to(owner))
 
     def taken(self, rows: Tensor) -> "Prompts":
         """The prompts of these completions."""

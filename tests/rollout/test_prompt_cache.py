@@ -5,6 +5,8 @@ import torch
 from small_models import FAMILIES, models_of, small_model
 
 from alignkit.batches import Draw
+from alignkit.rollout.cache_probe import sampling_model
+from alignkit.rollout.cached_model import CachedModel
 from alignkit.rollout.hf import HFSampler
 from alignkit.rollout.kv_cache import RoomyLayer
 from alignkit.rollout.prompt_cache import (
@@ -62,6 +64,7 @@ OWNERS = {
     "in order": [0, 0, 1, 1, 2, 2],
     "uneven": [0, 1, 1, 1, 2],
     "mixed up": [2, 0, 1, 2, 0, 2],
+    "by turns": [0, 1, 0, 1],
     "one unused": [0, 2, 2, 0],
 }
 
@@ -134,6 +137,12 @@ def test_samples_and_log_probs_are_those_of_separate_rows(family, monkeypatch):
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.ids, other.ids)
         torch.testing.assert_close(one.logps, other.logps, rtol=0, atol=2e-5)
+
+
+def test_a_model_that_branches_passes_the_probe_of_its_cache():
+    model = small_model(**WIDE)
+    assert can_branch(model)
+    assert type(sampling_model(models_of(model), "policy", 1.0)) is CachedModel
 
 
 def test_the_model_keeps_its_kernel():
