@@ -249,6 +249,7 @@ class RolloutBatch:
     advantages: Tensor | None = None  # [N, T] credit per token, filled by the objective's `credit`
     returns: Tensor | None = None  # [N, T] value targets
     values: Tensor | None = None  # [N, T] what the value head said at rollout time
+    weights: Tensor | None = None  # [N, T] weight of the KL per token, filled by `credit`
     draws: Tensor | None = None  # [N] int64, which of the plan's draws; None: it has one
 
     # For `credit`, which gets one row per episode. None: completions of one turn each.
@@ -278,6 +279,7 @@ class RolloutBatch:
             advantages=padded("advantages"),
             returns=padded("returns"),
             values=padded("values"),
+            weights=padded("weights"),
             draws=_draws(bundles, device),
             ids=stacked([row for bundle in bundles for row in bundle.completions]),
             turns=padded("turn", -1),

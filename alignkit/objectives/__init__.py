@@ -50,6 +50,8 @@ OBJECTIVES: dict[str, str] = {
     "grpo": "online.grpo:GRPO:grpo_loss",
     "gigpo": "online.gigpo:GiGPO:gigpo_advantages",
     "ktae": "online.ktae:KTAE:ktae_values",
+    "egsw": "online.egsw:EGSW:egsw_weights",
+    "asymmetric_po": "online.asymmetric_po:AsymmetricPO:",
     "raft": "online.raft:RAFT:",
     "rloo": "online.rloo:RLOO:rloo_loss",
     "dr_grpo": "online.dr_grpo:DrGRPO:",

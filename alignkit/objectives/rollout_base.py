@@ -193,7 +193,9 @@ def exact_kl(policy_logprobs: Tensor, anchor_logprobs: Tensor | None, labels: Te
     return exact(policy_logprobs, anchor_logprobs.detach(), "reverse")
 
 
-def filled(batch: RolloutBatch, *names: Literal["advantages", "returns", "values"]) -> list[Tensor]:
+def filled(
+    batch: RolloutBatch, *names: Literal["advantages", "returns", "values", "weights"]
+) -> list[Tensor]:
     """The named results of `credit`, [N, T] each. ConfigError where one is missing."""
     results = {name: getattr(batch, name) for name in names}
     missing = [name for name, value in results.items() if value is None]

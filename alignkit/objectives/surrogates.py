@@ -56,13 +56,14 @@ def grpo_loss(
     reference_logps: Tensor,
     advantages: Tensor,
     *,
-    beta: float,
+    beta: float | Tensor,
     kl: KLEstimator = "k3_weighted",
     clip_low: float | None = None,
     clip_high: float | None = None,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """Clipped surrogate + beta * KL estimate per token: [N, T] x 4 -> [N, T].
+    """Clipped surrogate + beta * KL estimate per token: [N, T] x 4 -> [N, T]. `beta` is one number,
+    or one per token [N, T].
 
     What the penalty's gradient is depends on `kl` (`alignkit.kl`): k3, as published, is the forward
     KL's; k3_weighted the reverse KL's. Shao et al. 2024, arXiv:2402.03300, eq. 3; weighted:

@@ -112,6 +112,7 @@ class Population:
             ).reshape(tree.mask.shape)
             for name, statistic in plan.statistics.items()
         }
+        extras["entropy"] = -(policy.exp() * policy).sum(-1).detach()
         # Any function of the prefix will do as a value head: a baseline does not move the mean.
         if plan.values:
             extras["values"] = torch.linspace(-1, 1, tree.states, dtype=theta.dtype)[tree.prefixes]

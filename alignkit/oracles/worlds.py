@@ -219,6 +219,7 @@ class TabularWorld:
             "advantages": batch.advantages,
             "returns": batch.returns,
             "values": tokens.extras.get("values"),
+            "weights": batch.weights,
         }
         bundles = []
         at = 0

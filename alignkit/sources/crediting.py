@@ -62,6 +62,7 @@ def advantages(
         "advantages": credited.advantages,
         "returns": credited.returns,
         "values": credited.values,
+        "weights": credited.weights,
     }
     own = {
         name: _narrowed(name, episodes.apart(value), rollout)[own_rows]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field, NonNegativeFloat
+from torch import Tensor
 
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.kl import LOSS_ESTIMATORS, Direction, importance
@@ -69,6 +70,10 @@ class GRPO(ExploringGroup):
             cls(beta=0, scale_by_std=False, aggregation="constant", length=4, **wide),
         ]
 
+    def kl_weight(self, batch: RolloutBatch) -> float | Tensor:
+        """Strength of the KL: one number, or one per token [N, T]."""
+        return self.beta
+
     def loss(self, batch: RolloutBatch) -> LossTerms:
         tokens = batch.tokens
         logps = tokens.policy
@@ -80,7 +85,7 @@ class GRPO(ExploringGroup):
             old,
             reference,
             advantages,
-            beta=self.beta,
+            beta=self.kl_weight(batch),
             kl=self.kl,
             dual_clip=self.dual_clip,
             **self.clip,
