@@ -13,17 +13,13 @@ import torch
 from torch import Generator, Tensor
 
 from alignkit import files
-from alignkit.batches import Draw
-from alignkit.config.data import DataConfig
-from alignkit.data.load import load_prompts
 from alignkit.data.prompts import Prompt
 from alignkit.errors import ConfigError, DataError
 from alignkit.rewards.call import RewardCall, Score, call_reward
 from alignkit.rewards.load import load_rewards
-from alignkit.rollout.hf import HFSampler
 from alignkit.rollout.text import as_reply, decode, decode_after
-from alignkit.runs.trained_model import load_finished
-from alignkit.tasks import Task, resolve
+from alignkit.runs.sampled_answers import sample_answers
+from alignkit.tasks import Task
 
 Method = Literal["bradley_terry", "best_worst", "rejection"]
 Pick = tuple[int, int]  # the better completion's place among a prompt's, and the worse one's
@@ -101,41 +97,25 @@ def make_pairs(request: PairRequest, to: Path) -> Counter[str]:
 
 def _answers(request: PairRequest, counts: Counter[str]) -> list[Answers]:
     """Every prompt with its sampled and scored completions."""
-    is_task = request.prompts.startswith("task:")
-    task = resolve(request.prompts) if is_task else None
-    models = load_finished(request.model)
-    prompts, report = load_prompts(
-        DataConfig(), models.tokenizer, source=task.rows("rollout") if task else request.prompts
-    )
-
-    sampler = HFSampler(
-        models,
-        max_new_tokens=request.max_new_tokens,
-        temperature=request.temperature,
-        seed=request.seed,
-    )
-    drawn = sampler.sample(
-        [prompt.ids for prompt in prompts],
-        Draw(request.samples),
-        step=0,
-        prompt_ids=range(len(prompts)),
-    )
+    answers = sample_answers(request)
     texts = [
-        [_text(models.tokenizer, prompt, sample.ids) for sample in samples]
-        for prompt, samples in zip(prompts, drawn)
+        [_text(answers.tokenizer, prompt, sample.ids) for sample in samples]
+        for prompt, samples in zip(answers.prompts, answers.samples)
     ]
 
-    counts["prompts"] = len(prompts)
-    counts["prompts dropped"] = report.total - len(prompts)
+    counts["prompts"] = len(answers.prompts)
+    counts["prompts dropped"] = answers.dropped
     counts["completions"] = sum(map(len, texts))
     counts["cut at max_new_tokens"] = sum(
-        not sample.ended for samples in drawn for sample in samples
+        not sample.ended for samples in answers.samples for sample in samples
     )
 
-    replies = [[as_reply(p.text, text) for text in row] for p, row in zip(prompts, texts)]
-    ids = [[sample.ids.tolist() for sample in samples] for samples in drawn]
-    scores = call_reward(_reward(request, task), prompts, replies, ids)
-    return [Answers(*answers) for answers in zip(prompts, texts, scores)]
+    replies = [
+        [as_reply(prompt.text, text) for text in row] for prompt, row in zip(answers.prompts, texts)
+    ]
+    reward = _reward(request, answers.task)
+    scores = call_reward(reward, answers.prompts, replies, answers.ids)
+    return [Answers(*answer) for answer in zip(answers.prompts, texts, scores)]
 
 
 def _text(tokenizer: Any, prompt: Prompt, ids: Tensor) -> str:

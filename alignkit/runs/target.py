@@ -8,17 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from alignkit.batches import Draw
-from alignkit.config.data import DataConfig
-from alignkit.data.load import load_prompts
 from alignkit.decoding.moments import MomentFit, fit_moments
 from alignkit.errors import ConfigError, DataError
 from alignkit.rewards.call import call_reward
 from alignkit.rewards.load import load_rewards
-from alignkit.rollout.hf import HFSampler
 from alignkit.rollout.text import as_reply, decode
-from alignkit.runs.trained_model import load_finished
-from alignkit.tasks import resolve
+from alignkit.runs.sampled_answers import sample_answers
 
 
 @dataclass(frozen=True)
@@ -65,30 +60,16 @@ def fit_target(request: TargetRequest) -> MomentFit:
 
     DataError for a completion that a feature does not apply to.
     """
-    task = resolve(request.prompts) if request.prompts.startswith("task:") else None
-    models = load_finished(request.model)
-    prompts, _ = load_prompts(
-        DataConfig(), models.tokenizer, source=task.rows("rollout") if task else request.prompts
-    )
-    sampler = HFSampler(
-        models,
-        max_new_tokens=request.max_new_tokens,
-        temperature=request.temperature,
-        seed=request.seed,
-    )
-    draw = Draw(request.samples)
-    ids = [prompt.ids for prompt in prompts]
-    drawn = sampler.sample(ids, draw, step=0, prompt_ids=range(len(prompts)))
+    answers = sample_answers(request)
     replies = [
-        [as_reply(prompt.text, decode(models.tokenizer, sample.ids)) for sample in samples]
-        for prompt, samples in zip(prompts, drawn)
+        [as_reply(prompt.text, decode(answers.tokenizer, sample.ids)) for sample in samples]
+        for prompt, samples in zip(answers.prompts, answers.samples)
     ]
-    token_ids = [[sample.ids.tolist() for sample in samples] for samples in drawn]
 
     columns = []
     for name in request.features:
         feature = load_rewards([{"function": name}], safe=request.safe, device="cpu")
-        values = call_reward(feature, prompts, replies, token_ids)
+        values = call_reward(feature, answers.prompts, replies, answers.ids)
         if any(value is None for row in values for value in row):
             raise DataError(
                 f"fit-target: {name} has no value for a completion; give a number for each"
