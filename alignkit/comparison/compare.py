@@ -5,8 +5,8 @@
     compare(load_recipe("compare"))
 
 The way through this folder: `grid` makes the runs from the recipe, `run_pool` spreads them over
-processes, `single_run` trains one and `measure_run` measures it, `results` gathers what was
-measured, `report` writes it down.
+processes, `single_run` trains one and `measure_run` measures it, `matching` asks for more runs
+where `compare.match_kl` names KLs, `results` gathers what was measured, `report` writes it down.
 
 The recipe's output_dir holds `runs/NAME` (ordinary run folders), `reference` (the one reference
 pass), `decoders`, `base.json`, `results.json`, `report.md`, `report.html` and the pictures. The same call goes
@@ -31,6 +31,7 @@ from alignkit.comparison.decoders import expand_decoders, measure_decoders
 from alignkit.comparison.folder import check_folder, mark_folder
 from alignkit.comparison.grid import Point, expand, section_of
 from alignkit.comparison.live_table import LiveTable
+from alignkit.comparison.matching import Search
 from alignkit.comparison.run_state import read_run_state, stale_runs, unchecked_runs
 from alignkit.comparison.single_run import LOG, measurer_of, record_failure, train_and_measure
 from alignkit.config.escaping import plain
@@ -84,27 +85,53 @@ def compare(
     with out, _stoppable(points):
         start = time.monotonic()
         check_folder(out.path)  # once more, now that no other process can write to it
-        points = [with_inputs(*each) for each in zip(points, objectives)]
+        points[:] = [with_inputs(*each) for each in zip(points, objectives)]
         stale = _stale(points, console)
-        current = [point for point in points if point.name not in stale]
+        _refuse_all_stale(points, stale)
 
-        measurer = measurer_of(recipe, safe)
-        mark_folder(out.path)
-        with writing(out.path / "recipe.yaml"):
-            write_text(out.path / "recipe.yaml", dump_recipe(recipe))
-        for note in measurer.notes:
-            _print(console, f"evaluation prompts: {note}")
-        if measurer.read_base() is None:
-            measurer.measure_base()
-
-        waiting = _left_to_do(current, measurer, console)
-        _run_all(recipe, current, waiting, safe, console)
+        measurer = _begin(recipe, out.path, safe, console)
+        # The runs of the grid, and then those that a search for given KLs asks for.
+        search = Search(recipe, points, stale, measurer)
+        by_label = {point.label: objective for point, objective in zip(points, objectives)}
+        new = points
+        while new:
+            _train_round(recipe, new, stale, measurer, safe, console)
+            new = [with_inputs(point, by_label[point.label]) for point in search.next_runs()]
+            stale |= _stale(new, console)
+            points += new
         measure_decoders(measurer, decoders)
 
-        results = gather(recipe, points, measurer, stale, seconds=time.monotonic() - start)
+        seconds = time.monotonic() - start
+        results = gather(recipe, points, measurer, stale, search=search, seconds=seconds)
         with writing(out.path):
             write_report(results, out.path)
     return results
+
+
+def _begin(recipe: Recipe, folder: Path, safe: bool, console: Console) -> "Measurer":
+    """Mark the folder, write the recipe into it and measure the base model, if it is not yet."""
+    measurer = measurer_of(recipe, safe)
+    mark_folder(folder)
+    with writing(folder / "recipe.yaml"):
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    for note in measurer.notes:
+        _print(console, f"evaluation prompts: {note}")
+    if measurer.read_base() is None:
+        measurer.measure_base()
+    return measurer
+
+
+def _train_round(
+    recipe: Recipe,
+    points: Sequence[Point],
+    stale: Mapping[str, str],
+    measurer: "Measurer",
+    safe: bool,
+    console: Console,
+) -> None:
+    """Train and measure what is missing of `points`; those that are stale are left alone."""
+    current = [point for point in points if point.name not in stale]
+    _run_all(recipe, current, _left_to_do(current, measurer, console), safe, console)
 
 
 def _left_to_do(current: Sequence[Point], measurer: "Measurer", console: Console) -> list[Point]:
@@ -137,8 +164,8 @@ def with_inputs(point: Point, objective: "Objective") -> Point:
     return replace(point, inputs=inputs_of(sections))
 
 
-def _stale(points: Sequence[Point], console: Console) -> Mapping[str, str]:
-    """`stale_runs`, named on the console. CheckpointError where no run would be left."""
+def _stale(points: Sequence[Point], console: Console) -> dict[str, str]:
+    """`stale_runs`, named on the console."""
     unchecked = unchecked_runs(points)
     if unchecked:
         _print(
@@ -148,19 +175,24 @@ def _stale(points: Sequence[Point], console: Console) -> Mapping[str, str]:
         )
 
     stale = stale_runs(points)
-    if len(stale) == len(points):
-        reasons = "; ".join(dict.fromkeys(stale.values()))
-        raise CheckpointError(
-            f"no run in {Path(points[0].recipe.output_dir).parent} is of this comparison any more "
-            f"({reasons}): undo the change, delete the runs to train them again, or choose another "
-            "output_dir"
-        )
     for name, reason in stale.items():
         _print(
             console,
             f"{name} is stale and left out: {reason}; delete its folder to train it again",
         )
     return stale
+
+
+def _refuse_all_stale(points: Sequence[Point], stale: Mapping[str, str]) -> None:
+    """CheckpointError where no run of the grid would be left."""
+    if len(stale) < len(points):
+        return
+    reasons = "; ".join(dict.fromkeys(stale.values()))
+    raise CheckpointError(
+        f"no run in {Path(points[0].recipe.output_dir).parent} is of this comparison any more "
+        f"({reasons}): undo the change, delete the runs to train them again, or choose another "
+        "output_dir"
+    )
 
 
 def _print(console: Console, text: str) -> None:

@@ -12,7 +12,7 @@ from alignkit.comparison.grid import Point
 from alignkit.comparison.measurement import Measurement
 from alignkit.evaluation.exact import Listed
 from alignkit.metrics.baselines import Baseline, best_of_n, folklore_kl, tilted_optimum
-from alignkit.metrics.comparisons import compare_frontiers
+from alignkit.metrics.comparisons import compare_frontiers, compare_matched
 from alignkit.metrics.frontier import (
     Curve,
     Scale,
@@ -148,6 +148,30 @@ def verdict_rows(
     }
     areas = [{"label": label, "area": interval_row(gain)} for label, gain in gains.items()]
     return {"pairs": pairs, "areas": areas, "low": low, "kl": high, "words": ""}
+
+
+def matched_rows(
+    targets: Sequence[Row],
+    price: Sequence[Row],
+    curves: Sequence[Curve],
+    base_score: Array,
+    listed: Listed | None,
+) -> Row:
+    """How the search of `compare.match_kl` ended, what it cost, and the verdicts at its KLs, between
+    the runs that reached them.
+    """
+    by_label = {curve.name: curve for curve in curves}
+    runs: dict[float, list[Curve]] = {}
+    for target in targets:
+        if target["setting"] is not None:
+            curve = by_label[target["label"]]
+            place = [curve.settings.index(target["setting"])]
+            own = Curve(curve.name, (target["setting"],), curve.kl[place], curve.score[place])
+            runs.setdefault(target["target"], []).append(own)
+
+    compared = compare_matched(runs, base_score, scale=scale_of(listed))
+    pairs = [{**asdict(pair), "words": pair.verdict} for pair in compared]
+    return {"targets": targets, "pairs": pairs, "price": price}
 
 
 def baseline_rows(counts: Sequence[int], base: Measurement, listed: Listed | None) -> Row:

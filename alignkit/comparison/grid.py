@@ -3,6 +3,7 @@ Imports no torch.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,11 +69,13 @@ def expand(recipe: Recipe) -> list[Point]:
     section = section_of(recipe)
     _check_overrides(recipe, section)
     _check_size(recipe, section)
+    if section.match_kl:
+        for label in section.grid:
+            strength_field(recipe, label)
     points: dict[str, Point] = {}
-    for label, fields in section.grid.items():
+    for label in section.grid:
         keys = ("compare", "grid", label)
-        # The label names the objective unless the fields do.
-        objective = fields if {"name", "import"} & set(fields) else {"name": label, **fields}
+        objective = _objective(section, label)
         check_part(objective, recipe.origin, keys)
         shared = _overridden(recipe, label, section.overrides.get(label, {}))
 
@@ -94,6 +97,53 @@ def expand(recipe: Recipe) -> list[Point]:
                 )
             points[point.name] = point
     return list(points.values())
+
+
+def _objective(section: CompareConfig, label: str) -> dict[str, Any]:
+    """The fields of a label's objective, which the label names unless they do."""
+    fields = section.grid[label]
+    return fields if {"name", "import"} & set(fields) else {"name": label, **fields}
+
+
+def strength_field(recipe: Recipe, label: str) -> str:
+    """The field that `compare.match_kl` varies: the only one that the label sweeps.
+
+    ConfigError where it sweeps none or several, or values that are no strengths.
+    """
+    keys = ("compare", "grid", label)
+    swept = {
+        name: values
+        for name, values in section_of(recipe).grid[label].items()
+        if isinstance(values, list)
+    }
+    if len(swept) != 1:
+        given = f"has {len(swept)}: {', '.join(swept)}" if swept else "has none"
+        raise ConfigError(
+            f"{recipe.origin.at(keys)}: `compare.match_kl` varies the one field of a label that is "
+            f"a list, and `{label}` {given}; write its strength as a list of the values to begin "
+            "with, such as beta: [0.5]"
+        )
+
+    (name, values), *_ = swept.items()
+    for value in values:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and 0 < value < math.inf):
+            raise ConfigError(
+                f"{recipe.origin.at((*keys, name))}: `compare.match_kl` searches for `{name}` of "
+                f"`{label}` among positive numbers, {value!r} is none"
+            )
+    return name
+
+
+def at_strength(recipe: Recipe, label: str, strength: float) -> list[Point]:
+    """The runs of a label at one strength, one per seed."""
+    section = section_of(recipe)
+    shared = _overridden(recipe, label, section.overrides.get(label, {}))
+    swept = {strength_field(recipe, label): strength}
+    return [
+        _point(recipe, shared, label, _objective(section, label), swept, seed)
+        for seed in section.seeds
+    ]
 
 
 def _point(

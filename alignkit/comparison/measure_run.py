@@ -72,7 +72,8 @@ class Measurer:
         the code of rewards included: two measurements of the same key can be compared.
         """
         section = self.section.model_dump(
-            mode="json", exclude={"grid", "overrides", "seeds", "workers", "decode"}
+            mode="json",
+            exclude={"grid", "overrides", "seeds", "workers", "decode", "match_kl"},
         )
         sections = self.recipe.model_dump(
             mode="json", include={"model", "rewards", "rollout", "data"}

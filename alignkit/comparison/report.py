@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.comparison.decoder_table import decoder_blocks
+from alignkit.comparison.matched_blocks import matched_blocks
 from alignkit.comparison.plots import draw
+from alignkit.comparison.verdicts import is_decided, verdict_items
 from alignkit.evaluation.blocks import Block, Heading, Items, Picture, Table, Text, html, markdown
 from alignkit.evaluation.page import MISSING, number, span
 from alignkit.files import write_text
@@ -49,6 +51,7 @@ def _blocks(results: Row, files: Mapping[str, str]) -> list[Block]:
         *_summary(results),
         *_picture(results, files, "frontier"),
         _curve_table(results),
+        *matched_blocks(results),
         *_verdict_part(results),
         *_baseline_part(results),
         *_run_part(results),
@@ -78,7 +81,7 @@ def _summary(results: Row) -> list[Block]:
         sentences.append(_sentence(verdicts["words"]))
     if pairs:
         compared = sum(pair["difference"] is not None for pair in pairs)
-        shown = sum(_decided(pair) for pair in pairs)
+        shown = sum(is_decided(pair) for pair in pairs)
         sentences.append(
             f"Pairs of objectives: {len(pairs)}; comparable at matched KL: {compared}; "
             f"a difference is shown for {shown}."
@@ -143,12 +146,7 @@ def _verdict_part(results: Row) -> list[Block]:
     pairs = verdicts["pairs"]
     if not pairs:
         return []
-    decided = [pair for pair in pairs if _decided(pair)]
-    decided.sort(key=lambda pair: -abs(pair["difference"]["value"]))
     compared = [pair for pair in pairs if pair["difference"] is not None]
-    undecided = [pair["words"] for pair in compared if not _decided(pair)]
-    apart = [pair["words"] for pair in pairs if pair["difference"] is None]
-
     line = "efficiency" if results["exact"] else "gain in sqrt(KL) (Gao et al. 2022)"
     blocks: list[Block] = [
         Heading("Verdicts at matched KL"),
@@ -159,15 +157,7 @@ def _verdict_part(results: Row) -> list[Block]:
             "outside the KLs that the runs of both objectives span."
         ),
     ]
-    if decided:
-        blocks.append(Items([pair["words"] for pair in decided]))
-    if decided and undecided:
-        summary = f"{len(undecided)} pairs without a difference"
-        blocks.append(Table(["no difference shown"], [[words] for words in undecided], summary))
-    elif undecided:
-        blocks.append(Items(undecided))
-    if apart:
-        blocks.append(Items(apart))
+    blocks += verdict_items(pairs)
 
     if verdicts["areas"]:
         text = f"Mean gain over the base model along the frontier, {_range(verdicts)}:"
@@ -358,15 +348,6 @@ def _method(results: Row) -> list[Block]:
     seeds = ", ".join(map(str, results["seeds"]))
     command = f"`alignkit compare {results['recipe']}`, seeds {seeds}{spent}."
     return [Heading("How it was measured"), Text(text), Text(command)]
-
-
-def _decided(pair: Row) -> bool:
-    """Whether there is a difference and its interval leaves out 0."""
-    if pair["difference"] is None:
-        return False
-    low = pair["difference"]["low"]
-    high = pair["difference"]["high"]
-    return low is not None and high is not None and (low > 0 or high < 0)
 
 
 def _range(verdicts: Row) -> str:

@@ -19,9 +19,11 @@ from alignkit.comparison.frontiers import (
     curve_row,
     curves_of,
     interval_row,
+    matched_rows,
     verdict_rows,
 )
 from alignkit.comparison.grid import Point, section_of
+from alignkit.comparison.matching import Search
 from alignkit.comparison.measure_run import Measurer
 from alignkit.comparison.measurement import Measurement, as_json
 from alignkit.comparison.run_state import read_run_state
@@ -51,12 +53,14 @@ def gather(
     measurer: Measurer,
     stale: Mapping[str, str],
     *,
+    search: Search,
     seconds: float,
 ) -> Row:
     """Collect the results of all `points`, write `results.json` and return its content.
 
     `stale`: name -> reason of the runs that do not belong to the recipe any more; of them only that
-    is said. `seconds`: how long the comparison took, this time.
+    is said. `search`: how it ended where `compare.match_kl` asks for one; what it found broken is
+    on no curve. `seconds`: how long the comparison took, this time.
     """
     section = section_of(recipe)
     base = measurer.read_base()
@@ -69,10 +73,8 @@ def gather(
 
     # Where every outcome can be listed, exact figures take the place of samples.
     base_score = listed.base if listed else base.measured.per_prompt()["score"]
-    base_summary = _summary(base.measured)
-    if listed:
-        base_summary["score"] = interval_row(mean_interval(base_score))
-    curves = curves_of(points, measurements, exact=listed is not None)
+    used = measurements | dict.fromkeys(search.broken())
+    curves = curves_of(points, used, exact=listed is not None)
     decoders = expand_decoders(recipe)
     beside = decoder_curves(measurer, decoders)
 
@@ -85,7 +87,7 @@ def gather(
         "samples": section.samples,
         "seeds": list(section.seeds),
         "seconds": seconds,
-        "base": base_summary,
+        "base": _base_row(base, listed),
         "runs": [
             _run_row(point, measurements[point.name], base.measured, listed, stale.get(point.name))
             for point in points
@@ -95,6 +97,7 @@ def gather(
         "decoder_curves": [curve_row(curve, base_score, listed) for curve in beside],
         "baselines": baseline_rows(section.best_of, base, listed),
         "verdicts": verdict_rows(curves, base_score, listed, beside),
+        "matched": matched_rows(search.rows(), search.price(), curves, base_score, listed),
         "samples_shown": _shown_samples(points, measurements, base.measured),
         "pass_at_k": _pass_rows(points, measurements, base.measured, section.correct),
         "training": _training_rows(points, stale),
@@ -104,6 +107,14 @@ def gather(
     with writing(file):
         write_json(file, results)
     return results
+
+
+def _base_row(base: Measurement, listed: Listed | None) -> Row:
+    """The base model's means, with its exact score where there is one."""
+    row = _summary(base.measured)
+    if listed:
+        row["score"] = interval_row(mean_interval(listed.base))
+    return row
 
 
 def _training_rows(points: Sequence[Point], stale: Mapping[str, str]) -> Row:

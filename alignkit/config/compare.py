@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from alignkit.config.judges import JudgeConfig
 from alignkit.config.rewards import RewardConfig
@@ -28,6 +28,12 @@ class CompareConfig(Section):
         {},
         description="label -> a `decode` section that stands beside the grid, with its KL and its "
         "price; a list of values makes one decoder per value",
+    )
+    match_kl: list[PositiveFloat] = Field(
+        [],
+        description="KLs in nats at which every objective is compared: more runs of each label are "
+        "trained until one ends within 10 % of each. The one field that a label sweeps is its "
+        "strength, and the values written are where the search begins",
     )
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = Field(
         [0], description="every point is trained once per seed"
@@ -62,3 +68,11 @@ class CompareConfig(Section):
         description="runs at the same time, each in a process with one thread; "
         "auto: one per core, or one on a GPU; 0: one after the other in this process",
     )
+
+    @field_validator("match_kl")
+    @classmethod
+    def _distinct(cls, targets: list[float]) -> list[float]:
+        twice = [target for target in targets if targets.count(target) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]:g} stands twice; name each KL once")
+        return targets

@@ -123,6 +123,52 @@ def compare_frontiers(
     return [by_pair[pair] for pair in pairs]
 
 
+def compare_matched(
+    runs: Mapping[float, Sequence[Curve]],
+    base: ArrayLike,
+    *,
+    scale: Scale = sqrt_scale,
+    level: float = 0.95,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> list[Comparison]:
+    """Every pair of objectives at each KL to which both have a run; one family, corrected by Holm.
+
+    runs: KL -> one curve of one setting for each objective whose run ended near it. A run is
+    compared where it really was: its gain at the KL is its own share of `scale` there, which is its
+    efficiency where the scale is the best possible gain. Paired by prompt, with `base` [P].
+    """
+    start = np.asarray(base, dtype=float)
+    streams = {
+        name: i
+        for i, name in enumerate(dict.fromkeys(c.name for own in runs.values() for c in own))
+    }
+
+    def gain(kl: Array, score: Array, base_score: Array, at: float) -> Array:
+        return (score[..., 0] - base_score) * scale(np.array(at)) / scale(kl[..., 0])
+
+    names = []
+    places: list[float] = []
+    differences = []
+    gaps = []
+    for at, curves in runs.items():
+        values = [float(gain(*curve.means(), start.mean(), at)) for curve in curves]
+        replicates = []
+        for curve in curves:
+            _, seeds, prompts = curve.kl.shape
+            weights = bootstrap_weights(
+                prompts, seeds, draws=draws, seed=seed, stream=streams[curve.name]
+            )
+            replicates.append(gain(*curve.means(weights), weights.prompts @ start, at))
+
+        for i, j in combinations(range(len(curves)), 2):
+            names.append((curves[i].name, curves[j].name))
+            places.append(at)
+            differences.append(values[i] - values[j])
+            gaps.append(replicates[i] - replicates[j])
+    return _family(names, places, differences, gaps, level)
+
+
 def compare_means(
     values: Mapping[str, ArrayLike], *, level: float = 0.95, draws: int = DRAWS, seed: int = 0
 ) -> list[Comparison]:

@@ -1,7 +1,7 @@
-"""Writes compare.md and compare_stories.md: the two shipped comparisons, as `alignkit compare`
-reports them.
+"""Writes compare.md, compare_stories.md and compare_matched.md: the two shipped comparisons, as
+`alignkit compare` reports them, and the first with runs that end at the same KLs.
 
-Both; the second only where $STORIES names the data:
+All; the second only where $STORIES names the data:
 
     python docs/results/make_compare.py
 
@@ -23,7 +23,21 @@ from alignkit.config.recipe import load_recipe
 
 HERE = Path(__file__).resolve().parent
 PICTURES = ("frontier", "training", "calibration", "pass_at_k", "samples")
-NEEDS = {"compare": [], "compare_stories": ["model.name_or_path={stories}/stories260k"]}
+RECIPES = {"compare": "compare", "compare_stories": "compare_stories", "compare_matched": "compare"}
+# One run of each objective, from which the search for the strengths begins.
+ONLINE = {"kl_ppo": 0.5, "rpg": 0.5, "nash_md": 0.1, "egpo": 0.1}
+STARTS = {"dpo": 1.0, "fdpo": 2.0, "hdpo": 1.0, "radpo": 1.0, **ONLINE}
+CHANGES = {
+    "compare": [],
+    "compare_stories": ["model.name_or_path={stories}/stories260k"],
+    "compare_matched": [
+        "compare.match_kl=[0.3, 0.6, 1.0, 2.0, 4.0]",
+        "train.steps=200",
+        "train.warmup_steps=25",
+        *(f"compare.overrides.{label}.train.steps=75" for label in ONLINE),
+        *(f"compare.grid.{label}.beta=[{beta}]" for label, beta in STARTS.items()),
+    ],
+}
 MIRRORS = {
     "compare": """It mirrors the reward-KL frontier that papers draw by hand (Rafailov et al. 2023, arXiv:2305.18290,
 figure 2, where DPO has the highest reward at every KL, PPO on the true reward included), on a task where score, KL and the best
@@ -35,6 +49,8 @@ KL, where DPO has the highest reward at every KL, PPO on the true reward include
 model of 260K parameters, 2,101 preference pairs, VADER as the score, one seed. Here, at the largest KL that
 both reach, RPG is above DPO; it learns from the score itself, DPO from pairs labelled by it, and below RPG's first point the
 line that joins it to the base model says little. All are far below the tilted optimum.""",
+    "compare_matched": """The comparison of [compare.md](compare.md) with `compare.match_kl`: each objective has one run to begin
+with, and the betas of the others are found. The runs have half as many steps, because there are many. Every objective then stands where it really was, at the KLs that it reaches.""",
 }
 
 
@@ -58,7 +74,7 @@ def publish(name: str, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=NEEDS, nargs="*", default=list(NEEDS))
+    parser.add_argument("--only", choices=RECIPES, nargs="*", default=list(RECIPES))
     parser.add_argument(
         "--from", dest="folder", type=Path, help="the folder of a finished comparison"
     )
@@ -67,14 +83,14 @@ def main() -> None:
     for name in asked.only:
         if asked.folder:
             publish(name, asked.folder)
-        elif NEEDS[name] and stories is None:
+        elif "stories" in name and stories is None:
             print(
                 f"{name}: skipped; set STORIES to the folder that holds stories260k and stories_sentiment"
             )
         else:
             folder = Path("runs/reproduce") / name
-            changes = [change.format(stories=stories) for change in NEEDS[name]]
-            compare(load_recipe(name, [f"output_dir={folder}", *changes]))
+            changes = [change.format(stories=stories) for change in CHANGES[name]]
+            compare(load_recipe(RECIPES[name], [f"output_dir={folder}", *changes]))
             publish(name, folder)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alignkit.metrics.comparisons import compare_frontiers, verdict
+from alignkit.metrics.comparisons import compare_frontiers, compare_matched, verdict
 from alignkit.metrics.frontier import Curve
 from alignkit.metrics.intervals import Interval
 
@@ -114,3 +114,23 @@ def test_levels_are_those_of_the_whole_family():
             assert c.difference.level >= 0.95
             assert c.adjusted_p >= c.p
     assert wrong / 200 < 0.09
+
+
+def test_matched_runs_are_compared_by_their_own_share_of_the_scale():
+    """Runs on gain = 0.6 sqrt(KL) and 0.5 sqrt(KL), none of them exactly at the target."""
+    base = np.linspace(-1, 1, 20)
+
+    def run(name, kl, slope):
+        kls = np.full((1, 1, 20), kl)
+        return Curve(name, (f"kl={kl}",), kls, base + slope * np.sqrt(kls))
+
+    runs = {
+        1.0: [run("a", 0.93, 0.6), run("b", 1.08, 0.5), run("c", 1.0, 0.5)],
+        4.0: [run("a", 4.3, 0.6), run("b", 3.7, 0.5)],
+    }
+    pairs = {(one.first, one.second, one.kl): one for one in compare_matched(runs, base)}
+    assert list(pairs) == [("a", "b", 1.0), ("a", "c", 1.0), ("b", "c", 1.0), ("a", "b", 4.0)]
+    assert pairs["a", "b", 1.0].difference.value == pytest.approx(0.1)
+    assert pairs["b", "c", 1.0].difference.value == pytest.approx(0.0, abs=1e-12)
+    assert pairs["a", "b", 4.0].difference.value == pytest.approx(0.2)
+    assert pairs["a", "b", 4.0].verdict.startswith("a over b at matched KL 4: +0.200")
