@@ -25,6 +25,10 @@ def check_data(
         str | None,
         typer.Option(help="What the rows are for: sequence, pair, labelled, ranked or rollout."),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that tokenise many rows (default: one for each core)."),
+    ] = None,
 ) -> None:
     """Read every row and count what is wrong, with row numbers. Exit 3 if training would refuse the
     data.
@@ -35,7 +39,9 @@ def check_data(
     from alignkit.data.load import check
     from alignkit.tasks import resolve
 
-    config = load_recipe("dpo", overrides or []).data  # any recipe: only its data section is used
+    options = [] if workers is None else [f"data.workers={workers}"]
+    # Any recipe: only its data section is used.
+    config = load_recipe("dpo", [*(overrides or []), *options]).data
     tokenizer = None
     if model is not None:
         tokenizer = _tokenizer(model)

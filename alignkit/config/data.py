@@ -3,7 +3,7 @@
 from datetime import date, datetime
 from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator
 
 from alignkit.config.row_sources import RowSource, TrainSource, check_set_names, check_shares
 from alignkit.config.section import Section
@@ -87,6 +87,10 @@ class DataConfig(Section):
     )
     on_bad_row: Literal["error", "drop"] = Field(
         "error", description="malformed rows stop the run, or are dropped and counted"
+    )
+    workers: Literal["auto"] | PositiveInt = Field(
+        "auto",
+        description="processes that tokenise sets of many rows; auto: one for each core, at most 8",
     )
 
     def sources(self) -> list[TrainSource]:

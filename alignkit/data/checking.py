@@ -15,12 +15,14 @@ from alignkit.data.formats import conversation_column, detect_format
 from alignkit.data.read import Rows, renamed
 from alignkit.data.report import Report
 from alignkit.data.verdicts import BadRow
+from alignkit.distributed.forked import in_order
 from alignkit.errors import DataError
 
 PART = 500  # rows that are in memory at once
 
-# Gets the examples of a part, and a report for what it sees in them; returns how many it can use.
-Use = Callable[[Sequence[Example], Report], int]
+# Gets the examples of a part, and a report for what it sees in them; returns how many it can use,
+# and what it makes of them.
+Use = Callable[[Sequence[Example], Report], tuple[int, Any]]
 
 
 @dataclass
@@ -51,14 +53,17 @@ def check_rows(
     family: str | None,
     tokenizer: Any,
     use: Callable[[str], Use],
+    take: Callable[[Any], None] = lambda made: None,
     *,
     stop: bool,
+    workers: int = 1,
 ) -> Checked:
     """Check every row in the format that the columns of all rows decide, and hand the examples on.
 
-    `use` is asked with the format for what takes the examples, part by part; with `stop` it gets no
-    more of them once a row was malformed. Malformed rows are counted. Without a tokenizer a chat
-    template is assumed to be there. Raises DataError for columns that cannot be used.
+    `use` is asked with the format for what is done with the examples, part by part, in so many
+    processes; with `stop` it gets no more of them once a row was malformed. `take` gets what was
+    made of each part, in the order of the rows. Malformed rows are counted. Without a tokenizer a
+    chat template is assumed to be there. Raises DataError for columns that cannot be used.
     """
     rows, format = _with_format(rows, config, family)
     template = config.chat_template or getattr(tokenizer, "chat_template", None)
@@ -71,18 +76,24 @@ def check_rows(
     )
 
     use_part = use(format)
+
+    def used(examples: Sequence[Example]) -> tuple[Report, Any]:
+        seen = Report(rows.where, places={e.number: e.uid for e in examples if e.has_place})
+        seen.usable, made = use_part(examples, seen)
+        seen.forget_places()
+        return seen, made
+
+    all_examples = map(going.examples, _parts(rows.rows))
+    parts = (part for part in all_examples if not (stop and going.report.errors()))
     of_use = Report(rows.where)
-    usable = 0
-    for part in _parts(rows.rows):
-        examples = going.examples(part)
-        if stop and going.report.errors():
-            continue
-        of_use.places |= {row.number: row.place for row in part if row.place}
-        usable += use_part(examples, of_use)
+    for seen, made in in_order(used, parts, workers):
+        of_use.add_all(seen)
+        of_use.usable += seen.usable
         of_use.forget_places()
+        take(made)
 
     as_read = going.report
-    report = Report(rows.where, rows.name, format, as_read.total, usable)
+    report = Report(rows.where, rows.name, format, as_read.total, of_use.usable)
     report.add_all(as_read)
     report.add_all(of_use)
     return Checked(report, as_read)

@@ -39,6 +39,7 @@ class Example:
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row's other ones, for rewards
     template: Mapping[str, Any] = field(default_factory=dict)  # options of the chat template
     verdicts: Sequence[str] = ()  # what was changed in the row to understand it
+    has_place: bool = False  # `uid` is file and line, as the rows come from several files
 
     @cached_property
     def chat(self) -> bool:
@@ -103,6 +104,7 @@ def make_example(
         columns=columns,
         template=_template_options(values),
         verdicts=verdicts,
+        has_place=bool(row.place),
     )
     return _all_messages(example) if example.chat else example
 

@@ -17,6 +17,7 @@ from alignkit.data.examples import Example
 from alignkit.data.mixture import Mixture, Part
 from alignkit.data.read import HeldOut, Rows, Source, open_source, reading
 from alignkit.data.report import Report
+from alignkit.distributed.forked import number_of_workers
 from alignkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def load_prompts(
         config,
         "rollout",
         tokenizer,
-        lambda format: _into_prompts(config, tokenizer, prompts),
+        lambda format: _into_prompts(config, tokenizer),
+        prompts.extend,
         stop=config.on_bad_row == "error",
     )
     checked.stop_on_useless_data(config)
@@ -131,7 +133,7 @@ def check(
     elif entry is not None:
         checked = _cached(entry, rows, config, family, lazy, stop=False)
     else:
-        checked = _tokenised(few or rows, config, family, lazy.load(), _forget, stop=False)
+        checked = _tokenised(few or rows, config, family, lazy.load(), stop=False)
 
     report = checked.report
     if report.errors() and config.on_bad_row == "error":
@@ -151,11 +153,14 @@ def _cached(
     """What the entry of the cache says about the rows, made if it is not there."""
 
     def build(folder: Path) -> Checked:
-        from alignkit.data.stored import BundleWriter
+        from alignkit.data.stored import BundleWriter, pack
 
         loaded = tokenizer.load()
+        workers = number_of_workers(config.workers)
         with BundleWriter(folder) as writer:
-            checked = _tokenised(rows, config, family, loaded, writer.add, stop=stop)
+            checked = _tokenised(
+                rows, config, family, loaded, writer.write, pack, stop=stop, workers=workers
+            )
         if stop:  # what is not whole is not kept
             checked.stop_on_malformed_rows(config)
         return checked
@@ -168,55 +173,50 @@ def _tokenised(
     config: DataConfig,
     family: str | None,
     tokenizer: Any,
-    take: Callable[[list["Bundle"]], None],
+    take: Callable[[Any], None] = lambda bundles: None,
+    pack: Callable[[list["Bundle"]], Any] = lambda bundles: bundles,
     *,
     stop: bool,
+    workers: int = 1,
 ) -> Checked:
-    """Check the rows and `take` their bundles, part by part. Prompts are counted alone."""
+    """Check the rows and `take` their bundles, part by part, in the form that `pack` gives them in
+    the process that made them. Prompts are counted alone.
+    """
 
     def use(format: str) -> Use:
         if format == "prompt":
-            return _into_prompts(config, tokenizer, None)
-        return _into_bundles(config, family, tokenizer, take)
+            count = _into_prompts(config, tokenizer)
+            return lambda examples, report: (count(examples, report)[0], pack([]))
+        return _into_bundles(config, family, tokenizer, pack)
 
     stop = stop and config.on_bad_row == "error"
-    return check_rows(rows, config, family, tokenizer, use, stop=stop)
+    return check_rows(rows, config, family, tokenizer, use, take, stop=stop, workers=workers)
 
 
 def _into_bundles(
-    config: DataConfig,
-    family: str | None,
-    tokenizer: Any,
-    take: Callable[[list["Bundle"]], None],
+    config: DataConfig, family: str | None, tokenizer: Any, pack: Callable[[list["Bundle"]], Any]
 ) -> Use:
     from alignkit.data.tokenise import tokenize_examples, unpaired
 
-    def use(examples: Sequence[Example], report: Report) -> int:
+    def use(examples: Sequence[Example], report: Report) -> tuple[int, Any]:
         bundles = tokenize_examples(examples, config, tokenizer, report, family or "")
-        take(unpaired(bundles) if family == "labelled" else bundles)
-        return len(bundles)
+        return len(bundles), pack(unpaired(bundles) if family == "labelled" else bundles)
 
     return use
 
 
-def _into_prompts(config: DataConfig, tokenizer: Any, prompts: list["Prompt"] | None) -> Use:
+def _into_prompts(config: DataConfig, tokenizer: Any) -> Use:
     from alignkit.data.prompts import tokenize_prompts
 
-    def use(examples: Sequence[Example], report: Report) -> int:
-        made = tokenize_prompts(examples, config, tokenizer, report)
-        if prompts is not None:
-            prompts.extend(made)
-        return len(made)
+    def use(examples: Sequence[Example], report: Report) -> tuple[int, list[Prompt]]:
+        prompts = tokenize_prompts(examples, config, tokenizer, report)
+        return len(prompts), prompts
 
     return use
 
 
 def _as_text(format: str) -> Use:
-    return lambda examples, report: len(examples)
-
-
-def _forget(bundles: Sequence["Bundle"]) -> None:
-    """For a check, which looks at the report alone."""
+    return lambda examples, report: (len(examples), None)
 
 
 def check_held_out(
@@ -245,7 +245,7 @@ def fingerprint(bundles: Sequence["Bundle"]) -> str:
     """SHA-256 of what is trained on (token ids, masks, labels,
     order), for the checkpoint's manifest.
     """
-    from alignkit.data.stored import StoredBundles, add_to_fingerprint
+    from alignkit.data.stored import StoredBundles, trained_on
     from alignkit.policies.lazy import Joined
 
     if isinstance(bundles, StoredBundles):
@@ -255,5 +255,5 @@ def fingerprint(bundles: Sequence["Bundle"]) -> str:
         digest.update("".join(map(fingerprint, bundles.parts)).encode())
         return digest.hexdigest()
     for bundle in bundles:
-        add_to_fingerprint(digest, bundle)
+        digest.update(trained_on(bundle))
     return digest.hexdigest()

@@ -36,6 +36,33 @@ SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Bundles as they are written."""
+
+    batch: Any  # a pyarrow.RecordBatch
+    trained_on: bytes  # what is hashed of them
+
+
+def pack(bundles: Sequence[Bundle]) -> Packed:
+    """Bundles that have no values but a label: those that come from rows."""
+    if not bundles:
+        return Packed(pa.RecordBatch.from_pylist([], SCHEMA), b"")
+
+    texts = [[bundle.prompt, *bundle.completions] for bundle in bundles]
+    labels = [bundle.rows.get("label") for bundle in bundles]
+    columns = [
+        _lists(texts, pa.int32()),
+        _lists([bundle.masks for bundle in bundles], pa.uint8()),
+        pa.array([list(map(len, parts)) for parts in texts], SCHEMA.field("lengths").type),
+        pa.array([None if label is None else int(label) for label in labels], pa.int8()),
+        pa.array([bundle.uid for bundle in bundles], pa.string()),
+        pa.array(list(contents(bundles)), pa.binary(16)),
+    ]
+    batch = pa.record_batch(columns, schema=SCHEMA)
+    return Packed(batch, b"".join(map(trained_on, bundles)))
+
+
 class BundleWriter:
     """Writes bundles to a folder, part by part."""
 
@@ -54,25 +81,12 @@ class BundleWriter:
             summary = {"rows": self.rows, "fingerprint": self.digest.hexdigest()}
             (self.folder / SUMMARY).write_text(json.dumps(summary))
 
-    def add(self, bundles: Sequence[Bundle]) -> None:
-        """Append bundles that have no values but a label: those that come from rows."""
-        if not bundles:
-            return
-        for bundle in bundles:
-            add_to_fingerprint(self.digest, bundle)
-        self.rows += len(bundles)
-
-        texts = [[bundle.prompt, *bundle.completions] for bundle in bundles]
-        labels = [bundle.rows.get("label") for bundle in bundles]
-        columns = [
-            _lists(texts, pa.int32()),
-            _lists([bundle.masks for bundle in bundles], pa.uint8()),
-            pa.array([list(map(len, parts)) for parts in texts], SCHEMA.field("lengths").type),
-            pa.array([None if label is None else int(label) for label in labels], pa.int8()),
-            pa.array([bundle.uid for bundle in bundles], pa.string()),
-            pa.array(list(contents(bundles)), pa.binary(16)),
-        ]
-        self.writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+    def write(self, packed: Packed) -> None:
+        """Append them."""
+        self.digest.update(packed.trained_on)
+        self.rows += packed.batch.num_rows
+        if packed.batch.num_rows:
+            self.writer.write_batch(packed.batch)
 
 
 def _lists(rows: Sequence[Sequence[Tensor]], kind: Any) -> Any:
@@ -183,9 +197,10 @@ def _content(row: Bundle | Prompt) -> bytes:
     return digest.digest()
 
 
-def add_to_fingerprint(digest: Any, bundle: Bundle) -> None:
-    """Add what is trained on in a bundle to a SHA-256."""
+def trained_on(bundle: Bundle) -> bytes:
+    """What is trained on in a bundle, to be hashed."""
     labels = [bundle.rows[name] for name in sorted(bundle.rows)]
+    parts = []
     for tensor in (bundle.prompt, *bundle.completions, *bundle.masks, *labels):
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
+        parts += [f"{tensor.dtype}{tuple(tensor.shape)}".encode(), tensor.numpy().tobytes()]
+    return b"".join(parts)

@@ -29,6 +29,7 @@ FREE: dict[str, set[str] | None] = {  # None: the whole section
         "format",
         "truncate",
         "template_time",
+        "workers",
     },
     "train": {
         "micro_batch_tokens",

@@ -43,7 +43,8 @@ MALFORMED = [{"prompt": "a", "chosen": None, "rejected": " b"}, {"prompt": "a", 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """The cache, which takes any number of rows, in small parts."""
+    """The cache, which takes any number of rows, in small parts, all in this process."""
+    monkeypatch.setattr("alignkit.data.load.number_of_workers", lambda given: 1)
     monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache_module, "FEW", 0)
     monkeypatch.setattr("alignkit.data.checking.PART", 3)
@@ -209,7 +210,7 @@ def run_apart(work, *arguments):
 
 def test_a_killed_process_leaves_nothing_that_is_read(kinds, path, folder, monkeypatch):
     config = DataConfig(train=str(path))
-    add = BundleWriter.add
+    add = BundleWriter.write
 
     def slow(writer, bundles):
         add(writer, bundles)
@@ -217,7 +218,7 @@ def test_a_killed_process_leaves_nothing_that_is_read(kinds, path, folder, monke
         time.sleep(60)
 
     with monkeypatch.context() as patch:
-        patch.setattr(BundleWriter, "add", slow)
+        patch.setattr(BundleWriter, "write", slow)
         process = run_apart(load_bundles, config, "pair", kinds["chat"])
         while not (path.parent / "began").exists():
             time.sleep(0.01)
@@ -253,14 +254,14 @@ def test_of_two_processes_one_makes_the_entry(kinds, path, folder, monkeypatch):
 
 
 def test_rows_that_change_while_they_are_read_are_refused(kinds, path, folder, monkeypatch):
-    add = BundleWriter.add
+    add = BundleWriter.write
 
     def add_and_change(writer, bundles):
         add(writer, bundles)
         with path.open("a") as file:
             file.write(json.dumps(TEXTS[0]) + "\n")
 
-    monkeypatch.setattr(BundleWriter, "add", add_and_change)
+    monkeypatch.setattr(BundleWriter, "write", add_and_change)
     with pytest.raises(DataError, match="changed while it was read"):
         load_bundles(DataConfig(train=str(path)), "pair", kinds["chat"])
     assert entries(folder) == []
