@@ -26,6 +26,7 @@ from alignkit.distributed.launcher import end
 from alignkit.errors import AlignkitError, DataError, ResourceError
 from alignkit.objectives.distillation.distill import Distill
 from alignkit.objectives.distillation.opd import OPD
+from alignkit.objectives.online.dph import DPH
 from alignkit.objectives.online.rpg import RPG
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.objectives.preference.kto import KTO
@@ -98,6 +99,12 @@ def on_policy(model, out, accelerator, **settings):
     return online_job(model, out, OPD(), accelerator=accelerator, steps=4, **settings)
 
 
+def rehearsed(model, out, accelerator, **settings):
+    """Answers that the reference gave once, beside what the policy samples."""
+    objective = DPH(weight=0.5, stored=2)
+    return online_job(model, out, objective, accelerator=accelerator, steps=4, **settings)
+
+
 def dropped(model, out, accelerator, **settings):
     """The reward applies to the first prompt of each rollout alone: the second rank's whole rollout
     is dropped.
@@ -134,7 +141,10 @@ CASES = {
     "dropped": (dropped, {"optimizer": "sgd", "learning_rate": 0.1}),
     "distill": (distilled, {**SGD, "budget": 24}),
     "opd": (on_policy, {"optimizer": "sgd", "learning_rate": 0.1}),
+    "dph": (rehearsed, {"optimizer": "sgd", "learning_rate": 0.1}),
     "fsdp_distill": (distilled, {"shard": True, "budget": 24}),
+    "fsdp_opd": (on_policy, {"shard": True, "optimizer": "sgd", "learning_rate": 0.1}),
+    "fsdp_dph": (rehearsed, {"shard": True, "optimizer": "sgd", "learning_rate": 0.1}),
     "fsdp_dpo": (dpo, {"shard": True, "save_every": 2}),
     "fsdp_ema": (dpo, {"shard": True, "reference": "ema", "ema_decay": 0.5, "budget": 24}),
     "fsdp_lora": (dpo, {"shard": True, "lora": True, "reference": "adapter_off", "budget": 24}),

@@ -218,14 +218,8 @@ class _Groups(Adapter):
                 "call compute_loss with return_outputs=False"
             )
         self._check_keys(inputs)
+        feed, mask = self._completions(inputs)
         ids = inputs["completion_ids"]
-        completion = inputs["completion_mask"]
-        mask = completion.bool() & inputs.get("tool_mask", completion).bool()
-        feed = {
-            "input_ids": torch.cat([inputs["prompt_ids"], ids], 1),
-            "attention_mask": torch.cat([inputs["prompt_mask"], completion], 1),
-            "use_cache": False,
-        }
         labels = ids[mask]
         window = slice(-ids.shape[1] - 1, -1)
         outputs = self._outputs(model, feed)

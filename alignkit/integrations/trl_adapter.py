@@ -95,6 +95,19 @@ class Adapter:
             return model(**feed, output_router_logits=True)
         return model(**feed)
 
+    def _completions(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+        """What the model is fed for a batch of sampled completions, and the mask [N, T] of the tokens
+        that it wrote itself.
+        """
+        ids = inputs["completion_ids"]
+        completion = inputs["completion_mask"]
+        feed = {
+            "input_ids": torch.cat([inputs["prompt_ids"], ids], 1),
+            "attention_mask": torch.cat([inputs["prompt_mask"], completion], 1),
+            "use_cache": False,
+        }
+        return feed, completion.bool() & inputs.get("tool_mask", completion).bool()
+
     @contextmanager
     def _reference(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
         """The reference in TRL's order: its own model, the adapter

@@ -78,14 +78,8 @@ class Distilled(Adapter):
     ) -> Any:
         """The objective's loss of one micro-batch of TRL's samples."""
         self._check_keys(inputs)
+        feed, mask = self._completions(inputs)
         ids = inputs["completion_ids"]
-        completion = inputs["completion_mask"]
-        mask = completion.bool() & inputs.get("tool_mask", completion).bool()
-        feed = {
-            "input_ids": torch.cat([inputs["prompt_ids"], ids], 1),
-            "attention_mask": torch.cat([inputs["prompt_mask"], completion], 1),
-            "use_cache": False,
-        }
         labels = ids[mask]
         logits = self._logits(model, feed, mask, nullcontext())
         self.teacher_model.eval()

@@ -19,6 +19,8 @@ from alignkit.batches import Statistic
 # Size of one [C, V] float32 matrix, a handful of which are alive; on a CPU near its cache's size.
 CHUNK_BYTES = {"cpu": 8 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 64 * 2**20
+PARTS = {"cpu": 16}  # of a chunk, in which statistics are computed
+PARTS_ELSEWHERE = 4  # few, because each one is a dozen launches
 KEPT_CHUNKS = 4  # a micro-batch of at most so many chunks keeps them for backward
 
 
@@ -144,7 +146,7 @@ class _Job:
             detached.append(anchor_logps.to(logps.dtype))
 
         trained = [_at(logps, labels)]
-        trained += [statistic(*laws) for statistic in self.statistics.values()]
+        trained += [_Statistic.apply(s, *laws) for s in self.statistics.values()]  # type: ignore[no-untyped-call]
         if again or not detached:
             return torch.stack(trained), logps.new_zeros(0, len(labels))
         return torch.stack(trained), torch.stack(detached)
@@ -160,6 +162,40 @@ def _cut(logprobs: Tensor, vocabulary: int) -> Tensor:
     if logprobs.shape[-1] <= vocabulary:
         return logprobs
     return logprobs[:, :vocabulary].log_softmax(-1)
+
+
+class _Statistic(torch.autograd.Function):
+    """A statistic of a chunk's laws, and its gradient, computed some rows at a time.
+
+    A divergence needs up to ten matrices of its laws' size; of a whole chunk they would be more
+    memory than all else that the head needs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, statistic: Statistic, ours: Tensor, theirs: Tensor | None, labels: Tensor
+    ) -> Tensor:
+        with_grad = ctx.needs_input_grad[1]
+        gradient = torch.empty_like(ours) if with_grad else None
+        values = []
+        size = -(-len(labels) // PARTS.get(ours.device.type, PARTS_ELSEWHERE))
+        for start in range(0, len(labels), size):
+            part = slice(start, start + size)
+            leaf = ours[part].detach().requires_grad_(with_grad)
+            with torch.set_grad_enabled(with_grad):
+                value = statistic(leaf, None if theirs is None else theirs[part], labels[part])
+                total = value.sum()
+            values.append(value.detach())
+            if gradient is not None and not total.requires_grad:
+                gradient[part] = 0.0  # it reads the anchor alone
+            elif gradient is not None:
+                (gradient[part],) = torch.autograd.grad(total, [leaf])
+        ctx.gradient = gradient
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.gradient.mul_(grad[:, None]), None, None
 
 
 class _Chunked(torch.autograd.Function):

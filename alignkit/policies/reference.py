@@ -60,7 +60,9 @@ def resolve_kind(kind: str, plan: Plan, *, adapter: bool, fixed_data: bool) -> s
 
 @dataclass
 class Anchor:
-    """One anchor policy. `module` is its own copy; None for the kinds that live inside the policy."""
+    """One anchor policy. `module` is its own copy; None for the kinds that live inside the policy,
+    and for kind stored, a teacher that the bundles speak for.
+    """
 
     kind: str
     module: PolicyModule | None = None
@@ -98,6 +100,11 @@ class Anchor:
         """
         if self.module is not None:
             yield self.module
+        elif self.kind == "stored":
+            raise ModelError(
+                "teacher.top: the teacher was asked for what it has not stored; leave `top` and "
+                "`store` out, so that it stays loaded"
+            )
         elif self.kind == "cached":
             if self.moved:
                 raise ModelError(

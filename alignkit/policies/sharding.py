@@ -105,6 +105,14 @@ class Shards:
         with torch.no_grad():
             module.touch()
 
+    def forget(self, module: Network) -> None:
+        """Let go of a network that nothing will call any more; all processes call this."""
+        self._networks[self._networks.index(module)] = None
+
+    def any(self, own: bool) -> bool:
+        """Whether something holds on any process; all processes call this."""
+        return self._largest(int(own)) > 0
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Inside the block each process may call the networks as often as it likes, without
@@ -128,7 +136,7 @@ class Shards:
         """
         if not self._together or self._inside:
             return
-        while (turn := self._asked_for(number)) != number:
+        while (turn := self._largest(number)) != number:
             self._inside = True
             try:
                 with torch.no_grad():
@@ -136,11 +144,11 @@ class Shards:
             finally:
                 self._inside = False
 
-    def _asked_for(self, number: int) -> int:
-        """The largest number that a process asks for."""
-        asked = torch.tensor(number, device=self.mesh.device_type)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return int(asked)
+    def _largest(self, number: int) -> int:
+        """The largest number of all processes."""
+        largest = torch.tensor(number, device=self.mesh.device_type)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
 
 def _blocks(module: Network) -> list[Any]:

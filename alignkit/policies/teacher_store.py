@@ -1,7 +1,8 @@
 """The teacher's most likely tokens, scored once before training, and kept on disk for later runs.
 
 A file belongs to one teacher (weights, dtype, kernel), one length of vocabulary and one `top`; a row
-in it is found by its token ids and masks.
+in it is found by its token ids and masks. The file says whose it is, so that a run which finds all
+its rows never loads the teacher.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit.batches import Bundle
-from alignkit.errors import ModelError, ResourceError
+from alignkit.config.model import ModelConfig
+from alignkit.config.teacher import TeacherConfig
+from alignkit.errors import ModelError
 from alignkit.files import locked, replaced_file, sha256_of_parts
 from alignkit.policies.head import chunk_rows
 from alignkit.policies.layout import Rows, build_rows
 from alignkit.policies.pair import SCORING_BUDGET, PolicyPair
-from alignkit.policies.store import row_key, weights_key
+from alignkit.policies.reference import Anchor
+from alignkit.policies.store import row_key
 from alignkit.policies.stored_laws import IDS, LABELS, LOGPROBS, top_law
+from alignkit.policies.teacher import add_teacher
+from alignkit.policies.teacher_signature import Signature, damaged, metadata, stored_file
 
 NAMES = (IDS, LOGPROBS, LABELS)
 
@@ -30,39 +36,89 @@ Laws = dict[str, list[Tensor]]  # IDS, LOGPROBS, LABELS -> K x [T_k, ...]
 
 
 def with_stored_teacher(
-    pair: PolicyPair, bundles: Sequence[Bundle], top: int, folder: Path | None = None
+    pair: PolicyPair, bundles: Sequence[Bundle], teacher: TeacherConfig, model: ModelConfig
 ) -> list[Bundle]:
-    """The bundles with the teacher's `top` most likely tokens at each position and the mass of all
-    others in their tokens; read from `folder` where it has them, and added to it where not.
+    """The bundles with the teacher's `teacher.top` most likely tokens at each position and the mass
+    of all others in their tokens; read from `teacher.store` where it has them, and added to it
+    where not. A teacher that has to be asked is loaded, if it is not there yet (`model` is the
+    policy's section).
 
     ModelError where `top` does not leave a token out, ResourceError for a damaged file.
     """
-    module = pair.anchors["teacher"].module
-    vocabulary = pair.vocab_size if module is None else module.vocabulary or pair.vocab_size
-    if top >= vocabulary:
-        raise ModelError(
-            f"teacher.top: {top} of a vocabulary of {vocabulary} tokens leaves none out; give fewer, "
-            "or leave `top` out for the whole law"
-        )
-    if folder is None:
-        return _filled(bundles, _scored(pair, bundles, top))
+    assert teacher.top is not None
+    if teacher.store is None:
+        _load(pair, teacher, model)
+        return _filled(bundles, _scored(pair, bundles, teacher.top))
 
-    folder.mkdir(parents=True, exist_ok=True)
-    key = weights_key(pair, "teacher")
-    file = folder / f"teacher-{key}-{vocabulary}-top{top}.safetensors"
     keys = [row_key(bundle) for bundle in bundles]
+    file = stored_file(pair, teacher)
+    stored = {} if file is None else _read(file)
+    lacking = len(set(keys) - stored.keys())
+    if lacking if pair.shards is None else pair.shards.any(lacking > 0):
+        file, stored = _with_missing(pair, dict(zip(keys, bundles)), teacher, model, file)
+    pair.notes.append(f"teacher.store: {len(set(keys)) - lacking} rows read from {file}")
+    return _filled(bundles, [stored[key] for key in keys])
+
+
+def _with_missing(
+    pair: PolicyPair,
+    bundles: Mapping[bytes, Bundle],
+    teacher: TeacherConfig,
+    model: ModelConfig,
+    known: Path | None,
+) -> tuple[Path, dict[bytes, Laws]]:
+    """The file that has laws for all of `bundles` now, and its content. `known` has some of them."""
+    assert teacher.store is not None
+    assert teacher.top is not None
+    try:
+        _load(pair, teacher, model)
+    except ModelError as error:
+        if known is None:
+            raise
+        raise ModelError(
+            f"teacher.store: {known} does not have all rows of this run, and the teacher cannot be "
+            f"asked for the others: {error}"
+        ) from error
+
+    signature = Signature.of(pair, teacher)
+    folder = Path(teacher.store).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / signature.file_name
     lock = partial(locked, file.with_suffix(".lock"))
+
     # Processes that share a model cannot wait for each other's lock while they score together.
     is_shared = pair.shards is not None
     with pair.together() if is_shared else lock():
-        stored = _read(file, top)
-        missing = {key: bundle for key, bundle in zip(keys, bundles) if key not in stored}
-        stored |= zip(missing, _scored(pair, list(missing.values()), top))
+        stored = _read(file)
+        missing = {key: bundle for key, bundle in bundles.items() if key not in stored}
+        scored = zip(missing, _scored(pair, list(missing.values()), teacher.top))
         if missing:
             with lock() if is_shared else nullcontext():
-                _write(file, stored)
-    pair.notes.append(f"teacher.store: {len(stored) - len(missing)} rows read from {file}")
-    return _filled(bundles, [stored[key] for key in keys])
+                stored = _read(file) | dict(scored)
+                _write(file, stored, metadata(signature, teacher, file))
+    return file, stored
+
+
+def _load(pair: PolicyPair, teacher: TeacherConfig, model: ModelConfig) -> None:
+    """Load the teacher, unless it is there. ModelError where `teacher.top` is too large for it."""
+    anchor = pair.anchors.get("teacher")
+    if anchor is None or anchor.module is None:
+        add_teacher(pair, teacher, model)
+    module = pair.anchors["teacher"].module
+    vocabulary = (module and module.vocabulary) or pair.vocab_size
+    if teacher.top is not None and teacher.top >= vocabulary:
+        raise ModelError(
+            f"teacher.top: {teacher.top} of a vocabulary of {vocabulary} tokens leaves none out; "
+            "give fewer, or leave `top` out for the whole law"
+        )
+
+
+def release_teacher(pair: PolicyPair) -> None:
+    """Let a teacher go that nothing will ask any more, since all its laws are in the bundles."""
+    module = pair.anchors["teacher"].module
+    if pair.shards is not None and module is not None:
+        pair.shards.forget(module)
+    pair.anchors["teacher"] = Anchor("stored")
 
 
 def _filled(bundles: Sequence[Bundle], laws: Sequence[Laws]) -> list[Bundle]:
@@ -112,11 +168,10 @@ def _by_completion(rows: Rows, values: Tensor) -> Tensor:
     return whole.view(*rows.shape, *values.shape[1:]).cpu()
 
 
-def _read(file: Path, top: int) -> dict[bytes, Laws]:
+def _read(file: Path) -> dict[bytes, Laws]:
     """What a file holds. ResourceError where it is damaged."""
     if not file.exists():
         return {}
-    damaged = ResourceError(f"teacher.store: {file} is damaged; delete it")
     try:
         content = load_file(file)
         intact = torch.equal(content.pop("digest"), _digest(content))
@@ -129,14 +184,14 @@ def _read(file: Path, top: int) -> dict[bytes, Laws]:
             for key, n in zip(keys, counts, strict=True)
         }
     except (SafetensorError, KeyError, ValueError, RuntimeError, StopIteration) as error:
-        raise damaged from error
+        raise damaged(file) from error
 
     if not intact:
-        raise damaged
+        raise damaged(file)
     return laws
 
 
-def _write(file: Path, stored: dict[bytes, Laws]) -> None:
+def _write(file: Path, stored: Mapping[bytes, Laws], whose: Mapping[str, str]) -> None:
     rows = {name: [row for laws in stored.values() for row in laws[name]] for name in NAMES}
     content = {
         "keys": torch.tensor([list(key) for key in stored], dtype=torch.uint8),
@@ -146,7 +201,7 @@ def _write(file: Path, stored: dict[bytes, Laws]) -> None:
     }
     content["digest"] = _digest(content)
     with replaced_file(file) as temporary:
-        save_file(content, temporary)
+        save_file(content, temporary, metadata=dict(whose))
 
 
 def _digest(content: Mapping[str, Tensor]) -> Tensor:

@@ -11,9 +11,11 @@ from alignkit.config.objective import parts_of
 from alignkit.config.recipe import REFERENCES
 from alignkit.config.rewards import RewardConfig
 from alignkit.distributed.errors import raise_on_all_ranks
+from alignkit.policies.teacher_signature import weights_of
 from alignkit.policies.weights import weights_hash
 from alignkit.runs.context import RunContext
 from alignkit.runs.live import LiveTask
+from alignkit.runs.teacher import teacher_of
 
 Hashes = Mapping[str, str]  # field of the recipe -> SHA-256 of what it names
 
@@ -26,15 +28,19 @@ def hashes_of_inputs(context: RunContext) -> dict[str, Hashes]:
     with raise_on_all_ranks(context.accelerator):
         if context.accelerator.is_main_process:
             models = dict(_models(context))
+            weights = {field: weights_hash(*model) for field, model in models.items()}
+            if context.recipe.teacher is not None and context.plan.needs_teacher:
+                teacher = teacher_of(context.recipe, context.task)
+                weights["teacher"] = weights_of(context.pair, teacher)
             hashes = {
-                "weights": {field: weights_hash(*model) for field, model in models.items()},
+                "weights": weights,
                 "code": {field: code_hash(spec) for field, spec in _code(context)},
             }
     return broadcast_object_list([hashes])[0]
 
 
 def _models(context: RunContext) -> Iterator[tuple[str, tuple[str, str | None]]]:
-    """Field -> path or hub name, and revision, of each model that the run loads."""
+    """Field -> path or hub name, and revision, of each model that the run loads but the teacher."""
     task = context.task
     model = context.recipe.model
     base = model.name_or_path
@@ -48,12 +54,6 @@ def _models(context: RunContext) -> Iterator[tuple[str, tuple[str, str | None]]]
     reference = context.recipe.reference.kind
     if reference not in REFERENCES and "reference" in context.pair.anchors:
         yield "reference", (reference, None)
-    teacher = context.recipe.teacher
-    if teacher is not None and context.plan.needs_teacher:
-        name = teacher.name_or_path
-        if task is not None and name == "task":
-            name = str(task.teacher_folder)
-        yield "teacher", (name, teacher.revision)
 
     for field, reward in _rewards(context):
         if reward.model is not None:

@@ -40,6 +40,7 @@ from alignkit.runs.agents import environments_of, shown_episodes, turn_sampler
 from alignkit.runs.context import RunContext
 from alignkit.runs.row_lengths import check_prompt_lengths, check_row_lengths
 from alignkit.runs.scored_rows import scored
+from alignkit.runs.teacher import asking_teacher
 from alignkit.sources.base import Source
 from alignkit.sources.dataset import DatasetSource, order_of
 from alignkit.sources.rollouts import RolloutSource
@@ -92,8 +93,9 @@ def fixed_data(context: RunContext) -> JobData:
         if context.task is None:
             notes += check_held_out(bundles, rows, report.source)
 
-    bundles = scored(context, bundles)
-    sets = {name: scored(context, rows) for name, (rows, _) in held_out.items()}
+    with asking_teacher(context):
+        bundles = scored(context, bundles)
+        sets = {name: scored(context, rows) for name, (rows, _) in held_out.items()}
 
     dataset = DatasetSource(
         bundles,

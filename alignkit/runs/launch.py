@@ -214,6 +214,7 @@ def load_context(
     """Load the models, and resolve every `auto` that depends on them and on the machine."""
     from alignkit.data.template import given_template
     from alignkit.runs.context import RunContext
+    from alignkit.runs.teacher import check_stored_teacher
 
     pair = _load_pair(recipe, objective, task, accelerator)
     is_measured = recipe.model.attention == "auto" and accelerator.device.type == "cuda"
@@ -222,6 +223,7 @@ def load_context(
     if recipe.data.chat_template is not None:  # it is saved with the model that learned it
         pair.tokenizer.chat_template = given_template(recipe.data)
     context = RunContext(recipe, objective, task, pair, accelerator, safe)
+    check_stored_teacher(context)
     return replace(context, recipe=fill_autos(recipe, measured_autos(context)))
 
 
@@ -245,7 +247,7 @@ def _load_pair(
     from alignkit.policies.load import load_pair
     from alignkit.policies.load_scorer import load_scorer
     from alignkit.policies.sharding import Shards, make_mesh
-    from alignkit.policies.teacher import add_teacher
+    from alignkit.runs.teacher import load_teacher
 
     plan = objective.plan
     model = recipe.model
@@ -289,10 +291,7 @@ def _load_pair(
         shards=shards,
     )
     if plan.needs_teacher and recipe.teacher is not None:
-        teacher = recipe.teacher
-        if task is not None and teacher.name_or_path == "task":
-            teacher = teacher.model_copy(update={"name_or_path": str(task.teacher_folder)})
-        add_teacher(pair, teacher, model)
+        load_teacher(pair, recipe, task)
     return pair
 
 

@@ -12,15 +12,15 @@ from alignkit.batches import Bundle
 from alignkit.errors import ConfigError
 from alignkit.policies.lazy import changed
 from alignkit.policies.store import cached_in
-from alignkit.policies.teacher_store import with_stored_teacher
 from alignkit.runs.context import RunContext
+from alignkit.runs.teacher import with_teacher
 
 
 def scored(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[Bundle]:
     """The bundles with everything that the plan wants to know of them beforehand."""
     if context.pair.reference_kind == "cached":
         bundles = _with_reference(context, bundles)
-    bundles = _with_teacher(context, bundles)
+    bundles = with_teacher(context, bundles)
     for name, text in context.plan.prefixes.items():
         bundles = _with_prefixed_reference(context, bundles, name, text)
     return bundles
@@ -55,17 +55,6 @@ def _with_reference(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[
         return replace(bundle, tokens={**bundle.tokens, "reference": reference[place]})
 
     return changed(bundles, filled)
-
-
-def _with_teacher(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[Bundle]:
-    """The bundles with the teacher's most likely tokens, where the recipe asks for that. Every
-    process scores all of them, unless a store has them.
-    """
-    teacher = context.recipe.teacher
-    if teacher is None or teacher.top is None or not context.plan.needs_teacher or not bundles:
-        return bundles
-    folder = Path(teacher.store).expanduser() if teacher.store else None
-    return with_stored_teacher(context.pair, bundles, teacher.top, folder)
 
 
 def _with_prefixed_reference(

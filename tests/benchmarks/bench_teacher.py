@@ -12,6 +12,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from accelerate import Accelerator
 from world import GPU, SHAPES, clock, measured_alone, pairs, peak_memory, write_world
 
 from alignkit import SFT, Distill
+from alignkit.batches import Bundle
 from alignkit.config.data import DataConfig
 from alignkit.config.model import ModelConfig, ReferenceConfig
 from alignkit.config.teacher import TeacherConfig
@@ -29,7 +31,7 @@ from alignkit.policies.head import chunk_rows
 from alignkit.policies.load import load_pair
 from alignkit.policies.packing import default_budget
 from alignkit.policies.teacher import add_teacher
-from alignkit.policies.teacher_store import with_stored_teacher
+from alignkit.policies.teacher_store import release_teacher, with_stored_teacher
 from alignkit.training.optimizer import make_optimizer
 from alignkit.training.reduction import Reducer
 
@@ -65,16 +67,26 @@ class Side:
         bundles, _ = load_bundles(DataConfig(), "sequence", self.pair.tokenizer, source=rows)
 
         if objective.plan.needs_teacher:
-            add_teacher(self.pair, TeacherConfig(name_or_path=str(folder / "teacher")), model)
-        if name.startswith("stored"):
-            bundles = with_stored_teacher(self.pair, bundles, TOP)
-            self.pair.anchors["teacher"].module = None
+            bundles = self._with_teacher(name, bundles, str(folder / "teacher"), model)
 
         self.batches = [bundles[i : i + BATCH] for i in range(0, len(bundles), BATCH)]
         make = partial(make_optimizer, TrainConfig(learning_rate=1e-5))
         self.optimizer = self.pair.prepare(accelerator, make)
         budget = default_budget(accelerator.device, self.pair.packing)
         self.reducer = Reducer(objective, self.pair, accelerator, budget, 1.0)
+
+    def _with_teacher(
+        self, name: str, bundles: Sequence[Bundle], folder: str, model: ModelConfig
+    ) -> Sequence[Bundle]:
+        """The bundles, and the teacher where it stays."""
+        if not name.startswith("stored"):
+            add_teacher(self.pair, TeacherConfig(name_or_path=folder), model)
+            return bundles
+
+        teacher = TeacherConfig(name_or_path=folder, top=TOP)
+        stored = with_stored_teacher(self.pair, bundles, teacher, model)
+        release_teacher(self.pair)
+        return stored
 
     def step(self, index: int) -> None:
         """One optimiser step."""

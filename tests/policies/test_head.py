@@ -1,5 +1,7 @@
 """The chunked head against the model's own logits; what it keeps in memory."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from tiny_models import random_bundles, separate_logps, tiny_model
@@ -7,6 +9,9 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from alignkit.losses import pld_loss
+from alignkit.objectives.distillation.teacher_base import teacher_statistic
+from alignkit.objectives.vocabulary_divergences import NAMES
 from alignkit.policies import head as head_file
 from alignkit.policies.head import AnchorStates, Head, head_figures
 from alignkit.policies.layout import build_rows
@@ -151,6 +156,7 @@ def test_one_chunk_of_each_model_is_alive_at_a_time(monkeypatch):
     given the next chunk's.
     """
     monkeypatch.setattr(head_file, "chunk_rows", lambda *_: 3)
+    monkeypatch.setattr(head_file, "PARTS", {"cpu": 1})
     torch.manual_seed(0)
     policy, reference = (nn.Linear(5, 33, bias=False) for _ in range(2))
     calls: list[tuple[StorageWeakRef, StorageWeakRef]] = []
@@ -167,3 +173,55 @@ def test_one_chunk_of_each_model_is_alive_at_a_time(monkeypatch):
     head_figures(Head(policy), hidden, labels, {"risk": cvar}, anchor)["risk"].sum().backward()
     assert len(calls) == 2 * 4  # forward and backward, four chunks each
     assert all(old.expired() for chunk in calls for old in chunk)
+
+
+def peak_bytes(job):
+    """The most that tensors made inside `job` take at a time."""
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(profile_memory=True, activities=[cpu]) as profile:
+        job()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def test_a_teachers_statistics_take_two_more_chunks_than_the_likelihood(monkeypatch):
+    chunk, vocab, tokens = 32, 512, 160
+    monkeypatch.setattr(head_file, "chunk_rows", lambda *_: chunk)
+    torch.manual_seed(0)
+    policy, teacher = (nn.Linear(4, vocab, bias=False) for _ in range(2))
+    hidden, labels = torch.randn(tokens, 4, requires_grad=True), torch.randint(vocab, (tokens,))
+    states = torch.randn(tokens, 4)
+
+    def step(statistics, anchor=None):
+        results = head_figures(Head(policy), hidden, labels, statistics, anchor)
+        (sum(results[n] for n in statistics) if statistics else results["policy"]).sum().backward()
+
+    step({})  # gradients are there from here on
+    plain = peak_bytes(lambda: step({}))
+    statistics = {name: teacher_statistic(divergence=name) for name in NAMES}
+    statistics["pld"] = pld_loss
+    for name, statistic in statistics.items():
+        live = AnchorStates(states, Head(teacher.requires_grad_(False)))
+        peak = peak_bytes(lambda s=statistic, a=live: step({"d": s}, a))
+        assert peak <= plain + 2 * chunk * vocab * 4, name
+
+
+@pytest.mark.parametrize("parts", [1, 3, 16])
+def test_statistics_do_not_depend_on_the_parts_of_a_chunk(monkeypatch, parts):
+    monkeypatch.setattr(head_file, "PARTS", {"cpu": parts})
+    torch.manual_seed(0)
+    policy, teacher = (nn.Linear(5, 33, bias=False) for _ in range(2))
+    hidden, labels = torch.randn(7, 5, requires_grad=True), torch.randint(33, (7,))
+    states, weights = torch.randn(7, 5), torch.randn(7)
+    laws = [(head(x) * 1.0).log_softmax(-1) for head, x in ((policy, hidden), (teacher, states))]
+    statistic = teacher_statistic(divergence="jsd", beta=0.3)
+    expected = statistic(laws[0], laws[1].detach(), labels)
+    gradients = torch.autograd.grad((expected * weights).sum(), [hidden, policy.weight])
+
+    anchor = AnchorStates(states, Head(teacher))
+    both = {"d": statistic, "anchor_only": lambda ours, theirs, labels: theirs[:, 0]}
+    results = head_figures(Head(policy), hidden, labels, both, anchor)
+    torch.testing.assert_close(results["d"], expected, rtol=0, atol=1e-6)
+    total = (results["d"] * weights).sum() + results["anchor_only"].sum()
+    for own, other in zip(torch.autograd.grad(total, [hidden, policy.weight]), gradients):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-6)

@@ -15,10 +15,18 @@ from alignkit.objectives.distillation.pld import PLD
 from alignkit.objectives.distillation.teacher_base import teacher_statistic
 from alignkit.policies.load import load_pair
 from alignkit.policies.teacher import add_teacher
-from alignkit.policies.teacher_store import with_stored_teacher
+from alignkit.policies.teacher_store import release_teacher
+from alignkit.policies.teacher_store import with_stored_teacher as stored_by
 
 NAMES = ("forward_kl", "reverse_kl", "jsd")
 LAWS = Plan("sequence", {n: teacher_statistic(divergence=n) for n in NAMES}, ("teacher",))
+
+
+def with_stored_teacher(pair, bundles, top, store=None):
+    """By the teacher of the fixture below."""
+    folder = pair.teacher_folder
+    teacher = TeacherConfig(name_or_path=folder, top=top, store=store and str(store))
+    return stored_by(pair, bundles, teacher, ModelConfig())
 
 
 @pytest.fixture
@@ -26,6 +34,7 @@ def pair(tmp_path):
     model = ModelConfig(name_or_path=write_model(tmp_path / "s"))
     loaded = load_pair(model, ReferenceConfig(), None, LAWS, fixed_data=True)
     teacher = write_model(tmp_path / "t", "gpt2", 5)
+    loaded.teacher_folder = teacher
     add_teacher(loaded, TeacherConfig(name_or_path=teacher), model)
     return loaded
 
@@ -90,6 +99,7 @@ def test_a_store_is_read_by_the_next_run(pair, tmp_path, monkeypatch):
     both = with_stored_teacher(pair, [*first, *more], 4, tmp_path / "store")
     assert "3 rows read" in pair.notes[-1]
     monkeypatch.setattr("alignkit.policies.teacher_store._top", lambda *_: pytest.fail("scored"))
+    release_teacher(pair)
     again = with_stored_teacher(pair, [*more[::-1], *first], 4, tmp_path / "store")
     for one, other in zip(both, [*again[2:], *again[1::-1]], strict=True):
         for name, values in one.tokens.items():
@@ -102,8 +112,9 @@ def test_what_a_store_refuses(pair, tmp_path):
     for top in (VOCAB, VOCAB + 5):
         with pytest.raises(ModelError, match=f"teacher.top: {top} of a vocabulary of {VOCAB}"):
             with_stored_teacher(pair, bundles, top)
-    with_stored_teacher(pair, bundles, 4, tmp_path)
-    (file,) = tmp_path.glob("*.safetensors")
+    store = tmp_path / "store"
+    with_stored_teacher(pair, bundles, 4, store)
+    (file,) = store.glob("*.safetensors")
     content = file.read_bytes()
     position = len(content) // 2
     for damaged in (b"", content[:-9], content[:position] + b"\xff" * 8 + content[position + 8 :]):
@@ -111,5 +122,5 @@ def test_what_a_store_refuses(pair, tmp_path):
         with pytest.raises(
             ResourceError, match=r"teacher.store: .* is damaged; delete it"
         ) as error:
-            with_stored_teacher(pair, bundles, 4, tmp_path)
+            with_stored_teacher(pair, bundles, 4, store)
         assert error.value.exit_code == 7

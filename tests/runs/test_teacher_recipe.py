@@ -1,10 +1,13 @@
 """A recipe with a teacher: what is refused before anything is loaded, and runs of every kind."""
 
+import json
+import shutil
+
 import pytest
 from world import pair_rows, save_model, write_rows
 
 from alignkit.config import load_recipe
-from alignkit.errors import ConfigError, ModelError
+from alignkit.errors import ConfigError, ModelError, ResourceError
 from alignkit.files import read_jsonl
 from alignkit.runs.launch import run_recipe
 from alignkit.runs.resume import identity_of
@@ -85,3 +88,77 @@ def test_checkpoints_from_before_there_were_teachers_still_fit(world, tmp_path):
     stored = recipe(world, tmp_path / "run", "teacher.top=2", "teacher.store=a")
     moved = recipe(world, tmp_path / "run", "teacher.top=2", "teacher.store=b")
     assert identity_of(stored) == identity_of(moved)
+
+
+@pytest.fixture(scope="module")
+def stored_run(tmp_path_factory):
+    """A finished run that filled a store, and the folder of its teacher, gone since."""
+    world = tmp_path_factory.mktemp("stored")
+    save_model(world / "student")
+    save_model(world / "teacher", seed=1)
+    rows = [{"prompt": r["prompt"], "completion": " " + r["chosen"]} for r in pair_rows(10)]
+    write_rows(world / "rows.jsonl", rows[:8])
+    write_rows(world / "held.jsonl", rows[8:])
+    run_recipe(recipe(world, world / "first", *stored_in(world)))
+    (world / "teacher").rename(world / "elsewhere")
+    return world
+
+
+def stored_in(world):
+    return [
+        "objective.share=0",
+        "teacher.top=5",
+        f"teacher.store={world / 'store'}",
+        f"data.eval={world / 'held.jsonl'}",
+        "train.save_every=1",
+    ]
+
+
+def identity_in(run):
+    manifest = sorted(run.glob("checkpoints/*/manifest.json"))[-1]
+    return json.loads(manifest.read_text())["identity"]
+
+
+def test_a_filled_store_needs_no_teacher(stored_run, capsys):
+    world = stored_run
+    job = run_recipe(recipe(world, world / "second", *stored_in(world)))
+    assert job is not None
+    first, second = (
+        [row["loss"] for row in read_jsonl(world / name / "metrics.jsonl") if "loss" in row]
+        for name in ("first", "second")
+    )
+    assert len(first) >= 3
+    assert first == second
+    hashes = [identity_in(world / name)["weights"]["teacher"] for name in ("first", "second")]
+    assert hashes[0] == hashes[1]
+
+    # It goes on from a checkpoint without the teacher too.
+    longer = recipe(world, world / "second", *stored_in(world), "train.steps=4")
+    run_recipe(longer, resume="auto")
+    capsys.readouterr()
+
+
+def test_rows_that_no_store_has_need_the_teacher(stored_run, tmp_path):
+    world = stored_run
+    more = [{"prompt": "a b c", "completion": " d"}]
+    write_rows(tmp_path / "more.jsonl", more * 8)
+    with pytest.raises(ModelError, match=r"does not have all rows of this run.*no folder") as error:
+        run_recipe(
+            recipe(
+                world, tmp_path / "run", *stored_in(world), f"data.train={tmp_path / 'more.jsonl'}"
+            )
+        )
+    assert error.value.exit_code == 4
+    assert "\n" not in str(error.value)
+
+    # Another `top`, or another teacher of that name, is nothing that the store knows.
+    with pytest.raises(ModelError, match="there is no folder"):
+        run_recipe(recipe(world, tmp_path / "run", *stored_in(world), "teacher.top=4"))
+    save_model(world / "teacher", seed=2)
+    try:
+        run_recipe(recipe(world, tmp_path / "other", *stored_in(world)))
+        assert len(list((world / "store").glob("*.safetensors"))) == 2
+    finally:
+        shutil.rmtree(world / "teacher")
+    with pytest.raises(ResourceError, match=r"laws of two teachers .* delete one"):
+        run_recipe(recipe(world, tmp_path / "run", *stored_in(world)))
