@@ -9,6 +9,7 @@ Axes: N completions, T tokens. Masks select by `where`, so what stands outside t
 tool output) never matters.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -22,6 +23,8 @@ Baseline = Literal["mean", "leave_one_out", "none"]
 # Scores whose spread is at most this share of the largest of them count as equal. It covers what
 # float64 loses when an average or a weighted sum of rewards is taken.
 ROUNDING = 64 * torch.finfo(torch.float64).eps
+
+LARGEST_EXPONENT = 30.0  # of an entropic gain; beyond it the tangent goes on
 
 
 @torch.no_grad()
@@ -157,12 +160,15 @@ def group_advantages(
     kind: Baseline = "mean",
     scale: bool = False,
     eps: float = 1e-4,
+    risk: float = 0.0,
 ) -> Tensor:
     """Score minus group baseline: [N], [N] -> [N]; or per position, [N, T], [N] -> [N, T]. Exactly 0
     in a group whose scores are all equal, and for a completion that is alone in its group.
 
     `scale` divides by the group's sample standard deviation + eps (GRPO; it reweights prompts by
-    difficulty and is biased).
+    difficulty and is biased). With a `risk` other than 0 (scores [N] alone) the baseline is the
+    `certainty_equivalent` and the difference its `entropic_gain`: the gradient is that of the
+    entropic utility, up to the error of a certainty equivalent that is estimated from the group.
     """
     if not len(scores):
         return torch.zeros_like(scores)
@@ -171,7 +177,12 @@ def group_advantages(
     wide = scores.double()
     above_lowest = wide - _group_range(wide, groups)[0]
     advantages = wide
-    if kind != "none":
+    if risk:
+        baseline = certainty_equivalent(above_lowest, groups, risk=risk, kind=kind)
+        advantages = entropic_gain(above_lowest - baseline, risk=risk)
+        advantages = torch.where(constant_groups(wide, groups), 0.0, advantages)
+        above_lowest = advantages
+    elif kind != "none":
         advantages = above_lowest - group_baseline(above_lowest, groups, kind=kind)
         advantages = torch.where(constant_groups(wide, groups), 0.0, advantages)
 
@@ -181,6 +192,84 @@ def group_advantages(
         std = (_group_sum(centred**2, groups) / (size - 1).clamp(min=1)).sqrt()
         advantages = advantages / (torch.where(size > 1, std, 1.0) + eps)
     return advantages.to(scores.dtype)
+
+
+def entropic_gain(gains: Tensor, *, risk: float) -> Tensor:
+    """(1 - exp(-a x)) / a for x in `gains`, with a = `risk`: what a reward that is x above its
+    certainty equivalent is worth. [...] -> [...].
+
+    With R - CE for x, E[gain * grad log pi] is the gradient of CE = -(1 / a) log E exp(-a R), and
+    the mean of the gain is 0; towards a = 0 it is x. Beyond an exponent of `LARGEST_EXPONENT` the
+    exponential is continued by its tangent. ConfigError for a risk that is 0 or not finite.
+    arXiv:2505.16925.
+    """
+    _check_risk(risk)
+    exponent = -risk * gains
+    inside = exponent.clamp(max=LARGEST_EXPONENT)
+    beyond = (exponent - inside) * inside.exp()
+    return -(torch.expm1(inside) + beyond) / risk
+
+
+@torch.no_grad()
+def certainty_equivalent(
+    scores: Tensor, groups: Tensor, *, risk: float, kind: Baseline = "mean"
+) -> Tensor:
+    """-(1 / a) log of the group's mean of exp(-a score), with a = `risk`: [N], [N] -> [N].
+
+    "mean" takes the whole group, itself included, "leave_one_out" the others: then the gradient
+    that its `entropic_gain` gives has the right direction in each prompt. A completion that is
+    alone in its group is its own. "none" is refused: without one there is no gain.
+    """
+    _check_risk(risk)
+    if kind not in ("mean", "leave_one_out") or scores.dim() != 1:
+        raise ConfigError(
+            f"certainty_equivalent: kind is {kind!r} and scores {list(scores.shape)}; a risk needs "
+            "kind 'mean' or 'leave_one_out' and one score per completion"
+        )
+
+    # One row per completion, with the exponents of those that it is compared with.
+    same = groups.unsqueeze(0) == groups.unsqueeze(1)
+    if kind == "leave_one_out":
+        itself = torch.eye(len(groups), dtype=torch.bool, device=groups.device)
+        same = same & (~itself | alone(groups))
+    exponents = (-risk * scores.double()).expand_as(same)
+    count = same.sum(-1)
+    log_mean = exponents.masked_fill(~same, -torch.inf).logsumexp(-1) - count.double().log()
+
+    # Near 0 a logarithm of nearly 1 would lose the digits.
+    from_one = torch.where(same, torch.expm1(exponents), 0.0).sum(-1) / count
+    small = torch.where(same, exponents.abs(), 0.0).amax(-1) < 0.5
+    log_mean = torch.where(small, torch.log1p(torch.where(small, from_one, 0.0)), log_mean)
+    return -log_mean / risk
+
+
+@torch.no_grad()
+def entropic_advantages(
+    rewards: Tensor, values: Tensor, returns: Tensor, mask: Tensor, *, risk: float
+) -> Tensor:
+    """Advantages of an entropic utility from values that are certainty equivalents of the reward
+    still to come: [N, T] x 4 -> [N, T], 0 outside the mask.
+
+    The weight of a completion in the gradient of the utility is `entropic_gain` of its whole reward
+    minus the value before its first token. What the same gain is at the value of the prefix is
+    subtracted from it, which changes no mean. Towards risk 0 it is `returns` - `values`.
+    """
+    check_same_shape(rewards=rewards, values=values, returns=returns, mask=mask)
+    own = torch.where(mask, rewards.double(), 0.0)
+    past = own.cumsum(-1) - own
+    first = mask & (mask.cumsum(-1) == 1)
+    start = torch.where(first, values.double(), 0.0).sum(-1, keepdim=True)
+
+    after = entropic_gain(past + returns.double() - start, risk=risk)
+    before = entropic_gain(past + values.double() - start, risk=risk)
+    return torch.where(mask, after - before, 0.0).to(values.dtype)
+
+
+def _check_risk(risk: float) -> None:
+    if risk == 0 or not math.isfinite(risk):
+        raise ConfigError(
+            f"risk is {risk}; give a finite number other than 0 (the limit is a mean)"
+        )
 
 
 @torch.no_grad()

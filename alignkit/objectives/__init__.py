@@ -85,7 +85,7 @@ OBJECTIVES: dict[str, str] = {
 FUNCTIONS: dict[str, str] = {
     "wpo_weights": "preference.weighting",
     "on_policy_enough": "exploration",
-    "entropic_value_loss": "online.entropic",
+    "entropic_value_loss": "entropic",
     "distillation_loss": "vocabulary_divergences",
     "pld_loss": "teacher_losses",
     "opd_loss": "teacher_losses",

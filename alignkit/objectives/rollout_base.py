@@ -6,10 +6,10 @@ that is averaged over.
 """
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from alignkit.batches import Draw, LossTerms, Plan, RolloutBatch, Statistic, Term, TokenLogps
@@ -17,6 +17,7 @@ from alignkit.credit import gae, group_advantages, whiten
 from alignkit.errors import ConfigError, ShapeError
 from alignkit.kl import Direction, exact, k3_forward
 from alignkit.objectives.base import Objective, State
+from alignkit.objectives.entropic import clipped_entropic_loss
 from alignkit.objectives.surrogates import value_loss
 from alignkit.tensors import masked_mean, masked_sum
 
@@ -24,6 +25,10 @@ Aggregation = Literal["token_mean", "sequence_sum", "sequence_mean", "constant"]
 Credit = Literal["sequence", "token"]
 ClipWidth = Annotated[float, Field(gt=0)]
 DualClip = Annotated[float, Field(gt=1)]
+RISK = (
+    "a of the utility -(1/a) log E exp(-a score): averse to spread above 0, seeking it below; "
+    "0 = the mean"
+)
 
 
 class RolloutObjective(Objective):
@@ -133,14 +138,15 @@ class GroupObjective(ClippedObjective):
     """The completions of a prompt are each other's baseline, as in GRPO."""
 
     scale_by_std: bool = Field(True, description="divide by the group's standard deviation")
+    risk: float = Field(0.0, description=RISK)
 
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
         """One advantage per completion: its score minus the group's mean, with `scale_by_std` over
         the standard deviation; exactly 0 in a group whose scores are all equal, or of which one
-        completion alone has a score.
+        completion alone has a score. With a `risk`, see `group_advantages`.
         """
         advantages = group_advantages(
-            rollout.scores, rollout.groups, kind="mean", scale=self.scale_by_std
+            rollout.scores, rollout.groups, kind="mean", scale=self.scale_by_std, risk=self.risk
         )
         return replace(rollout, advantages=spread(advantages, rollout.tokens)), state
 
@@ -156,12 +162,22 @@ class ValueObjective(ClippedObjective):
         0.2, description="how far the value head moves per rollout; null = off"
     )
     value_weight: NonNegativeFloat = Field(0.1, description="weight of the value loss")
+    risk: float = Field(0.0, description=RISK)
     whiten_rewards: bool = Field(
         False, description="divide token rewards by their global standard deviation"
     )
     whiten_advantages: bool = Field(
         True, description="mean 0 and variance 1 over the global rollout"
     )
+
+    @model_validator(mode="after")
+    def _risk_adds_rewards_up(self) -> Self:
+        if self.risk and (self.gamma < 1 or self.whiten_rewards):
+            raise ValueError(
+                f"risk {self.risk:g} is about the sum of the rewards as they are; "
+                "set gamma to 1 and whiten_rewards to false"
+            )
+        return self
 
     def estimate(self, rewards: Tensor, tokens: TokenLogps) -> tuple[Tensor, Tensor]:
         """Advantages and returns of token rewards [N, T] by GAE: [N, T] each.
@@ -174,10 +190,18 @@ class ValueObjective(ClippedObjective):
         return gae(rewards, values, tokens.mask, gamma=self.gamma, lam=self.lam)
 
     def value_terms(self, batch: RolloutBatch) -> LossTerms:
-        """The value head's squared error, a term of weight `value_weight`."""
+        """The value head's squared error (with a `risk`, its entropic relative), a term of weight
+        `value_weight`.
+        """
         values, returns = filled(batch, "values", "returns")
         tokens = batch.tokens
-        errors = value_loss(tokens.extras["values"], values, returns, clip=self.value_clip)
+        new = tokens.extras["values"]
+        if self.risk:
+            errors = clipped_entropic_loss(
+                new, values, returns, risk=self.risk, clip=self.value_clip
+            )
+        else:
+            errors = value_loss(new, values, returns, clip=self.value_clip)
         term = self.term("value", errors, tokens, weight=self.value_weight)
         return LossTerms([term], {"value_error": errors.detach()[tokens.mask]})
 

@@ -59,7 +59,11 @@ class DPH(GroupObjective):
         own = ~rollout.drawn_by(1)
         advantages = torch.zeros_like(rollout.scores)
         advantages[own] = group_advantages(
-            rollout.scores[own], rollout.groups[own], kind="mean", scale=self.scale_by_std
+            rollout.scores[own],
+            rollout.groups[own],
+            kind="mean",
+            scale=self.scale_by_std,
+            risk=self.risk,
         )
         return replace(rollout, advantages=spread(advantages, rollout.tokens)), state
 

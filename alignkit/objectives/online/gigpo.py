@@ -6,11 +6,13 @@ from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, NonNegativeFloat
+from torch import Tensor
 
 from alignkit.batches import RolloutBatch
 from alignkit.credit import at_the_end
 from alignkit.objectives.base import Objective, State
 from alignkit.objectives.online.grpo import GRPO
+from alignkit.objectives.rollout_base import advantages_of
 from alignkit.objectives.turn_credit import gigpo_advantages as gigpo_advantages
 
 
@@ -45,7 +47,7 @@ class GiGPO(GRPO):
 
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
         """The episode's advantage plus `omega` times the turn's, on the turn's own tokens. A
-        completion of one turn was taken in the state of its prompt.
+        completion of one turn was taken in the state of its prompt. A `risk` is about episodes.
         """
         mask = rollout.tokens.mask
         rewards = rollout.rewards
@@ -56,15 +58,21 @@ class GiGPO(GRPO):
             turns = torch.where(mask, 0, -1)
             states = torch.zeros_like(turns)
 
-        advantages = gigpo_advantages(
-            rewards,
-            mask,
-            turns,
-            states,
-            torch.arange(len(mask), device=mask.device),
-            rollout.groups,
-            gamma=self.gamma,
-            omega=self.omega,
-            normalise=self.scale_by_std,
-        )
+        def parts(omega: float) -> Tensor:
+            return gigpo_advantages(
+                rewards,
+                mask,
+                turns,
+                states,
+                torch.arange(len(mask), device=mask.device),
+                rollout.groups,
+                gamma=self.gamma,
+                omega=omega,
+                normalise=self.scale_by_std,
+            )
+
+        advantages = parts(self.omega)
+        if self.risk:  # the comparison of episodes is GRPO's
+            by_episode = advantages_of(super().credit(rollout, state)[0])
+            advantages = advantages - parts(0.0) + by_episode
         return replace(rollout, advantages=advantages.to(rollout.scores.dtype)), state

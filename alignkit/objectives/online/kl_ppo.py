@@ -9,9 +9,10 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from alignkit.batches import LossTerms, Plan, RolloutBatch
-from alignkit.credit import adapt_beta, shaped_rewards, whiten
+from alignkit.credit import adapt_beta, entropic_advantages, reward_to_go, shaped_rewards, whiten
 from alignkit.kl import Direction, importance
-from alignkit.objectives.base import Objective, State, tilted
+from alignkit.objectives.base import Objective, State
+from alignkit.objectives.entropic import entropic_optimum
 from alignkit.objectives.rollout_base import Credit, DualClip, ValueObjective, advantages_of
 from alignkit.objectives.surrogates import ppo_loss
 from alignkit.objectives.surrogates import value_loss as value_loss  # exported by the registry
@@ -61,7 +62,11 @@ class KLPPO(ValueObjective):
         wide = {"clip_low": 0.6, "clip_high": 1.0, "dual_clip": 3.0, "value_clip": 0.5}
         estimate = {"whiten_rewards": True, "gamma": 0.9, "lam": 0.9}
         other = {"kl_credit": "token", "kl_target": 0.6, "aggregation": "sequence_mean"}
-        return [cls(), cls(aggregation="constant", length=4), cls(**wide, **estimate, **other)]
+        return [
+            cls(),
+            cls(aggregation="constant", length=4, risk=0.7),
+            cls(**wide, **estimate, **other),
+        ]
 
     def init_state(self) -> State:
         return {"beta": torch.tensor(self.beta, dtype=torch.float64)}
@@ -73,7 +78,8 @@ class KLPPO(ValueObjective):
         beta = state["beta"].to(kl)
 
         # Inside the rewards a token pays for the KL that it causes later; outside for its own alone.
-        inside = self.kl_credit == "sequence"
+        # A risk is that of the scores, so that the KL stays outside of its values.
+        inside = self.kl_credit == "sequence" and not self.risk
         rewards = shaped_rewards(
             rollout.scores,
             kl,
@@ -82,8 +88,12 @@ class KLPPO(ValueObjective):
             rewards=rollout.rewards,
         )
         advantages, returns = self.estimate(rewards, tokens)
+        values = tokens.extras["values"]
+        if self.risk:
+            advantages = entropic_advantages(rewards, values, returns, tokens.mask, risk=self.risk)
         if not inside:
-            advantages = torch.where(tokens.mask, advantages - beta * kl, 0.0)
+            own = kl if self.kl_credit == "token" else reward_to_go(kl, tokens.mask)
+            advantages = torch.where(tokens.mask, advantages - beta * own, 0.0)
         if self.whiten_advantages:
             advantages = whiten(advantages, tokens.mask)
 
@@ -94,7 +104,6 @@ class KLPPO(ValueObjective):
             )
             state = {"beta": beta}
 
-        values = tokens.extras["values"]
         return replace(rollout, advantages=advantages, returns=returns, values=values), state
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
@@ -108,9 +117,9 @@ class KLPPO(ValueObjective):
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
         """ref * exp(reward / beta), normalised; none where beta adapts, the discount bites or later
-        KL is not credited.
+        KL is not credited. With a risk below 0 that of the entropic utility, above 0 none.
         """
         adapts = self.kl_target is not None
         if adapts or self.whiten_rewards or self.gamma < 1 or self.kl_credit == "token":
             return None
-        return tilted(reward, reference, self.beta)
+        return entropic_optimum(reward, reference, beta=self.beta, risk=self.risk)

@@ -10,8 +10,10 @@ from torch import Tensor
 from alignkit.batches import LossTerms, RolloutBatch
 from alignkit.credit import group_advantages
 from alignkit.kl import Direction, importance
-from alignkit.objectives.base import Objective, State, tilted
+from alignkit.objectives.base import Objective, State
+from alignkit.objectives.entropic import entropic_optimum
 from alignkit.objectives.rollout_base import (
+    RISK,
     ClippedObjective,
     Credit,
     advantages_of,
@@ -51,6 +53,7 @@ class RLOO(ClippedObjective):
     beta: PositiveFloat = Field(
         0.05, description="reverse KL, KL(policy || reference), in the score"
     )
+    risk: float = Field(0.0, description=RISK)
 
     @property
     def kl_gradient(self) -> tuple[Credit, Direction] | None:
@@ -58,16 +61,21 @@ class RLOO(ClippedObjective):
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:
-        return [cls(), cls(clip_low=0.9, clip_high=2.0)]
+        return [cls(), cls(clip_low=0.9, clip_high=2.0), cls(risk=-1.5)]
 
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
         """Score minus beta times the completion's sampled KL (k1), minus the other completions'
-        mean of the same.
+        mean of the same. With a `risk`, the scores are compared with the others' certainty
+        equivalent, and the KL with its mean.
         """
         tokens = rollout.tokens
-        kl = masked_sum(tokens.log_ratio.double(), tokens.mask)
-        total = rollout.scores - self.beta * kl
-        advantages = group_advantages(total, rollout.groups, kind="leave_one_out")
+        groups = rollout.groups
+        cost = -self.beta * masked_sum(tokens.log_ratio.double(), tokens.mask)
+        if self.risk:
+            gains = group_advantages(rollout.scores, groups, kind="leave_one_out", risk=self.risk)
+            advantages = gains + group_advantages(cost, groups, kind="leave_one_out")
+        else:
+            advantages = group_advantages(rollout.scores + cost, groups, kind="leave_one_out")
         return replace(rollout, advantages=spread(advantages, tokens)), state
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
@@ -79,5 +87,5 @@ class RLOO(ClippedObjective):
         return LossTerms([self.term("rloo", values, tokens)], metrics)
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:
-        """ref * exp(reward / beta), normalised."""
-        return tilted(reward, reference, self.beta)
+        """ref * exp(reward / beta), normalised; with a risk, that of large groups."""
+        return entropic_optimum(reward, reference, beta=self.beta, risk=self.risk)
