@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from alignkit.batches import Draw, LossTerms, Plan, RolloutBatch, Statistic, Term, TokenLogps
-from alignkit.credit import gae, group_advantages, whiten
+from alignkit.credit import entropic_advantages, gae, group_advantages, whiten
 from alignkit.errors import ConfigError, ShapeError
 from alignkit.kl import Direction, exact, k3_forward
 from alignkit.objectives.base import Objective, State
@@ -179,15 +179,23 @@ class ValueObjective(ClippedObjective):
             )
         return self
 
-    def estimate(self, rewards: Tensor, tokens: TokenLogps) -> tuple[Tensor, Tensor]:
-        """Advantages and returns of token rewards [N, T] by GAE: [N, T] each.
-
-        Advantages are not whitened yet.
+    def credited(self, rollout: RolloutBatch, rewards: Tensor, cost: Tensor) -> RolloutBatch:
+        """The rollout with advantages and returns of token rewards [N, T] by GAE; with a `risk`, the
+        advantages of the entropic utility. `cost` [N, T] is taken off the advantages as it is.
         """
-        if self.whiten_rewards:
-            rewards = whiten(rewards, tokens.mask, shift_mean=False)
+        tokens = rollout.tokens
+        mask = tokens.mask
         values = tokens.extras["values"]
-        return gae(rewards, values, tokens.mask, gamma=self.gamma, lam=self.lam)
+        if self.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
+
+        advantages, returns = gae(rewards, values, mask, gamma=self.gamma, lam=self.lam)
+        if self.risk:
+            advantages = entropic_advantages(rewards, values, returns, mask, risk=self.risk)
+        advantages = torch.where(mask, advantages - cost, 0.0)
+        if self.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        return replace(rollout, advantages=advantages, returns=returns, values=values)
 
     def value_terms(self, batch: RolloutBatch) -> LossTerms:
         """The value head's squared error (with a `risk`, its entropic relative), a term of weight

@@ -1,7 +1,6 @@
 """KL-penalised proximal policy optimisation: the RLHF classic."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -9,7 +8,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from alignkit.batches import LossTerms, Plan, RolloutBatch
-from alignkit.credit import adapt_beta, entropic_advantages, reward_to_go, shaped_rewards, whiten
+from alignkit.credit import adapt_beta, reward_to_go, shaped_rewards
 from alignkit.kl import Direction, importance
 from alignkit.objectives.base import Objective, State
 from alignkit.objectives.entropic import entropic_optimum
@@ -62,11 +61,8 @@ class KLPPO(ValueObjective):
         wide = {"clip_low": 0.6, "clip_high": 1.0, "dual_clip": 3.0, "value_clip": 0.5}
         estimate = {"whiten_rewards": True, "gamma": 0.9, "lam": 0.9}
         other = {"kl_credit": "token", "kl_target": 0.6, "aggregation": "sequence_mean"}
-        return [
-            cls(),
-            cls(aggregation="constant", length=4, risk=0.7),
-            cls(**wide, **estimate, **other),
-        ]
+        risky = {"aggregation": "constant", "length": 4, "risk": 0.7}
+        return [cls(), cls(**risky), cls(**wide, **estimate, **other)]
 
     def init_state(self) -> State:
         return {"beta": torch.tensor(self.beta, dtype=torch.float64)}
@@ -87,15 +83,10 @@ class KLPPO(ValueObjective):
             beta=beta if inside else 0.0,
             rewards=rollout.rewards,
         )
-        advantages, returns = self.estimate(rewards, tokens)
-        values = tokens.extras["values"]
-        if self.risk:
-            advantages = entropic_advantages(rewards, values, returns, tokens.mask, risk=self.risk)
+        cost = torch.zeros_like(kl)
         if not inside:
-            own = kl if self.kl_credit == "token" else reward_to_go(kl, tokens.mask)
-            advantages = torch.where(tokens.mask, advantages - beta * own, 0.0)
-        if self.whiten_advantages:
-            advantages = whiten(advantages, tokens.mask)
+            cost = beta * (kl if self.kl_credit == "token" else reward_to_go(kl, tokens.mask))
+        credited = self.credited(rollout, rewards, cost)
 
         if self.kl_target is not None:
             mean = masked_sum(kl, tokens.mask).mean()
@@ -104,7 +95,7 @@ class KLPPO(ValueObjective):
             )
             state = {"beta": beta}
 
-        return replace(rollout, advantages=advantages, returns=returns, values=values), state
+        return credited, state
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
         tokens = batch.tokens
