@@ -6,106 +6,59 @@ its answer through a pipe of its own and is killed with everything that it has s
 """
 
 import contextlib
-import io
 import json
 import os
 import sys
 import traceback
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from alignkit.config.plugins import load_object
-from alignkit.distributed.confinement import (
-    adopt_orphans,
-    confine,
-    end_all,
-    hide_process,
-    let_in,
-    volunteer_for_out_of_memory,
-)
+from alignkit.distributed.apart import Limits, Wires, begin, let_in_code, load, silent
+from alignkit.distributed.confinement import confine, end_all
 from alignkit.distributed.worker_pool import Ended, Lines, NoLine
 
-_LONGEST_QUESTION = 1 << 34  # bytes: questions come from the run, which sets its own limits
 _LONGEST_ANSWER = 1 << 17  # bytes: a number, or an exception with its traceback
 _MESSAGE = 2000  # characters of an exception's text
 _TRACEBACK = 20_000  # characters of its traceback
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the run asks for.
+class Settings(Limits):
+    """What the run asks for; an answer is that to one completion."""
 
-    spec        `module:name` or `file.py:name` of the verifier
-    timeout     seconds for one completion
-    memory_mb   MiB of address space of each of its processes
-    user        id of the user that runs the completions, None for this process's
-    own_mounts  whether this process may change what is mounted where, seen by itself alone
-    taken       processes that the run's user has anyway
-    """
-
-    spec: str
-    timeout: float
-    memory_mb: int
-    user: int | None
-    own_mounts: bool
-    taken: int
+    spec: str  # `module:name` or `file.py:name` of the verifier
 
 
 def main(settings: Settings) -> None:
     """Answer {"id", "prompt", "completion", "columns"} by {"id"} and {"value"}, {"error",
     "traceback"} or {"failed"}, until the input ends.
     """
-    # Questions and answers go over the pipes that the process began with. The verifier gets others:
-    # what it prints while it is imported must not look like an answer.
-    questions = Lines(os.dup(0), longest=_LONGEST_QUESTION)
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    os.dup2(2, 1)
-
-    volunteer_for_out_of_memory()
-    hide_process()
-    adopt_orphans()
+    wires = begin()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the parent has announced the code
-            function: Any = load_object(settings.spec, what="rewards.verifier")
+        (function,) = load([settings.spec], what="rewards.verifier")
     except Exception as error:
-        _send(replies, {"broken": f"{type(error).__name__}: {error}"})
+        wires.send({"broken": f"{type(error).__name__}: {error}"})
         return
-    closed = _let_in_code(settings) if settings.user is not None else []
-    _send(replies, {"ready": True, "closed": closed})
+    wires.send({"ready": True, "closed": let_in_code([settings.spec], settings)})
 
     # Without a question to come the run is over, or was killed.
     with contextlib.suppress(NoLine):
         while True:
-            question = json.loads(questions.next(None))
-            answer = _verified(function, question, settings, questions.descriptor, replies)
-            _send(replies, {**answer, "id": question["id"]})
+            question = json.loads(wires.questions.next(None))
+            answer = _verified(function, question, settings, wires)
+            wires.send({**answer, "id": question["id"]})
     end_all(None, settings.user)
 
 
-def _let_in_code(settings: Settings) -> list[str]:
-    """Let the other user read Python and the verifier; returns the folders that stay closed."""
-    file = settings.spec.rpartition(":")[0]
-    needed = {sys.prefix, sys.base_prefix, os.path.realpath(sys.executable), os.getcwd()}
-    needed |= {path or os.getcwd() for path in sys.path}
-    if file.endswith(".py"):
-        needed.add(str(Path(file).resolve().parent))
-
-    closed = let_in(needed, own_mounts=settings.own_mounts)
-    os.chdir(os.getcwd())  # the folder as it is now
-    return [str(path) for path in closed]
-
-
 def _verified(
-    function: Any, question: dict[str, Any], settings: Settings, questions: int, replies: Any
+    function: Any, question: dict[str, Any], settings: Settings, wires: Wires
 ) -> dict[str, Any]:
     """The answer of a child, which ends with everything that it has started."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            for descriptor in (reading, questions, replies.fileno()):
+            for descriptor in (reading, *wires.descriptors):
                 os.close(descriptor)
             _be_the_child(function, question, settings, writing)
         finally:
@@ -114,7 +67,7 @@ def _verified(
     # The run sends one question at a time: one that comes before this one is answered means that
     # the run has ended.
     os.close(writing)
-    lines = Lines(reading, longest=_LONGEST_ANSWER, lifeline=questions)
+    lines = Lines(reading, longest=_LONGEST_ANSWER, lifeline=wires.lifeline)
     line = b""
     failure: NoLine | None = None
     try:
@@ -136,9 +89,7 @@ def _verified(
 
 def _be_the_child(function: Any, question: dict[str, Any], settings: Settings, pipe: int) -> None:
     """Run the verifier on one completion and write its answer to `pipe`."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        os.dup2(null, standard)
+    silent()
     try:
         confine(settings.user, settings.memory_mb, settings.taken)
     except (OSError, ValueError) as error:
@@ -196,11 +147,6 @@ def _has_more(lines: Lines) -> bool:
 
 def _how(status: int) -> str:
     return f" by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else ""
-
-
-def _send(replies: Any, message: dict[str, Any]) -> None:
-    replies.write(json.dumps(message, default=str) + "\n")
-    replies.flush()
 
 
 if __name__ == "__main__":

@@ -6,55 +6,37 @@ answer ends with everything that it has started; the others go on.
 """
 
 import contextlib
-import io
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from alignkit.config.plugins import load_object
-from alignkit.distributed.confinement import (
-    adopt_orphans,
-    confine,
-    end_all,
-    end_child,
-    hide_process,
-    let_in,
-    parents_of_all,
-    volunteer_for_out_of_memory,
+from alignkit.distributed.apart import (
+    LONGEST_QUESTION,
+    Limits,
+    Wires,
+    begin,
+    let_in_code,
+    load,
+    silent,
 )
+from alignkit.distributed.confinement import confine, end_all, end_child, parents_of_all
 from alignkit.distributed.worker_pool import Lines, NoLine, wait_for, write_line
 from alignkit.rollout.environment import Answer, Instance, Question, reseed
 
-_LONGEST_QUESTION = 1 << 34  # bytes: questions come from the run, which sets its own limits
 _LONGEST_ANSWER = 1 << 17  # bytes of one place: the text of a turn
 _DESCRIBING = 120.0  # seconds for the schemas of the tools, which transformers writes
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the run asks for.
+class Settings(Limits):
+    """What the run asks for."""
 
-    environment  `module:name` or `file.py:name` of a class, or None
-    tools        the same of functions
-    timeout      seconds for one answer
-    memory_mb    MiB of address space of each process of a place
-    user         id of the user that runs the places, None for this process's
-    own_mounts   whether this process may change what is mounted where, seen by itself alone
-    taken        processes that the run's user has anyway
-    """
-
-    environment: str | None
-    tools: Sequence[str]
-    timeout: float
-    memory_mb: int
-    user: int | None
-    own_mounts: bool
-    taken: int
+    environment: str | None  # `module:name` or `file.py:name` of a class
+    tools: Sequence[str]  # the same of functions
 
 
 @dataclass(frozen=True)
@@ -72,42 +54,32 @@ class RunEnded(Exception):
 
 def main(settings: Settings) -> None:
     """Answer {"id", "calls"} by {"id", "answers"} until the input ends."""
-    # The environment's code gets other pipes: what it prints must not look like an answer.
-    questions = Lines(os.dup(0), longest=_LONGEST_QUESTION)
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    os.dup2(2, 1)
-
-    volunteer_for_out_of_memory()
-    hide_process()
-    adopt_orphans()
-    host = Host(settings, questions.descriptor, [replies.fileno()])
+    wires = begin()
+    host = Host(settings, wires)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the run has announced the code
-            host.load()
-        closed = _let_in_code(settings) if settings.user is not None else []
+        host.load()
+        closed = let_in_code([settings.environment or "", *settings.tools], settings)
         about = host.about()
     except Exception as error:
-        _send(replies, {"broken": f"{type(error).__name__}: {error}"})
+        wires.send({"broken": f"{type(error).__name__}: {error}"})
         end_all(None, settings.user)
         return
-    _send(replies, {"ready": True, "closed": closed, "about": about})
+    wires.send({"ready": True, "closed": closed, "about": about})
 
     with contextlib.suppress(NoLine, RunEnded):
         while True:
-            question = json.loads(questions.next(None))
+            question = json.loads(wires.questions.next(None))
             answers = host.ask([(int(place), asked) for place, asked in question["calls"]])
-            _send(replies, {"answers": answers, "id": question["id"]})
+            wires.send({"answers": answers, "id": question["id"]})
     end_all(None, settings.user)
 
 
 class Host:
     """The children by place, each started when it is first asked."""
 
-    def __init__(self, settings: Settings, lifeline: int, private: Sequence[int]) -> None:
+    def __init__(self, settings: Settings, wires: Wires) -> None:
         self.settings = settings
-        self.lifeline = lifeline
-        self.private = [lifeline, *private]  # descriptors that no child may have
+        self.wires = wires
         self.children: dict[int, Child] = {}
         self.factory: Callable[[], Any] | None = None
         self.tools: list[Callable[..., Any]] = []
@@ -115,10 +87,8 @@ class Host:
     def load(self) -> None:
         """Import the environment and the tools."""
         if self.settings.environment is not None:
-            factory: Any = load_object(self.settings.environment, what="rollout.environment")
-            self.factory = factory
-        tools: Any = [load_object(tool, what="rollout.tools") for tool in self.settings.tools]
-        self.tools = tools
+            (self.factory,) = load([self.settings.environment], what="rollout.environment")
+        self.tools = load(self.settings.tools, what="rollout.tools")
 
     def about(self) -> dict[str, Any]:
         """What the environment offers, by a child that ends afterwards: transformers stays out of
@@ -153,8 +123,8 @@ class Host:
 
         # Whoever is ready first is read first, so that nobody waits for one that hangs.
         while waiting:
-            ready = wait_for(*waiting, self.lifeline, until=until)
-            if self.lifeline in ready:
+            ready = wait_for(*waiting, self.wires.lifeline, until=until)
+            if self.wires.lifeline in ready:
                 raise RunEnded
             for descriptor in ready or list(waiting):
                 place = waiting[descriptor]
@@ -196,7 +166,7 @@ class Host:
                     for child in self.children.values()
                     for descriptor in (child.questions, child.answers.descriptor)
                 ]
-                for descriptor in (*self.private, *others, questions, answers):
+                for descriptor in (*self.wires.descriptors, *others, questions, answers):
                     os.close(descriptor)
                 _be_the_child(self, to_child, to_host)
             finally:
@@ -232,11 +202,9 @@ def _late(timeout: float) -> Answer:
 
 def _be_the_child(host: Host, questions: int, answers: int) -> None:
     """Play episodes: answer the questions, one line each, until there are no more."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        os.dup2(null, standard)
+    silent()
     settings = host.settings
-    lines = Lines(questions, longest=_LONGEST_QUESTION)
+    lines = Lines(questions, longest=LONGEST_QUESTION)
     instance: Instance | None = None
 
     while True:
@@ -263,25 +231,6 @@ def _answer(instance: Instance, question: Question) -> Answer:
     if question["do"] == "reset":
         reseed(question["seed"])
     return instance.answer(question)
-
-
-def _let_in_code(settings: Settings) -> list[str]:
-    """Let the other user read Python and the code; returns the folders that stay closed."""
-    needed = {sys.prefix, sys.base_prefix, os.path.realpath(sys.executable), os.getcwd()}
-    needed |= {path or os.getcwd() for path in sys.path}
-    for spec in [settings.environment or "", *settings.tools]:
-        file = spec.rpartition(":")[0]
-        if file.endswith(".py"):
-            needed.add(str(Path(file).resolve().parent))
-
-    closed = let_in(needed, own_mounts=settings.own_mounts)
-    os.chdir(os.getcwd())  # the folder as it is now
-    return [str(path) for path in closed]
-
-
-def _send(replies: Any, message: dict[str, Any]) -> None:
-    replies.write(json.dumps(message, default=str) + "\n")
-    replies.flush()
 
 
 if __name__ == "__main__":
