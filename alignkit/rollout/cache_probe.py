@@ -6,6 +6,7 @@ token by token, as in sampling, and the log-probs are compared with those of who
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from alignkit.errors import ModelError, first_line
 from alignkit.policies.module import causal_lm, context_length, layer_windows
 from alignkit.policies.probe import HALF_TOLERANCE, HEAD_TOLERANCE, REFUSALS
-from alignkit.rollout.cached_model import CachedModel, UncachedModel
+from alignkit.rollout.cached_model import CachedModel, KeptRow, UncachedModel
 from alignkit.rollout.protocol import Models
 
 # Prompts are a little longer than the model's sliding window, up to this many tokens.
@@ -24,6 +25,7 @@ NEW_TOKENS = 5
 
 log = logging.getLogger("alignkit")
 _chosen: WeakKeyDictionary[nn.Module, type[CachedModel]] = WeakKeyDictionary()
+_goes_on: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -52,8 +54,7 @@ def sampling_model(models: Models, name: str, weight: float) -> CachedModel:
     if not all(bool(torch.isfinite(logps).all()) for logps in expected):
         return CachedModel(models, name, weight)
 
-    half = model.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled()
-    tolerance = HALF_TOLERANCE if half else HEAD_TOLERANCE
+    tolerance = _tolerance(model)
     reasons = []
     for kind in (CachedModel, UncachedModel):
         reason = _disagrees(kind(models, name, weight), prompts, continuations, expected, tolerance)
@@ -75,6 +76,44 @@ def sampling_model(models: Models, name: str, weight: float) -> CachedModel:
             reasons[0],
         )
     return kind(models, name, weight)
+
+
+@torch.no_grad()
+def goes_on(models: Models, sampled: CachedModel) -> bool:
+    """Whether a model that goes on from rows that were kept gives the log-probs of whole rows; else
+    each turn of an episode is read from its beginning. Each network is tried once.
+    """
+    with models.model(sampled.name) as model:
+        network = causal_lm(model)
+        if network not in _goes_on:
+            first, second = (type(sampled)(models, sampled.name, 1.0) for _ in range(2))
+            _goes_on[network] = _agree_when_kept(model, first, second)
+        return _goes_on[network]
+
+
+def _agree_when_kept(model: nn.Module, first: CachedModel, second: CachedModel) -> bool:
+    """Whether the second one goes on from what the first one has read."""
+    prompts, continuations = _rows(model)
+    if isinstance(first, UncachedModel) or min(map(len, prompts)) < 2:
+        return False
+
+    # Rows of different lengths, of which the rests have different lengths as well.
+    read = [prompts[0][: len(prompts[0]) // 2], prompts[1][:-1]]
+    first.prefill(read, [NEW_TOKENS] * len(read))
+    if not first.can_keep:
+        return False
+    kept = [first.kept(row, len(tokens)) for row, tokens in enumerate(read)]
+    expected = [
+        _of_whole_row(model, prompt, tokens) for prompt, tokens in zip(prompts, continuations)
+    ]
+    tolerance = _tolerance(model)
+    return not _disagrees(second, prompts, continuations, expected, tolerance, kept)
+
+
+def _tolerance(model: Any) -> float:
+    """By how much log-probs may differ."""
+    half = model.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled()
+    return HALF_TOLERANCE if half else HEAD_TOLERANCE
 
 
 def _rows(model: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -107,12 +146,13 @@ def _disagrees(
     continuations: list[Tensor],
     expected: list[Tensor],
     tolerance: float,
+    kept: Sequence[KeptRow] = (),
 ) -> str:
     """How the model's log-probs, token by token, differ from those `expected`; empty where they do
-    not. Rows are repeated and dropped on the way, as completions are.
+    not. Rows are repeated and dropped on the way, as completions are. `kept`: see `prefill`.
     """
     try:
-        logits = model.prefill(prompts, [NEW_TOKENS] * len(prompts))
+        logits = model.prefill(prompts, [NEW_TOKENS] * len(prompts), kept)
         rows = torch.tensor([0, 1, 0, 1], device=logits.device)
         model.select(rows)
         logits = logits[rows]

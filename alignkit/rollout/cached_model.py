@@ -16,6 +16,9 @@ from alignkit.rollout.packed_weights import PackedWeights
 from alignkit.rollout.prompt_cache import BranchingLayer, branching, can_branch
 from alignkit.rollout.protocol import Models
 
+# Keys and values [H, L, D] of one row, layer by layer.
+KeptRow = Sequence[tuple[Tensor, Tensor]]
+
 
 class CachedModel:
     """One model of a draw with the cache of its rows: `prefill`, then `select` and `advance`.
@@ -62,25 +65,34 @@ class CachedModel:
                 finally:
                     self.entered_model = None
 
-    def prefill(self, prompts: list[Tensor], rooms: Sequence[int]) -> Tensor:
+    def prefill(
+        self, prompts: list[Tensor], rooms: Sequence[int], kept: Sequence[KeptRow] = ()
+    ) -> Tensor:
         """Next-token logits [P, V] after each of P prompts; fills the cache, one row per prompt.
 
+        `kept` is what was read of the beginning of each prompt, fewer tokens than it has.
         ConfigError where a prompt and its new tokens, `rooms` at most, exceed the model's context.
         """
-        width = max(len(prompt) for prompt in prompts)
+        read = [layers[0][0].shape[1] for layers in kept] or [0] * len(prompts)
+        rest = [prompt[length:] for prompt, length in zip(prompts, read, strict=True)]
         with self.entered() as model:
             _check_context(model, prompts, rooms)
             device = next(model.parameters()).device
             layer = BranchingLayer if self.branches else RoomyLayer
             self.cache = roomy_cache(model.config, layer)
+        if any(read):
+            for number, layer_kept in enumerate(zip(*kept, strict=True)):
+                cast(RoomyLayer, self.cache.layers[number]).begin(layer_kept)
 
-        # Padding stands on the left, so that all rows go on from the same column.
-        padded = [nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts]
+        # Padding stands on the left, of what was read and of what is read now, so that all rows go
+        # on from the same column.
+        width = max(len(tokens) for tokens in rest)
+        padded = [nn.functional.pad(tokens, (width - len(tokens), 0)) for tokens in rest]
         ids = torch.stack(padded).to(device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-        self.next_position = lengths
-        return self._forward(ids, (self.mask.cumsum(-1) - 1).clamp(min=0))
+        masks = [_right_aligned(read), _right_aligned([len(tokens) for tokens in rest])]
+        self.mask = torch.cat(masks, 1).to(device)
+        self.next_position = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        return self._forward(ids, (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -width:])
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Next-token logits [R, V] after one more token per row [R]."""
@@ -94,6 +106,17 @@ class CachedModel:
         self.cache.reorder_cache(cast(LongTensor, rows))
         self.mask = self.mask[rows]
         self.next_position = self.next_position[rows]
+
+    @property
+    def can_keep(self) -> bool:
+        """Whether every layer of the cache is one from which `kept` can take rows."""
+        return all(isinstance(layer, RoomyLayer) for layer in self.cache.layers)
+
+    def kept(self, row: int, tokens: int) -> KeptRow:
+        """A copy of what was read of a row's first `tokens` tokens, for a later `prefill`."""
+        columns = self.mask[row].nonzero()[:tokens, 0]
+        rows = [cast(RoomyLayer, layer).row(row) for layer in self.cache.layers]
+        return [(keys[:, columns], values[:, columns]) for keys, values in rows]
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits [R, V] at the last of the tokens `ids` [R, T], which stand at `positions`."""
@@ -126,8 +149,15 @@ class UncachedModel(CachedModel):
 
     rows: list[Tensor]  # the tokens of each row so far
 
-    def prefill(self, prompts: list[Tensor], rooms: Sequence[int]) -> Tensor:
-        """Next-token logits [P, V] after each of P prompts."""
+    @property
+    def can_keep(self) -> bool:
+        """There is no cache to keep."""
+        return False
+
+    def prefill(
+        self, prompts: list[Tensor], rooms: Sequence[int], kept: Sequence[KeptRow] = ()
+    ) -> Tensor:
+        """Next-token logits [P, V] after each of P prompts; nothing is kept."""
         with self.entered() as model:
             _check_context(model, prompts, rooms)
             device = next(model.parameters()).device
@@ -161,6 +191,12 @@ class UncachedModel(CachedModel):
             )
         columns = end_of_row if where_rows_end else lengths - 1
         return output.logits[torch.arange(len(ids), device=ids.device), columns]
+
+
+def _right_aligned(lengths: Sequence[int]) -> Tensor:
+    """int64 [R, longest]: 1 at the last `lengths` [R] columns of each row."""
+    width = max(lengths)
+    return (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
 
 
 def mixed_logits(models: Sequence[CachedModel], logits: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ segments, each with its own context.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
@@ -87,6 +87,7 @@ class Play:
     first: int = 0  # tokens of the first context
     own: int = 0  # tokens drawn so far
     ended: bool = False
+    kept: Any = None  # what the sampler has computed of what was read
     messages: list[Message] = field(default_factory=list)
     calls: int = 0
     failures: int = 0
@@ -111,7 +112,8 @@ class Play:
         """Another turn of the policy."""
         self.states.append(_key(self.state, self.read))
         self.messages.append(renderer.read(self.read, sample.ids))
-        self.samples.append(sample)
+        self.samples.append(replace(sample, kept=None))
+        self.kept = sample.kept
         self.rewards.append(0.0)
         self.heard_after.append(sample.ids[:0])
         self.own += len(sample.ids)

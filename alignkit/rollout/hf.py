@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from alignkit.batches import Draw
-from alignkit.errors import ConfigError, NumericsError
+from alignkit.errors import ConfigError
 from alignkit.kl import exact
-from alignkit.rollout.cache_probe import sampling_model
+from alignkit.rollout.cache_probe import goes_on, sampling_model
 from alignkit.rollout.cached_model import CachedModel, mixed_logits, proposed_logits
+from alignkit.rollout.drawn import Drawn
+from alignkit.rollout.kept import Keeper, Kept
 from alignkit.rollout.noise import gumbel, row_keys
 from alignkit.rollout.policy_copy import copied
 from alignkit.rollout.protocol import (
@@ -35,9 +37,6 @@ Mix = Callable[[Sequence[CachedModel], Sequence[Tensor]], Tensor]
 
 # Finished rows leave the batch once this share of it is left: removing them copies the cache.
 _COMPACT_AT = 0.75
-
-# What a sample also has of every token where the sampler measures.
-MEASURED = ("kl", "entropy", "reference_logps")
 
 
 class HFSampler:
@@ -94,6 +93,7 @@ class HFSampler:
         step: int,
         prompt_ids: Sequence[int],
         continued: Sequence[Continuation] | None = None,
+        keep: bool = False,
     ) -> list[list[Sample]]:
         """`draw.n` samples for each prompt; see `Sampler.sample`.
 
@@ -102,15 +102,17 @@ class HFSampler:
         n = check_request(prompts, draw, prompt_ids, continued)
         asked = self._asked(prompts, n, prompt_ids, continued)
         with self.models.together():
-            return self._samples(prompts, draw, asked, step)
+            return self._samples(prompts, draw, asked, step, keep)
 
     def _samples(
-        self, prompts: Sequence[Tensor], draw: Draw, asked: list["_Asked"], step: int
+        self, prompts: Sequence[Tensor], draw: Draw, asked: list["_Asked"], step: int, keep: bool
     ) -> list[list[Sample]]:
         weights = draw.models
         if self.measured:
             weights.setdefault("reference", 0.0)
         drawn_from = [sampling_model(self.models, *each) for each in weights.items()]
+        keep = keep and all(goes_on(self.models, model) for model in drawn_from)
+        room = self.token_budget if keep else 0  # for the rows that are kept
         samples: list[list[Sample]] = [[] for _ in prompts]
         mix: Mix = mixed_logits
         if draw.top is not None:
@@ -120,9 +122,11 @@ class HFSampler:
         # adapter on and off: each of them is entered for its own forwards alone.
         with drawn_from[0].entered() if len(drawn_from) == 1 else nullcontext():
             for batch in self._batches(prompts, asked):
-                rows = self._sample_batch(drawn_from, mix, prompts, batch, step)
+                keeper = Keeper([prompts[row.prompt] for row in batch], room)
+                rows = self._sample_batch(drawn_from, mix, prompts, batch, step, keeper)
                 for row, sample in zip(batch, rows, strict=True):
                     samples[row.prompt].append(sample)
+                room = keeper.room
         return samples
 
     def sync(self) -> None:
@@ -149,7 +153,9 @@ class HFSampler:
         prompt_ids: Sequence[int],
         continued: Sequence[Continuation] | None,
     ) -> list["_Asked"]:
-        """One row for each sample that is to be drawn, those of short prompts first."""
+        """One row for each sample that is to be drawn, those of short prompts first, and last those
+        of which something was kept.
+        """
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         if continued is None:
             room = self.max_new_tokens
@@ -158,17 +164,21 @@ class HFSampler:
                 for i in by_length
                 for completion in range(n)
             ]
+        by_length.sort(key=lambda i: continued[i].kept is not None)
         return [_Asked(i, prompt_ids[i], continued[i]) for i in by_length]
 
     def _batches(
         self, prompts: Sequence[Tensor], asked: list["_Asked"]
     ) -> Iterator[list["_Asked"]]:
-        """The rows, as many per batch as the token budget holds."""
+        """The rows, as many per batch as the token budget holds; those of which something was kept
+        are not among others.
+        """
         batch: list[_Asked] = []
         for row in asked:
             # the longest so far: all rows are padded to it
             width = len(prompts[row.prompt]) + self.max_new_tokens
-            if batch and (len(batch) + 1) * width > self.token_budget:
+            full = (len(batch) + 1) * width > self.token_budget
+            if batch and (full or (batch[-1].start.kept is None) != (row.start.kept is None)):
                 yield batch
                 batch = []
             batch.append(row)
@@ -182,14 +192,20 @@ class HFSampler:
         prompts: Sequence[Tensor],
         batch: list["_Asked"],
         step: int,
+        keeper: Keeper,
     ) -> list[Sample]:
         """One sample for each row of the batch. Each prompt is read once, however many of its
         completions the batch has.
         """
-        rooms = {row.prompt: row.start.room for row in batch}
-        unique = list(rooms)
+        starts = {row.prompt: row.start for row in batch}
+        unique = list(starts)
         read = [prompts[i] for i in unique]
-        logits = [model.prefill(read, list(rooms.values())) for model in drawn_from]
+        rooms = [start.room for start in starts.values()]
+        kept: list[Kept] = [start.kept for start in starts.values() if start.kept is not None]
+        logits = [
+            model.prefill(read, rooms, [row.of(model.name, ids) for row, ids in zip(kept, read)])
+            for model in drawn_from
+        ]
         device = logits[0].device
 
         owner = torch.tensor([unique.index(row.prompt) for row in batch]).to(device)
@@ -202,10 +218,15 @@ class HFSampler:
         )
         for model in drawn_from:
             model.select(owner)
-        return self._decode(drawn_from, mix, [part[owner] for part in logits], rows)
+        return self._decode(drawn_from, mix, [part[owner] for part in logits], rows, keeper)
 
     def _decode(
-        self, drawn_from: list[CachedModel], mix: Mix, logits: list[Tensor], rows: "_Rows"
+        self,
+        drawn_from: list[CachedModel],
+        mix: Mix,
+        logits: list[Tensor],
+        rows: "_Rows",
+        keeper: Keeper,
     ) -> list[Sample]:
         """One sample per row, token by token, from every model's logits [R, V] of the first token
         on.
@@ -215,7 +236,7 @@ class HFSampler:
         """
         first = logits[0]
         cap = int(rows.rooms.max())
-        drawn = _Drawn(rows.rooms, cap, self.measured)
+        drawn = Drawn(rows.rooms, cap, self.measured)
         stop = torch.tensor(stop_tokens(self.models), device=first.device)
         live = torch.arange(len(first), device=first.device)  # [L] into the R rows
         running = torch.ones_like(live, dtype=torch.bool)  # [L]: has not ended
@@ -232,6 +253,8 @@ class HFSampler:
 
             running = running & ~stopped & (rows.rooms[live] > position + 1)
             left = int(running.sum())
+            if left == 0 or left <= _COMPACT_AT * len(running):
+                drawn.keep(keeper, drawn_from, live, running)
             if left == 0:
                 break
 
@@ -243,12 +266,12 @@ class HFSampler:
                 for model in drawn_from:
                     model.select(unfinished)
             logits = [model.advance(tokens) for model in drawn_from]
-        return drawn.samples()
+        return drawn.samples(keeper.kept)
 
     def _choose(
         self, logits: Tensor, keys: Tensor, anchor: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tokens [R] and numbers about each of them ([R], by the names of `_Drawn`): logits [R, V],
+        """Tokens [R] and numbers about each of them ([R], by the names of `Drawn`): logits [R, V],
         noise keys [R], and the reference's logits [R, V] where the KL is measured.
         """
         rows = len(logits) if logits.is_cuda else max(1, _LOGITS_AT_A_TIME // logits.shape[-1])
@@ -309,50 +332,6 @@ class _Rows:
             self.completions[live],
             self.positions[live] + position,
         )
-
-
-class _Drawn:
-    """The tokens of R rows as they are drawn, at most `rooms` [R] of each and `cap` of any."""
-
-    def __init__(self, rooms: Tensor, cap: int, measured: bool) -> None:
-        device = rooms.device
-        shape = (len(rooms), cap)
-        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        names = ["logps", *(MEASURED if measured else ())]
-        self.numbers = {name: torch.zeros(shape, device=device) for name in names}
-        self.lengths = rooms.clone()
-        self.ended = torch.zeros(len(rooms), dtype=torch.bool, device=device)
-
-    def put(self, rows: Tensor, position: int, tokens: Tensor, numbers: dict[str, Tensor]) -> None:
-        """The tokens [L] of these rows at a position, with numbers about each of them."""
-        self.tokens[rows, position] = tokens
-        for name, values in numbers.items():
-            self.numbers[name][rows, position] = values.float()
-
-    def end(self, rows: Tensor, position: int) -> None:
-        """The token at this position is the last of these rows."""
-        self.lengths[rows] = position + 1
-        self.ended[rows] = True
-
-    def samples(self) -> list[Sample]:
-        """One sample per row. NumericsError where log-probs are not finite."""
-        tokens = self.tokens.cpu()
-        numbers = {name: values.cpu() for name, values in self.numbers.items()}
-        ends = zip(self.lengths.tolist(), self.ended.tolist(), strict=True)
-
-        samples = []
-        for row, (length, ended) in enumerate(ends):
-            own: dict[str, Any] = {
-                name: values[row, :length].clone() for name, values in numbers.items()
-            }
-            sample = Sample(tokens[row, :length].clone(), ended=ended, **own)
-            if not bool(torch.isfinite(sample.logps).all()):
-                raise NumericsError(
-                    "sampling: the model's log-probs are not finite; its weights or its logits "
-                    "hold nan or inf"
-                )
-            samples.append(sample)
-        return samples
 
 
 def _of_reference(models: list[CachedModel], logits: list[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 token, this one seldom.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -51,10 +52,32 @@ class RoomyLayer(DynamicLayer):
         assert self.values is not None
         return self.keys, self.values
 
+    def row(self, number: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [H, L, D] of one row."""
+        keys, values = self.filled()
+        return keys[number], values[number]
+
+    def begin(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Start with what was read before: keys and values [H, L, D] of each row, of any lengths L,
+        with padding on the left.
+        """
+        columns = zip(*rows, strict=True)
+        self.update(*(_padded(column) for column in columns))
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take these rows, repeats allowed."""
         super().reorder_cache(cast(LongTensor, beam_idx))
         self.buffers = None  # the rows taken are a copy of their own
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """[H, L, D] each -> [B, H, longest L, D], with zeros on the left."""
+    heads, _, size = rows[0].shape
+    width = max(row.shape[1] for row in rows)
+    padded = rows[0].new_zeros((len(rows), heads, width, size))
+    for place, row in zip(padded, rows):
+        place[:, width - row.shape[1] :] = row
+    return padded
 
 
 def _grown(old: Tensor, new: Tensor, end: int) -> Tensor:

@@ -99,6 +99,15 @@ class BranchingLayer(RoomyLayer):
         of_prompt = 0 if self.prompt is None else self.prompt.keys.shape[-2]
         return super().get_seq_length() + of_prompt
 
+    def row(self, number: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [H, L, D] of one completion, its prompt's included."""
+        own = super().row(number)
+        if self.prompt is None:
+            return own
+        owner = int(self.prompt.owner[number])
+        of_prompt = (self.prompt.keys[owner], self.prompt.values[owner])
+        return torch.cat([of_prompt[0], own[0]], 1), torch.cat([of_prompt[1], own[1]], 1)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take these rows, repeats allowed."""
         keys, values = self.filled()

@@ -30,6 +30,10 @@ class Sample:
     entropy: Tensor | None = None  # of the law of the step
     reference_logps: Tensor | None = None  # log-prob of the token under the reference
 
+    # What the engine has computed of prompt and completion, where it was asked to keep it for the
+    # next turn; the engine alone knows what it is.
+    kept: Any = None
+
     @property
     def own_tokens(self) -> int:
         """Tokens of the completion, all of which the policy has drawn."""
@@ -45,6 +49,7 @@ class Continuation:
     completion: int  # its number among the completions of its prompt
     position: int  # tokens that the policy has drawn in the episode so far
     room: int  # most new tokens
+    kept: Any = None  # of the last sample of this episode
 
 
 class Sampler(Protocol):
@@ -61,13 +66,15 @@ class Sampler(Protocol):
         step: int,
         prompt_ids: Sequence[int],
         continued: Sequence[Continuation] | None = None,
+        keep: bool = False,
     ) -> list[list[Sample]]:
         """`draw.n` samples for each prompt ([P] int64 each). Two draws that must be independent (a
         completion and its opponent) need different steps: under one step and prompt id they see the
         same noise.
 
         `continued` has one entry per prompt, each of which goes on with one episode (`draw.n` is
-        1). Left out, all samples begin at position 0 with the engine's cap as their room.
+        1). Left out, all samples begin at position 0 with the engine's cap as their room. `keep`
+        says that further turns follow, under the same weights. It changes the time and no sample.
         """
         ...
 

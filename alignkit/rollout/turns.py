@@ -75,10 +75,13 @@ class TurnSampler:
         first_turns = self._first_turns(plays, prompts, draw, step, prompt_ids)
         live = [play for play in plays if play.failed is None]
         for turn in range(self.turns):
-            samples = first_turns if turn == 0 else self._next_turns(live, draw, step)
+            last = turn + 1 == self.turns
+            samples = first_turns
+            if turn > 0:
+                samples = self._next_turns(live, draw, step, last=last)
             for play, sample in zip(live, samples, strict=True):
                 play.say(sample, self.renderer)
-            live = self._answered(live, last=turn + 1 == self.turns)
+            live = self._answered(live, last=last)
             if not live:
                 break
 
@@ -130,18 +133,25 @@ class TurnSampler:
             draw,
             step=step,
             prompt_ids=[prompt_ids[row] for row in rows],
+            keep=self.turns > 1,
         )
         samples = dict(zip(rows, drawn, strict=True))
         return [samples[play.row][play.completion] for play in plays if play.failed is None]
 
-    def _next_turns(self, live: Sequence[Play], draw: Draw, step: int) -> list[Sample]:
+    def _next_turns(
+        self, live: Sequence[Play], draw: Draw, step: int, *, last: bool
+    ) -> list[Sample]:
         """One more turn of each episode, with the noise of its own completion."""
         drawn = self.sampler.sample(
             [play.read for play in live],
             replace(draw, n=1),
             step=step,
             prompt_ids=[play.prompt_id for play in live],
-            continued=[Continuation(play.completion, play.own, self._room(play)) for play in live],
+            continued=[
+                Continuation(play.completion, play.own, self._room(play), play.kept)
+                for play in live
+            ],
+            keep=not last,
         )
         return [sample for (sample,) in drawn]
 

@@ -182,6 +182,7 @@ class VLLMSampler:
         step: int,
         prompt_ids: Sequence[int],
         continued: Sequence[Continuation] | None = None,
+        keep: bool = False,  # the servers keep prefixes of their own accord
     ) -> list[list[Sample]]:
         """`draw.n` samples for each prompt; see `Sampler.sample`.
 
