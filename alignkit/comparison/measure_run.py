@@ -22,6 +22,7 @@ from alignkit.config.recipe import Recipe
 from alignkit.data.load import load_prompts
 from alignkit.data.read import Source, held_out
 from alignkit.errors import ConfigError
+from alignkit.evaluation.episodes import World
 from alignkit.evaluation.exact import Listed, listed_reviews
 from alignkit.evaluation.measure import Yardstick, evaluation_pair, preference_margins
 from alignkit.evaluation.measurements import wins
@@ -32,6 +33,7 @@ from alignkit.policies.pair import PolicyPair
 from alignkit.rewards.load import load_rewards
 from alignkit.rollout.hf import HFSampler
 from alignkit.rollout.text import decode_all
+from alignkit.runs.agents import open_environments
 from alignkit.runs.inputs import inputs_of
 from alignkit.runs.launch import resolve_task
 from alignkit.runs.trained_model import load_finished
@@ -63,7 +65,11 @@ class Measurer:
 
         self.reward = self._reward()
         self.yardstick = Yardstick(
-            self.prompts, self.section.samples, recipe.rollout.max_new_tokens, reward=self.reward
+            self.prompts,
+            self.section.samples,
+            recipe.rollout.max_new_tokens,
+            reward=self.reward,
+            world=self._world(),
         )
 
     @cached_property
@@ -143,6 +149,10 @@ class Measurer:
         The sampler knows the log-probs, so no second pass over the samples is needed.
         """
         count = self.section.base_samples
+        if self.yardstick.world is not None:
+            episodes = replace(self.yardstick, samples=count).measure_reference(pair)
+            assert episodes.score is not None
+            return {"score": episodes.score, "logp": episodes.reference_logp}
         sampler = HFSampler(
             pair, max_new_tokens=self.yardstick.max_new_tokens, seed=self.yardstick.seed
         )
@@ -181,11 +191,27 @@ class Measurer:
         asked = self.section.score or self.recipe.rewards
         if asked:
             return load_rewards(asked, safe=self.safe)
+        if self.task is None and self.recipe.rollout.takes_turns:
+            return None  # the environment gives the score
         if self.task is None:
             place = self.recipe.origin.at(("compare",))
             example = "compare.score.0.function=my_file.py:my_function"
             raise ConfigError(f"{place}: nothing says by which score to compare; set {example}")
         return self.task.reward
+
+    def _world(self) -> World | None:
+        """What the runs act in; None where they give single answers."""
+        rollout = self.recipe.rollout
+        environments = open_environments(rollout, self.task)
+        if environments is None:
+            return None
+        if self.reward is None and not (environments.about.steps or environments.about.rewards):
+            place = self.recipe.origin.at(("rollout", "environment"))
+            raise ConfigError(
+                f"{place}: the environment has neither `get_reward` nor `step`, and nothing else "
+                "says by which score to compare; give it one of them, or set compare.score"
+            )
+        return World(environments, rollout.turns, self.recipe.data)
 
     @cached_property
     def _judge(self) -> Any:

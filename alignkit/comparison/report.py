@@ -367,4 +367,5 @@ def _prompt(prompt: Any) -> str:
 
 def _sample(side: Row) -> str:
     score = "no score" if side["score"] is None else f"{side['score']:+.2f}"
-    return f"{side['text'].strip()} ({score})"
+    lines = side["text"].strip().splitlines()  # of an episode: one for each turn
+    return f"{' / '.join(lines)} ({score})"

@@ -85,7 +85,7 @@ th { border-bottom: 2px solid #888; } .name { white-space: nowrap; }
 code { background: #f2f2f2; padding: 0 .2em; } summary { cursor: pointer; color: #0b4f8a; }
 tr.failed td { background: #fbeaea; }
 th[aria-sort] { cursor: pointer; } th[aria-sort=ascending]::after { content: " \\2191"; }
-th[aria-sort=descending]::after { content: " \\2193"; } td.said { min-width: 9rem; overflow-wrap: anywhere; }
+th[aria-sort=descending]::after { content: " \\2193"; } td.said { min-width: 9rem; overflow-wrap: anywhere; white-space: pre-line; }
 @media print { body { margin: 0; max-width: none; font-size: 10.5pt; } h2 { break-after: avoid; }
   figure, tr { break-inside: avoid; } .wide { overflow: visible; } table { font-size: 7.5pt; } th, td { padding: .1rem .3rem; } }
 """

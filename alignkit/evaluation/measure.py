@@ -21,6 +21,14 @@ from alignkit.data.load import load_bundles
 from alignkit.data.prompts import Prompt
 from alignkit.data.read import Source
 from alignkit.errors import ModelError
+from alignkit.evaluation.episodes import (
+    World,
+    counts,
+    own_tokens,
+    scores,
+    segments_of,
+    turn_by_turn,
+)
 from alignkit.evaluation.measurements import Measured
 from alignkit.kl import exact
 from alignkit.objectives.base import Objective
@@ -89,8 +97,8 @@ def _text_config(model: OneModel) -> Any:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What stays the same for every model: prompts, noise, number
-    and length of the completions, the reward.
+    """What stays the same for every model: prompts, noise, number and length of the completions,
+    the reward; and the world, where completions are episodes of several turns.
     """
 
     prompts: Sequence[Prompt]
@@ -98,10 +106,11 @@ class Yardstick:
     max_new_tokens: int = 64
     seed: int = 0
     reward: RewardCall | None = None
+    world: World | None = None
 
     def measure(self, pair: PolicyPair, name: str, *, base: Measured | None = None) -> Measured:
         """Samples of the pair's policy with their figures; with `base` (see `measure_reference`)
-        also its forward KL.
+        also its forward KL. Episodes have none.
         """
         return self._measured(pair, name, "policy", base)
 
@@ -112,6 +121,8 @@ class Yardstick:
     def _measured(
         self, pair: PolicyPair, name: str, source: str, base: Measured | None
     ) -> Measured:
+        if self.world is not None:
+            return self._measured_episodes(self.world, pair, name, source)
         prompts = [prompt.ids for prompt in self.prompts]
         shape = (len(prompts), self.samples)
         sampler = HFSampler(pair, max_new_tokens=self.max_new_tokens, seed=self.seed)
@@ -142,6 +153,35 @@ class Yardstick:
             tokens=[[ids.tolist() for ids in row] for row in tokens],
             ended=np.array([[sample.ended for sample in samples] for samples in drawn]),
             score=self.scores(texts, tokens),
+            **arrays,
+        )
+
+    def _measured_episodes(
+        self, world: World, pair: PolicyPair, name: str, source: str
+    ) -> Measured:
+        """The same for episodes. Sums go over the tokens that the policy has drawn."""
+        sampler = HFSampler(pair, max_new_tokens=self.max_new_tokens, seed=self.seed)
+        rows = world.play(pair, sampler, self.prompts, Draw(self.samples, source))
+        bundles, episode_of = segments_of(rows)
+
+        arrays = {}
+        sums = scored(pair, bundles, REVERSE if source == "policy" else LIVE)
+        for sum_name, values in sums.items():
+            of_episodes = np.zeros(len(rows) * self.samples)
+            np.add.at(of_episodes, episode_of, values)
+            arrays[sum_name] = of_episodes.reshape(len(rows), self.samples)
+        if source == "reference":
+            zero = np.zeros_like(arrays["reference_logp"])
+            arrays |= {"logp": arrays["reference_logp"], "kl": zero}
+
+        return Measured(
+            name=name,
+            prompts=[row[0].prompt for row in rows],
+            texts=turn_by_turn(rows),
+            tokens=own_tokens(rows),
+            ended=np.array([[episode.ended for episode in row] for row in rows]),
+            score=scores(rows, self.prompts, self.reward, world.environments),
+            **counts(rows),
             **arrays,
         )
 

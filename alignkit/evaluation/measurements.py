@@ -23,6 +23,10 @@ ARRAYS = (
     "kl_low",
     "sampled",
     "reward_calls",
+    "turns",
+    "read",
+    "calls",
+    "failures",
 )
 
 
@@ -50,6 +54,12 @@ class Measured:
     # The price of a completion: tokens computed for it (None: its own), texts the reward scored.
     sampled: Array | None = None
     reward_calls: Array | None = None
+    # Of episodes of several turns, whose `texts` have one line per turn and whose `tokens` are those
+    # that the policy has drawn.
+    turns: Array | None = None  # of the policy
+    read: Array | None = None  # all tokens after the prompt
+    calls: Array | None = None  # of tools
+    failures: Array | None = None  # calls that were answered by an error
 
     def __post_init__(self) -> None:
         for name in ARRAYS:
@@ -90,6 +100,9 @@ class Measured:
             "reward_calls": np.zeros_like(lengths)
             if self.reward_calls is None
             else self.reward_calls,
+            "episodes/turns": self.turns,
+            "episodes/length": self.read,
+            "tools/call_frequency": self.calls,
         }
         means = {
             name: known_mean(values)
@@ -97,7 +110,9 @@ class Measured:
             if values is not None
         }
         # Not a mean over completions: every token counts alike.
-        means["kl_per_token"] = self.kl.sum(1) / lengths.sum(1)
+        means["kl_per_token"] = _ratio(self.kl, lengths)
+        if self.calls is not None and self.failures is not None:
+            means["tools/failure_frequency"] = _ratio(self.failures, self.calls)
         return means | {f"distinct_{n}": values for n, values in self.distinct.items()}
 
     def summary(
@@ -157,6 +172,12 @@ def wins(
     if first.score is None or second.score is None:
         return None
     return score_wins(first.score, second.score)
+
+
+def _ratio(numerators: Array, denominators: Array) -> Array:
+    """Of the sums over each prompt's completions: [P, K] x2 -> [P], nan where there is nothing."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(numerators.sum(1) / denominators.sum(1))
 
 
 def _flat(texts: list[list[str]]) -> list[str]:

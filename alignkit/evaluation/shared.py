@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignkit.config.recipe import Recipe
-from alignkit.config.rollout import MAX_NEW_TOKENS
+from alignkit.config.rollout import MAX_NEW_TOKENS, RolloutConfig
 from alignkit.data.load import load_prompts
 from alignkit.data.prompts import Prompt
 from alignkit.data.read import Source, held_out
 from alignkit.errors import ConfigError
+from alignkit.evaluation.episodes import World
 from alignkit.evaluation.exact import Listed, listed_reviews
 from alignkit.evaluation.measure import Yardstick, evaluation_pair
 from alignkit.evaluation.measurements import Measured
@@ -18,6 +19,7 @@ from alignkit.policies.module import context_length
 from alignkit.rewards.call import RewardCall
 from alignkit.rewards.load import load_rewards
 from alignkit.rollout.generate import OneModel
+from alignkit.runs.agents import open_environments
 from alignkit.runs.trained_model import find_finished, load_finished
 from alignkit.tasks import Task
 
@@ -69,7 +71,34 @@ def _yardstick(request: Request, task: Task | None, reference: OneModel) -> Yard
     room = context_length(reference.network) - longest
     usual = recipe.rollout.max_new_tokens if recipe else MAX_NEW_TOKENS
     max_new_tokens = request.max_new_tokens or min(room, usual)
-    return Yardstick(prompts, request.samples, max_new_tokens, request.seed, reward)
+    world = _world(request, task, recipe)
+    return Yardstick(prompts, request.samples, max_new_tokens, request.seed, reward, world)
+
+
+def _world(request: Request, task: Task | None, recipe: Recipe | None) -> World | None:
+    """What the models act in, as the first run's recipe or the task says; None where they give single
+    answers. ConfigError for what is not known of episodes.
+    """
+    rollout = recipe.rollout if recipe else RolloutConfig()
+    if request.safe and rollout.takes_turns:
+        raise ConfigError(
+            "the run's `rollout.environment` or `rollout.tools` would run code that its recipe "
+            "names, and --safe forbids it"
+        )
+    environments = open_environments(rollout, task)
+    if environments is None:
+        return None
+    asked = {
+        "a decoder": bool(request.decoders),
+        "--credit": request.credit,
+        "--distance": request.distance is not None,
+    }
+    if given := [name for name, is_given in asked.items() if is_given]:
+        raise ConfigError(
+            f"{' and '.join(given)} can be measured of single answers alone, and the models act in "
+            "an environment over several turns; leave it out"
+        )
+    return World(environments, rollout.turns, data_of(recipe, given=False))
 
 
 def _prompts(

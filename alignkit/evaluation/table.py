@@ -21,6 +21,10 @@ FIGURES = {
     "ended": "share that ended by itself",
     "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
+    "episodes/turns": "turns per episode",
+    "episodes/length": "tokens of an episode, the world's included",
+    "tools/call_frequency": "tool calls per episode",
+    "tools/failure_frequency": "share of calls that failed",
 }
 PRICE = {
     "sampled": "tokens computed per completion",

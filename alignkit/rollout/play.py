@@ -79,15 +79,20 @@ def renderer_for(
 
 def transcript(episode: Episode) -> str:
     """An episode as a person reads it, one line per turn."""
-    lines = [f"prompt     {_words(episode.prompt)}"]
+    outcome = f"reward     {episode.reward:g}" if episode.failed is None else episode.failed
+    return "\n".join([f"prompt     {_words(episode.prompt)}", *told(episode), outcome])
+
+
+def told(episode: Episode) -> list[str]:
+    """Its turns, one line each."""
+    lines = []
     for message in episode.messages:
         who = {"assistant": "policy", "tool": message.get("name", "tool")}
         words = str(message["content"]).strip()
         calls = [call["function"] for call in message.get("tool_calls") or []]
         words = " ".join([words, *(f"{c['name']}({_arguments(c['arguments'])})" for c in calls)])
         lines.append(f"{who.get(message['role'], 'world'):10} {words.strip() or '(nothing)'}")
-    outcome = f"reward     {episode.reward:g}" if episode.failed is None else episode.failed
-    return "\n".join([*lines, outcome])
+    return lines
 
 
 def _words(prompt: Any) -> str:

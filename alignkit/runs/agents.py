@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from alignkit.batches import Draw
+from alignkit.config.rollout import RolloutConfig
 from alignkit.data.prompts import Prompt
 from alignkit.errors import ConfigError
 from alignkit.policies.module import context_length
@@ -20,6 +21,7 @@ from alignkit.rollout.protocol import Sampler
 from alignkit.rollout.renderer import Renderer
 from alignkit.rollout.turns import TurnSampler
 from alignkit.runs.context import RunContext
+from alignkit.tasks import Task
 
 log = logging.getLogger("alignkit")
 
@@ -31,19 +33,8 @@ def environments_of(context: RunContext) -> Environments | None:
     """
     rollout = context.recipe.rollout
     task = context.task
-    environments: Environments
-    if rollout.takes_turns:
-        named = ", ".join([*filter(None, [rollout.environment]), *rollout.tools])
-        log.warning("alignkit: rollout.environment runs code from %s in processes apart", named)
-        environments = WorkerEnvironments(
-            rollout.environment,
-            rollout.tools,
-            timeout=rollout.environment_timeout,
-            memory_mb=rollout.environment_memory_mb,
-        )
-    elif task is not None and task.environment is not None:
-        environments = LocalEnvironments(task.environment)
-    else:
+    environments = open_environments(rollout, task)
+    if environments is None:
         return None
 
     about = environments.about
@@ -61,6 +52,22 @@ def environments_of(context: RunContext) -> Environments | None:
             "`rewards`; give it one of them"
         )
     return environments
+
+
+def open_environments(rollout: RolloutConfig, task: Task | None) -> Environments | None:
+    """The worlds that a `rollout` section names, else those of the task. ConfigError."""
+    if rollout.takes_turns:
+        named = ", ".join([*filter(None, [rollout.environment]), *rollout.tools])
+        log.warning("alignkit: rollout.environment runs code from %s in processes apart", named)
+        return WorkerEnvironments(
+            rollout.environment,
+            rollout.tools,
+            timeout=rollout.environment_timeout,
+            memory_mb=rollout.environment_memory_mb,
+        )
+    if task is not None and task.environment is not None:
+        return LocalEnvironments(task.environment)
+    return None
 
 
 def turn_sampler(
