@@ -102,12 +102,12 @@ def _agree_when_kept(model: nn.Module, first: CachedModel, second: CachedModel) 
     first.prefill(read, [NEW_TOKENS] * len(read))
     if not first.can_keep:
         return False
-    kept = [first.kept(row, len(tokens)) for row, tokens in enumerate(read)]
+    rows = [first.kept(row, len(tokens)) for row, tokens in enumerate(read)]
     expected = [
         _of_whole_row(model, prompt, tokens) for prompt, tokens in zip(prompts, continuations)
     ]
     tolerance = _tolerance(model)
-    return not _disagrees(second, prompts, continuations, expected, tolerance, kept)
+    return not _disagrees(second, prompts, continuations, expected, tolerance, rows)
 
 
 def _tolerance(model: Any) -> float:

@@ -58,7 +58,7 @@ class Drawn:
             own: dict[str, Any] = {
                 name: values[row, :length].clone() for name, values in numbers.items()
             }
-            own["kept"] = kept.get(row)
+            own["cached"] = kept.get(row)
             sample = Sample(tokens[row, :length].clone(), ended=ended, **own)
             if not bool(torch.isfinite(sample.logps).all()):
                 raise NumericsError(

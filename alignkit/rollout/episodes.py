@@ -87,7 +87,7 @@ class Play:
     first: int = 0  # tokens of the first context
     own: int = 0  # tokens drawn so far
     ended: bool = False
-    kept: Any = None  # what the sampler has computed of what was read
+    cached: Any = None  # what the sampler has computed of what was read
     messages: list[Message] = field(default_factory=list)
     calls: int = 0
     failures: int = 0
@@ -112,8 +112,8 @@ class Play:
         """Another turn of the policy."""
         self.states.append(_key(self.state, self.read))
         self.messages.append(renderer.read(self.read, sample.ids))
-        self.samples.append(replace(sample, kept=None))
-        self.kept = sample.kept
+        self.samples.append(replace(sample, cached=None))
+        self.cached = sample.cached
         self.rewards.append(0.0)
         self.heard_after.append(sample.ids[:0])
         self.own += len(sample.ids)

@@ -164,7 +164,7 @@ class HFSampler:
                 for i in by_length
                 for completion in range(n)
             ]
-        by_length.sort(key=lambda i: continued[i].kept is not None)
+        by_length.sort(key=lambda i: continued[i].cached is not None)
         return [_Asked(i, prompt_ids[i], continued[i]) for i in by_length]
 
     def _batches(
@@ -178,7 +178,7 @@ class HFSampler:
             # the longest so far: all rows are padded to it
             width = len(prompts[row.prompt]) + self.max_new_tokens
             full = (len(batch) + 1) * width > self.token_budget
-            if batch and (full or (batch[-1].start.kept is None) != (row.start.kept is None)):
+            if batch and (full or (batch[-1].start.cached is None) != (row.start.cached is None)):
                 yield batch
                 batch = []
             batch.append(row)
@@ -201,9 +201,11 @@ class HFSampler:
         unique = list(starts)
         read = [prompts[i] for i in unique]
         rooms = [start.room for start in starts.values()]
-        kept: list[Kept] = [start.kept for start in starts.values() if start.kept is not None]
+        earlier: list[Kept] = [
+            start.cached for start in starts.values() if start.cached is not None
+        ]
         logits = [
-            model.prefill(read, rooms, [row.of(model.name, ids) for row, ids in zip(kept, read)])
+            model.prefill(read, rooms, [row.of(model.name, ids) for row, ids in zip(earlier, read)])
             for model in drawn_from
         ]
         device = logits[0].device

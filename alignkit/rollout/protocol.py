@@ -32,7 +32,7 @@ class Sample:
 
     # What the engine has computed of prompt and completion, where it was asked to keep it for the
     # next turn; the engine alone knows what it is.
-    kept: Any = None
+    cached: Any = None
 
     @property
     def own_tokens(self) -> int:
@@ -49,7 +49,7 @@ class Continuation:
     completion: int  # its number among the completions of its prompt
     position: int  # tokens that the policy has drawn in the episode so far
     room: int  # most new tokens
-    kept: Any = None  # of the last sample of this episode
+    cached: Any = None  # of the last sample of this episode
 
 
 class Sampler(Protocol):

@@ -148,7 +148,7 @@ class TurnSampler:
             step=step,
             prompt_ids=[play.prompt_id for play in live],
             continued=[
-                Continuation(play.completion, play.own, self._room(play), play.kept)
+                Continuation(play.completion, play.own, self._room(play), play.cached)
                 for play in live
             ],
             keep=not last,

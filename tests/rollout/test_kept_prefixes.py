@@ -52,7 +52,7 @@ def two_turns(models, keep, **settings):
         step=1,
         prompt_ids=[row for row, _, _ in going_on],
         continued=[
-            Continuation(completion, len(sample.ids), 8, sample.kept)
+            Continuation(completion, len(sample.ids), 8, sample.cached)
             for _, completion, sample in going_on
         ],
         keep=keep,
@@ -76,8 +76,8 @@ def test_samples_are_those_of_turns_that_read_everything(family, wide):
     models = models_of(small_model(family, vocab=11, seed=2, **settings))
     kept, anew = (two_turns(models, keep) for keep in (True, False))
     check_same(kept, anew)
-    assert any(sample.kept for sample in kept) == (family in GOES_ON)
-    assert not any(sample.kept for sample in anew)
+    assert any(sample.cached for sample in kept) == (family in GOES_ON)
+    assert not any(sample.cached for sample in anew)
 
 
 def test_a_model_that_goes_on_wrongly_reads_every_turn_anew(monkeypatch):
@@ -93,7 +93,7 @@ def test_a_model_that_goes_on_wrongly_reads_every_turn_anew(monkeypatch):
     other = models_of(small_model("llama", vocab=11, seed=2))
     found = two_turns(other, keep=True)
     check_same(found, anew)
-    assert not any(sample.kept for sample in found)
+    assert not any(sample.cached for sample in found)
 
 
 def test_no_more_tokens_are_kept_than_the_budget_says():
@@ -102,7 +102,7 @@ def test_no_more_tokens_are_kept_than_the_budget_says():
     part = two_turns(models, keep=True, token_budget=20)
     check_same(part, whole)
     first_turns = part[:6]
-    lengths = [len(sample.kept.ids) for sample in first_turns if sample.kept]
+    lengths = [len(sample.cached.ids) for sample in first_turns if sample.cached]
     assert 0 < sum(lengths) <= 20
     assert len(lengths) < sum(sample.ended for sample in first_turns)
 
@@ -128,7 +128,7 @@ def test_only_the_part_that_a_new_context_begins_with_is_used(monkeypatch):
     models = models_of(small_model("llama", vocab=11, seed=2))
     sampler = HFSampler(models, max_new_tokens=12, seed=3)
     (row,) = sampler.sample([torch.tensor([1, 2, 3])], Draw(4), step=1, prompt_ids=[0], keep=True)
-    sample = next(sample for sample in row if sample.kept)
+    sample = next(sample for sample in row if sample.cached)
     for context in ([1, 2, 3], [1, 2, 4, 5, 6], [7], [1, 2, 3, *sample.ids.tolist()]):
         drawn = [
             sampler.sample(
@@ -138,6 +138,6 @@ def test_only_the_part_that_a_new_context_begins_with_is_used(monkeypatch):
                 prompt_ids=[0],
                 continued=[Continuation(0, 4, 8, kept)],
             )[0]
-            for kept in (sample.kept, None)
+            for kept in (sample.cached, None)
         ]
         check_same(*drawn)
