@@ -208,7 +208,7 @@ def _into_bundles(
 def _into_prompts(config: DataConfig, tokenizer: Any) -> Use:
     from alignkit.data.prompts import tokenize_prompts
 
-    def use(examples: Sequence[Example], report: Report) -> tuple[int, list[Prompt]]:
+    def use(examples: Sequence[Example], report: Report) -> tuple[int, list["Prompt"]]:
         prompts = tokenize_prompts(examples, config, tokenizer, report)
         return len(prompts), prompts
 
