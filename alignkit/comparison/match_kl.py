@@ -30,6 +30,7 @@ class Tried:
     strength: float
     kl: float  # nats per completion, of no meaning where there is a problem
     problem: str = ""
+    left_grammar: bool = False  # the problem is that a larger strength may not have
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,13 @@ def next_step(tried: Sequence[Tried], target: float, tries: int = 0) -> Step:
     """The next step towards a KL of `target` nats, after `tries` runs that were made for it.
 
     Broken runs are not measured against the target and no step goes to or beyond them: a strength at
-    which the policy leaves the grammar says nothing of the KL that a smaller one would have.
+    which the policy leaves the grammar says nothing of the KL that a smaller one would have. Where
+    all have left it, the search goes away from them first.
     """
     sound = sorted((one for one in tried if not one.problem), key=lambda one: one.strength)
     broken = [one for one in tried if one.problem]
     if not sound:
-        return Step(problem=broken[0].problem if broken else "no run to begin from")
+        return _retreat(broken, tries)
 
     nearest = min(sound, key=lambda one: abs(log(one.kl / target)))
     if abs(nearest.kl / target - 1) <= TOLERANCE:
@@ -67,6 +69,16 @@ def next_step(tried: Sequence[Tried], target: float, tries: int = 0) -> Step:
     if tries >= MOST_TRIES or any(one.strength == strength for one in sound):
         return Step(problem=f"the nearest of its runs ends at {nearest.kl:.2g} nats")
     return Step(strength=strength)
+
+
+def _retreat(broken: Sequence[Tried], tries: int) -> Step:
+    """The step where no run counts: to twice the largest strength at which the grammar was left."""
+    if not broken:
+        return Step(problem="no run to begin from")
+    furthest = max(broken, key=lambda one: one.strength)
+    if tries >= MOST_TRIES or not furthest.left_grammar:
+        return Step(problem=furthest.problem)
+    return Step(strength=float(f"{2 * furthest.strength:.3g}"))
 
 
 def _proposal(sound: Sequence[Tried], target: float) -> float:

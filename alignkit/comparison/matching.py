@@ -100,7 +100,7 @@ class Search:
         outside = max(outside_of(measurement) for measurement in measured)
         if outside > MOST_OUTSIDE:
             words = f"{where} {100 * outside:.2g} % of its mass is outside the grammar"
-            return Tried(strength, 0.0, words)
+            return Tried(strength, 0.0, words, left_grammar=True)
         kl = float(np.mean([kl_of(measurement) for measurement in measured]))
         if not kl > LEAST_KL:
             return Tried(strength, 0.0, f"{where} it did not leave the base model")

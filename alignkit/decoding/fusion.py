@@ -52,6 +52,44 @@ def fuse(logprobs: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor
     return total.log_softmax(-1)
 
 
+def dynamic_weight(
+    large: Tensor, tuned: Tensor, untuned: Tensor, *, most: float = 8.0
+) -> tuple[Tensor, Tensor]:
+    """The weight a of dynamic fusion: log-probs [..., V] x 3 -> a [...] and whether it is one [...].
+
+    At each step q_a ~ large (tuned / untuned)^a is as far from the large model as the tuned small
+    one is from the untuned one: KL(q_a || large) = KL(tuned || untuned). The left side grows with a
+    from 0 on; where it stays below the right side up to a = `most` there is no such weight, and
+    `most` is returned with False. Decode with `fuse` and {large: 1, tuned: a, untuned: -a}.
+
+    Computed in float64. ShapeError where shapes differ, NumericsError for impossible tokens
+    (-inf). Source: Fan et al. 2024, arXiv:2406.15480.
+    """
+    check_same_shape(large=large, tuned=tuned, untuned=untuned)
+    logps = {"large": large, "tuned": tuned, "untuned": untuned}
+    for name, law in logps.items():
+        if not bool(law.isfinite().all()):
+            raise NumericsError(f"dynamic fusion: {name} has a token without a finite log-prob")
+
+    base, up, down = (law.double().log_softmax(-1) for law in logps.values())
+    step = up - down
+    wanted = (up.exp() * step).sum(-1)
+
+    def distance(weight: Tensor) -> Tensor:
+        fused = (base + weight[..., None] * step).log_softmax(-1)
+        return (fused.exp() * (fused - base)).sum(-1)
+
+    low = torch.zeros_like(wanted)
+    high = torch.full_like(wanted, most)
+    solved = distance(high) >= wanted
+    for _ in range(60):
+        middle = (low + high) / 2
+        short = distance(middle) < wanted
+        low = torch.where(short, middle, low)
+        high = torch.where(short, high, middle)
+    return torch.where(solved, high, torch.full_like(high, most)), solved
+
+
 def _checked_names(
     logprobs: Mapping[str, Tensor], weights: Mapping[str, float]
 ) -> dict[str, float]:

@@ -9,13 +9,17 @@ from alignkit.comparison.match_kl import MOST_TRIES, TOLERANCE, Tried, next_step
 
 def search(kl_of, starts, target, broken=lambda strength: ""):
     """Follow `next_step` on a curve: the last step, and the strengths that were tried for it."""
-    tried = [Tried(start, kl_of(start), broken(start)) for start in starts]
+
+    def run(strength):
+        return Tried(strength, kl_of(strength), broken(strength), bool(broken(strength)))
+
+    tried = [run(start) for start in starts]
     while True:
         step = next_step(tried, target, len(tried) - len(starts))
         if step.strength is None:
             return step, [one.strength for one in tried[len(starts) :]]
         assert step.strength not in [one.strength for one in tried]
-        tried.append(Tried(step.strength, kl_of(step.strength), broken(step.strength)))
+        tried.append(run(step.strength))
 
 
 CURVES = {
@@ -66,6 +70,19 @@ def test_a_broken_run_ends_the_search_and_is_never_bisected_on():
     step, tried = search(kl_of, [0.5, 1.0, 2.0], 1.2, broken)
     assert abs(step.reached.kl / 1.2 - 1) <= TOLERANCE
     assert min(tried) > 0.6
+
+
+def test_a_search_that_begins_outside_the_grammar_goes_back_first():
+    def broken(strength):
+        return "it left" if strength < 0.9 else ""
+
+    step, tried = search(lambda beta: 0.9 / beta**1.7, [0.3], 0.5, broken)
+    assert tried[:2] == [0.6, 1.2]
+    assert abs(step.reached.kl / 0.5 - 1) <= TOLERANCE
+
+    step, tried = search(lambda beta: 1 / beta, [0.3], 0.5, lambda strength: "it left")
+    assert (step.problem, len(tried)) == ("it left", MOST_TRIES)
+    assert next_step([Tried(0.3, 0.0, "it crashed")], 0.5).problem == "it crashed"
 
 
 def test_what_cannot_be_reached_is_said():
