@@ -131,7 +131,11 @@ class TrainConfig(Section):
         "null: one shard per process",
     )
     eval_every: NonNegativeInt = Field(100, description="steps between evaluations; 0 = never")
-    save_every: NonNegativeInt = Field(100, description="steps between checkpoints; 0 = never")
+    save_every: NonNegativeInt = Field(
+        100,
+        description="steps between checkpoints; 0 = never: model/ is written at the end all the same, "
+        "and so is a checkpoint at a signal and, with early_stopping, at the best step",
+    )
     log_samples_every: NonNegativeInt = Field(
         100, description="steps between sample generations; 0 = never"
     )

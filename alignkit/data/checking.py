@@ -92,7 +92,7 @@ def check_rows(
         of_use.forget_places()
         take(made)
 
-    as_read = going.report
+    as_read = going.whole_report()
     report = Report(rows.where, rows.name, format, as_read.total, of_use.usable)
     report.add_all(as_read)
     report.add_all(of_use)
@@ -132,6 +132,7 @@ class _Check:
     system_turn: bool
     has_template: bool
     earlier: set[bytes] = field(default_factory=set)  # keys of the examples so far
+    labels: set[bool] = field(default_factory=set)  # of the examples so far
 
     def __post_init__(self) -> None:
         self.report = Report(self.rows.where, self.rows.name, self.format)
@@ -156,6 +157,12 @@ class _Check:
         self.report.forget_places()
         return examples
 
+    def whole_report(self) -> Report:
+        """The report on all rows, when there are no more of them."""
+        if len(self.labels) > 1:
+            del self.report.findings["one_label"]
+        return self.report
+
     def _example(self, row: Row) -> Example:
         return make_example(
             row, self.format, self.family, self.rows.name, system_turn=self.system_turn
@@ -168,6 +175,9 @@ class _Check:
             self.report.add("unpaired", example.number)
         if self.has_template and not example.chat:
             self.report.add("plain_text", example.number)
+        if example.label is not None:  # taken back once the other label is there too
+            self.report.add("one_label", example.number)
+            self.labels.add(example.label)
 
     def _count_repetition(self, example: Example) -> None:
         """Count a row that repeats an earlier one, a pair that contradicts an earlier one, and

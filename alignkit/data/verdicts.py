@@ -74,6 +74,11 @@ VERDICTS: dict[str, tuple[Severity, str]] = {
         "the chat template writes the prompt otherwise when an answer follows, so the prompt is "
         "trained as part of the answer; use one that writes the same beginning for both",
     ),
+    "one_label": (
+        "warning",
+        "every label is the same, so nothing says what to avoid (or what to prefer); add rows with "
+        "the other label",
+    ),
     "prompt_unread": (
         "warning",
         "a column named as prompts are is not read, and chosen and rejected do not hold it; "

@@ -63,7 +63,8 @@ def _yardstick(request: Request, task: Task | None, reference: OneModel) -> Yard
     if request.reward is not None:
         reward = load_rewards([{"function": request.reward}], safe=request.safe)
     elif recipe is not None and recipe.rewards:
-        reward = load_rewards(recipe.rewards, safe=request.safe)
+        time = recipe.data.template_time
+        reward = load_rewards(recipe.rewards, safe=request.safe, template_time=time)
     else:
         reward = task.reward if task else None
 
@@ -126,7 +127,8 @@ def _judge(request: Request, task: Task | None) -> Any:
     """Who says which completion wins: the runs' judge, else their task's; None: the score."""
     recipe = first_recipe(request)
     if recipe is not None and recipe.judge is not None:
-        return load_judge(recipe.judge, safe=request.safe)
+        time = recipe.data.template_time
+        return load_judge(recipe.judge, safe=request.safe, template_time=time)
     return task.judge if task else None
 
 

@@ -28,8 +28,10 @@ def load_judge(
     safe: bool,
     device: Any = "cpu",
     allow_private: bool = False,
+    template_time: str = "auto",
 ) -> Judge:
-    """The section's judge. `allow_private` lets an endpoint be on a private network, as
+    """The section's judge; the chat templates of its models print `template_time`, that of the
+    run's data. `allow_private` lets an endpoint be on a private network, as
     `--allow-private-judge` (an environment variable) does; a recipe cannot.
 
     Code that the recipe names is announced in the log before it is imported, and refused
@@ -37,10 +39,10 @@ def load_judge(
     """
     config = section if isinstance(section, JudgeConfig) else _parsed(section)
     if config.rewards is not None:
-        reward = load_rewards(config.rewards, safe=safe, device=device)
+        reward = load_rewards(config.rewards, safe=safe, device=device, template_time=template_time)
         return BradleyTerry(reward, temperature=config.temperature)
     if config.model is not None:
-        return _trained(config.model, config, device)
+        return _trained(config.model, config, device, template_time)
 
     if config.chat is not None:
         ask: Ask = _chat(config.chat, allow_private or bool(os.environ.get(ALLOW_PRIVATE)))
@@ -75,20 +77,21 @@ def _trl(spec: str, timeout: float, safe: bool) -> tuple[Ask, str]:
     return _guarded(from_trl_judge(judge), name, timeout), name
 
 
-def _trained(name: str, config: JudgeConfig, device: Any) -> Judge:
+def _trained(name: str, config: JudgeConfig, device: Any, template_time: str) -> Judge:
     """Bradley-Terry of a reward model, or a preference model asked in both orders."""
     model, tokenizer = load_classifier(name, device=device, field="judge.model")
     kind_of_others = "reward" if model.config.num_labels == 1 else None
     kind = getattr(model.config, "alignkit_outputs", kind_of_others)
 
     if kind == "reward":
-        return BradleyTerry(RewardModel(model, tokenizer), temperature=config.temperature)
+        reward = RewardModel(model, tokenizer, template_time=template_time)
+        return BradleyTerry(reward, temperature=config.temperature)
     if kind not in ("embedding", "joined"):
         raise ModelError(
             f"judge.model: {name} is neither a reward model (num_labels=1) nor trained by "
             "`preference_model`"
         )
-    ask = PreferenceJudge(model, tokenizer).ask
+    ask = PreferenceJudge(model, tokenizer, template_time=template_time).ask
     return BothOrders(ask, name=name, symmetrise=config.both_orders)
 
 

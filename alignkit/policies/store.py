@@ -6,6 +6,7 @@ of the same data share the rows they have in common.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from alignkit.batches import Bundle, Plan
 from alignkit.errors import CheckpointError, ResourceError, first_line
-from alignkit.files import locked, replaced_file, sha256_of_parts
+from alignkit.files import locked, replaced_file, sha256_of_parts, writing
 from alignkit.policies.dtensors import full
 from alignkit.policies.lazy import Selected, changed
 from alignkit.policies.module import causal_lm
@@ -63,9 +64,9 @@ def cached_in(
 
     Processes that ask at the same time wait for each other, so no row is scored twice. If every
     row was read, a few are scored live as well, and `pair.notes` says by how much they differ.
-    Raises ResourceError where that is too much, CheckpointError where a file is damaged.
+    Raises ResourceError where that is too much or the disk refuses, CheckpointError where a file is
+    damaged.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{weights_key(pair, 'policy')}.safetensors"
     keys = [row_key(bundle) for bundle in bundles]
 
@@ -73,7 +74,7 @@ def cached_in(
     if pair.shards is not None:
         return _cached_together(file, pair, bundles, keys, plan)
 
-    with locked(file.with_suffix(".lock")):
+    with store_lock(file):
         stored = _read(file)
         missing = {key: place for place, key in enumerate(keys) if key not in stored}
         if missing:
@@ -90,6 +91,18 @@ def cached_in(
     return filled
 
 
+@contextmanager
+def store_lock(file: Path) -> Iterator[None]:
+    """Make the folder of a store's file, and keep others out of the file meanwhile. ResourceError
+    where the disk refuses.
+    """
+    with ExitStack() as stack:
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(file.with_suffix(".lock")))
+        yield
+
+
 def _cached_together(
     file: Path, pair: PolicyPair, bundles: Sequence[Bundle], keys: Sequence[bytes], plan: Plan
 ) -> Sequence[Bundle]:
@@ -99,7 +112,7 @@ def _cached_together(
     scored = pair.cached(Selected(bundles, list(missing.values())), plan)
     stored = _with_more(stored, list(missing), scored)
     if missing:
-        with locked(file.with_suffix(".lock")):
+        with store_lock(file):
             _write(file, _with_more(_read(file), list(missing), scored).content)
 
     def with_reference(place: int, bundle: Bundle) -> Bundle:
@@ -204,5 +217,5 @@ def _with_more(stored: _Rows, keys: Sequence[bytes], scored: Sequence[Bundle]) -
 
 
 def _write(file: Path, content: Mapping[str, Tensor]) -> None:
-    with replaced_file(file) as temporary:
+    with writing(file), replaced_file(file) as temporary:
         save_file(dict(content), temporary, metadata={"sha256": _content_hash(content)})

@@ -20,12 +20,12 @@ from alignkit.batches import Bundle
 from alignkit.config.model import ModelConfig
 from alignkit.config.teacher import TeacherConfig
 from alignkit.errors import ModelError
-from alignkit.files import locked, replaced_file, sha256_of_parts
+from alignkit.files import replaced_file, sha256_of_parts, writing
 from alignkit.policies.head import chunk_rows
 from alignkit.policies.layout import Rows, build_rows
 from alignkit.policies.pair import SCORING_BUDGET, PolicyPair
 from alignkit.policies.reference import Anchor
-from alignkit.policies.store import row_key
+from alignkit.policies.store import row_key, store_lock
 from alignkit.policies.stored_laws import IDS, LABELS, LOGPROBS, top_law
 from alignkit.policies.teacher import add_teacher
 from alignkit.policies.teacher_signature import Signature, damaged, metadata, stored_file
@@ -43,7 +43,8 @@ def with_stored_teacher(
     where not. A teacher that has to be asked is loaded, if it is not there yet (`model` is the
     policy's section).
 
-    ModelError where `top` does not leave a token out, ResourceError for a damaged file.
+    ModelError where `top` does not leave a token out, ResourceError for a damaged file, or where
+    the disk refuses.
     """
     assert teacher.top is not None
     if teacher.store is None:
@@ -82,9 +83,8 @@ def _with_missing(
 
     signature = Signature.of(pair, teacher)
     folder = Path(teacher.store).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / signature.file_name
-    lock = partial(locked, file.with_suffix(".lock"))
+    lock = partial(store_lock, file)
 
     # Processes that share a model cannot wait for each other's lock while they score together.
     is_shared = pair.shards is not None
@@ -200,7 +200,7 @@ def _write(file: Path, stored: Mapping[bytes, Laws], whose: Mapping[str, str]) -
         **{name: torch.cat(values) for name, values in rows.items()},
     }
     content["digest"] = _digest(content)
-    with replaced_file(file) as temporary:
+    with writing(file), replaced_file(file) as temporary:
         save_file(content, temporary, metadata=dict(whose))
 
 

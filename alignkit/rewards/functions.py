@@ -4,8 +4,10 @@ import asyncio
 import inspect
 import logging
 import re
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 from alignkit.errors import AlignkitError, DataError
@@ -179,5 +181,32 @@ def _finished(awaitable: Any) -> Any:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(awaited())
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, awaited()).result()
+    return _beside_this_loop(awaited())
+
+
+def _beside_this_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine in an event loop of its own, in a thread that nobody waits for once
+    the time of this one is up, or the user interrupts it.
+    """
+    outcome: Future[Any] = Future()
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+
+    async def watched() -> Any:
+        task = asyncio.ensure_future(coroutine)
+        running.append((asyncio.get_running_loop(), task))
+        return await task
+
+    def work() -> None:
+        try:
+            outcome.set_result(asyncio.run(watched()))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name="async reward").start()
+    try:
+        return outcome.result()
+    except BaseException:
+        for loop, task in running:
+            with suppress(RuntimeError):  # the loop has ended by itself
+                loop.call_soon_threadsafe(task.cancel)
+        raise

@@ -21,9 +21,14 @@ log = logging.getLogger("alignkit")
 
 
 def load_rewards(
-    section: Sequence[RewardConfig | Mapping[str, Any]], *, safe: bool, device: Any = "cpu"
+    section: Sequence[RewardConfig | Mapping[str, Any]],
+    *,
+    safe: bool,
+    device: Any = "cpu",
+    template_time: str = "auto",
 ) -> Reward:
-    """The weighted sum of the section's rewards; reward models go to `device`.
+    """The weighted sum of the section's rewards; reward models go to `device`, and their chat
+    templates print `template_time`, that of the run's data.
 
     Code that the recipe names is announced in the log before it is imported, and refused
     (ConfigError) when `safe`. Raises ConfigError for faults of the section and ModelError for a
@@ -38,16 +43,25 @@ def load_rewards(
         if seen[name] > 1:
             name = f"{name}_{seen[name]}"
 
-        call = _call(entry, name, f"rewards.{number}", safe, device)
+        if entry.model is not None:
+            call: Callable[..., Any] = load_reward_model(
+                entry.model, revision=entry.revision, device=device, template_time=template_time
+            )
+        else:
+            call = _call(entry, name, f"rewards.{number}", safe)
         parts.append(Part(name, call, entry.weight, drop=entry.on_bad == "drop"))
     return Reward(parts)
 
 
 def load_reward_model(
-    name_or_path: str, *, revision: str | None = None, device: Any = "cpu"
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    device: Any = "cpu",
+    template_time: str = "auto",
 ) -> RewardModel:
     """A sequence-classification model with one output, and its tokenizer. Raises ModelError. Runs
-    no code of the model's.
+    no code of the model's. Its chat template prints `template_time` (auto: the machine's clock).
     """
     model, tokenizer = load_classifier(name_or_path, revision=revision, device=device)
     kind = getattr(model.config, "alignkit_outputs", "reward")
@@ -57,7 +71,7 @@ def load_reward_model(
             f"rewards.model: {name_or_path} has {model.config.num_labels} outputs and {what}; "
             "a reward model has num_labels=1"
         )
-    return RewardModel(model, tokenizer)
+    return RewardModel(model, tokenizer, template_time=template_time)
 
 
 def load_classifier(
@@ -115,10 +129,8 @@ def _name(entry: RewardConfig) -> str:
     return entry.model.rstrip("/").rpartition("/")[2] if entry.model else entry.kind
 
 
-def _call(
-    entry: RewardConfig, name: str, field: str, safe: bool, device: Any
-) -> Callable[..., Any]:
-    """The callable of one entry; `field` is its place in the recipe, for errors."""
+def _call(entry: RewardConfig, name: str, field: str, safe: bool) -> Callable[..., Any]:
+    """The callable of one entry that is no model; `field` is its place in the recipe, for errors."""
     drop = entry.on_bad == "drop"
     if entry.function is not None:
         function = load_object(entry.function, what=f"{field}.function", safe=safe)
@@ -149,8 +161,6 @@ def _call(
             drop=drop,
         )
 
-    if entry.model is not None:
-        return load_reward_model(entry.model, revision=entry.revision, device=device)
     if entry.length is not None:
         return LengthPenalty(entry.length.max_tokens, entry.length.buffer)
     assert entry.format is not None

@@ -19,14 +19,23 @@ from alignkit.rollout.text import as_reply
 class TextScorer:
     """A sequence-classification model that reads texts, in evaluation mode, a batch at a time.
 
-    `token_budget` bounds a batch's tokens. Chats go through the tokenizer's template; for plain
-    text the completion follows the prompt directly.
+    `token_budget` bounds a batch's tokens. Chats go through the tokenizer's template, whose clock
+    shows `template_time` (`data.template_time`; auto: the machine's); for plain text the completion
+    follows the prompt directly.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, token_budget: int = 16384):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        token_budget: int = 16384,
+        template_time: str = "auto",
+    ):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.token_budget = token_budget
+        self.template_time = template_time
         self.longest = context_length(model)
 
     @cached_property
@@ -37,7 +46,7 @@ class TextScorer:
                 "the prompts are chats, but the tokenizer of the reward or preference model has no "
                 "chat template; give it one, or plain texts as prompts"
             )
-        return ChatTemplate(self.tokenizer, DataConfig())
+        return ChatTemplate(self.tokenizer, DataConfig(template_time=self.template_time))
 
     def token_ids(self, prompt: Any, completion: Any) -> list[int]:
         """Token ids of a prompt with its completion. DataError where they exceed the context."""

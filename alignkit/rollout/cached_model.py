@@ -244,10 +244,11 @@ def proposed_logits(
 
 
 def _check_context(model: nn.Module, prompts: Sequence[Tensor], rooms: Sequence[int]) -> None:
+    # The last new token is drawn and never read.
     limit = context_length(model)
-    lengths = [(len(prompt) + room, len(prompt)) for prompt, room in zip(prompts, rooms)]
+    lengths = [(len(prompt) + max(room, 1), len(prompt)) for prompt, room in zip(prompts, rooms)]
     total, prompt = max(lengths)
-    if total > limit:
+    if total > limit + 1:
         raise ConfigError(
             f"a prompt of {prompt} tokens and {total - prompt} new tokens exceed the model's context "
             f"of {limit}; lower max_new_tokens (rollout.max_new_tokens of a recipe) or "

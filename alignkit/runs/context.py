@@ -1,5 +1,6 @@
 """What every step of building a run needs to know, in one object."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,13 @@ class RunContext:
     def processes(self) -> int:
         """How many processes train together."""
         return self.accelerator.num_processes
+
+    def steps(self, rows: int) -> int:
+        """Optimiser steps of the run, where an epoch has `rows` rows or prompts."""
+        train = self.recipe.train
+        if train.epochs is None:
+            return train.steps or 0
+        return math.ceil(train.epochs * rows / train.batch_size) * self.plan.epochs
 
     def training_rows(self, source: TrainSource) -> Source:
         """What a source of `data.train` names."""

@@ -39,7 +39,7 @@ from alignkit.rollout.text import as_reply, decode
 from alignkit.runs.agents import environments_of, shown_episodes, turn_sampler
 from alignkit.runs.context import RunContext
 from alignkit.runs.row_lengths import check_prompt_lengths, check_row_lengths
-from alignkit.runs.scored_rows import scored
+from alignkit.runs.scored_rows import scored, scored_where_visited
 from alignkit.runs.teacher import asking_teacher
 from alignkit.sources.base import Source
 from alignkit.sources.dataset import DatasetSource, order_of
@@ -93,8 +93,9 @@ def fixed_data(context: RunContext) -> JobData:
         if context.task is None:
             notes += check_held_out(bundles, rows, report.source)
 
+    order = order_of(mixture, recipe.train.seed)
     with asking_teacher(context):
-        bundles = scored(context, bundles)
+        bundles = scored_where_visited(context, bundles, order)
         sets = {name: scored(context, rows) for name, (rows, _) in held_out.items()}
 
     dataset = DatasetSource(
@@ -104,7 +105,7 @@ def fixed_data(context: RunContext) -> JobData:
         seed=recipe.train.seed,
         rank=context.rank,
         world=context.processes,
-        order=order_of(mixture, recipe.train.seed),
+        order=order,
     )
     return JobData(
         source=_with_samples(context, dataset) if plan.samples else dataset,
@@ -287,8 +288,12 @@ def _reward(context: RunContext) -> RewardCall | None:
     if context.plan.feedback != "reward":
         return None
     if context.recipe.rewards:
-        device = context.accelerator.device
-        return load_rewards(context.recipe.rewards, safe=context.safe, device=device)
+        return load_rewards(
+            context.recipe.rewards,
+            safe=context.safe,
+            device=context.accelerator.device,
+            template_time=context.recipe.data.template_time,
+        )
     return context.task.reward if context.task else None
 
 
@@ -297,8 +302,12 @@ def _judge(context: RunContext) -> Callable[..., Any] | None:
     if context.plan.feedback in ("none", "reward"):
         return None
     if context.recipe.judge:
-        device = context.accelerator.device
-        return load_judge(context.recipe.judge, safe=context.safe, device=device)
+        return load_judge(
+            context.recipe.judge,
+            safe=context.safe,
+            device=context.accelerator.device,
+            template_time=context.recipe.data.template_time,
+        )
     return context.task.judge if context.task else None
 
 

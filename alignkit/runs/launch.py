@@ -6,7 +6,6 @@ is imported by the functions below after `check_without_torch`.
 """
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from alignkit.config.objective import build_objective
 from alignkit.config.recipe import Recipe, dump_recipe
 from alignkit.distributed.launcher import end
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, DataError
 from alignkit.runs.checks import (
     check_ahead,
     check_appraisal,
@@ -28,10 +27,12 @@ from alignkit.runs.checks import (
 )
 from alignkit.runs.live import LiveTask
 from alignkit.runs.resume import (
+    check_recorded_recipe,
     check_unsigned_result,
     fill_autos,
     identity_of,
     measured_autos,
+    told_apart,
     with_resolved_autos,
 )
 from alignkit.tasks import DEFAULT_TASK, Task, resolve
@@ -108,6 +109,7 @@ def _run(
         RunFolder(recipe.output_dir).refuse_foreign_files(stores)
         recipe, changes = with_resolved_autos(recipe)
         check_unsigned_result(recipe)
+        check_recorded_recipe(recipe, resume)
 
     check_engine(recipe, objective)
     check_ahead(recipe, objective.plan)
@@ -121,7 +123,7 @@ def _run(
     run = RunFolder(recipe.output_dir, writes=accelerator.is_main_process)
     try:
         context = load_context(recipe, objective, task, accelerator, safe=safe)
-        data = load_data(context)
+        data = _load_data(context, resume)
         recipe = fill_autos(context.recipe, {"data": {"format": data.format}})
         job = build_job(replace(context, recipe=recipe), data, run, notes=[*notes, *changes])
         job.identity = {**job.identity, **identity}
@@ -136,6 +138,16 @@ def _run(
             return job, result
     finally:
         end(accelerator)
+
+
+def _load_data(context: "RunContext", resume: str | None) -> "JobData":
+    """As `load_data`; where a run is resumed, errors say that it was trained on other data."""
+    try:
+        return load_data(context)
+    except DataError as error:
+        if resume is None:
+            raise
+        raise told_apart(error, context.recipe) from error
 
 
 def resolve_task(recipe: Recipe) -> Task | None:
@@ -318,11 +330,6 @@ def build_job(
     from alignkit.training.job import Job
 
     recipe = context.recipe
-    steps = recipe.train.steps
-    if recipe.train.epochs is not None:
-        batches = math.ceil(recipe.train.epochs * data.rows / recipe.train.batch_size)
-        steps = batches * context.plan.epochs
-
     # What must be the same when a checkpoint of this run is resumed.
     identity = {
         **identity_of(recipe),
@@ -337,7 +344,7 @@ def build_job(
         recipe.train,
         run,
         context.accelerator,
-        steps or 0,
+        context.steps(data.rows),
         micro_batch_tokens=int(recipe.train.micro_batch_tokens),
         recipe=dump_recipe(recipe),
         identity=identity,

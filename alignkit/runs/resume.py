@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.config.recipe import Recipe, load_recipe
 from alignkit.config.train import known_goal
-from alignkit.errors import CheckpointError
+from alignkit.errors import AlignkitError, CheckpointError, DataError
 
 if TYPE_CHECKING:
     from alignkit.runs.context import RunContext
@@ -90,6 +90,44 @@ def with_resolved_autos(recipe: Recipe) -> tuple[Recipe, list[str]]:
     recipe = fill_autos(recipe, before.model_dump())
     changes = compare(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
     return recipe, [f"changed since this run began: {'; '.join(changes)}"] if changes else []
+
+
+def check_recorded_recipe(recipe: Recipe, resume: str) -> None:
+    """CheckpointError where the checkpoint is not there, or the run in output_dir was made with
+    another recipe: a difference is named before models and data are loaded for it, which may fail in ways that do not say so.
+    """
+    from alignkit.training.run_folder import RunFolder
+
+    if resume != "auto" and not Path(resume).expanduser().is_dir():
+        raise CheckpointError(
+            f"there is no checkpoint folder {resume}; `alignkit checkpoint list RUN` names those of a run"
+        )
+
+    run = RunFolder(recipe.output_dir)
+    if (run.path / "recipe.yaml").is_file():  # without it no `auto` is known yet
+        run.refuse_another_recipe(resume, identity_of(recipe))
+
+
+def told_apart(error: DataError, recipe: Recipe) -> AlignkitError:
+    """`error`, from loading the data of a run that is to be resumed, as what the user has to know
+    first: that the run in output_dir was trained on other data.
+    """
+    from alignkit.training import checkpoint
+    from alignkit.training.run_folder import RunFolder, compare
+
+    run = RunFolder(recipe.output_dir)
+    file = run.path / "recipe.yaml"
+    if not file.is_file() or not (run.finished or checkpoint.steps(run.checkpoints)):
+        return error
+
+    before = load_recipe(file).data.model_dump(mode="json")
+    changes = compare(before, recipe.data.model_dump(mode="json"), "data.")
+    if not changes:
+        return DataError(f"{error}\n{run.path} was trained on other rows of this name")
+    return CheckpointError(
+        f"{run.path} belongs to another run: {'; '.join(changes)}. Undo the change, or start without "
+        f"--resume in another output_dir. The data given now could not be used either: {error}"
+    )
 
 
 def check_unsigned_result(recipe: Recipe) -> None:

@@ -65,11 +65,14 @@ def check_prompt_lengths(context: RunContext, prompts: Sequence[Prompt], where: 
     refuse in the step that draws it.
     """
     limit, _ = _positions(context)
-    new_tokens = context.recipe.rollout.max_new_tokens
+    rollout = context.recipe.rollout
+    new_tokens = rollout.max_new_tokens
     longest = max(len(prompt.ids) for prompt in prompts)
-    crowded = sum(len(prompt.ids) + new_tokens > limit for prompt in prompts)
+
+    # The last new token is drawn and never read, though vLLM counts it.
+    room = limit - new_tokens + (rollout.engine != "vllm")
+    crowded = sum(len(prompt.ids) > room for prompt in prompts)
     if crowded:
-        room = limit - new_tokens
         advice = f"set data.max_length={room + 1} to drop them, or " if room > 0 else ""
         raise DataError(
             f"{where}: {crowded} of {len(prompts)} prompts (the longest: {longest} tokens) and "

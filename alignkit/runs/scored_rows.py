@@ -10,10 +10,31 @@ from torch import Tensor
 
 from alignkit.batches import Bundle
 from alignkit.errors import ConfigError
-from alignkit.policies.lazy import changed
+from alignkit.policies.lazy import Selected, changed
 from alignkit.policies.store import cached_in
 from alignkit.runs.context import RunContext
 from alignkit.runs.teacher import with_teacher
+from alignkit.sources.dataset import Order
+
+
+def scored_where_visited(
+    context: RunContext, bundles: Sequence[Bundle], order: Order
+) -> Sequence[Bundle]:
+    """The bundles as `scored` leaves them, but only those that the run visits in `order`: a run of a
+    few steps on many rows begins at once. What is to be stored for other runs is scored whole.
+    """
+    teacher = context.recipe.teacher
+    is_stored = context.recipe.reference.store or (teacher and teacher.store)
+    visits = context.steps(len(bundles)) * context.recipe.train.batch_size
+    if is_stored or visits >= order.n:
+        return scored(context, bundles)
+
+    places = sorted(set(order[:visits]))
+    visited = scored(context, Selected(bundles, places))
+    number = {place: i for i, place in enumerate(places)}
+    return changed(
+        bundles, lambda place, bundle: visited[number[place]] if place in number else bundle
+    )
 
 
 def scored(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[Bundle]:

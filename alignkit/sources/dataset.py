@@ -30,7 +30,7 @@ class Order:
         """Items at positions [start, stop) of the endless sequence of epochs."""
         return [
             self._epoch(position // self.n)[position % self.n]
-            for position in range(window.start, window.stop)
+            for position in range(window.start or 0, window.stop)
         ]
 
     def _epoch(self, epoch: int) -> list[int]:

@@ -144,10 +144,7 @@ class RunFolder:
         differences = compare(newest.identity, comparable(newest.identity, identity))
         more_steps = _more_steps(newest.identity, identity)
         if differences and not more_steps:
-            raise CheckpointError(
-                f"checkpoint {newest.path.name} belongs to another run: {'; '.join(differences)}. Undo the change, or start "
-                "without --resume in another output_dir"
-            )
+            raise _another_run(f"checkpoint {newest.path.name} belongs to", differences)
 
         notes = [f"skipped damaged checkpoint {v.path.name}: {v.reason}" for v in damaged]
         notes += _not_compared(newest, identity)
@@ -157,6 +154,29 @@ class RunFolder:
                 f"from {newest.path.name} on"
             )
         return newest, [*notes, f"resumed from {newest.path.name}"]
+
+    def refuse_another_recipe(self, resume: str, recipe: Mapping[str, Any]) -> None:
+        """CheckpointError where the recipe's part of what the result, or the checkpoint that
+        `resume` names, says of its run differs from `recipe`. For the start, before models and data
+        are loaded: `is_result_of` and `find` compare the whole identity.
+        """
+        steps = checkpoint.steps(self.checkpoints)
+        if resume != "auto":
+            folder = Path(resume).expanduser()
+        else:
+            folder = self.checkpoints / f"step-{max(steps, default=0)}"
+
+        for path, words in [
+            (self.model, f"{self.path} is finished and the result of"),
+            (folder, f"checkpoint {folder.name} belongs to"),
+        ]:
+            identity = files.read_manifest(path).get("identity")
+            if not isinstance(identity, Mapping):  # absent, damaged, or of an earlier version
+                continue
+            recorded = {section: identity.get(section) for section in recipe}
+            differences = compare(recorded, recipe)
+            if differences and not _more_steps(recorded, recipe):
+                raise _another_run(words, differences)
 
     def is_result_of(self, identity: Mapping[str, Any]) -> bool:
         """Whether the run is finished and nothing is left to do; False if `identity` asks for more
@@ -178,10 +198,7 @@ class RunFolder:
         if _more_steps(finished, identity):
             return False
         if differences:
-            raise CheckpointError(
-                f"{self.path} is finished and the result of another run: {'; '.join(differences)}. Undo the change, or choose "
-                "another output_dir"
-            )
+            raise _another_run(f"{self.path} is finished and the result of", differences)
 
         has_manifest = (self.model / files.MANIFEST).exists()
         reason = files.check_manifest(self.model) if has_manifest else None
@@ -279,6 +296,12 @@ class RunFolder:
                 raise
             return ""
         return f"The trained model is in {folder} until then. "
+
+
+def _another_run(words: str, differences: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{words} another run: {'; '.join(differences)}. Undo the change, or start without --resume in another output_dir"
+    )
 
 
 def comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -154,6 +154,13 @@ def test_9_duplicates_and_contradictions_are_reported_and_kept(kinds):
     )
 
 
+@pytest.mark.parametrize("labels", [(1, 1, 1), (0, 0, 0), (1, 1, 0)])
+def test_labels_of_one_kind_are_a_warning(kinds, labels):
+    rows = [{"prompt": "hello", "completion": f" w{i}", "label": x} for i, x in enumerate(labels)]
+    report = load_bundles(DataConfig(), "labelled", kinds["metaspace"], source=rows)[1]
+    assert report.count("one_label") == (3 if len(set(labels)) == 1 else 0)
+
+
 def test_9_a_completion_with_both_labels_is_contradictory(kinds):
     rows = [{"prompt": "hello", "completion": " world", "label": label} for label in (1, 0, True)]
     report = load_bundles(DataConfig(), "labelled", kinds["metaspace"], source=rows)[1]

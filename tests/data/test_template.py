@@ -155,6 +155,16 @@ def test_prompts_of_generate_and_of_reward_models_reach_a_template_that_reads_pa
         scorer.token_ids(ROW["messages"][:1], ROW["messages"][1:])
 
 
+def test_the_clock_of_a_reward_models_template_is_the_recipes(kinds, monkeypatch):
+    tokenizer = kinds["chat"]
+    monkeypatch.setattr(tokenizer, "chat_template", DATED)
+    model = torch.nn.Identity()
+    model.config = LlamaConfig(max_position_embeddings=100)
+    scorer = TextScorer(model, tokenizer, template_time="2025-03-04T05:06")
+    ids = scorer.token_ids(ROW["messages"][:1], ROW["messages"][1:])
+    assert tokenizer.decode(ids).startswith("<|im_start|>04 Mar 202505:06<|im_end|>")
+
+
 @pytest.mark.parametrize("text", ["{{ 1 / 0 }}", "{{ messages[9].content.a }}", "{{ ''.join(1) }}"])
 def test_whatever_a_template_raises_is_a_refusal_of_the_row(kinds, text):
     with pytest.raises(DataError, match=r"template: 1 row .*: the chat template refuses the conv"):

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from world import run, save_model
+from world import pair_rows, run, save_model, write_rows
 
 from alignkit import files
 from alignkit.errors import ResourceError
@@ -91,6 +91,22 @@ def test_eval(tmp_path, monkeypatch):
     assert list((tmp_path / "new").iterdir()) == []
     assert run(*command, "--to", tmp_path / "new" / "eval.json") == 0
     assert (tmp_path / "new" / "eval.json").read_text() == "{}\n"
+
+
+def test_the_reference_store(tmp_path, monkeypatch, capsys):
+    write_rows(tmp_path / "pairs.jsonl", pair_rows(4))
+    (tmp_path / "file").write_text("")
+    command = [
+        "train", "dpo", f"model.name_or_path={save_model(tmp_path / 'model')}", "train.steps=1",
+        f"data.train={tmp_path / 'pairs.jsonl'}", f"output_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    assert run(*command, f"reference.store={tmp_path / 'file' / 'store'}") == 7
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "fsync", full)
+        assert run(*command, f"reference.store={tmp_path / 'store'}") == 7
+    assert "safetensors: No space left on device; free space" in capsys.readouterr().err
+    assert [path.suffix for path in (tmp_path / "store").iterdir()] == [".lock"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_recipes_copy(tmp_path, monkeypatch):

@@ -414,3 +414,21 @@ def test_a_weighted_sum_that_is_no_number_any_more_stops_the_run():
     parts = [Part("mine", lambda prompts, completions, **_: [1e99] * len(completions), weight=1e9)]
     with pytest.raises(NumericsError, match=r"reward mine returned inf for 3 of 3"):
         Reward(parts)(PROMPTS, COMPLETIONS)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_an_async_reward_that_hangs_inside_a_running_event_loop_is_ended(blocks):
+    """Whether it waits for something, or keeps its own loop from going on."""
+
+    async def hangs(completions, **columns):
+        if blocks:
+            time.sleep(20)
+        await asyncio.sleep(3600)
+
+    async def cell():
+        return reward_of(hangs, timeout=0.2)(PROMPTS, COMPLETIONS)
+
+    began = time.monotonic()
+    with pytest.raises(ResourceError, match=r"did not return within 0\.2 s"):
+        asyncio.run(cell())
+    assert time.monotonic() - began < 10

@@ -138,6 +138,18 @@ def test_evaluation_epochs_and_the_card(world, tmp_path):
     assert "trust_remote_code`" not in body
 
 
+def test_a_short_run_scores_the_rows_that_it_visits_alone(world, tmp_path, capsys):
+    """Of 10 rows one step of 4 needs 4, and a whole epoch all of them; the first step is the same."""
+    losses = []
+    for steps, bundles in [(1, 4), (3, 10)]:
+        given = (f"train.steps={steps}", "train.schedule=constant", "objective.beta=0.5")
+        run_recipe(recipe(world, tmp_path / str(steps), "pairs.jsonl", *given))
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"reference log-probs stored for {bundles} bundles" in said
+        losses.append(read_jsonl(tmp_path / str(steps) / "metrics.jsonl")[0]["loss"])
+    assert losses[0] == losses[1]
+
+
 def test_the_card_says_that_a_model_runs_code_of_its_own():
     remote = load_recipe("dpo", ["model.trust_remote_code=true", "model.adapter.r=4"])
     card = model_card(remote, build_objective(remote.objective), [])({})

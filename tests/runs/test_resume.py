@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from world import make_job, pair_rows, pairs, save_model, write_rows
 
 from alignkit.config.recipe import load_recipe
-from alignkit.errors import CheckpointError, ResourceError
+from alignkit.errors import CheckpointError, DataError, ResourceError
 from alignkit.files import read_jsonl
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.policies import slices
@@ -73,7 +73,7 @@ def other_rows(folder, world):
         ),
         (
             lambda world, tmp: [f"model.name_or_path={swapped_words(tmp / 'm', world)}"],
-            r"tokenizer: \w{64} -> \w{64}",
+            r"model\.name_or_path",
         ),
     ],
 )
@@ -84,6 +84,43 @@ def test_another_run_is_refused_with_its_differences(world, tmp_path, changes, w
     ):
         run_recipe(recipe(world, world / "run", *changes(world, tmp_path)), "auto")
     assert sorted((world / "run").rglob("*")) == before
+
+
+def test_a_checkpoint_that_is_not_there_is_named_and_leaves_no_folder(world, tmp_path):
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint folder .*step-9"):
+        run_recipe(recipe(world, tmp_path / "run"), str(tmp_path / "step-9"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_tokenizer_in_the_same_place_is_refused(world, tmp_path):
+    folder = world / "model"
+    folder.rename(tmp_path / "model")
+    try:
+        swapped_words(folder, tmp_path)
+        with pytest.raises(CheckpointError, match=r"tokenizer: \w{64} -> \w{64}"):
+            run_recipe(recipe(world, world / "run"), "auto")
+    finally:
+        shutil.rmtree(folder)
+        (tmp_path / "model").rename(folder)
+
+
+def test_another_objective_or_other_data_are_named_before_what_they_lack(world, tmp_path):
+    """Unpaired rows cannot be read as pairs, but what matters is that the run had others."""
+    with pytest.raises(CheckpointError, match=r"step-2 belongs to .*objective\.name: dpo -> kto"):
+        run_recipe(recipe(world, world / "run", "objective={name: kto}"), "auto")
+
+    row = {"prompt": "w1", "completion": "w2", "label": True}
+    unpaired = write_rows(tmp_path / "unpaired.jsonl", [row] * 8)
+    with pytest.raises(CheckpointError, match=r"belongs to another run: data\.train: .*unpaired"):
+        run_recipe(recipe(world, world / "run", f"data.train={unpaired}"), "auto")
+
+    shutil.copy(world / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    start = recipe(world, tmp_path / "run", f"data.train={tmp_path / 'pairs.jsonl'}")
+    run_recipe(start)
+    (tmp_path / "run" / "model").rename(tmp_path / "finished")
+    write_rows(tmp_path / "pairs.jsonl", [row] * 8)
+    with pytest.raises(DataError, match="trained on other rows of this name"):
+        run_recipe(start, "auto")
 
 
 def test_what_may_change_is_told(world, tmp_path, capsys):

@@ -107,6 +107,25 @@ def test_prompts_that_leave_no_room_are_refused_at_the_start(world, tmp_path, mo
     run_recipe(load_recipe("rloo", [*given, advice]))
 
 
+@pytest.mark.parametrize("recipe", ["rloo", "grpo"])
+def test_prompts_and_new_tokens_may_fill_a_table_of_positions(world, tmp_path, recipe):
+    """The last token is drawn and never read, so it takes no position."""
+    write_rows(tmp_path / "full.jsonl", [{"prompt": " ".join(["w4"] * 15)}, {"prompt": "w3"}])
+    given = arguments(
+        world,
+        tmp_path / "run",
+        "table",
+        tmp_path / "full.jsonl",
+        f"rewards=[{{function: '{world / 'helpers.py'}:score'}}]",
+        "rollout.completions=2",
+    )
+    prompt = 15
+    fits = POSITIONS + 1 - prompt
+    with pytest.raises(DataError, match=rf"1 of 2 prompts .*{prompt} tokens.* exceed the"):
+        run_recipe(load_recipe(recipe, [*given, f"rollout.max_new_tokens={fits + 1}"]))
+    run_recipe(load_recipe(recipe, [*given, f"rollout.max_new_tokens={fits}"]))
+
+
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 GPT = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 48}
 TABLES = {
