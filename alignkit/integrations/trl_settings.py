@@ -10,7 +10,7 @@ OWN_LOSS = {
     "f_divergence_type": "FDPO(divergence=...)",
     "f_alpha_divergence_coef": "FDPO(divergence='alpha', alpha=...)",
     "ld_alpha": "LDDPO(alpha=...)",
-    "loss_weights": "Weighted(parts=[(objective, weight), ...])",
+    "loss_weights": "Weighted(parts=[(objective, weight), ...]) of alignkit.objectives.base",
     "use_weighting": "weighting='wpo'",
     "discopop_tau": "DiscoPOP(discopop_tau=...)",
     # GRPOTrainer
@@ -66,7 +66,7 @@ def instead(setting: str, value: Any) -> str:
         places = [LOSS_TYPES.get(name, "") for name in names]
         place = " and ".join(places) if all(places) else ""
         if len(places) > 1 and place:
-            place = f"a Weighted list of {place}"
+            place = f"a Weighted list of {place} (alignkit.objectives.base.Weighted)"
     if not place:
         return f"no objective of alignkit has {setting}={value!r}: use TRL's own trainer for it"
     return f"instead of {setting} use {place}"

@@ -213,7 +213,7 @@ def test_online_scripts(model, tmp_path, name):
         (
             DPO(),
             {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
-            r"a Weighted list of DPO and SFT",
+            r"a Weighted list of DPO and SFT \(alignkit\.objectives\.base\.Weighted\)",
         ),
         (DPO(), {"ld_alpha": 0.5}, r"instead of ld_alpha use LDDPO\(alpha=...\)"),
         (DPO(), {"use_weighting": True}, "instead of use_weighting use weighting='wpo'"),
