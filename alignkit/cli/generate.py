@@ -1,14 +1,15 @@
 """`alignkit generate`: completions of a prompt. What it does is in `alignkit.rollout.generate`."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from alignkit.cli.options import Model, Safe, Seed, Temperature
-from alignkit.config.decode import DecodeConfig, parsed_decode
 from alignkit.config.escaping import printable
-from alignkit.config.text import Origin
 from alignkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from alignkit.config.decode import DecodeConfig
 
 # Toward a reward.
 Toward = Annotated[
@@ -103,7 +104,7 @@ def generate(
     _show(texts[0])
 
 
-def _drawn_toward(model: str, prompt: Any, decoder: DecodeConfig, **settings: Any) -> list[str]:
+def _drawn_toward(model: str, prompt: Any, decoder: "DecodeConfig", **settings: Any) -> list[str]:
     """Completions of one prompt that are drawn toward a reward."""
     from alignkit.decoding.generate import generate_toward
     from alignkit.runs.trained_model import load_finished
@@ -137,7 +138,7 @@ def toward_section(
     beta: float | None,
     particles: int | None,
     temperature: float,
-) -> DecodeConfig | None:
+) -> "DecodeConfig | None":
     """The `decode` section that the options stand for; None without --toward. ConfigError for
     options that do not belong together.
     """
@@ -159,6 +160,9 @@ def toward_section(
         raise ConfigError(f"--method is {chosen}; allowed: best_of, soft_best_of, smc")
     if beta is None and chosen != "best_of":
         raise ConfigError(f"--method {chosen} needs --beta, such as --beta 0.1")
+
+    from alignkit.config.decode import parsed_decode
+    from alignkit.config.text import Origin
 
     count = particles or 8
     fields = {

@@ -148,6 +148,11 @@ class TrainConfig(Section):
         description="classes of your own, `file.py:Class` or `module:Class`, that are told of the "
         "run's events as transformers' TrainerCallback",
     )
+    compute_metrics: str | None = Field(
+        None,
+        description="function of your own, `file.py:function` or `module:function`, that makes "
+        "further metrics of transformers' EvalPrediction of held-out rows",
+    )
     metric: str = Field(
         "auto",
         description="what early stopping and the best checkpoint go by; "

@@ -5,11 +5,13 @@ from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from alignkit.config.data import DataConfig
 from alignkit.config.recipe import Recipe
 from alignkit.config.validation import nearest
 from alignkit.data.file_formats import SUFFIXES, data_suffix
-from alignkit.data.read import read_rows
+from alignkit.data.read import HeldOut, open_source, read_rows
 from alignkit.errors import ConfigError
+from alignkit.runs.live import PREFIX
 from alignkit.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -28,12 +30,16 @@ def check_without_torch(recipe: Recipe, safe: bool = False) -> None:
             "and --safe forbids it"
         )
 
-    if safe and recipe.train.callbacks:
-        place = recipe.origin.at(("train", "callbacks"))
-        raise ConfigError(
-            f"{place}: `train.callbacks` would run {recipe.train.callbacks[0]}, code that the recipe "
-            "names, and --safe forbids it"
-        )
+    for field, code in (
+        ("callbacks", recipe.train.callbacks),
+        ("compute_metrics", _named_code(recipe.train.compute_metrics)),
+    ):
+        if safe and code:
+            place = recipe.origin.at(("train", field))
+            raise ConfigError(
+                f"{place}: `train.{field}` would run {code[0]}, code that the recipe names, and "
+                "--safe forbids it"
+            )
     if safe and recipe.rollout.takes_turns:
         field = "environment" if recipe.rollout.environment else "tools"
         place = recipe.origin.at(("rollout", field))
@@ -42,6 +48,30 @@ def check_without_torch(recipe: Recipe, safe: bool = False) -> None:
         )
 
     _check_sources(recipe)
+    _check_splits(recipe.data)
+
+
+def _named_code(spec: str | None) -> list[str]:
+    """What `spec` names, unless it stands for a function that was given in Python."""
+    return [] if spec is None or spec.startswith(PREFIX) else [spec]
+
+
+def _check_splits(data: DataConfig) -> None:
+    """Raises DataError for splits that do not exist, of sources whose splits somebody names and of
+    saved sets, which say quickly which they have.
+    """
+    trained = [(s, s, s.split or data.split) for s in data.sources()]
+    held_out = [
+        (s, HeldOut(s), s.split or data.eval_split) for s in data.held_out_sources().values()
+    ]
+    for source, part, split in (*trained, *held_out):
+        name = source.source
+        is_saved = (Path(name).expanduser() / "dataset_dict.json").is_file()
+        named = split not in (None, "train") or is_saved
+        if named and not name.startswith((PREFIX, "task:")):
+            rows = open_source(data.reading(source), part).rows
+            if data_suffix(Path(name)) == ".json":  # which knows its splits once it is read
+                next(iter(rows), None)
 
 
 def _check_sources(recipe: Recipe) -> None:

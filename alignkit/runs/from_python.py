@@ -54,6 +54,7 @@ def train(
     eval_data: Any = None,
     rewards: Any = None,
     judge: Any = None,
+    compute_metrics: Any = None,
     resume: str | None = None,
     safe: bool = False,
     **settings: Any,
@@ -67,6 +68,8 @@ def train(
       several evaluation sets are a mapping of names, whose sources may be any of these
     - `rewards`: a function `f(prompts, completions, **columns) -> list`, or several, which are added
     - `judge`: a function `f(prompts, first, second)` that gives the probability that the first wins
+    - `compute_metrics`: a function of transformers' `EvalPrediction` of the held-out rows that gives
+      {name: number}, as in a Trainer; see `alignkit/training/computed_metrics.py`
     - any field of the sections train, rollout, data, model and reference by keyword (`steps=300,
       learning_rate=5e-6`), or a whole section as a mapping (`train={"steps": 300}`); a field that
       several sections have has to stand in its section
@@ -86,6 +89,10 @@ def train(
     sections["objective"] = _objective_section(objective)
     sections["output_dir"] = str(Path(output_dir).expanduser().absolute())
     _set(sections, "model", "name_or_path", name_of_model(model) if live else str(model))
+    if compute_metrics is not None:
+        named = isinstance(compute_metrics, str)
+        spec = compute_metrics if named else name_of_function(compute_metrics)
+        _set(sections, "train", "compute_metrics", spec)
     recipe = _recipe(sections)
 
     task = LiveTask.of(
@@ -94,6 +101,7 @@ def train(
         reward=_reward(rewards),
         judge=_judge(judge),
         embedded=resolve_task(recipe),
+        compute_metrics=None if isinstance(compute_metrics, str) else compute_metrics,
     )
     notes = _names("reward", rewards) + _names("judge", judge)
     job = run_with_task(

@@ -327,6 +327,7 @@ def build_job(
     from alignkit.policies.tokenizer import vocabulary_hash
     from alignkit.runs.identity import hashes_of_inputs
     from alignkit.runs.model_card import model_card
+    from alignkit.runs.user_code import callbacks, compute_metrics
     from alignkit.training.job import Job
 
     recipe = context.recipe
@@ -352,26 +353,10 @@ def build_job(
         measure=data.measure,
         samples=data.samples,
         card=model_card(recipe, context.objective, data.notes),
-        callbacks=_callbacks(context),
+        callbacks=callbacks(context),
+        compute_metrics=compute_metrics(context, data.evaluation is not None),
         notes=[*data.notes, *unused_sections(recipe, context.objective), *notes],
     )
-
-
-def _callbacks(context: "RunContext") -> list[Any]:
-    """An instance of each of the recipe's callbacks. ConfigError for what is none."""
-    from transformers import TrainerCallback
-
-    from alignkit.config.plugins import load_object
-
-    callbacks = []
-    for spec in context.recipe.train.callbacks:
-        cls = load_object(spec, what="train.callbacks", safe=context.safe)
-        if not (isinstance(cls, type) and issubclass(cls, TrainerCallback)):
-            raise ConfigError(
-                f"train.callbacks: {spec} is not a subclass of transformers.TrainerCallback"
-            )
-        callbacks.append(cls())
-    return callbacks
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

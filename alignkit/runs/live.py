@@ -28,6 +28,7 @@ class LiveTask(Task):
     # The rows that were given, by the names that the recipe has for them.
     named_rows: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     embedded: Task | None = None  # serves what was given by the name of an embedded task
+    compute_metrics: Callable[..., Any] | None = None  # see `training/computed_metrics.py`
 
     @classmethod
     def of(
@@ -39,6 +40,7 @@ class LiveTask(Task):
         reward: Callable[..., Any] | None = None,
         judge: Callable[..., Any] | None = None,
         embedded: Task | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
     ) -> "LiveTask":
         """The inputs as a task; what is None comes from the embedded task, where there is one."""
         if embedded is not None:
@@ -56,6 +58,7 @@ class LiveTask(Task):
             tokenizer,
             named_rows,
             embedded,
+            compute_metrics,
         )
 
     @property

@@ -42,6 +42,7 @@ FREE: dict[str, set[str] | None] = {  # None: the whole section
         "max_skipped_steps",
         "process_timeout",
         "callbacks",
+        "compute_metrics",
     },
     "rollout": {
         "url",

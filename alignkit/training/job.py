@@ -54,6 +54,9 @@ class Job:
     # Instances of transformers' TrainerCallback, told of the loop's events.
     callbacks: Sequence[Any] = ()
 
+    # Makes further metrics of what the policy says about held-out rows: `computed_metrics.py`.
+    compute_metrics: Callable[[Any], Mapping[str, Any]] | None = None
+
     # Lines for the user, shown when the run starts.
     notes: Sequence[str] = ()
 

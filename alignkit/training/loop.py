@@ -17,6 +17,7 @@ from alignkit.errors import CheckpointError, ConfigError, NumericsError, Resourc
 from alignkit.policies.dtensors import local
 from alignkit.training import checkpoint, shared_checkpoint
 from alignkit.training.callbacks import Callbacks
+from alignkit.training.computed_metrics import evaluated
 from alignkit.training.elastic_reset import ElasticReset
 from alignkit.training.guard import BrokenStep, broken_weights
 from alignkit.training.held_out_sets import metrics_of_sets
@@ -258,7 +259,9 @@ class _Loop:
         if self.job.evaluation is not None:
             given = self.job.evaluation
             sets = given if isinstance(given, Mapping) else {"": given}
-            metrics = metrics_of_sets(self.reducer.evaluate, sets)
+            metrics = metrics_of_sets(
+                partial(evaluated, self.reducer, self.job.compute_metrics), sets
+            )
         if self.job.measure:
             metrics |= self.job.measure()
 

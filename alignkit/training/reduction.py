@@ -7,7 +7,7 @@ speed, never the gradient.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -53,6 +53,14 @@ class Sums:
             self.metrics[name] = previous + entry if counted else previous
         if counted:
             self.guard.watch_terms(out, bundles)
+
+
+# What is handed the micro-batches of an evaluation.
+See = Callable[[Sequence[Bundle], TokenLogps | Outputs], None]
+
+
+def _forget(chunk: Sequence[Bundle], seen: TokenLogps | Outputs) -> None:
+    """Nobody looks at them."""
 
 
 class Reducer:
@@ -136,17 +144,20 @@ class Reducer:
         return {**metrics, "grad_norm": norm}
 
     @torch.no_grad()
-    def evaluate(self, bundles: Sequence[Bundle]) -> Metrics:
-        """Loss and metrics of `bundles` (this rank's share), without a gradient."""
+    def evaluate(self, bundles: Sequence[Bundle], see: See = _forget) -> Metrics:
+        """Loss and metrics of `bundles` (this rank's share), without a gradient. `see` is handed
+        each micro-batch with what the model says about it.
+        """
         counts = self._counts(bundles)
         chunks, everywhere = self._chunks(bundles)
         sums = Sums.zero(self.pair.device)
         if self.plan.coupled:
-            self._coupled(chunks, counts, sums)
+            self._coupled(chunks, counts, sums, see)
         else:
             for chunk, counted in chunks:
                 seen = self.pair.forward(chunk, self.plan)
                 if counted:
+                    see(chunk, seen)
                     self._loss(chunk, seen, counts, sums)
         return self._reduce(sums, everywhere)[0]
 
@@ -213,7 +224,11 @@ class Reducer:
         return chunks + [([filling], False)] * (most - len(chunks)), everywhere
 
     def _coupled(
-        self, chunks: list[tuple[list[Bundle], bool]], counts: dict[str, float], sums: Sums
+        self,
+        chunks: list[tuple[list[Bundle], bool]],
+        counts: dict[str, float],
+        sums: Sums,
+        see: See = _forget,
     ) -> list[TokenLogps]:
         """The loss of the whole step over all ranks on leaf log-probs; per micro-batch, its
         gradient with respect to them.
@@ -221,6 +236,8 @@ class Reducer:
         with torch.no_grad():
             parts = [self.pair.logps(chunk, self.plan) for chunk, _ in chunks]
         counted_parts = [part for part, (_, counted) in zip(parts, chunks) if counted]
+        for part, (chunk, _) in zip(counted_parts, chunks):  # what counts nothing comes last
+            see(chunk, part)
         light = [
             replace(b, prompt=b.prompt[:1], tokens={})
             for chunk, counted in chunks

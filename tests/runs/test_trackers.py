@@ -4,6 +4,7 @@ import json
 from importlib.util import find_spec
 
 import pytest
+from wandb_file import finished_records
 from world import pair_rows, run, save_model, write_rows
 
 from alignkit.files import read_jsonl
@@ -43,11 +44,23 @@ def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    train(tmp_path, "wandb")
+    rows = train(tmp_path, "wandb")
+
     (file,) = tmp_path.rglob("run-*.wandb")
-    content = file.read_bytes()
-    assert b"rewards/margins" in content
-    assert b"name_or_path" in content  # the recipe is the run's config
+    logged = []
+    config = {}
+    for record in finished_records(file):
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            items = record.history.item
+            names = (item.key or ".".join(item.nested_key) for item in items)
+            logged.append(dict(zip(names, (json.loads(item.value_json) for item in items))))
+        update = record.run.config.update if kind == "run" else record.config.update
+        config |= {item.key or item.nested_key[0]: item.value_json for item in update}
+    assert [row["loss"] for row in logged] == [pytest.approx(row["loss"]) for row in rows]
+    assert [row["_step"] for row in logged] == [row["step"] for row in rows]
+    assert "rewards/margins" in logged[0]
+    assert any("name_or_path" in name for name in config)  # the recipe is the run's config
 
 
 def test_trackio(tmp_path, monkeypatch):
