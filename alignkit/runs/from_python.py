@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pandas
 
     from alignkit.objectives.base import Objective
+    from alignkit.training.job import Job
 
 # Sections whose fields may be given by keyword, without their section's name.
 SECTIONS = ("train", "rollout", "data", "model", "reference")
@@ -68,8 +69,7 @@ def train(
       several evaluation sets are a mapping of names, whose sources may be any of these
     - `rewards`: a function `f(prompts, completions, **columns) -> list`, or several, which are added
     - `judge`: a function `f(prompts, first, second)` that gives the probability that the first wins
-    - `compute_metrics`: a function of transformers' `EvalPrediction` of the held-out rows that gives
-      {name: number}, as in a Trainer; see `alignkit/training/computed_metrics.py`
+    - `compute_metrics`: a function of transformers' `EvalPrediction` that gives {name: number}
     - any field of the sections train, rollout, data, model and reference by keyword (`steps=300,
       learning_rate=5e-6`), or a whole section as a mapping (`train={"steps": 300}`); a field that
       several sections have has to stand in its section
@@ -81,7 +81,6 @@ def train(
     ...             output_dir="runs/mine", steps=300, learning_rate=5e-6)  # doctest: +SKIP
     """
     from alignkit.runs.launch import resolve_task, run_with_task
-    from alignkit.training.run_folder import RunFolder
 
     live = _live_model(model, tokenizer)
     sections = _sections(settings)
@@ -89,10 +88,7 @@ def train(
     sections["objective"] = _objective_section(objective)
     sections["output_dir"] = str(Path(output_dir).expanduser().absolute())
     _set(sections, "model", "name_or_path", name_of_model(model) if live else str(model))
-    if compute_metrics is not None:
-        named = isinstance(compute_metrics, str)
-        spec = compute_metrics if named else name_of_function(compute_metrics)
-        _set(sections, "train", "compute_metrics", spec)
+    metrics_function = _set_metrics_function(sections, compute_metrics)
     recipe = _recipe(sections)
 
     task = LiveTask.of(
@@ -101,16 +97,20 @@ def train(
         reward=_reward(rewards),
         judge=_judge(judge),
         embedded=resolve_task(recipe),
-        compute_metrics=None if isinstance(compute_metrics, str) else compute_metrics,
+        compute_metrics=metrics_function,
     )
     notes = _names("reward", rewards) + _names("judge", judge)
     job = run_with_task(
         recipe, objective, task, resume=resume, safe=safe, notes=notes, identity={"python": notes}
     )
-    trained = live.get("model", job.pair.base.model)
+    return _finished(job, live, tokenizer)
+
+
+def _finished(job: "Job", live: Mapping[str, Any], tokenizer: Any) -> TrainedModel:
+    """A run that has ended, with the objects that it was given."""
+    model = live.get("model", job.pair.base.model)
     tokenizer = job.pair.tokenizer if tokenizer is None else tokenizer
-    metrics = _frame(RunFolder(recipe.output_dir).metrics_file)
-    return TrainedModel(trained, tokenizer, metrics, Path(recipe.output_dir))
+    return TrainedModel(model, tokenizer, _frame(job.run.metrics_file), job.run.path)
 
 
 def _live_model(model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -120,6 +120,15 @@ def _live_model(model: Any, tokenizer: Any) -> dict[str, Any]:
     if tokenizer is None:
         raise ConfigError("tokenizer: a model that is given as an object needs its tokenizer")
     return {"model": model, "tokenizer": tokenizer}
+
+
+def _set_metrics_function(sections: dict[str, Any], given: Any) -> Callable[..., Any] | None:
+    """Fill in `train.compute_metrics`; returns the function where one was given as an object."""
+    if given is None:
+        return None
+    is_named = isinstance(given, str)
+    _set(sections, "train", "compute_metrics", given if is_named else name_of_function(given))
+    return None if is_named else given  # type: ignore[no-any-return]
 
 
 def _set_data(sections: dict[str, Any], data: Any, eval_data: Any) -> dict[str, Any]:
