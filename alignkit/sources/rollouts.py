@@ -282,10 +282,11 @@ class RolloutSource:
         """
         numbers = [i for position in positions for i in self.order[position : position + 1]]
         missing = [i for i in dict.fromkeys(numbers) if (index, i) not in self.drawn_once]
-        if missing:
-            ids = [self.prompts[i].ids for i in missing]
-            drawn = self.sampler.sample(ids, draw, step=-1 - index, prompt_ids=missing)
-            self.drawn_once |= {(index, i): samples for i, samples in zip(missing, drawn)}
+        with self.pair.together():  # a process that misses none takes part in the others' forwards
+            if missing:
+                ids = [self.prompts[i].ids for i in missing]
+                drawn = self.sampler.sample(ids, draw, step=-1 - index, prompt_ids=missing)
+                self.drawn_once |= {(index, i): samples for i, samples in zip(missing, drawn)}
         return [self.drawn_once[index, i] for i in numbers]
 
     @torch.no_grad()

@@ -1,9 +1,10 @@
 """What a teacher costs: distillation from a live teacher of the policy's size and from a stored
 top-64 one beside plain SFT on the same rows, in turn, in one process.
 
-    python tests/benchmarks/bench_teacher.py [--steps 7] [--size 15M] [--vocab 8192]
+    python tests/benchmarks/bench_teacher.py [--steps 7] [--size 15M] [--vocab 8192] [--memory]
 
-On GSM8K answers; memory in a process of each. The table goes to stdout as Markdown.
+On GSM8K answers; memory in a process of each. The tables go to stdout as Markdown. Ends with 1 where
+a live teacher takes more memory than its weights and two chunks of the head beside SFT.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from alignkit.config.teacher import TeacherConfig
 from alignkit.config.train import TrainConfig
 from alignkit.data.load import load_bundles
 from alignkit.policies.head import chunk_rows
-from alignkit.policies.load import load_pair
+from alignkit.policies.load import load_model, load_pair
 from alignkit.policies.packing import default_budget
 from alignkit.policies.teacher import add_teacher
 from alignkit.policies.teacher_store import release_teacher, with_stored_teacher
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--size", default="15M", choices=SHAPES)
     parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--memory", action="store_true", help="memory alone, without times")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -128,10 +130,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_models(folder, given.size, given.vocab)
-        report(folder, given)
+        if not given.memory:
+            report_time(folder, given)
+        report_memory(folder, given)
 
 
-def report(folder: Path, given: argparse.Namespace) -> None:
+def report_time(folder: Path, given: argparse.Namespace) -> None:
     """Time all sides in turn and print the table."""
     sides = {name: Side(name, folder, given.steps) for name in SIDES}
     wall: dict[str, list[float]] = {name: [] for name in sides}
@@ -157,19 +161,26 @@ def report(folder: Path, given: argparse.Namespace) -> None:
             cells += [f"{statistics.median(ratios):.2f}"]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
-    pair = sides["SFT"].pair
-    weights = sum(p.numel() for p in pair.base.parameters()) / 2**18
-    chunk = chunk_rows(given.vocab, pair.device) * given.vocab / 2**18
-    del sides, pair
+
+def report_memory(folder: Path, given: argparse.Namespace) -> None:
+    """Print the peak memory of a step of every side, and what a live teacher may take."""
+    teacher = ModelConfig(name_or_path=str(folder / "teacher"))
+    weights = sum(p.numel() for p in load_model(teacher, device="cpu")[0].parameters()) / 2**18
+    chunk = chunk_rows(given.vocab, torch.device("cuda" if GPU else "cpu")) * given.vocab / 2**18
+    allowed = weights + 2 * chunk
     print(
-        f"\nPeak memory of a step; the teacher's weights take {weights:.0f} MiB, a chunk of the "
-        f"head {chunk:.0f} MiB\n"
+        f"\nPeak memory of a step; the teacher's weights take {weights:.0f} MiB and a chunk of the "
+        f"head {chunk:.0f} MiB, so a live teacher may take {allowed:.0f} MiB\n"
     )
     print("| side | MiB | above SFT's |\n|---|---|---|")
     memory: dict[str, float] = {}
     for name in SIDES:
         memory[name] = measured_alone(__file__, "--alone", name, "--folder", str(folder))["memory"]
-        print(f"| {name} | {memory[name]:.0f} | {memory[name] - memory['SFT']:.0f} |", flush=True)
+        print(f"| {name} | {memory[name]:.1f} | {memory[name] - memory['SFT']:.1f} |", flush=True)
+
+    over = [n for n in SIDES if n.startswith("live") and memory[n] - memory["SFT"] > allowed]
+    if over:
+        raise SystemExit(f"above {allowed:.1f} MiB: {', '.join(over)}")
 
 
 if __name__ == "__main__":

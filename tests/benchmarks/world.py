@@ -122,14 +122,23 @@ def present_memory() -> float:
 
 
 def measured_alone(script: str, *arguments: str) -> dict:
-    """Run `script` in a process of its own and return the JSON of its last line."""
+    """Run `script` in a process of its own and return the JSON of its last line.
+
+    What it frees goes back to the system at once, so that its memory is what it holds, and not what
+    the allocator keeps for later.
+    """
     command = [sys.executable, script, *arguments]
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "MALLOC_TRIM_THRESHOLD_": "65536",
+        },
     )
     if done.returncode:
         raise SystemExit(

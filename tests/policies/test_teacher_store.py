@@ -2,6 +2,8 @@
 them.
 """
 
+import resource
+
 import pytest
 import torch
 from tiny_models import VOCAB, random_bundles, separate_logps, tiny_model, write_model
@@ -124,3 +126,18 @@ def test_what_a_store_refuses(pair, tmp_path):
         ) as error:
             with_stored_teacher(pair, bundles, 4, store)
         assert error.value.exit_code == 7
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_leaves_nothing(pair, tmp_path):
+    store, bundles = tmp_path / "store", random_bundles(3)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(ResourceError, match=r"cannot write .*store.*free space") as error:
+            with_stored_teacher(pair, bundles, 4, store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.exit_code == 7
+    assert [file.suffix for file in store.iterdir()] == [".lock"]
+    with_stored_teacher(pair, bundles, 4, store)
+    assert len(list(store.glob("*.safetensors"))) == 1
