@@ -111,7 +111,9 @@ def _draw_curve(axes: Axes, curve: Row, look: Mapping[str, Any]) -> None:
     band = curve["band"]
     at = np.array(band["at"])
     line = np.array(band["score"])
-    axes.fill_between(at, band["low"], band["high"], color=look["color"], alpha=0.13, linewidth=0)
+    # An end that no replicate knows is None in JSON.
+    low, high = (np.array(band[end], dtype=float) for end in ("low", "high"))
+    axes.fill_between(at, low, high, color=look["color"], alpha=0.13, linewidth=0)
 
     kl = np.array([point["kl"]["value"] for point in curve["points"]])
     score = np.array([point["score"]["value"] for point in curve["points"]])

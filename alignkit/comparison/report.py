@@ -254,7 +254,7 @@ def _run_table(results: Row) -> Table:
             measured = [
                 f"{number(means['score']['value'])} ± {number(errors['score'])}",
                 f"{number(means['kl']['value'])} ± {number(errors['kl'])}",
-                number(means["forward_kl"]["value"]),
+                number(means.get("forward_kl", {}).get("value")),  # episodes have none
                 span(wins["rate"]),
                 number(wins["length_controlled"]),
                 f"{100 * wins['invalid']:.0f} %",
