@@ -52,6 +52,11 @@ class RewardConfig(Section):
     weight: float = Field(
         1.0, description="the rewards of a completion are summed with these weights"
     )
+    credit: Literal["return", "to_go"] = Field(
+        "return",
+        description="a function that returns one number per token: a token gets the sum of all "
+        "(return), or of its own and the later ones (to_go; only if the function is marked causal)",
+    )
     on_bad: Literal["stop", "drop"] = Field(
         "stop",
         description="a row whose reward is nan, infinite or an exception stops the run (stop), "
@@ -89,6 +94,8 @@ class RewardConfig(Section):
                 f"a reward has exactly one of {', '.join(KINDS)}; "
                 f"this one has {' and '.join(given) or 'none'}"
             )
+        if self.credit == "to_go" and self.function is None:
+            raise ValueError(f"credit to_go is for a function, and this reward is a {self.kind}")
         return self
 
     @property

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from alignkit.config.allocation import AllocateConfig
 from alignkit.config.section import Section
 
 COLOCATED = "http://127.0.0.1:8001"  # where a server is started that has no url
@@ -49,6 +50,11 @@ class RolloutConfig(Section):
         "account for how old they are",
     )
     completions: Annotated[int, Field(ge=2)] = Field(8, description="completions per prompt")
+    allocate: AllocateConfig | None = Field(
+        None,
+        description="{pilot: 4}: prompts that are seldom answered well get more completions than "
+        "others, `completions` on average; null: all alike",
+    )
     max_new_tokens: PositiveInt = Field(MAX_NEW_TOKENS, description="most tokens per completion")
     temperature: PositiveFloat = Field(
         1.0,
@@ -152,6 +158,26 @@ class RolloutConfig(Section):
             )
         # Not by assignment, which would validate all over again.
         self.__dict__["engine"] = "vllm" if has_servers else "hf"
+        return self
+
+    @model_validator(mode="after")
+    def _allocation_fits(self) -> "RolloutConfig":
+        if self.allocate is None:
+            return self
+        if self.allocate.pilot >= self.completions:
+            raise ValueError(
+                f"allocate.pilot {self.allocate.pilot} leaves nothing of completions "
+                f"{self.completions} to give away; lower it, or raise completions"
+            )
+        others = {
+            "ahead": self.ahead,
+            "pass_rate": self.pass_rate,
+            "environment": self.environment,
+            "tools": self.tools,
+        }
+        given = [name for name, value in others.items() if value]
+        if given:
+            raise ValueError(f"allocate and {', '.join(given)} cannot be combined; leave one out")
         return self
 
     @property

@@ -6,6 +6,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from alignkit.errors import ConfigError, DataError
+from alignkit.rewards.by_token import TokenRewards, added, split
 from alignkit.rewards.checks import checked
 from alignkit.rewards.functions import CONTEXT, FunctionReward
 
@@ -18,6 +19,7 @@ class Part:
     call: Callable[..., Any]
     weight: float = 1.0
     drop: bool = False  # rows with nan or inf are set aside; False: they stop the run
+    to_go: bool = False  # its rewards of single tokens stay apart; False: they are summed
 
 
 class Reward:
@@ -28,7 +30,8 @@ class Reward:
     completion that no part applies to, or that a part set aside. It is itself a reward function for
     TRL's GRPOTrainer. `metrics` describes the last call: `rewards/NAME/mean` and `/std` over the
     rows a part applies to, `/set_aside` (how many were nan, infinite or raised), and what the part
-    itself reports.
+    itself reports. `token_rewards` are those of the last call, one list of numbers for each
+    completion, where a part keeps rewards of single tokens apart; else None.
     """
 
     def __init__(self, parts: Sequence[Part]):
@@ -36,6 +39,7 @@ class Reward:
             raise ConfigError("rewards: the list is empty; give at least one reward")
         self.parts = list(parts)
         self.metrics = dict[str, float]()
+        self.token_rewards: TokenRewards | None = None
         self.__name__ = "_".join(part.name for part in parts)  # TRL's name for it
 
     def __call__(
@@ -45,12 +49,19 @@ class Reward:
         for exceptions, ResourceError for a hang; each names the function and the rows.
         """
         self.metrics = {}
+        ids = columns.get("completion_ids")
         totals: list[float | None] = [None] * len(completions)
+        keeps_tokens = ids is not None and any(part.to_go for part in self.parts)
+        by_token: TokenRewards = [[0.0] * len(row) for row in ids] if keeps_tokens else []
         aside: set[int] = set()
 
         for part in self.parts:
             raw = part.call(prompts, completions, **_columns_for(part, columns))
-            values, bad_rows = checked(part.name, raw, prompts, completions, drop=part.drop)
+            scores, of_tokens = split(part.name, raw, ids)
+            values, bad_rows = checked(part.name, scores, prompts, completions, drop=part.drop)
+            if keeps_tokens:
+                apart = of_tokens if part.to_go else []
+                by_token = added(by_token, apart, values, weight=part.weight)
             if bad_rows and len(bad_rows) == len(values):
                 raise DataError(
                     f"reward {part.name} has no finite value for any of the {len(values)} "
@@ -63,6 +74,7 @@ class Reward:
                     totals[row] = (totals[row] or 0.0) + part.weight * value
             self._describe(part, values, set_aside=len(bad_rows))
 
+        self.token_rewards = by_token if keeps_tokens else None
         sums = [None if row in aside else total for row, total in enumerate(totals)]
         return checked(self.__name__, sums, prompts, completions, drop=False)[0]
 

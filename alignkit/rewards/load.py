@@ -49,7 +49,8 @@ def load_rewards(
             )
         else:
             call = _call(entry, name, f"rewards.{number}", safe)
-        parts.append(Part(name, call, entry.weight, drop=entry.on_bad == "drop"))
+        to_go = entry.credit == "to_go"
+        parts.append(Part(name, call, entry.weight, drop=entry.on_bad == "drop", to_go=to_go))
     return Reward(parts)
 
 
@@ -137,6 +138,12 @@ def _call(entry: RewardConfig, name: str, field: str, safe: bool) -> Callable[..
         if not callable(function):
             raise ConfigError(
                 f"{field}.function: {entry.function} is a {type(function).__name__}, not a function"
+            )
+        if entry.credit == "to_go" and getattr(function, "causal", None) is not True:
+            raise ConfigError(
+                f"{field}.credit: to_go leaves out the rewards of earlier tokens, which is right only "
+                f"where none of them depends on a later token, and {entry.function} does not say so; "
+                "set `causal = True` on the function if it is so, or credit: return"
             )
         return FunctionReward(name, function, timeout=entry.timeout, drop=drop)
 

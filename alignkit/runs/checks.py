@@ -144,6 +144,23 @@ def check_ahead(recipe: Recipe, plan: "Plan") -> None:
             raise ConfigError(f"{place}: `rollout.ahead` does not work here: {reason}")
 
 
+def check_allocation(recipe: Recipe, plan: "Plan") -> None:
+    """Check that sample budgets are asked for by an objective that learns from scored samples of
+    the policy alone. ConfigError.
+    """
+    if recipe.rollout.allocate is None or not plan.samples:
+        return
+    if plan.data == "rollout" and plan.feedback == "reward" and len(plan.samples) == 1:
+        (draw,) = plan.samples
+        if list(draw.models) == ["policy"] and draw.n is None and not plan.coupled:
+            return
+    place = recipe.origin.at(("rollout", "allocate"))
+    raise ConfigError(
+        f"{place}: `rollout.allocate` is for objectives that learn from scored samples of the policy, "
+        "as many as rollout.completions says, such as raft or grpo: leave it out"
+    )
+
+
 def check_appraisal(recipe: Recipe, objective: "Objective", task: Task | None) -> None:
     """Check that an objective that learns from scores or verdicts gets them, from the recipe or
     from the task. ConfigError.
@@ -189,6 +206,13 @@ def check_turns(recipe: Recipe, objective: "Objective", task: Task | None) -> No
             f"{place}: `rollout.ahead` samples single answers beside the training, and not yet "
             "episodes with an environment or tools: leave it out"
         )
+    for number, reward in enumerate(recipe.rewards):
+        if reward.credit == "to_go":
+            place = recipe.origin.at(("rewards", str(number), "credit"))
+            raise ConfigError(
+                f"{place}: `credit: to_go` is for single answers; the rewards of an episode's turns "
+                "come from its environment: leave it out"
+            )
     if recipe.rollout.mask_truncated:
         place = recipe.origin.at(("rollout", "mask_truncated"))
         raise ConfigError(

@@ -42,6 +42,7 @@ from alignkit.runs.row_lengths import check_prompt_lengths, check_row_lengths
 from alignkit.runs.scored_rows import scored, scored_where_visited
 from alignkit.runs.teacher import asking_teacher
 from alignkit.sources.base import Source
+from alignkit.sources.budgets import Allocation
 from alignkit.sources.dataset import DatasetSource, order_of
 from alignkit.sources.rollouts import RolloutSource
 from alignkit.sources.sampled_pairs import SampledPairs
@@ -233,6 +234,9 @@ def _rollouts(
         micro_batch_tokens=int(recipe.train.micro_batch_tokens),
         pass_rate=rollout.pass_rate if context.plan.feedback == "reward" else None,
         refills=rollout.refills,
+        allocation=None
+        if rollout.allocate is None
+        else Allocation(rollout.allocate, rollout.completions, rollout.max_new_tokens),
         mask_truncated=rollout.mask_truncated and FAMILIES[context.plan.data].credited,
         turns=turns,
         correction=correction,

@@ -18,6 +18,7 @@ from alignkit.distributed.launcher import end
 from alignkit.errors import ConfigError, DataError
 from alignkit.runs.checks import (
     check_ahead,
+    check_allocation,
     check_appraisal,
     check_engine,
     check_teacher,
@@ -113,6 +114,7 @@ def _run(
 
     check_engine(recipe, objective)
     check_ahead(recipe, objective.plan)
+    check_allocation(recipe, objective.plan)
     check_teacher(recipe, objective)
     if task is None:
         task = resolve_task(recipe)

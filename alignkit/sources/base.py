@@ -1,11 +1,13 @@
-"""What the training loop asks of a source of data."""
+"""What the training loop asks of a source of data, and what sources that sample share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from alignkit.batches import Bundle
+from alignkit.errors import NumericsError
 
 
 class Source(Protocol):
@@ -31,3 +33,15 @@ class Source(Protocol):
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Put back what `state` returned."""
         ...
+
+
+@contextmanager
+def explained_numerics() -> Iterator[None]:
+    """NumericsError where the policy's log-probs are not finite, with what to do about it."""
+    try:
+        yield
+    except NumericsError as error:
+        raise NumericsError(
+            f"{error}. The updates before this step went too far: lower train.learning_rate, or go on from an earlier "
+            "checkpoint with --resume PATH"
+        ) from error

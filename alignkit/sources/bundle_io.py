@@ -94,6 +94,17 @@ def sampled_bundle(
     )
 
 
+def joined(first: Bundle, second: Bundle) -> Bundle:
+    """One bundle with the completions of two of the same prompt, behind one another."""
+    return replace(
+        first,
+        completions=[*first.completions, *second.completions],
+        masks=[*first.masks, *second.masks],
+        rows={name: torch.cat([values, second.rows[name]]) for name, values in first.rows.items()},
+        tokens={name: [*rows, *second.tokens[name]] for name, rows in first.tokens.items()},
+    )
+
+
 def with_channels(bundles: Sequence[Bundle], channels: Mapping[str, Tensor]) -> list[Bundle]:
     """The bundles with the rows of `channels` [N, T] in their tokens, cut to each completion's
     length. N counts the completions of all bundles.

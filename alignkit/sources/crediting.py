@@ -128,7 +128,7 @@ class Episodes:
 
 
 def _channels(bundles: Sequence[Bundle], tokens: TokenLogps) -> dict[str, Tensor]:
-    """Ids and, of episodes, turns, states and rewards: [N, T] each."""
+    """Ids and, where all bundles have them, turns, states and rewards: [N, T] each."""
     length = tokens.policy.shape[1]
 
     def padded(rows: Sequence[Tensor], filling: float, dtype: torch.dtype) -> Tensor:
@@ -138,8 +138,10 @@ def _channels(bundles: Sequence[Bundle], tokens: TokenLogps) -> dict[str, Tensor
 
     ids = [row for bundle in bundles for row in bundle.completions]
     channels = {"ids": padded(ids, 0, torch.int64)}
-    of_episodes = gather_object([all(name in b.tokens for name in CHANNELS) for b in bundles])
-    for name, (field, filling) in CHANNELS.items() if any(of_episodes) else ():
+    given = gather_object([[name for name in CHANNELS if name in b.tokens] for b in bundles])
+    for name, (field, filling) in CHANNELS.items():
+        if not any(name in names for names in given):
+            continue
         rows = [row for bundle in bundles for row in bundle.tokens[name]]
         dtype = torch.float64 if name == "reward" else torch.int64
         channels[field] = padded(rows, filling, dtype)

@@ -2,8 +2,7 @@
 bundles of the next optimiser steps.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from alignkit.batches import FAMILIES, Bundle, Draw, TokenLogps
 from alignkit.distributed.errors import raise_on_all_ranks
 from alignkit.distributed.gather import concat
-from alignkit.errors import DataError, NumericsError
+from alignkit.errors import DataError
 from alignkit.objectives.base import Objective
 from alignkit.policies.layout import stand_in
 from alignkit.policies.pair import PolicyPair
@@ -23,6 +22,8 @@ from alignkit.rollout.importance import Correction, mismatch, own_rows
 from alignkit.rollout.protocol import Sample, Sampler
 from alignkit.rollout.turns import TurnSampler
 from alignkit.sources.ahead import Ahead, Request
+from alignkit.sources.base import explained_numerics
+from alignkit.sources.budgets import Allocation, alike
 from alignkit.sources.bundle_io import pack, sampled_bundle, unpack, with_channels
 from alignkit.sources.crediting import advantages
 from alignkit.sources.dataset import Order
@@ -30,6 +31,7 @@ from alignkit.sources.episodes import episode_columns
 from alignkit.sources.scoring import (
     Answers,
     FlatScores,
+    Samples,
     Scoring,
     mixed_versions,
     rollout_metrics,
@@ -64,6 +66,9 @@ class RolloutSource:
     # A prompt whose mean score is not between these two makes room for another.
     pass_rate: tuple[float, float] | None = None
     refills: int = 3
+
+    # Gives prompts numbers of completions of their own; None: all have `completions`.
+    allocation: Allocation | None = None
 
     # Completions without an end token keep their score, and their tokens are not trained on.
     mask_truncated: bool = False
@@ -143,7 +148,6 @@ class RolloutSource:
         answers: Answers = []
         bundles: dict[int, list[Bundle]] = {}
         fitting: list[int] = []
-        places_asked = 0
 
         for turn in range(turns):
             # Which prompts a turn takes follows from the rollout's number and the turn alone.
@@ -151,9 +155,14 @@ class RolloutSource:
             positions = [number * turns * size + place for place in mine]
             with raise_on_all_ranks(self.accelerator):
                 turn_answers, turn_bundles = self._answered(positions, 2 * number + half)
+            if self.allocation is not None:
+                (pilot,) = self._requests(positions, 2 * number + half)
+                turn_answers, turn_bundles, budgets = self.allocation.completed(
+                    pilot, turn_answers, turn_bundles, self.sampler, self._further, self.accelerator
+                )
+                self.metrics |= budgets
             answers = [*answers, *turn_answers]
             bundles |= dict(zip(mine, turn_bundles))
-            places_asked += size
 
             own_fitting = [place for place, own in bundles.items() if own and self._fits(own)]
             fitting = sorted(gather_object(own_fitting))
@@ -172,13 +181,14 @@ class RolloutSource:
             self.metrics |= mixed_versions(answers, self.accelerator)
         self.flat_scores.watch(self.metrics, self.accelerator)
         if self.pass_rate:
-            self.metrics["rollout/fitting"] = len(fitting) / places_asked
+            self.metrics["rollout/fitting"] = len(fitting) / (size * (turn + 1))
 
         # Where no prompt fits, none is better than the first ones.
         chosen_places = set(fitting[:size] or range(size))
         chosen = {place: own for place, own in bundles.items() if own and place in chosen_places}
         credited = iter(self._credited([bundle for own in chosen.values() for bundle in own]))
-        return {place: [next(credited) for _ in own] for place, own in chosen.items()}
+        result = {place: [next(credited) for _ in own] for place, own in chosen.items()}
+        return result if self.allocation is None else alike(result, self.accelerator)
 
     def _own_places(self, first: int, end: int) -> list[int]:
         """This rank's places in [first, end)."""
@@ -200,12 +210,9 @@ class RolloutSource:
         """The policy's answers to the prompts at `positions` of the order, and the bundles of each
         prompt with scores or preferences; none where it cannot be used.
         """
-        prompts = [
-            self.prompts[i] for position in positions for i in self.order[position : position + 1]
-        ]
-        step = self.number * self.plan.epochs * self.plan.minibatches
+        prompts = self._prompts_at(positions)
         if self.turns is not None:
-            return self._played(prompts, positions, visit, step)
+            return self._played(prompts, positions, visit)
 
         answers: list[list[Sample]] = [[] for _ in prompts]
         opponents: list[list[Sample]] = [[] for _ in prompts]
@@ -218,15 +225,39 @@ class RolloutSource:
             draws += [index] * (request.draw.n or 0) if request.draw.scored else []
 
         rows = {"draw": torch.tensor(draws)} if len(set(draws)) > 1 else {}
+        scored = self._scored(prompts, answers, opponents, rows)
+        return answers, [[] if bundle is None else [bundle] for bundle in scored]
+
+    def _scored(
+        self, prompts: Sequence[Any], answers: Samples, opponents: Samples, rows: dict[str, Tensor]
+    ) -> list[Bundle | None]:
+        """The bundles of these answers with scores or preferences; None where there are none."""
         bundles = [
             sampled_bundle(prompt, samples, rows, truncated=not self.mask_truncated)
             for prompt, samples in zip(prompts, answers)
         ]
-        scored = self.scoring.score(prompts, bundles, answers, opponents, step)
-        return answers, [[] if bundle is None else [bundle] for bundle in scored]
+        return self.scoring.score(prompts, bundles, answers, opponents, self._first_step)
+
+    def _further(self, positions: Sequence[int], answers: Samples) -> list[Bundle | None]:
+        """The same for answers beside those of a pilot. What a reward reports of itself stays that
+        of the pilot, in which all prompts are alike.
+        """
+        reported = dict(self.scoring.metrics)
+        scored = self._scored(self._prompts_at(positions), answers, [[] for _ in answers], {})
+        self.scoring.metrics = reported
+        return scored
+
+    @property
+    def _first_step(self) -> int:
+        """The optimiser step that the current rollout begins with."""
+        return self.number * self.plan.epochs * self.plan.minibatches
+
+    def _prompts_at(self, positions: Sequence[int]) -> list[Any]:
+        """The prompts at these positions of the order."""
+        return [self.prompts[i] for p in positions for i in self.order[p : p + 1]]
 
     def _played(
-        self, prompts: Sequence[Any], positions: Sequence[int], visit: int, step: int
+        self, prompts: Sequence[Any], positions: Sequence[int], visit: int
     ) -> tuple[Answers, list[list[Bundle]]]:
         """The same for episodes of several turns."""
         assert self.turns is not None
@@ -234,16 +265,13 @@ class RolloutSource:
         counted = replace(draw, n=draw.n or self.completions)
         with explained_numerics():
             rows = self.turns.episodes(prompts, counted, step=visit, prompt_ids=positions)
-        return rows, self.scoring.score_episodes(prompts, rows, positions, step)
+        return rows, self.scoring.score_episodes(prompts, rows, positions, self._first_step)
 
     def _requests(self, positions: Sequence[int], visit: int) -> list[Request]:
         """What the plan's draws ask for. Every draw of every visit gets noise of its own."""
-        prompts = [
-            self.prompts[i].ids
-            for position in positions
-            for i in self.order[position : position + 1]
-        ]
-        counted = [replace(draw, n=draw.n or self.completions) for draw in self.plan.samples]
+        prompts = [prompt.ids for prompt in self._prompts_at(positions)]
+        usual = self.allocation.config.pilot if self.allocation else self.completions
+        counted = [replace(draw, n=draw.n or usual) for draw in self.plan.samples]
         return [
             Request(prompts, draw, visit * len(counted) + index, positions)
             for index, draw in enumerate(counted)
@@ -371,15 +399,3 @@ class RolloutSource:
         }
         if self.drawing is not None:
             self.drawing.load_state(tensors, state["ahead"])
-
-
-@contextmanager
-def explained_numerics() -> Iterator[None]:
-    """NumericsError where the policy's log-probs are not finite, with what to do about it."""
-    try:
-        yield
-    except NumericsError as error:
-        raise NumericsError(
-            f"{error}. The updates before this step went too far: lower train.learning_rate, or go on from an earlier "
-            "checkpoint with --resume PATH"
-        ) from error

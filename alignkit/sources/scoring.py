@@ -133,6 +133,9 @@ class Scoring:
             trainer_state=SimpleNamespace(global_step=step),
         )
         self.metrics |= getattr(self.reward, "metrics", {})
+        by_token = getattr(self.reward, "token_rewards", None)
+        if by_token is not None:
+            bundles = _with_token_rewards(bundles, by_token)
         return [_with_scores(bundle, row) for bundle, row in zip(bundles, scores)]
 
     def _judged(
@@ -157,6 +160,17 @@ class Scoring:
             None if rows is None else replace(bundle, rows={**bundle.rows, **rows})
             for bundle, rows in zip(bundles, verdicts)
         ]
+
+
+def _with_token_rewards(
+    bundles: Sequence[Bundle], by_token: Sequence[Sequence[float]]
+) -> list[Bundle]:
+    """The bundles with the rewards of their completions' tokens."""
+    rows = iter(torch.tensor(numbers, dtype=torch.float64) for numbers in by_token)
+    return [
+        replace(b, tokens={**b.tokens, "reward": [next(rows) for _ in b.completions]})
+        for b in bundles
+    ]
 
 
 def _with_scores(bundle: Bundle, scores: Sequence[float | None]) -> Bundle | None:

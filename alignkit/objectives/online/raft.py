@@ -49,6 +49,9 @@ class RAFT(RolloutObjective):
         0.1, description="forward KL, KL(reference || policy), exact at every sampled prefix"
     )
     keep: PositiveInt = Field(1, description="completions of each prompt that are learned from")
+    threshold: float | None = Field(
+        None, description="completions with a score that is not above this are never kept"
+    )
     aggregation: Aggregation = Field(
         "sequence_sum", description="how token losses become one number: what lengths weigh"
     )
@@ -63,12 +66,18 @@ class RAFT(RolloutObjective):
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:
-        return [cls(), cls(keep=2, aggregation="token_mean"), cls(aggregation="constant", length=4)]
+        return [
+            cls(),
+            cls(keep=2, aggregation="token_mean", threshold=0.2),
+            cls(aggregation="constant", length=4),
+        ]
 
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
         """The share of each completion that is kept, scaled so that their mean is over those kept."""
         same = rollout.groups.unsqueeze(0) == rollout.groups.unsqueeze(1)
         shares = kept_shares(rollout.scores, rollout.groups, self.keep)
+        if self.threshold is not None:
+            shares = shares.where(rollout.scores > self.threshold, 0.0)
         weights = shares * same.sum(-1) / self.keep
         return replace(rollout, advantages=spread(weights, rollout.tokens)), state
 
