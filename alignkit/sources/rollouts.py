@@ -239,9 +239,7 @@ class RolloutSource:
         return self.scoring.score(prompts, bundles, answers, opponents, self._first_step)
 
     def _further(self, positions: Sequence[int], answers: Samples) -> list[Bundle | None]:
-        """The same for answers beside those of a pilot. What a reward reports of itself stays that
-        of the pilot, in which all prompts are alike.
-        """
+        """For answers beside a pilot's: what a reward reports of itself stays that of the pilot."""
         reported = dict(self.scoring.metrics)
         scored = self._scored(self._prompts_at(positions), answers, [[] for _ in answers], {})
         self.scoring.metrics = reported
