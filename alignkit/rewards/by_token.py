@@ -14,10 +14,11 @@ def split(name: str, values: Any, ids: Sequence[Sequence[int]] | None) -> tuple[
     """What a reward returned, with the sum in the place of each list of numbers; and these lists.
 
     `ids` are the own tokens of each completion, of which each needs one number. DataError for lists
-    of another length. What is neither a number nor a list is left for `checked` to refuse.
+    of another length. What is neither a number nor a list is left for `checked` to refuse, and so
+    are lists where the tokens are not known.
     """
     values = values.tolist() if hasattr(values, "tolist") else values
-    if isinstance(values, str) or not isinstance(values, Sequence):
+    if ids is None or isinstance(values, str) or not isinstance(values, Sequence):
         return values, []
 
     scores: list[Any] = []
@@ -29,7 +30,7 @@ def split(name: str, values: Any, ids: Sequence[Sequence[int]] | None) -> tuple[
             by_token.append(None)
             continue
 
-        tokens = None if ids is None or row >= len(ids) else len(ids[row])
+        tokens = len(ids[row]) if row < len(ids) else None
         if tokens != len(entry):
             raise DataError(
                 f"reward {name} returned {len(entry)} numbers for completion {row}, which has "

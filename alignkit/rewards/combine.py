@@ -52,7 +52,7 @@ class Reward:
         ids = columns.get("completion_ids")
         totals: list[float | None] = [None] * len(completions)
         keeps_tokens = ids is not None and any(part.to_go for part in self.parts)
-        by_token: TokenRewards = [[0.0] * len(row) for row in ids] if keeps_tokens else []
+        by_token: TokenRewards = [[0.0] * len(row) for row in ids or ()] if keeps_tokens else []
         aside: set[int] = set()
 
         for part in self.parts:
