@@ -6,6 +6,7 @@ variance most.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +20,7 @@ from alignkit.rollout.protocol import Continuation, Sample, Sampler
 from alignkit.sources.ahead import Request
 from alignkit.sources.base import explained_numerics
 from alignkit.sources.bundle_io import joined
-from alignkit.sources.scoring import scores_of
+from alignkit.sources.scoring import Answers, scores_of
 
 # (positions of prompts in the order, their samples) -> scored bundles, None without a score
 Score = Callable[[Sequence[int], Sequence[Sequence[Sample]]], list[Bundle | None]]
@@ -89,12 +90,12 @@ class Allocation:
     def completed(
         self,
         pilot: Request,
-        answers: Sequence[Sequence[Sample]],
+        answers: Answers,
         bundles: Sequence[Sequence[Bundle]],
         sampler: Sampler,
         score: Score,
         accelerator: Accelerator,
-    ) -> tuple[list[list[Sample]], list[list[Bundle]], dict[str, float]]:
+    ) -> tuple[Answers, list[list[Bundle]], dict[str, float]]:
         """The pilot's answers and scored bundles of this rank's prompts, with those beside them that
         each prompt gets; and what to log of it.
         """
@@ -102,7 +103,8 @@ class Allocation:
         with raise_on_all_ranks(accelerator), explained_numerics():
             rest = self._rest(pilot, counts, sampler)
             together = _with_rest(pilot.positions, bundles, rest, score)
-        return [[*first, *more] for first, more in zip(answers, rest)], together, metrics
+        every: list[list[Any]] = [[*first, *more] for first, more in zip(answers, rest)]
+        return every, together, metrics
 
     def _counts(
         self,
