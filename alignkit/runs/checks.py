@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from alignkit.config.data import DataConfig
 from alignkit.config.recipe import Recipe
+from alignkit.config.row_sources import RowSource
 from alignkit.config.validation import nearest
 from alignkit.data.file_formats import SUFFIXES, data_suffix
 from alignkit.data.read import HeldOut, open_source, read_rows
@@ -60,11 +61,13 @@ def _check_splits(data: DataConfig) -> None:
     """Raises DataError for splits that do not exist, of sources whose splits somebody names and of
     saved sets, which say quickly which they have.
     """
-    trained = [(s, s, s.split or data.split) for s in data.sources()]
-    held_out = [
-        (s, HeldOut(s), s.split or data.eval_split) for s in data.held_out_sources().values()
+    parts: list[tuple[RowSource, RowSource | HeldOut, str | None]] = [
+        (source, source, source.split or data.split) for source in data.sources()
     ]
-    for source, part, split in (*trained, *held_out):
+    for source in data.held_out_sources().values():
+        parts.append((source, HeldOut(source), source.split or data.eval_split))
+
+    for source, part, split in parts:
         name = source.source
         is_saved = (Path(name).expanduser() / "dataset_dict.json").is_file()
         named = split not in (None, "train") or is_saved
