@@ -52,6 +52,7 @@ def recipe(tmp_path, monkeypatch):
     return written
 
 
+@pytest.mark.long
 def test_each_objective_has_a_run_near_each_kl(recipe, tmp_path):
     results = compare(recipe())
     matched = results["matched"]
