@@ -27,7 +27,7 @@ def check_data(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes that tokenise many rows (default: one for each core)."),
+        typer.Option(min=1, help="Processes that tokenise many rows (default: 1)."),
     ] = None,
 ) -> None:
     """Read every row and count what is wrong, with row numbers. Exit 3 if training would refuse the

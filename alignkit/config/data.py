@@ -89,7 +89,7 @@ class DataConfig(Section):
         "error", description="malformed rows stop the run, or are dropped and counted"
     )
     workers: Literal["auto"] | PositiveInt = Field(
-        "auto",
+        1,
         description="processes that tokenise sets of many rows; auto: one for each core, at most 8",
     )
 

@@ -71,7 +71,7 @@ def _begin(call: Callable[[Any], Any]) -> None:
     _call = call
     gc.freeze()  # what is not looked at stays in the memory that is shared
     ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setsid()  # a signal to the whole group reaches the parent alone, which ends it in order
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)  # the threads of the parent were not forked

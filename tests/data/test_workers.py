@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -106,6 +107,28 @@ def test_processes_end_with_their_parent(tmp_path):
     while any(_runs(int(path.name)) for path in tmp_path.iterdir()):
         assert time.monotonic() < until, "a process outlives the one that started it"
         time.sleep(0.01)
+
+
+def test_a_signal_to_the_whole_group_ends_all(tmp_path):
+    """As Ctrl-C in a terminal and `timeout` send it."""
+
+    def sleep(number):
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(0.05)
+
+    def work():
+        os.setpgrp()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        list(in_order(sleep, range(10_000), 2))
+
+    parent = multiprocessing.get_context("fork").Process(target=work)
+    parent.start()
+    while len(list(tmp_path.iterdir())) < 2:
+        time.sleep(0.01)
+    os.killpg(parent.pid, signal.SIGTERM)
+    parent.join(20)
+    assert parent.exitcode == 143
+    assert not any(_runs(int(path.name)) for path in tmp_path.iterdir())
 
 
 def _runs(process: int) -> bool:
