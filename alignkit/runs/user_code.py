@@ -41,7 +41,7 @@ def compute_metrics(
             "data.eval (objectives that sample have none: measure what they sample with a reward)"
         )
 
-    function = context.task.compute_metrics if isinstance(context.task, LiveTask) else None
+    function: Any = context.task.compute_metrics if isinstance(context.task, LiveTask) else None
     if function is None:
         function = load_object(spec, what="train.compute_metrics", safe=context.safe)
     if not callable(function):
