@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install demo gpu test test-long test-templates test-faults test-trl-matrix test-vllm test-wheel lint docs bench reproduce clean
+.PHONY: install demo gpu test test-long test-templates test-trackers test-faults test-trl-matrix test-vllm test-wheel lint docs bench reproduce clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -24,6 +24,10 @@ test-long: $(STAMP)  ## tests that train until a figure is reached, and longer c
 
 test-templates: $(STAMP)  ## every chat template in TRL's package: the same ids and masks as TRL, or a listed reason
 	$(SINGLE) $(BIN)/python -m pytest -m slow tests/data/test_template_parity.py
+
+test-trackers: $(STAMP)  ## runs that report to tensorboard and wandb, read back; installed here alone, since they slow down every import
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trackers]'
+	$(SINGLE) $(BIN)/python -m pytest -rs tests/runs/test_trackers.py
 
 test-faults: $(STAMP)  ## 50 runs killed at random moments, each taken up again and compared bit by bit
 	$(SINGLE) ALIGNKIT_KILLS=50 $(BIN)/python -m pytest -s tests/faults

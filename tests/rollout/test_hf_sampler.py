@@ -281,7 +281,7 @@ BAD = [
     ({}, {"draw": Draw(0)}, ConfigError, "0 completions"),
     ({}, {"prompt_ids": [0, 1]}, ConfigError, "2 prompt ids"),
     ({}, {"prompts": [torch.tensor([], dtype=torch.int64)]}, DataError, "no tokens"),
-    ({}, {"prompts": [torch.ones(62, dtype=torch.int64)]}, ConfigError, "context of 64"),
+    ({}, {"prompts": [torch.ones(63, dtype=torch.int64)]}, ConfigError, "context of 64"),
     (
         {},
         {"draw": Draw(1, weights={"policy": 0.5, "reference": 0.5})},
