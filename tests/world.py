@@ -64,6 +64,16 @@ def pair_rows(n: int) -> list[dict[str, str]]:
     ]
 
 
+def write_inputs(folder: Path) -> None:
+    """What a small comparison reads: a model, pairs, prompts and a reward that looks for w5."""
+    save_model(folder / "model")
+    write_rows(folder / "pairs.jsonl", pair_rows(6))
+    write_rows(folder / "prompts.jsonl", [{"prompt": f"w{i}"} for i in range(3, 8)])
+    (folder / "worth.py").write_text(
+        "def worth(completions, **_):\n    return [float('w5' in text) for text in completions]\n"
+    )
+
+
 def run(*arguments: object) -> int:
     """Exit code of the command line in this process."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}

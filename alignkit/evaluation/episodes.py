@@ -4,7 +4,6 @@ recipe, or its task, has an environment or tools.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -15,13 +14,13 @@ from alignkit.data.prompts import Prompt
 from alignkit.metrics.intervals import Array
 from alignkit.policies.module import context_length
 from alignkit.policies.pair import PolicyPair
-from alignkit.rewards.call import RewardCall, call_reward
+from alignkit.rewards.call import RewardCall
 from alignkit.rollout.environment_pool import Environments
 from alignkit.rollout.episodes import Episode
 from alignkit.rollout.hf import HFSampler
 from alignkit.rollout.play import renderer_for, told
 from alignkit.rollout.turns import TurnSampler
-from alignkit.sources.episodes import completion_text, warn_of_failures
+from alignkit.sources.episodes import message_scores, warn_of_failures
 
 Rows = Sequence[Sequence[Episode]]  # P x K
 
@@ -103,16 +102,7 @@ def scores(
         return total
 
     played = [[episode for episode in row if episode.failed is None] for row in rows]
-    opened = [
-        SimpleNamespace(text=row[0].prompt if row else prompt.text, columns=prompt.columns)
-        for prompt, row in zip(prompts, played)
-    ]
-    texts = [
-        [completion_text(episode, not isinstance(prompt.text, str)) for episode in row]
-        for prompt, row in zip(prompts, played)
-    ]
-    ids = [[[i for s in e.segments for i in s.ids.tolist()] for e in row] for row in played]
-    given = call_reward(reward, opened, texts, ids)
+    given = message_scores(reward, prompts, played)
     for place, row in enumerate(given):
         known = [np.nan if score is None else score for score in row]
         total[place, ~np.isnan(total[place])] += known

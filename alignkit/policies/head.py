@@ -195,7 +195,10 @@ class _Statistic(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.gradient.mul_(grad[:, None]), None, None
+        # Scaled in place, so a second pass would scale it twice: it finds none instead.
+        gradient = ctx.gradient
+        ctx.gradient = None
+        return None, gradient.mul_(grad[:, None]), None, None
 
 
 class _Chunked(torch.autograd.Function):

@@ -27,9 +27,7 @@ Layout = Literal["shared_prefix", "padded"]
 
 @dataclass(frozen=True)
 class Rows:
-    """R rows of L tokens, and where the M trained tokens of N
-    completions (padded to T) are in them.
-    """
+    """R rows of L tokens, and where the M trained tokens of N completions (padded to T) are."""
 
     input_ids: Tensor  # [R, L] int64
     position_ids: Tensor  # [R, L] int64, depth in the row's tree

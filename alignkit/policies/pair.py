@@ -175,9 +175,7 @@ class PolicyPair:
 
     @property
     def packing(self) -> float | None:
-        """The `packing` of `build_rows`: the policy's, if every
-        anchor's attention can take packed rows too.
-        """
+        """The `packing` of `build_rows`: the policy's, if every anchor can take packed rows too."""
         others = [a.module for a in self.anchors.values() if a.module is not None]
         if not all(module.packing for module in [self.base, *others]):
             return None

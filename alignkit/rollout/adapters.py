@@ -19,7 +19,41 @@ from typing import Any
 Step = tuple[str, float, bool]  # what the world says, the reward, whether the episode has ended
 
 
-class GymnasiumWorld:
+class _TextWorld:
+    """What worlds have in common whose actions and observations are made of, and into, text.
+
+    act  makes an action of a turn's text
+    see  makes a text of an observation
+    """
+
+    def __init__(self, *, act: Callable[[str], Any], see: Callable[[Any], str] = str) -> None:
+        self.act = act
+        self.see = see
+
+    def seed(self, number: int) -> None:
+        """Of what the world draws in the next episode, where it draws anything."""
+        self.number = number % (1 << 31)
+
+    def step(self, text: str) -> Step:
+        """The observation after an action, its reward, and whether it ended the episode."""
+        try:
+            action = self.act(text)
+        except ValueError as error:
+            return str(error), 0.0, False
+        observation, reward, ended = self._acted(action)
+        self.seen = self.see(observation)
+        return self.seen, reward, ended
+
+    def state(self) -> str:
+        """The observation in which the next turn is taken."""
+        return self.seen
+
+    def _acted(self, action: Any) -> tuple[Any, float, bool]:
+        """The observation, the reward and whether the episode has ended."""
+        raise NotImplementedError
+
+
+class GymnasiumWorld(_TextWorld):
     """An environment of Gymnasium (`gymnasium.Env`) whose actions and observations have a text.
 
     act  makes an action of a turn's text
@@ -29,13 +63,8 @@ class GymnasiumWorld:
     def __init__(
         self, world: Any, *, act: Callable[[str], Any] = str, see: Callable[[Any], str] = str
     ) -> None:
+        super().__init__(act=act, see=see)
         self.world = world
-        self.act = act
-        self.see = see
-
-    def seed(self, number: int) -> None:
-        """Of what the world draws in the next episode."""
-        self.number = number % (1 << 31)
 
     def reset(self, **row: Any) -> str:
         """A new episode; the first observation. The row goes along as Gymnasium's `options`."""
@@ -43,24 +72,14 @@ class GymnasiumWorld:
         self.seen = self.see(observation)
         return self.seen
 
-    def step(self, text: str) -> Step:
-        """The observation after an action, its reward, and whether it ended the episode."""
-        try:
-            action = self.act(text)
-        except ValueError as error:
-            return str(error), 0.0, False
+    def _acted(self, action: Any) -> tuple[Any, float, bool]:
         observation, reward, terminated, truncated, _ = self.world.step(action)
-        self.seen = self.see(observation)
-        return self.seen, float(reward), bool(terminated or truncated)
-
-    def state(self) -> str:
-        """The observation in which the next turn is taken."""
-        return self.seen
+        return observation, float(reward), bool(terminated or truncated)
 
 
-class OpenEnvWorld:
-    """An OpenEnv server, over the client that speaks with it: anything with `reset(**row)` and
-    `step(action)` whose results have `observation`, `reward` and `done`.
+class OpenEnvWorld(_TextWorld):
+    """An OpenEnv server, over the client that speaks with it: anything with `reset(seed=...)`
+    and `step(action)` whose results have `observation`, `reward` and `done`.
 
         def World():
             client = GenericEnvClient(base_url="http://127.0.0.1:8000").sync()
@@ -73,29 +92,14 @@ class OpenEnvWorld:
     def __init__(
         self, client: Any, *, act: Callable[[str], Any], see: Callable[[Any], str] = str
     ) -> None:
+        super().__init__(act=act, see=see)
         self.client = client
-        self.act = act
-        self.see = see
-
-    def seed(self, number: int) -> None:
-        """Of what the server draws in the next episode, where its `reset` takes a seed."""
-        self.number = number % (1 << 31)
 
     def reset(self, **row: Any) -> str:
         """A new episode; the first observation."""
         self.seen = self.see(self.client.reset(seed=self.number).observation)
         return self.seen
 
-    def step(self, text: str) -> Step:
-        """The observation after an action, its reward, and whether it ended the episode."""
-        try:
-            action = self.act(text)
-        except ValueError as error:
-            return str(error), 0.0, False
+    def _acted(self, action: Any) -> tuple[Any, float, bool]:
         result = self.client.step(action)
-        self.seen = self.see(result.observation)
-        return self.seen, float(result.reward or 0.0), bool(result.done)
-
-    def state(self) -> str:
-        """The observation in which the next turn is taken."""
-        return self.seen
+        return result.observation, float(result.reward or 0.0), bool(result.done)

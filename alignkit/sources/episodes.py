@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignkit.batches import Bundle
+from alignkit.rewards.call import RewardCall, call_reward
 from alignkit.rollout.episodes import Episode, Segment
 
 MOST_EPISODES = 1 << 20  # of one prompt
@@ -72,6 +74,31 @@ def _bundle(uid: str, members: Sequence[tuple[Segment, dict[str, float]]]) -> Bu
             "reward": [segment.rewards for segment in segments],
         },
     )
+
+
+def message_scores(
+    reward: RewardCall,
+    prompts: Sequence[Any],
+    rows: Sequence[Sequence[Episode]],
+    **columns: Any,
+) -> list[list[float | None]]:
+    """What `reward` makes of the messages of each prompt's episodes; None where it does not apply.
+
+    It reads the opening that the world has written, where there is one. `columns` go to the reward.
+    """
+    opened = [
+        SimpleNamespace(text=row[0].prompt if row else prompt.text, columns=prompt.columns)
+        for prompt, row in zip(prompts, rows)
+    ]
+    texts = [
+        [completion_text(episode, not isinstance(prompt.text, str)) for episode in row]
+        for prompt, row in zip(prompts, rows)
+    ]
+    ids = [
+        [[i for segment in episode.segments for i in segment.ids.tolist()] for episode in row]
+        for row in rows
+    ]
+    return call_reward(reward, opened, texts, ids, **columns)
 
 
 def completion_text(episode: Episode, chat: bool) -> Any:

@@ -19,11 +19,7 @@ from alignkit.judges.rows import INVALID, Compare, judged
 from alignkit.rewards.call import RewardCall, call_reward
 from alignkit.rollout.episodes import Episode
 from alignkit.rollout.protocol import Sample
-from alignkit.sources.episodes import (
-    bundles_of,
-    completion_text,
-    warn_of_failures,
-)
+from alignkit.sources.episodes import bundles_of, message_scores, warn_of_failures
 
 log = logging.getLogger("alignkit")
 
@@ -87,20 +83,8 @@ class Scoring:
         played = [[episode for episode in row if episode.failed is None] for row in rows]
         given: list[list[float | None]] = [[0.0 for _ in row] for row in played]
         if self.reward is not None:
-            opened = [
-                SimpleNamespace(text=row[0].prompt if row else prompt.text, columns=prompt.columns)
-                for prompt, row in zip(prompts, rows)
-            ]
-            texts = [
-                [completion_text(episode, not isinstance(prompt.text, str)) for episode in row]
-                for prompt, row in zip(prompts, played)
-            ]
-            ids = [
-                [[i for segment in e.segments for i in segment.ids.tolist()] for e in row]
-                for row in played
-            ]
             state = SimpleNamespace(global_step=step)
-            given = call_reward(self.reward, opened, texts, ids, trainer_state=state)
+            given = message_scores(self.reward, prompts, played, trainer_state=state)
             self.metrics |= getattr(self.reward, "metrics", {})
 
         return [

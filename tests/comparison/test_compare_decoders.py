@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from world import pair_rows, save_model, write_rows
+from world import write_inputs
 
 from alignkit.comparison.compare import compare
 from alignkit.comparison.decoders import expand_decoders
@@ -32,12 +32,7 @@ compare:
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_model(tmp_path / "model")
-    write_rows(tmp_path / "pairs.jsonl", pair_rows(6))
-    write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"w{i}"} for i in range(3, 8)])
-    (tmp_path / "worth.py").write_text(
-        "def worth(completions, **_):\n    return [float('w5' in text) for text in completions]\n"
-    )
+    write_inputs(tmp_path)
 
     def written(text=RECIPE):
         (tmp_path / "both.yaml").write_text(text)
