@@ -14,7 +14,7 @@ from alignkit.errors import CheckpointError, ConfigError
 from alignkit.files import write_json, writing
 from alignkit.runs.inputs import changed_inputs, content_hash
 from alignkit.training import checkpoint
-from alignkit.training.run_folder import compare as differences
+from alignkit.training.identity import compare as differences
 
 FILE = "outcome.json"
 Status = Literal["new", "started", "finished", "failed"]

@@ -81,7 +81,7 @@ def with_resolved_autos(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """The recipe with each `auto` replaced by what the run in its output_dir resolved it to, and a
     sentence about every other difference from that run's recipe.
     """
-    from alignkit.training.run_folder import compare
+    from alignkit.training.identity import compare
 
     file = Path(recipe.output_dir).expanduser() / "recipe.yaml"
     if not file.is_file():
@@ -114,7 +114,8 @@ def told_apart(error: DataError, recipe: Recipe) -> AlignkitError:
     first: that the run in output_dir was trained on other data.
     """
     from alignkit.training import checkpoint
-    from alignkit.training.run_folder import RunFolder, compare
+    from alignkit.training.identity import compare
+    from alignkit.training.run_folder import RunFolder
 
     run = RunFolder(recipe.output_dir)
     file = run.path / "recipe.yaml"
@@ -137,7 +138,8 @@ def check_unsigned_result(recipe: Recipe) -> None:
     """
     from alignkit.files import MANIFEST
     from alignkit.training import checkpoint
-    from alignkit.training.run_folder import RunFolder, compare
+    from alignkit.training.identity import compare
+    from alignkit.training.run_folder import RunFolder
 
     run = RunFolder(recipe.output_dir)
     is_signed = (run.model / MANIFEST).exists() or checkpoint.steps(run.checkpoints)

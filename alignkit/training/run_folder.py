@@ -12,6 +12,7 @@ from typing import Any
 from alignkit import files
 from alignkit.errors import CheckpointError, ConfigError, ResourceError
 from alignkit.training import checkpoint
+from alignkit.training.identity import differences_between, is_longer_run, not_compared
 from alignkit.training.log_end import cut_behind, rows_backwards
 from alignkit.training.ownership import (
     CARD,
@@ -20,13 +21,6 @@ from alignkit.training.ownership import (
     refuse_foreign_files,
     refuse_to_write_over,
 )
-
-# Parts of an identity that earlier versions did not record, in words.
-ADDED = {
-    "weights": "the weights of the models",
-    "code": "the code that the recipe names",
-    "prompts": "the other columns of the prompts",
-}
 
 
 class RunFolder:
@@ -141,13 +135,13 @@ class RunFolder:
         if newest is None:
             return None, ["no checkpoint yet: starting from the beginning"]
 
-        differences = compare(newest.identity, comparable(newest.identity, identity))
-        more_steps = _more_steps(newest.identity, identity)
+        differences = differences_between(newest.identity, identity)
+        more_steps = is_longer_run(newest.identity, identity)
         if differences and not more_steps:
             raise _another_run(f"checkpoint {newest.path.name} belongs to", differences)
 
         notes = [f"skipped damaged checkpoint {v.path.name}: {v.reason}" for v in damaged]
-        notes += _not_compared(newest, identity)
+        notes += not_compared(newest.path.name, newest.identity, identity)
         if more_steps:
             notes.append(
                 f"more steps than before ({'; '.join(differences)}): the schedule of the learning rate now ends at step {steps}, "
@@ -173,9 +167,9 @@ class RunFolder:
             identity = files.read_manifest(path).get("identity")
             if not isinstance(identity, Mapping):  # absent, damaged, or of an earlier version
                 continue
-            recorded = {section: identity.get(section) for section in recipe}
-            differences = compare(recorded, recipe)
-            if differences and not _more_steps(recorded, recipe):
+            recorded = {section: identity[section] for section in recipe if section in identity}
+            differences = differences_between(recorded, recipe)
+            if differences and not is_longer_run(recorded, recipe):
                 raise _another_run(words, differences)
 
     def is_result_of(self, identity: Mapping[str, Any]) -> bool:
@@ -194,8 +188,8 @@ class RunFolder:
             whole = [v for v in checkpoint.verify(self.checkpoints) if v.reason is None]
             finished = files.read_manifest(whole[-1].path)["identity"] if whole else identity
 
-        differences = compare(finished, comparable(finished, identity))
-        if _more_steps(finished, identity):
+        differences = differences_between(finished, identity)
+        if is_longer_run(finished, identity):
             return False
         if differences:
             raise _another_run(f"{self.path} is finished and the result of", differences)
@@ -304,43 +298,6 @@ def _another_run(words: str, differences: Sequence[str]) -> CheckpointError:
     )
 
 
-def comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity `new` without what a checkpoint of an earlier
-    version, of identity `old`, does not have.
-    """
-    return {key: value for key, value in new.items() if key in old or key not in ADDED}
-
-
-def _not_compared(old: checkpoint.Checkpoint, new: Mapping[str, Any]) -> list[str]:
-    """A line for the user about what `comparable` leaves out."""
-    missing = [ADDED[key] for key in ADDED if key not in old.identity and new.get(key)]
-    if not missing:
-        return []
-    return [
-        f"{old.path.name} is of an earlier version and does not say whether {', '.join(missing)} have changed"
-    ]
-
-
-def _more_steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether the identities differ in nothing but that the new run is longer."""
-    before = old.get("train")
-    after = new.get("train")
-    if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
-        return False
-
-    longer = []
-    for field in ("steps", "epochs"):
-        old_length = before.get(field)
-        new_length = after.get(field)
-        if old_length != new_length:
-            longer.append(
-                old_length is not None and new_length is not None and old_length < new_length
-            )
-    same_length = {**after, **{field: before.get(field) for field in ("steps", "epochs")}}
-    rest = compare(old, {**comparable(old, new), "train": same_length})
-    return bool(longer) and all(longer) and not rest
-
-
 def _cut(file: Path, step: int) -> int:
     """Cut the file back to the row of `step`; how many lines had to go because they have no step
     that can be read.
@@ -363,18 +320,3 @@ def _cut(file: Path, step: int) -> int:
 def _step(row: Mapping[str, Any]) -> int | None:
     step = row.get("step")
     return step if isinstance(step, int) else None
-
-
-def compare(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Every leaf in which two nested mappings differ, as "name: old -> new"."""
-    differences = []
-    for key in sorted({*old, *new}):
-        before = old.get(key)
-        after = new.get(key)
-        name = f"{prefix}{key}"
-
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            differences += compare(before, after, f"{name}.")
-        elif before != after:
-            differences.append(f"{name}: {before} -> {after}")
-    return differences
