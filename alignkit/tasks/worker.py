@@ -24,7 +24,7 @@ def run_apart(name: str, folder: Path, teacher_of: Path | None = None) -> None:
     """
     what = "base model and rows" if teacher_of is None else "teacher"
     # A warning, so that programs that have set up no logging see why they wait.
-    log.warning("making the task `%s` (%s; once, under a minute) ...", name, what)
+    log.warning("making the task `%s` (%s; once, about a minute) ...", name, what)
 
     environment = {
         variable: value
