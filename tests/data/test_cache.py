@@ -267,6 +267,24 @@ def test_rows_that_change_while_they_are_read_are_refused(kinds, path, folder, m
     assert entries(folder) == []
 
 
+def test_an_entry_is_mapped_without_pandas(kinds, path, folder):
+    """A short run on many rows would spend longer on importing it than on the rows it visits."""
+    config = DataConfig(train=str(path), on_bad_row="drop")
+    load_bundles(config, "pair", kinds["chat"])
+    (entry,) = entries(folder)
+    look = (
+        "import sys; from pathlib import Path; from alignkit.data.stored import StoredBundles; "
+        f"bundles = StoredBundles(Path({str(folder / entry)!r})); "
+        "print(len(bundles), len(bundles[0].prompt), 'pandas' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+
+    rows, tokens, imported = out.stdout.split()
+    assert int(rows) >= len(TEXTS)
+    assert int(tokens) > 0
+    assert imported == "False"
+
+
 def test_few_rows_need_no_entry(kinds, path, folder, monkeypatch):
     monkeypatch.setattr(cache_module, "FEW", 100)
     bundles, _ = load_bundles(DataConfig(train=str(path)), "pair", kinds["chat"])
