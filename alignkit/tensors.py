@@ -40,6 +40,11 @@ def reverse_cumsum(values: Tensor) -> Tensor:
     return values.flip(-1).cumsum(-1).flip(-1)
 
 
+def last_value(values: Tensor, mask: Tensor) -> Tensor:
+    """The value at each row's last unmasked token, 0 in a row without one: [N, T] x 2 -> [N]."""
+    return masked_sum(values, mask & (reverse_cumsum(mask.long()) == 1))
+
+
 def gather_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probs of `labels` under `logits`, log-softmax in float32
     or wider. [..., V], [...] -> [...].

@@ -259,8 +259,9 @@ def preference_margins(
     learn from pairs, has no such reward, or compares with what its run alone had.
     """
     if objective is not None:
-        unknown_anchors = set(objective.plan.anchors) - pair.anchors.keys()
-        if objective.plan.data != "pair" or objective.plan.outputs or unknown_anchors:
+        plan = objective.plan
+        own = set(plan.anchors) - pair.anchors.keys() or plan.outputs or plan.values
+        if plan.data != "pair" or own:
             return None
 
     bundles, _ = load_bundles(data or DataConfig(), "pair", pair.tokenizer, source=source)

@@ -17,8 +17,10 @@ from transformers import AutoConfig
 from alignkit.config.model import ModelConfig
 from alignkit.errors import ModelError
 from alignkit.files import write_json
+from alignkit.policies.bins import save_bins
 from alignkit.policies.dtensors import full
 from alignkit.policies.reference import START_ADAPTER
+from alignkit.policies.reward_head import save_reward_head
 from alignkit.policies.weights import model_folder, weight_files
 
 log = logging.getLogger("alignkit")
@@ -99,6 +101,16 @@ def save_model(model: Any, folder: Path | str, dtype: torch.dtype | None) -> Non
     else:
         assert dtype is not None
         save_in_dtype(model, folder, model.state_dict(), dtype)
+
+
+def save_heads(module: Any, folder: Path | str, *, writes: bool) -> None:
+    """Write what a policy's module has beside its model and a finished run needs: the bins of a
+    learned value, the rewards of whole completions. As `save_bins` in several processes.
+    """
+    if module.bin_head is not None:
+        save_bins(module.bin_head, folder, writes=writes)
+    if module.rewards:
+        save_reward_head(module.value_head, folder, writes=writes)
 
 
 def save_adapter(model: Any, folder: Path | str, state: dict[str, Tensor] | None = None) -> None:

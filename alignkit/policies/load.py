@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from alignkit.batches import Bundle, Plan
+from alignkit.batches import FAMILIES, Bundle, Plan
 from alignkit.config.model import ModelConfig, ReferenceConfig, TargetConfig
 from alignkit.errors import ConfigError, ModelError, first_line
 from alignkit.policies.adapters import (
@@ -313,6 +313,17 @@ def _probed(base: PolicyModule, model: ModelConfig, bundle: Bundle) -> tuple[Lay
     return choose_layout(base, model.layout, bundle)
 
 
+def _is_reward(plan: Plan, model: ModelConfig) -> bool:
+    """Whether the values are rewards of given completions. ConfigError with an adapter."""
+    rewards = plan.values and not FAMILIES[plan.data].sampled
+    if rewards and model.adapter is not None:
+        raise ConfigError(
+            "model.adapter: a model that is a reward too is trained whole, so that its files are a "
+            "classifier's; leave the adapter out"
+        )
+    return rewards
+
+
 def load_pair(
     model: ModelConfig,
     reference: ReferenceConfig,
@@ -344,6 +355,7 @@ def load_pair(
     layout, about_layout = _probed(base, model, probe)
     base.router, about_router = router_of(start.loaded, router_aux_loss)
     notes = [note for note in (about_layout, about_router) if note]
+    base.rewards = _is_reward(plan, model)
     base.temperature = temperature  # before anchors are copied from it
     if temperature != 1:
         notes.append(

@@ -35,7 +35,7 @@ def load_scorer(
         )
     tokenizer = load_tokenizer(model)
     torch.manual_seed(seed)
-    with _without_warnings():
+    with quiet_loading():
         loaded, dropout = load_model(model, device=device, dtype=dtype, outputs=plan.outputs)
     check_vocabulary(loaded, tokenizer, model.name_or_path)
     if model.gradient_checkpointing:
@@ -52,7 +52,7 @@ def load_scorer(
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Silence transformers' warning that a head is new and another unused, which is intended."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -111,6 +111,7 @@ class PolicyModule(nn.Module):
         self.temperature = 1.0  # divides the logits: log-probs are those of samples drawn at it
         self.router: Router | None = None  # set where its auxiliary loss is trained on
         self.value_head: nn.Linear | None = None
+        self.rewards = False  # whether the values are rewards of whole texts, saved with the model
         self.bin_head: BinHead | None = None
         first = next(model.parameters())
         width = model.config.get_text_config().hidden_size

@@ -19,9 +19,8 @@ from torch.distributed.tensor import DTensor
 from alignkit.batches import Bundle, Outputs, Plan, TokenLogps, whole_lengths
 from alignkit.config.train import MeshConfig
 from alignkit.errors import CheckpointError, ModelError
-from alignkit.policies.bins import save_bins
 from alignkit.policies.dtensors import like
-from alignkit.policies.export import save_model, with_fields
+from alignkit.policies.export import save_heads, save_model, with_fields
 from alignkit.policies.head import AnchorLaws, AnchorStates
 from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches
 from alignkit.policies.lazy import changed
@@ -385,8 +384,7 @@ class PolicyPair:
                 save_model(model, folder, self.save_dtype)
             else:
                 save_sharded(model, Path(folder), self.save_dtype, writes=writes)
-        if self.base.bin_head is not None:
-            save_bins(self.base.bin_head, folder, writes=writes)
+        save_heads(self.base, folder, writes=writes)
         if self.tokenizer is not None and writes:
             self.tokenizer.save_pretrained(folder)
 

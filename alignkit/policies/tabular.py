@@ -82,6 +82,8 @@ class Tree:
         anchor = self.logprobs(anchors[plan.anchors[0]]).flatten(0, 1) if plan.anchors else None
 
         extras = {}
+        if plan.values:  # of a head that has learned nothing
+            extras["values"] = torch.zeros(self.mask.shape, dtype=policy.dtype)
         for name, statistic in plan.statistics.items():
             flat = statistic(policy.flatten(0, 1), anchor, self.tokens.flatten())
             values = flat.reshape(self.mask.shape)

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from pydantic import ValidationError
 from alignkit.config.plugins import load_object
 from alignkit.config.rewards import RewardConfig
 from alignkit.errors import ConfigError, ModelError
+from alignkit.policies.load_scorer import quiet_loading
+from alignkit.policies.reward_head import has_reward_head, put_reward_head
 from alignkit.policies.weights import check_files
 from alignkit.rewards.combine import Part, Reward
 from alignkit.rewards.functions import FormatMatch, FunctionReward, LengthPenalty
@@ -82,19 +85,27 @@ def load_classifier(
     device: Any = "cpu",
     field: str = "rewards.model",
 ) -> tuple[Any, Any]:
-    """A sequence-classification model that knows its pad token, and its tokenizer. Raises
-    ModelError, which names `field`.
+    """A sequence-classification model that knows its pad token, and its tokenizer; also a language
+    model with a reward head beside it. Raises ModelError, which names `field`.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     if Path(name_or_path).is_dir():
         check_files(Path(name_or_path), field)
+    with_head = has_reward_head(name_or_path)
+    outputs = {"num_labels": 1} if with_head else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
-        model = AutoModelForSequenceClassification.from_pretrained(name_or_path, revision=revision)
+        with quiet_loading() if with_head else nullcontext():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                name_or_path, revision=revision, **outputs
+            )
     except Exception as error:  # loaders raise anything, from OSError to SafetensorError
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"{field}: {name_or_path} could not be loaded: {reason}") from error
+
+    if with_head:
+        put_reward_head(model, name_or_path)
 
     # The classifier reads the last token that is not padding, so it must know its padding.
     config = model.config.get_text_config()

@@ -55,7 +55,17 @@ class TextScorer:
         else:
             reply = as_reply(prompt, completion) if isinstance(completion, str) else completion
             ids = self.template.ids([*prompt, *reply])
-        return self.within_context(ids)
+        return self.within_context(self._without_end(ids, chat=not isinstance(prompt, str)))
+
+    def _without_end(self, ids: list[int], *, chat: bool) -> list[int]:
+        """What a reward head reads: the tokens before the one that ends the completion, after which
+        templates may write more. Other models read all of them.
+        """
+        end = self.tokenizer.eos_token_id
+        if not getattr(self.model.config, "alignkit_before_end", False) or end not in ids:
+            return ids
+        last = len(ids) - 1 - ids[::-1].index(end)
+        return ids[:last] if chat or last == len(ids) - 1 else ids
 
     def within_context(self, ids: list[int]) -> list[int]:
         """The ids as they are; DataError where the model cannot read so many."""

@@ -38,6 +38,7 @@ from alignkit.rollout.protocol import Models
 from alignkit.rollout.text import as_reply, decode
 from alignkit.runs.agents import environments_of, shown_episodes, turn_sampler
 from alignkit.runs.context import RunContext
+from alignkit.runs.row_ends import check_row_ends
 from alignkit.runs.row_lengths import check_prompt_lengths, check_row_lengths
 from alignkit.runs.scored_rows import scored, scored_where_visited
 from alignkit.runs.teacher import asking_teacher
@@ -78,7 +79,10 @@ def fixed_data(context: RunContext) -> JobData:
     pair = context.pair
 
     def load(config: DataConfig, source: RowsSource) -> tuple[Sequence[Bundle], Report]:
-        return load_bundles(config, plan.data, pair.tokenizer, source=source)
+        bundles, report = load_bundles(config, plan.data, pair.tokenizer, source=source)
+        if plan.values:
+            check_row_ends(bundles, pair.tokenizer, report.source)
+        return bundles, report
 
     mixture = load_mixture(recipe.data, load, context.training_rows)
     bundles = mixture.rows
