@@ -1,13 +1,17 @@
 """`alignkit eval`: finished models measured. What it does is in `alignkit.evaluation.evaluate`."""
 
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from alignkit.cli.options import AllowPrivateJudge, Safe, Seed
 from alignkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from alignkit.evaluation.request import Request
 
 # What is measured, and from where.
 Models = Annotated[
@@ -40,6 +44,20 @@ HeldOutText = Annotated[
 ]
 Unrelated = Annotated[
     str | None, typer.Option(help="Prompts of another kind: KL on them means forgetting.")
+]
+RewardBenchmark = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="The models are reward models, preference models or files with a judge: how often "
+        "they put the right answer first.",
+    ),
+]
+Chat = Annotated[
+    bool,
+    typer.Option(
+        "--chat", help="reward-benchmark: prompts that are texts are messages of a user's."
+    ),
 ]
 Correct = Annotated[
     float | None,
@@ -82,6 +100,8 @@ def evaluate(
     pairs: Pairs = None,
     text: HeldOutText = None,
     unrelated: Unrelated = None,
+    reward_benchmark: RewardBenchmark = None,
+    chat: Chat = False,
     correct: Correct = None,
     samples: Samples = 8,
     max_new_tokens: MaxNewTokens = None,
@@ -96,36 +116,73 @@ def evaluate(
     """Measure finished models: score, KL to where they started, win rate and more, as a table and
     as JSON.
     """
+    from alignkit.evaluation.request import Request
+
+    request = Request(
+        models=models,
+        reference=reference,
+        prompts=prompts,
+        reward=reward,
+        pairs=pairs,
+        text=text,
+        unrelated=unrelated,
+        correct=correct,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        credit=credit,
+        distance=distance,
+        safe=safe,
+    )
     if to.exists():
         raise ConfigError(f"{to} exists already; name another file with --to")
+    if reward_benchmark is not None:
+        _benchmark(request, reward_benchmark, to, html, chat=chat)
+    elif chat:
+        raise ConfigError("--chat is for the prompts of --reward-benchmark; leave it out")
+    else:
+        _measure(request, to, html)
+
+
+def _measure(request: "Request", to: Path, html: Path | None) -> None:
+    """Measure models on samples of theirs."""
     if html is not None:
         check_page(html)
 
-    from alignkit.evaluation.request import Request, checked
+    from alignkit.evaluation.request import checked
 
     # What is wrong with the request is said before torch is imported, which takes seconds.
-    request = checked(
-        Request(
-            models=models,
-            reference=reference,
-            prompts=prompts,
-            reward=reward,
-            pairs=pairs,
-            text=text,
-            unrelated=unrelated,
-            correct=correct,
-            samples=samples,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            credit=credit,
-            distance=distance,
-            safe=safe,
-        )
-    )
+    request = checked(request)
     from alignkit.evaluation.evaluate import evaluate_to_file
 
     evaluate_to_file(request, to, html)
     typer.echo(f"the figures are in {to}" + (f", the page is {html}" if html else ""))
+
+
+def _benchmark(request: "Request", file: str, to: Path, html: Path | None, *, chat: bool) -> None:
+    """Score the answers of a benchmark. ConfigError for options that sampling alone has."""
+    used = [
+        f"--{field.name.replace('_', '-')}"
+        for field in fields(request)
+        if field.name not in ("models", "safe", "recipes", "decoders")
+        and getattr(request, field.name) != field.default
+    ]
+    used += ["--html"] if html is not None else []
+    if used:
+        raise ConfigError(
+            f"--reward-benchmark scores answers that are given; leave out {', '.join(used)}"
+        )
+    from rich.console import Console
+
+    from alignkit.evaluation.reward_benchmark import benchmark, show
+    from alignkit.files import write_json, writing
+
+    results = benchmark(request.models, file, chat=chat, safe=request.safe)
+    show(results, Console())
+    with writing(to):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        write_json(to, results)
+    typer.echo(f"the figures are in {to}")
 
 
 def check_page(page: Path) -> None:

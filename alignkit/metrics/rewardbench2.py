@@ -10,9 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from alignkit.errors import DataError
 
 TIES = "Ties"
+SUREST = 1e-6  # a judge's probabilities count as at least so far from 0 and 1
 
 
 def rewardbench2(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -44,6 +48,19 @@ def rewardbench2(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         raise DataError("there are no rows to score; give at least one")
     result["total"] = math.fsum(result.values()) / len(result)
     return result
+
+
+def log_odds_scores(wins: ArrayLike) -> list[float]:
+    """A score for each of K answers from the probabilities [K, K] that one beats another: the mean
+    of its log-odds, itself included, which are 0.
+
+    Where the probabilities are Bradley-Terry's these are the rewards up to their mean.
+    """
+    probabilities = np.clip(np.asarray(wins, dtype=float), SUREST, 1 - SUREST)
+    odds = np.log(probabilities) - np.log1p(-probabilities)
+    np.fill_diagonal(odds, 0.0)
+    scores: list[float] = odds.mean(-1).tolist()
+    return scores
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class ScoreModule(nn.Module):
 
     packing = None  # one row per text
     bin_head = None  # the law of a reward is a head of policies
+    rewards = False  # and so is a head of rewards beside a language model
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
