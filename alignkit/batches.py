@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from alignkit.plan import Adaptive as Adaptive
 from alignkit.plan import Draw as Draw
 from alignkit.plan import Family as Family
 from alignkit.plan import LossTerms as LossTerms
@@ -257,6 +258,10 @@ class RolloutBatch:
     turns: Tensor | None = None  # [N, T] int64 number of the turn; -1 at tokens that are not own
     states: Tensor | None = None  # [N, T] int64 key of the state in which the turn was taken
     rewards: Tensor | None = None  # [N, T] at the last own token of a turn; they add up to `scores`
+
+    # Anchors that `credit` wants to become the policy as it is now, before the next step: those of
+    # kind "asked", such as an adaptive proposal.
+    renewed: tuple[str, ...] = ()
 
     @classmethod
     def build(cls, bundles: Sequence[Bundle], tokens: TokenLogps) -> Self:

@@ -34,18 +34,33 @@ Family = Literal["sequence", "pair", "ranked", "labelled", "rollout", "game"]
 
 
 @dataclass(frozen=True)
+class Adaptive:
+    """How the share of own answers grows during a run, and how long they are used."""
+
+    # Added to the share, up to 1, when the held-out loss is `tolerance` or more above what it was at
+    # the first evaluation, or at the last growth. 0: the share stays as it is.
+    growth: float = 0.0
+    tolerance: float = 0.1
+
+    # So many of the last own answers are kept, and take the place of fresh ones: of none in the first
+    # step, of nearly all in the last. 0: all are fresh.
+    replay: int = 0
+
+
+@dataclass(frozen=True)
 class Draw:
     """Completions of each prompt that one policy samples: who draws, and how many.
 
-    >>> Draw(2)  # two from the policy
-    Draw(n=2, source='policy', weights={}, top=None, share=None, once=False, scored=True)
+    >>> Draw(2).models  # two from the policy
+    {'policy': 1.0}
     """
 
     # Completions per prompt; None takes the recipe's `rollout.completions`.
     # Example: Draw() for a group of GRPO, Draw(1) for one answer of XPO.
     n: int | None = None
 
-    # Who samples: "policy", "reference" or the name of another anchor of the plan.
+    # Who samples: "policy", "reference", the name of another anchor of the plan, or "proposal", an
+    # earlier policy that is renewed when `credit` says so (`RolloutBatch.renewed`).
     # Example: Draw(1, source="reference") draws XPO's second answer.
     source: str = "policy"
 
@@ -63,6 +78,10 @@ class Draw:
     # None puts it beside it. Which rows these are follows from the seed and the step.
     # Example: Draw(1, share=0.5) for distillation on half of the policy's own answers.
     share: float | None = None
+
+    # With a `share`: whether it grows, and whether own answers come back in later steps.
+    # Example: Draw(1, share=0.0, adaptive=Adaptive(growth=0.1, replay=1000)) for DistiLLM.
+    adaptive: Adaptive = Adaptive()
 
     # Whether a prompt's completions are drawn once and come back each time the prompt does. For a
     # source that does not move: they are a function of the seed and the prompt.

@@ -27,6 +27,7 @@ from alignkit.errors import AlignkitError, DataError, ResourceError
 from alignkit.objectives.distillation.distill import Distill
 from alignkit.objectives.distillation.opd import OPD
 from alignkit.objectives.online.dph import DPH
+from alignkit.objectives.online.fdpg import FDPG
 from alignkit.objectives.online.rpg import RPG
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.objectives.preference.kto import KTO
@@ -105,6 +106,12 @@ def rehearsed(model, out, accelerator, **settings):
     return online_job(model, out, objective, accelerator=accelerator, steps=4, **settings)
 
 
+def proposed(model, out, accelerator, **settings):
+    """An earlier policy samples, and is renewed after every second step where that is nearer."""
+    objective = FDPG(beta=0.1, proposal="adaptive", window=32)
+    return online_job(model, out, objective, accelerator=accelerator, steps=4, **settings)
+
+
 def dropped(model, out, accelerator, **settings):
     """The reward applies to the first prompt of each rollout alone: the second rank's whole rollout
     is dropped.
@@ -145,6 +152,7 @@ CASES = {
     "fsdp_distill": (distilled, {"shard": True, "budget": 24}),
     "fsdp_opd": (on_policy, {"shard": True, "optimizer": "sgd", "learning_rate": 0.1}),
     "fsdp_dph": (rehearsed, {"shard": True, "optimizer": "sgd", "learning_rate": 0.1}),
+    "fsdp_fdpg": (proposed, {"shard": True, "optimizer": "sgd", "learning_rate": 0.1}),
     "fsdp_dpo": (dpo, {"shard": True, "save_every": 2}),
     "fsdp_ema": (dpo, {"shard": True, "reference": "ema", "ema_decay": 0.5, "budget": 24}),
     "fsdp_lora": (dpo, {"shard": True, "lora": True, "reference": "adapter_off", "budget": 24}),

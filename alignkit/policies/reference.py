@@ -1,7 +1,8 @@
 """Anchors: the policies that the trained one is compared with, first of all the KL's reference.
 
 An anchor is a frozen copy, the policy without its adapter, the policy with the adapter it started
-from, stored log-probs, a moving average of the policy, or a copy that is renewed every few steps.
+from, stored log-probs, a moving average of the policy, or a copy that is renewed every few steps or
+when the objective asks for it.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from alignkit.policies.module import PolicyModule
 from alignkit.policies.sharding import Shards, frozen_copy
 
 KINDS = ("auto", "frozen", "adapter_off", "cached", "ema", "synced")
-MOVING = ("ema", "synced", "lagged")
+ASKED = "asked"  # kind of an anchor that becomes the policy when the objective says so
+MOVING = ("ema", "synced", "lagged", ASKED)
 START_ADAPTER = "reference"  # the frozen twin of a pretrained adapter that is trained on
 
 
@@ -143,11 +145,14 @@ class Anchor:
     def after_step(self, step: int, base: PolicyModule) -> None:
         """Move towards the policy after optimiser step `step` (counted from 1)."""
         self.moved = True
-        if self.module is None or self.kind not in MOVING:
+        if self.module is None or self.kind not in MOVING or self.kind == ASKED:
             return
-        if self.kind != "ema" and step % self.every:
-            return
+        if self.kind == "ema" or step % self.every == 0:
+            self.renew(base)
 
+    @torch.no_grad()
+    def renew(self, base: PolicyModule) -> None:
+        """Become the policy, or with kind ema move towards it."""
         # A lagged anchor takes over what the synced one holds, which is renewed after it.
         followed: dict[str, Tensor] = {}
         if self.follows is not None:
@@ -180,10 +185,14 @@ def following_anchors(
     target: TargetConfig, plan: Plan, base: PolicyModule, shards: Shards | None = None
 ) -> dict[str, Anchor]:
     """The anchors that the plan asks for and that follow the policy during the run."""
+    anchors = {}
     if "previous" in plan.anchors:
         # It comes first: after a step it takes over from the target before the target moves.
         synced = Anchor.of(target.kind, base, target, shards)
-        return {"previous": Anchor.before(synced, base, shards), "target": synced}
-    if "target" in plan.anchors:
-        return {"target": Anchor.of(target.kind, base, target, shards)}
-    return {}
+        anchors = {"previous": Anchor.before(synced, base, shards), "target": synced}
+    elif "target" in plan.anchors:
+        anchors = {"target": Anchor.of(target.kind, base, target, shards)}
+
+    if any("proposal" in draw.models for draw in plan.samples):
+        anchors["proposal"] = Anchor(ASKED, frozen_copy(base, shards))
+    return anchors

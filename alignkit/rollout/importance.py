@@ -18,7 +18,8 @@ from alignkit.tensors import masked_sum
 
 def mismatch(tokens: TokenLogps, accelerator: Accelerator) -> dict[str, float]:
     """How far the engine's log-probs are from the trainer's, over all ranks: the largest difference
-    of a token and the mean KL(engine || trainer) per token. Empty without the engine's log-probs.
+    of a token and the mean KL(engine || trainer) per token. Empty without the engine's log-probs, and
+    where no rank has a token.
 
     It is logged always, because a drift of the two ends in collapse.
     """
@@ -30,23 +31,23 @@ def mismatch(tokens: TokenLogps, accelerator: Accelerator) -> dict[str, float]:
     largest = torch.cat([gap.new_zeros(1), gap.abs()]).max()  # this rank may have no token
     own = torch.stack([largest, kl.sum(), gap.new_tensor(gap.numel())])
     maxima, sums, counts = accelerator.gather(own[None]).T
+    if not counts.any():
+        return {}
     return {
         "sampling/logp_difference_max": float(maxima.max()),
-        "sampling/mismatch_kl": float(sums.sum() / counts.sum().clamp(min=1)),
+        "sampling/mismatch_kl": float(sums.sum() / counts.sum()),
     }
 
 
 def own_rows(plan: Plan, bundles: Sequence[Bundle]) -> Tensor:
     """The completions that the policy itself drew, whose log-probs `mismatch` compares: indices [n]
-    into those of all bundles. Every one where the plan has a single draw.
+    into those of all bundles.
     """
     rows = [
         bundle.rows.get("draw", torch.zeros(len(bundle.completions), dtype=torch.long))
         for bundle in bundles
     ]
     draws = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
-    if len(plan.samples) < 2:
-        return torch.arange(len(draws))
     own = torch.tensor([draw.models == {"policy": 1.0} for draw in plan.samples])
     return own[draws].nonzero()[:, 0]
 
@@ -66,7 +67,7 @@ class Correction:
         """ResourceError where the result of `mismatch` exceeds the limit. It is the same on all
         ranks, so all of them raise or none does.
         """
-        drift = metrics["sampling/mismatch_kl"]
+        drift = metrics.get("sampling/mismatch_kl", 0.0)  # none where every row was dropped
         if not drift <= self.limit:
             raise ResourceError(
                 f"the sampling server's log-probs are {drift:.3g} nats per token from the "

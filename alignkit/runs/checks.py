@@ -255,6 +255,19 @@ def check_teacher(recipe: Recipe, objective: "Objective") -> None:
         )
 
 
+def check_growing_share(recipe: Recipe, plan: "Plan") -> None:
+    """Check that a share of own answers which follows the held-out loss has one. ConfigError."""
+    if not any(draw.adaptive.growth for draw in plan.samples):
+        return
+    if recipe.data.eval and recipe.train.eval_every:
+        return
+    field = ("data", "eval") if not recipe.data.eval else ("train", "eval_every")
+    raise ConfigError(
+        f"{recipe.origin.at(field)}: this objective's share of own answers grows with the held-out "
+        f"loss (share_growth): set data.eval, and train.eval_every to a number of steps"
+    )
+
+
 def unused_sections(recipe: Recipe, objective: "Objective") -> list[str]:
     """One sentence for each section that is set although this objective does not look at it."""
     from alignkit.batches import FAMILIES

@@ -70,6 +70,7 @@ class JobData:
     # Name -> this rank's held-out bundles.
     evaluation: Mapping[str, Sequence[Bundle]] | None = None
     measure: Callable[[], Metrics] | None = None  # further held-out metrics, over all ranks
+    observe: Callable[[Metrics], None] | None = None  # told of every evaluation
 
 
 def fixed_data(context: RunContext) -> JobData:
@@ -112,8 +113,10 @@ def fixed_data(context: RunContext) -> JobData:
         world=context.processes,
         order=order,
     )
+    sampled = _with_samples(context, dataset, len(bundles)) if plan.samples else None
     return JobData(
-        source=_with_samples(context, dataset) if plan.samples else dataset,
+        source=sampled or dataset,
+        observe=sampled and sampled.evaluated,
         rows=len(bundles),
         format=mixture.format,
         identity=identity,
@@ -329,8 +332,8 @@ def _first_prompts(bundles: Sequence[Bundle]) -> list[Tensor]:
     return list(prompts.values())
 
 
-def _with_samples(context: RunContext, dataset: DatasetSource) -> SampledPairs:
-    """The rows with the completions that the plan draws beside them in every step."""
+def _with_samples(context: RunContext, dataset: DatasetSource, rows: int) -> SampledPairs:
+    """The rows, so many of them, with the completions that the plan draws beside them in every step."""
     recipe = context.recipe
     return SampledPairs(
         dataset,
@@ -340,6 +343,8 @@ def _with_samples(context: RunContext, dataset: DatasetSource) -> SampledPairs:
         context.accelerator,
         _judge(context),
         partial(decode, context.pair.tokenizer),
+        steps=context.steps(rows),
+        watched=recipe.train.metric,
     )
 
 

@@ -21,6 +21,7 @@ from alignkit.runs.checks import (
     check_allocation,
     check_appraisal,
     check_engine,
+    check_growing_share,
     check_teacher,
     check_turns,
     check_without_torch,
@@ -116,6 +117,7 @@ def _run(
     check_ahead(recipe, objective.plan)
     check_allocation(recipe, objective.plan)
     check_teacher(recipe, objective)
+    check_growing_share(recipe, objective.plan)
     if task is None:
         task = resolve_task(recipe)
     check_appraisal(recipe, objective, task)
@@ -353,6 +355,7 @@ def build_job(
         identity=identity,
         evaluation=data.evaluation,
         measure=data.measure,
+        observe=data.observe,
         samples=data.samples,
         card=model_card(recipe, context.objective, data.notes),
         callbacks=callbacks(context),

@@ -193,6 +193,7 @@ def _copies(recipe: Recipe, plan: "Plan") -> int:
     has_adapter = recipe.model.adapter is not None
     kind = resolve_kind(recipe.reference.kind, plan, adapter=has_adapter, fixed_data=fixed)
     others = sum(name != "reference" for name in plan.anchors)
+    others += any("proposal" in draw.models for draw in plan.samples)
     return others + (kind not in ("none", "cached", "adapter_off"))
 
 

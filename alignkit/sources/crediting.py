@@ -31,9 +31,9 @@ def advantages(
     bundles: Sequence[Bundle],
     tokens: TokenLogps,
     accelerator: Accelerator,
-) -> tuple[dict[str, Tensor], State]:
-    """The objective's credit of the global rollout: this rank's part of it, [N, T] each, and the
-    objective's next state.
+) -> tuple[dict[str, Tensor], State, tuple[str, ...]]:
+    """The objective's credit of the global rollout: this rank's part of it, [N, T] each, the
+    objective's next state, and the anchors that are to become the policy now.
 
     `tokens` are the log-probs of the N completions of `bundles`. NumericsError where an advantage
     is not finite.
@@ -45,6 +45,9 @@ def advantages(
     )
     everyone = replace(gathered, extras={name: gathered.extras[name] for name in tokens.extras})
     rows = {name: values for name, values in _gathered_rows(bundles).items() if values}
+    own_channels: dict[str, Any] = {
+        field: gathered.extras.get(field) for field, _ in CHANNELS.values()
+    }
 
     rollout = RolloutBatch(
         everyone,
@@ -52,7 +55,7 @@ def advantages(
         torch.tensor(rows.get("group", []), dtype=torch.int64, device=device),
         draws=torch.tensor(rows["draw"], device=device) if "draw" in rows else None,
         ids=gathered.extras["ids"],
-        **{field: gathered.extras.get(field) for field, _ in CHANNELS.values()},
+        **own_channels,
     )
     episodes = Episodes.of(rows.get("episode"), rows.get("segment"), device)
     credited, state = objective.credit(episodes.joined(rollout), state)
@@ -69,7 +72,12 @@ def advantages(
         for name, value in results.items()
         if value is not None
     }
-    return own, state
+    return own, state, credited.renewed
+
+
+def state_metrics(state: State) -> dict[str, float]:
+    """The numbers among what an objective carries from step to step, as they are logged."""
+    return {f"credit/{name}": float(v) for name, v in state.items() if v.numel() == 1}
 
 
 class Episodes:

@@ -25,7 +25,7 @@ from alignkit.sources.ahead import Ahead, Request
 from alignkit.sources.base import explained_numerics
 from alignkit.sources.budgets import Allocation, alike
 from alignkit.sources.bundle_io import pack, sampled_bundle, unpack, with_channels
-from alignkit.sources.crediting import advantages
+from alignkit.sources.crediting import advantages, state_metrics
 from alignkit.sources.dataset import Order
 from alignkit.sources.episodes import episode_columns
 from alignkit.sources.scoring import (
@@ -346,14 +346,12 @@ class RolloutSource:
 
     def _advantages(self, bundles: list[Bundle], tokens: TokenLogps) -> dict[str, Tensor]:
         """The objective's credit of the global rollout: this rank's part of it, [N, T] each."""
-        channels, self.credit_state = advantages(
+        channels, self.credit_state, renewed = advantages(
             self.objective, self.credit_state, bundles, tokens, self.accelerator
         )
-        self.metrics |= {
-            f"credit/{name}": float(value)
-            for name, value in self.credit_state.items()
-            if value.numel() == 1
-        }
+        for name in renewed:
+            self.pair.anchors[name].renew(self.pair.base)
+        self.metrics |= state_metrics(self.credit_state)
         return channels
 
     def _no_rows(self) -> TokenLogps:

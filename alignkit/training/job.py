@@ -45,6 +45,9 @@ class Job:
     # Further figures to measure at every evaluation, already over all ranks.
     measure: Callable[[], Metrics] | None = None
 
+    # Told the metrics of every evaluation under their `eval_` names, before anything is saved.
+    observe: Callable[[Metrics], None] | None = None
+
     # Given the step: the rows to append to samples.jsonl.
     samples: Callable[[int], list[dict[str, Any]]] | None = None
 

@@ -266,6 +266,8 @@ class _Loop:
             metrics |= self.job.measure()
 
         self.counters.evaluated = {f"eval_{name}": value for name, value in metrics.items()}
+        if self.job.observe is not None:
+            self.job.observe(self.counters.evaluated)
         return self.counters.evaluated
 
     def _is_best(self, row: Metrics, step: int) -> bool:

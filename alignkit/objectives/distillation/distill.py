@@ -1,22 +1,20 @@
 """Knowledge distillation: the policy's next-token laws are moved towards a teacher's."""
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Self
+from typing import ClassVar, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from alignkit.batches import Draw, LossTerms, Plan, RolloutBatch, SequenceBatch, Term
+from alignkit.batches import LossTerms, Plan, RolloutBatch, SequenceBatch, Term
 from alignkit.kl import Direction
 from alignkit.objectives.base import Objective
-from alignkit.objectives.distillation.teacher_base import DivergenceObjective
+from alignkit.objectives.distillation.own_answers import OwnAnswersObjective, Share
 from alignkit.objectives.preference.sft import sft_loss
 from alignkit.objectives.rollout_base import Credit
 
-Share = Annotated[float, Field(ge=0, le=1)]
 
-
-class Distill(DivergenceObjective):
+class Distill(OwnAnswersObjective):
     """Distillation by a divergence of whole next-token laws (Agarwal et al. 2024,
     arXiv:2306.13649): on given answers, on the policy's own samples, or on some of each.
 
@@ -32,32 +30,19 @@ class Distill(DivergenceObjective):
     kd_ratio: Share = Field(
         1.0, description="weight of the divergence; the rest is the given answers' likelihood"
     )
-    share: Share = Field(
-        0.0, description="fraction of the answers that the policy samples itself; 1: prompts alone"
-    )
-
-    teacher_top: PositiveInt | None = Field(
-        None,
-        description="own answers: a token outside of the teacher's so many likeliest is replaced "
-        "by the teacher's own (SKD); null = never",
-    )
 
     @model_validator(mode="after")
     def _likelihood_needs_given_answers(self) -> Self:
         if self.share == 1 and self.kd_ratio < 1:
             raise ValueError("kd_ratio below 1 needs given answers; with share 1 there are none")
-        if self.teacher_top and not self.share:
-            raise ValueError("teacher_top changes own answers; with share 0 there are none")
         return self
 
     @property
     def plan(self) -> Plan:
         statistics = {"divergence": self.statistic}
         if self.share == 1:
-            own = Draw(top=self.teacher_top)
-            return Plan("rollout", statistics, ("teacher",), (own,))
-        draws = (Draw(1, share=self.share, top=self.teacher_top),) if self.share else ()
-        return Plan("sequence", statistics, ("teacher",), draws)
+            return Plan("rollout", statistics, ("teacher",), self.own_answers)
+        return Plan("sequence", statistics, ("teacher",), self.own_answers)
 
     @property
     def kl_gradient(self) -> tuple[Credit, Direction] | None:
@@ -74,7 +59,8 @@ class Distill(DivergenceObjective):
         ]
         skewed = [cls(divergence=name, alpha=0.2) for name in ("skew_kl", "skew_reverse_kl")]
         varied = cls(divergence="jsd", beta=0.3, kd_ratio=0.7, share=0.5, temperature=2.0)
-        return [cls(), varied, *own, *skewed, cls(divergence="total_variation")]
+        adaptive = cls(divergence="skew_kl", share_growth=0.1, replay=1000)
+        return [cls(), varied, *own, *skewed, adaptive, cls(divergence="total_variation")]
 
     @classmethod
     def limits(cls) -> Sequence[tuple[Objective, Objective]]:

@@ -5,13 +5,14 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from alignkit import divergences
-from alignkit.batches import LossTerms, RolloutBatch
+from alignkit.batches import Draw, LossTerms, Plan, RolloutBatch
 from alignkit.credit import group_baseline
 from alignkit.kl import Direction, importance
+from alignkit.objectives.adaptive_proposal import empty_window, looked_at, proposal_gains
 from alignkit.objectives.base import Objective, State, tilted
 from alignkit.objectives.online.rloo import rloo_loss
 from alignkit.objectives.rollout_base import (
@@ -26,7 +27,8 @@ from alignkit.objectives.rollout_base import (
 
 class FDPG(RolloutObjective):
     """f-divergence policy gradient (Go et al. 2023, arXiv:2302.08215) towards the target
-    ref exp(score / beta) / Z. Z is estimated for each completion from the prompt's others.
+    ref exp(score / beta) / Z. Z is estimated for each completion from the prompt's others. An
+    `adaptive` proposal samples; it becomes the policy where that is nearer to the target.
 
     With the reverse KL the gradient is exactly that of the score minus beta KL, over -beta; with
     the others it is as good as the estimate of Z. Log-ratios to the target are cut at `cap`.
@@ -42,6 +44,19 @@ class FDPG(RolloutObjective):
         "jensen_shannon", description="D_f(policy || target)"
     )
     cap: PositiveFloat = Field(10.0, description="largest log-ratio to the target that counts")
+    proposal: Literal["policy", "adaptive"] = Field(
+        "policy", description="who samples; adaptive: the policy of the last look that was nearer"
+    )
+    window: PositiveInt = Field(256, description="adaptive: completions from one look to the next")
+
+    @property
+    def plan(self) -> Plan:
+        source = "proposal" if self.proposal == "adaptive" else "policy"
+        return self.rollout_plan(samples=(Draw(source=source),))
+
+    def init_state(self) -> State:
+        """What an adaptive proposal has seen."""
+        return empty_window() if self.proposal == "adaptive" else {}
 
     @property
     def kl_gradient(self) -> tuple[Credit, Direction] | None:
@@ -49,7 +64,13 @@ class FDPG(RolloutObjective):
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:
-        return [cls(), cls(divergence="reverse_kl"), cls(divergence="forward_kl", cap=2.0)]
+        adaptive = cls(divergence="reverse_kl", proposal="adaptive", window=16)
+        return [
+            cls(),
+            cls(divergence="reverse_kl"),
+            cls(divergence="forward_kl", cap=2.0),
+            adaptive,
+        ]
 
     def credit(self, rollout: RolloutBatch, state: State) -> tuple[RolloutBatch, State]:
         """How much f' at a ratio to the target of 1 is above f' at each completion's ratio."""
@@ -71,7 +92,13 @@ class FDPG(RolloutObjective):
         # The others' ratios would be a biased baseline: their Z contains this completion.
         slope = divergences.get(self.divergence).f_prime
         gain = slope(torch.zeros_like(log_t)) - slope(log_t)
-        return replace(rollout, advantages=spread(gain, tokens)), state
+        credited = replace(rollout, advantages=spread(gain, tokens))
+        if self.proposal == "policy":
+            return credited, state
+
+        gains = proposal_gains(unnormalised, behavior, tokens.sequence().double(), groups)
+        state, renew = looked_at(state, gains, len(groups), self.window)
+        return replace(credited, renewed=("proposal",) if renew else ()), state
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
         tokens = batch.tokens
