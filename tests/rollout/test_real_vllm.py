@@ -3,19 +3,17 @@ environment of their own: `make test-vllm`.
 """
 
 import os
-import signal
 import socket
 import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from vllm_env import ENV
+from vllm_process import ON_A_CPU, PYTHON, kill, needs_vllm, vllm
 from wide_heads import widened
 
 from alignkit.batches import Draw
@@ -25,13 +23,10 @@ from alignkit.files import read_jsonl
 from alignkit.plan import Plan
 from alignkit.policies.load import load_pair
 from alignkit.rollout import VLLMSampler
-from alignkit.rollout.colocated import OPTIONS
 from alignkit.tasks import resolve
 
-pytestmark = pytest.mark.slow
-ON_A_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+pytestmark = [pytest.mark.slow, needs_vllm]
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON = Path(os.environ.get("ALIGNKIT_VLLM_PYTHON", ENV / "bin" / "python"))
 STEPS, TAIL, SEEDS = 40, 10, (0, 1, 2)
 SETTINGS = [
     "train.batch_size=8",
@@ -42,45 +37,9 @@ SETTINGS = [
 SETTINGS += [f"train.steps={STEPS}", "train.schedule=constant"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _installed():
-    failed = PYTHON.parents[1] / ".failed"
-    if not PYTHON.is_file() or failed.is_file():
-        why = failed.read_text() if failed.is_file() else "run `make test-vllm`"
-        pytest.skip(f"no vLLM in {PYTHON.parents[1]}: {why}")
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return widened(resolve("task:reviews").model_folder, tmp_path_factory.mktemp("wide"))
-
-
-@contextmanager
-def vllm(model, port=0):
-    """A server process as the documentation starts it; its address."""
-    if not port:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-    options = ["--port", str(port), "--dtype", "float32", "--enforce-eager", *OPTIONS]
-    server = subprocess.Popen(
-        [PYTHON.with_name("vllm"), "serve", str(model), *options],
-        env={**os.environ, **ON_A_CPU, "VLLM_SERVER_DEV_MODE": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        yield server, f"http://127.0.0.1:{port}"
-    finally:
-        kill(server)
-
-
-def kill(server):
-    """End a server and its workers at once."""
-    with suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 
 def widened(folder, out, width=32):
-    """Write the model of `folder` with heads of `width` into `out`; its log-probs are the same up
-    to rounding.
+    """Write the model of `folder` with heads of `width`, a multiple of its own, into `out`; its
+    log-probs are the same up to rounding.
 
     New dimensions are zero. A pair (i, i + d/2) that RoPE turns by theta^(-2i/d) moves to where the
     wider head has the same angle, and queries grow by sqrt(width / d), which the softmax divides
