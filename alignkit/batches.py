@@ -202,10 +202,18 @@ class ScoredBatch(_BestFirst):
 
     outputs: Tensor  # [N, D]
     sizes: Tensor  # [B] int64
+    # [B] by how much the better completion of a pair is to lead, 0 where its row says nothing. None:
+    # no row of the batch says anything.
+    margins: Tensor | None = None
 
     @classmethod
     def build(cls, bundles: Sequence[Bundle], outputs: Outputs) -> Self:
-        return cls(outputs.values, cls.sizes_of(bundles, outputs.values.device))
+        values = outputs.values
+        margins = None
+        if any("margin" in bundle.rows for bundle in bundles):
+            given = [float(bundle.rows.get("margin", 0.0)) for bundle in bundles]
+            margins = torch.tensor(given, dtype=values.dtype, device=values.device)
+        return cls(values, cls.sizes_of(bundles, values.device), margins)
 
     def pairs(self) -> TwoTensors:
         """Outputs of the chosen and of the rejected completions of preference pairs, [B, D] each."""

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import isfinite
 from typing import Any
 
 from alignkit.data.dialects import translated
@@ -36,6 +37,7 @@ class Example:
     prompt: Text | None
     completions: list[Text]
     label: bool | None = None
+    margin: float | None = None  # by how much the chosen completion's reward is to lead
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row's other ones, for rewards
     template: Mapping[str, Any] = field(default_factory=dict)  # options of the chat template
     verdicts: Sequence[str] = ()  # what was changed in the row to understand it
@@ -101,12 +103,27 @@ def make_example(
         prompt=prompt,
         completions=completions,
         label=_label(values["label"]) if format == "labelled" else None,
+        margin=_margin(values, format) if family == "ranked" else None,
         columns=columns,
         template=_template_options(values),
         verdicts=verdicts,
         has_place=bool(row.place),
     )
     return _all_messages(example) if example.chat else example
+
+
+def _margin(values: Mapping[str, Any], format: str) -> float | None:
+    """The row's `margin`, as TRL's reward trainer reads it. Raises BadRow for what is no number, and
+    beside a ranking.
+    """
+    margin = values.get("margin")
+    if margin is None:
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not isfinite(margin):
+        raise BadRow("type", f"margin is {margin!r}; a margin is a finite number")
+    if format == "ranking":
+        raise BadRow("type", "a margin goes with chosen and rejected, not with a ranking")
+    return float(margin)
 
 
 def _prompt_and_completions(

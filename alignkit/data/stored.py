@@ -30,6 +30,7 @@ SCHEMA = pa.schema(
         "mask": pa.list_(pa.uint8()),  # of the completions
         "lengths": pa.list_(pa.int32()),  # of the prompt and of each completion
         "label": pa.int8(),  # null: the row has none
+        "margin": pa.float64(),  # null: the row has none
         "uid": pa.string(),
         "content": pa.binary(16),  # see `contents`
     }
@@ -45,17 +46,19 @@ class Packed:
 
 
 def pack(bundles: Sequence[Bundle]) -> Packed:
-    """Bundles that have no values but a label: those that come from rows."""
+    """Bundles that have no values but a label or a margin: those that come from rows."""
     if not bundles:
         return Packed(pa.RecordBatch.from_pylist([], SCHEMA), b"")
 
     texts = [[bundle.prompt, *bundle.completions] for bundle in bundles]
     labels = [bundle.rows.get("label") for bundle in bundles]
+    margins = [bundle.rows.get("margin") for bundle in bundles]
     columns = [
         _lists(texts, pa.int32()),
         _lists([bundle.masks for bundle in bundles], pa.uint8()),
         pa.array([list(map(len, parts)) for parts in texts], SCHEMA.field("lengths").type),
         pa.array([None if label is None else int(label) for label in labels], pa.int8()),
+        pa.array([None if margin is None else float(margin) for margin in margins], pa.float64()),
         pa.array([bundle.uid for bundle in bundles], pa.string()),
         pa.array(list(contents(bundles)), pa.binary(16)),
     ]
@@ -130,6 +133,7 @@ class _Part:
         self.mask = _Lists.of(batch["mask"])
         self.lengths = _Lists.of(batch["lengths"])
         self.label = batch["label"]
+        self.margin = batch["margin"]
         self.uid = batch["uid"]
 
     def bundle(self, row: int) -> Bundle:
@@ -138,6 +142,9 @@ class _Part:
         mask = torch.from_numpy(self.mask[row].astype(bool)).split(lengths[1:])
         label = self.label[row].as_py()
         rows = {} if label is None else {"label": torch.tensor([bool(label)])}
+        margin = self.margin[row].as_py()
+        if margin is not None:
+            rows["margin"] = torch.tensor([margin], dtype=torch.float64)
         return Bundle(ids[0], list(ids[1:]), list(mask), self.uid[row].as_py(), rows)
 
 
@@ -188,7 +195,7 @@ def row_lengths(bundles: Sequence[Bundle]) -> Iterator[int]:
 
 
 def contents(rows: Sequence[Bundle | Prompt]) -> Iterator[bytes]:
-    """16 bytes for each row, equal for rows of equal tokens and labels."""
+    """16 bytes for each row, equal for rows of equal tokens, labels and margins."""
     if isinstance(rows, StoredBundles):
         return rows.contents()
     if isinstance(rows, Joined):
@@ -204,7 +211,8 @@ def _content(row: Bundle | Prompt) -> bytes:
     digest = blake2b(digest_size=16)
     for part in parts:
         digest.update(f"{len(part)}:".encode())
-        digest.update(part.to(torch.int64).contiguous().numpy().tobytes())
+        numbers = part if part.is_floating_point() else part.to(torch.int64)
+        digest.update(numbers.contiguous().numpy().tobytes())
     return digest.digest()
 
 

@@ -85,10 +85,20 @@ def _bundles(cuts: Sequence[Cut]) -> list[Bundle]:
             [next(ids) for _ in cut.completions],
             [next(masks) for _ in cut.masks],
             uid=cut.example.uid,
-            rows={} if cut.example.label is None else {"label": torch.tensor([cut.example.label])},
+            rows=_row_values(cut.example),
         )
         for cut in cuts
     ]
+
+
+def _row_values(example: Example) -> dict[str, Tensor]:
+    """The label and the margin of a row, where it has them."""
+    values = {}
+    if example.label is not None:
+        values["label"] = torch.tensor([example.label])
+    if example.margin is not None:
+        values["margin"] = torch.tensor([example.margin], dtype=torch.float64)
+    return values
 
 
 def _tensors(rows: Sequence[Sequence[int]], dtype: type[np.generic]) -> Iterator[Tensor]:

@@ -140,8 +140,8 @@ def benchmark(names: Sequence[str], file: str, *, chat: bool = False, safe: bool
     questions = read_questions(file, chat=chat)
     sections = {name: judge_section(name) for name in names}
 
-    from alignkit.judges import load_judge  # brings torch
     from alignkit.judges.base import BradleyTerry
+    from alignkit.judges.load import load_judge  # brings torch
 
     models = []
     for name, section in sections.items():

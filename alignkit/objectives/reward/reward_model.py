@@ -47,7 +47,9 @@ class PlackettLuce(Objective):
     )
 
     centre: NonNegativeFloat = Field(
-        0.0, description="weight of the mean reward's square: fixes the constant left open"
+        0.0,
+        description="weight of the mean reward's square: fixes the constant left open; for pairs 4 "
+        "times TRL's center_rewards_coefficient",
     )
 
     @property
@@ -60,7 +62,12 @@ class PlackettLuce(Objective):
 
     def loss(self, batch: ScoredBatch) -> LossTerms:
         rewards, mask = batch.ranked(batch.outputs[:, 0])
-        values = plackett_luce_loss(rewards, mask)
+
+        # A margin is what the better completion of a pair still owes.
+        behind = torch.zeros_like(rewards)
+        if batch.margins is not None:
+            behind[:, 1] = batch.margins
+        values = plackett_luce_loss(rewards + behind, mask)
         mean = torch.where(mask, rewards, 0.0).sum(-1) / mask.sum(-1)
 
         # above the diagonal: by how much the better completion leads the worse one
