@@ -257,8 +257,9 @@ def checked_rollout_arguments(
     aggregation = getattr(config, "multi_objective_aggregation", "sum_then_normalize")
     if aggregation != "sum_then_normalize":
         raise ConfigError(
-            f"{name}: multi_objective_aggregation makes other advantages than {label}'s; "
-            "leave it out"
+            f"{name}: multi_objective_aggregation={aggregation!r} makes other advantages than "
+            f"{label}'s, which are those of the rewards' sum; leave it out, or use TRL's own "
+            "trainer for it"
         )
     if config.use_vllm and config.vllm_importance_sampling_correction:
         raise ConfigError(
