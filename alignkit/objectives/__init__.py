@@ -16,6 +16,7 @@ OBJECTIVES: dict[str, str] = {
     "kto": "preference.kto:KTO:kto_loss",
     "simpo": "preference.simpo:SimPO:simpo_loss",
     "slic": "preference.slic:SLiC:slic_loss",
+    "slic_ranked": "preference.slic_ranked:SLiCRanked:slic_ranked_loss",
     "orpo": "preference.orpo:ORPO:orpo_loss",
     "sampo": "preference.sampo:SamPO:",
     "lddpo": "preference.lddpo:LDDPO:",
