@@ -18,10 +18,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from online_world import online_job, share_of_wanted
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 from world import make_job, pairs
 
+from alignkit.config.model import ModelConfig
+from alignkit.config.teacher import TeacherConfig
 from alignkit.distributed.launcher import end
 from alignkit.errors import AlignkitError, DataError, ResourceError
 from alignkit.objectives.distillation.distill import Distill
@@ -33,6 +37,7 @@ from alignkit.objectives.preference.dpo import DPO
 from alignkit.objectives.preference.kto import KTO
 from alignkit.objectives.self_play.nash_md import NashMD
 from alignkit.policies.dtensors import full
+from alignkit.policies.teacher import add_teacher
 from alignkit.training.held_out_reward import HeldOut
 from alignkit.training.loop import train
 
@@ -95,6 +100,28 @@ def distilled(model, out, accelerator, **settings):
     )
 
 
+def adapted(model, out, accelerator, **settings):
+    """As `distilled`; the teacher is an adapter's folder."""
+    job = distilled(model, out, accelerator, **settings)
+    folder = out.parent / f"{out.name}-adapter"
+    if accelerator.is_main_process:
+        save_adapter(model, folder)
+    accelerator.wait_for_everyone()
+    if job.pair.shards is not None:
+        job.pair.shards.forget(job.pair.anchors["teacher"].module)
+    source = ModelConfig(name_or_path=str(model))
+    add_teacher(job.pair, TeacherConfig(name_or_path=str(folder)), source)
+    return job
+
+
+def save_adapter(model, folder):
+    """A LoRA adapter that changes the model, in peft's layout."""
+    torch.manual_seed(11)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    settings = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(base, settings).save_pretrained(folder)
+
+
 def on_policy(model, out, accelerator, **settings):
     """A teacher that reads what the policy samples."""
     return online_job(model, out, OPD(), accelerator=accelerator, steps=4, **settings)
@@ -150,6 +177,7 @@ CASES = {
     "opd": (on_policy, {"optimizer": "sgd", "learning_rate": 0.1}),
     "dph": (rehearsed, {"optimizer": "sgd", "learning_rate": 0.1}),
     "fsdp_distill": (distilled, {"shard": True, "budget": 24}),
+    "fsdp_adapter_teacher": (adapted, {"shard": True, "budget": 24}),
     "fsdp_opd": (on_policy, {"shard": True, "optimizer": "sgd", "learning_rate": 0.1}),
     "fsdp_dph": (rehearsed, {"shard": True, "optimizer": "sgd", "learning_rate": 0.1}),
     "fsdp_fdpg": (proposed, {"shard": True, "optimizer": "sgd", "learning_rate": 0.1}),

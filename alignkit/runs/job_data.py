@@ -116,7 +116,7 @@ def fixed_data(context: RunContext) -> JobData:
     sampled = _with_samples(context, dataset, len(bundles)) if plan.samples else None
     return JobData(
         source=sampled or dataset,
-        observe=sampled and sampled.evaluated,
+        observe=None if sampled is None else sampled.evaluated,
         rows=len(bundles),
         format=mixture.format,
         identity=identity,

@@ -1,6 +1,6 @@
 """Fixed rows with completions that are drawn anew, for the same prompts, in every step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,12 +76,13 @@ class SampledPairs:
         first = step * self.rows.batch_size
         return range(first, first + self.rows.batch_size)
 
-    def _mine(self, step_wide: Sequence[Any]) -> Sequence[Any]:
-        """This rank's part of something that the step has for each of its rows."""
-        return step_wide[self.rows.rank :: self.rows.world]
+    @property
+    def _mine(self) -> slice:
+        """This rank's part of what the step has for each of its rows."""
+        return slice(self.rows.rank, None, self.rows.world)
 
     def _with_samples(self, bundles: list[Bundle], step: int, half: int) -> list[Bundle]:
-        positions = self._mine(self._positions(step))
+        positions = self._positions(step)[self._mine]
         for index, draw in enumerate(self.plan.samples):
             counted = replace(draw, n=draw.n or self.completions)
             # Every draw of every visit gets noise of its own.
@@ -110,12 +111,12 @@ class SampledPairs:
             replace(bundle, rows={**bundle.rows, "draw": torch.full((len(bundle.masks),), -1)})
             for bundle in bundles
         ]
-        mine = self._mine(kinds)
+        mine = kinds[self._mine]
         for i in (mine == REPLAYED).nonzero()[:, 0].tolist():
-            result[i] = own.kept[int(self._mine(places)[i])]
+            result[i] = own.kept[int(places[self._mine][i])]
 
         chosen = (mine == FRESH).nonzero()[:, 0].tolist()
-        ids = [self._mine(positions)[i] for i in chosen]
+        ids = [positions[self._mine][i] for i in chosen]
         prompts = [bundles[i].prompt for i in chosen]
         drawn = self.sampler.sample(prompts, draw, step=clock, prompt_ids=ids)
         rows = {"draw": torch.full((draw.n or 1,), index)}
