@@ -16,6 +16,7 @@ from alignkit.cli.data import app as data_app
 from alignkit.cli.eval import evaluate
 from alignkit.cli.fit_target import fit_target
 from alignkit.cli.generate import generate
+from alignkit.cli.iterate import iterate
 from alignkit.cli.merge import NumbersCommand, merge
 from alignkit.cli.pairs import pairs
 from alignkit.cli.plan import plan
@@ -61,6 +62,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(plan)
 app.command()(compare)
+app.command()(iterate)
 app.command("eval")(evaluate)
 app.command()(verify)
 app.command()(generate)

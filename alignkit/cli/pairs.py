@@ -1,15 +1,15 @@
 """`alignkit pairs`: preference pairs from a model. What it does is in `alignkit.runs.pairs`."""
 
 from pathlib import Path
-from typing import Annotated, Literal, cast, get_args
+from typing import Annotated, cast, get_args
 
 import typer
 
 from alignkit.cli.options import Model, Temperature
+from alignkit.config.iterate import PairMethod
 from alignkit.errors import ConfigError
 
-Method = Literal["bradley_terry", "best_worst", "rejection"]
-METHODS = get_args(Method)
+METHODS = get_args(PairMethod)
 
 Prompts = Annotated[
     str,
@@ -65,7 +65,7 @@ def pairs(
         model=model,
         prompts=prompts,
         reward=reward,
-        method=cast(Method, method),
+        method=cast(PairMethod, method),
         samples=samples,
         pairs=per_prompt,
         label_temperature=label_temperature,

@@ -82,7 +82,7 @@ def compare(
 
     objectives = check_points(recipe, points, safe)
     out = RunFolder(recipe.output_dir)
-    with out, _stoppable(points):
+    with out, stoppable(points):
         start = time.monotonic()
         check_folder(out.path)  # once more, now that no other process can write to it
         points[:] = [with_inputs(*each) for each in zip(points, objectives)]
@@ -225,9 +225,9 @@ def _check_tokenizers(recipe: Recipe, points: Sequence[Point]) -> None:
     by_model.pop(recipe.model.name_or_path, None)
     if not by_model:
         return
-    own = load_tokenizer(_model_on_disk(recipe))
+    own = load_tokenizer(model_on_disk(recipe))
     for name, point in by_model.items():
-        theirs = load_tokenizer(_model_on_disk(point.recipe))
+        theirs = load_tokenizer(model_on_disk(point.recipe))
         if not same_vocabulary(own, theirs):
             place = recipe.origin.at(("compare", "overrides", point.label, "model", "name_or_path"))
             raise ModelError(
@@ -237,7 +237,7 @@ def _check_tokenizers(recipe: Recipe, points: Sequence[Point]) -> None:
             )
 
 
-def _model_on_disk(recipe: Recipe) -> Any:
+def model_on_disk(recipe: Recipe) -> Any:
     """The recipe's model section, in which a task's model is named by its folder."""
     if recipe.model.name_or_path != "task":
         return recipe.model
@@ -281,7 +281,7 @@ def _process_count(asked: int | str, waiting: int) -> int:
 
 
 @contextmanager
-def _stoppable(points: Sequence[Point]) -> Iterator[None]:
+def stoppable(points: Sequence[Point]) -> Iterator[None]:
     """Let SIGINT and SIGTERM end the comparison with a message that says how to go on."""
 
     def stop(signum: int, _: object) -> None:

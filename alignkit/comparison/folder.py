@@ -1,23 +1,23 @@
-"""The folder of a comparison: whose files are in it, and links that nothing may be written through.
-Imports no torch.
+"""The folder of a comparison or of rounds: whose files are in it, and links that nothing may be
+written through. Imports no torch.
 """
 
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from alignkit.errors import ConfigError, ResourceError
 from alignkit.files import write_json, writing
 
-MARK = "comparison.json"
-CONTENT = {"alignkit": "comparison", "format": 1}
+Kind = Literal["comparison", "iteration"]
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder in which a comparison would overwrite what is not its own.
+def check_folder(folder: Path, kind: Kind = "comparison") -> None:
+    """Refuse a folder in which a comparison or iteration would overwrite what is not its own.
 
-    ConfigError unless the folder is missing, empty or a comparison of ours; ResourceError for a
+    ConfigError unless the folder is missing, empty or one of ours of that kind; ResourceError for a
     symbolic link anywhere in it, because what is written or deleted there would be elsewhere.
     """
     if folder.exists() and not folder.is_dir():
@@ -26,31 +26,34 @@ def check_folder(folder: Path) -> None:
         return
 
     visible = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
-    if visible and not _is_comparison(folder):
+    if visible and not _is_ours(folder, kind):
         shown = ", ".join(visible[:5]) + (", ..." if len(visible) > 5 else "")
         raise ConfigError(
-            f"output_dir {folder} holds files that no comparison wrote ({shown}), and they could "
+            f"output_dir {folder} holds files that no {kind} wrote ({shown}), and they could "
             "be overwritten; choose an empty or new folder"
         )
     for link in _links(folder):
         raise ResourceError(
-            f"{link} is a symbolic link, which a comparison does not follow; remove it, or choose "
+            f"{link} is a symbolic link, which a {kind} does not follow; remove it, or choose "
             "another output_dir"
         )
 
 
-def mark_folder(folder: Path) -> None:
-    """Say that the folder is a comparison's. ResourceError where the disk refuses."""
-    with writing(folder / MARK):
-        write_json(folder / MARK, CONTENT)
+def mark_folder(folder: Path, kind: Kind = "comparison") -> None:
+    """Say whose the folder is. ResourceError where the disk refuses."""
+    mark = folder / f"{kind}.json"
+    with writing(mark):
+        write_json(mark, {"alignkit": kind, "format": 1})
 
 
-def _is_comparison(folder: Path) -> bool:
-    """Whether a comparison wrote the folder; those of earlier versions have no mark, but runs with
-    an outcome, or a measured base model.
+def _is_ours(folder: Path, kind: Kind) -> bool:
+    """Whether a comparison or iteration wrote the folder; comparisons of earlier versions have no
+    mark, but runs with an outcome, or a measured base model.
     """
-    if _object(folder / MARK).get("alignkit") == "comparison":
+    if _object(folder / f"{kind}.json").get("alignkit") == kind:
         return True
+    if kind != "comparison":
+        return False
     outcomes = folder.glob("runs/*/outcome.json")
     if any("settings" in _object(file) for file in outcomes):
         return True

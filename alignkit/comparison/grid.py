@@ -41,7 +41,13 @@ class Point:
         """Everything that decides what is trained."""
         return self.recipe.model_dump(
             mode="json",
-            exclude={"compare": True, "trackers": True, "output_dir": True, "reference": {"store"}},
+            exclude={
+                "compare": True,
+                "iterate": True,
+                "trackers": True,
+                "output_dir": True,
+                "reference": {"store"},
+            },
         )
 
     @property
@@ -161,6 +167,7 @@ def _point(
         "objective": {**objective, **swept},
         "train": shared.train.model_copy(update={"seed": seed}),
         "compare": None,
+        "iterate": None,
         "reference": shared.reference.model_copy(update={"store": str(out / "reference")}),
         "output_dir": str(out / "runs" / name),
     }

@@ -39,7 +39,7 @@ def train_and_measure(point: Point, *, recipe: Recipe, safe: bool, quiet: bool) 
     with _printing_into(log_file) if quiet else nullcontext():
         try:
             if read_run_state(point).status != "finished":
-                _train(point, safe)
+                train_point(point, safe)
             _measure(point, recipe, safe)
         except AlignkitError as error:
             if error.exit_code > 128:
@@ -80,7 +80,10 @@ def measurer_of(recipe: Recipe, safe: bool) -> "Measurer":
     return _measurers[key]
 
 
-def _train(point: Point, safe: bool) -> None:
+def train_point(point: Point, safe: bool) -> None:
+    """Train one `point`, from its checkpoints where it has some, and note how far it came and what it
+    cost. Raises what `run_recipe` raises.
+    """
     from alignkit.runs.launch import run_recipe
 
     folder = Path(point.recipe.output_dir)

@@ -2,8 +2,8 @@
 
     recipe.py        all sections together, and how a recipe is found, read, checked and written
     objective.py     the `objective` section, and the objective that it describes
-    model.py, teacher.py, data.py, train.py, rollout.py, rewards.py, judges.py, compare.py
-                     one section each
+    model.py, teacher.py, data.py, train.py, rollout.py, rewards.py, judges.py, compare.py,
+                     iterate.py: one section each
     section.py       their base class
     text.py          from YAML and `a.b=value` to plain data, with line numbers
     validation.py    from plain data to sections, with every fault explained

@@ -13,6 +13,7 @@ from pydantic import Field, PrivateAttr
 from alignkit.config.compare import CompareConfig
 from alignkit.config.data import DataConfig
 from alignkit.config.hub import HubConfig
+from alignkit.config.iterate import IterateConfig
 from alignkit.config.judges import JudgeConfig
 from alignkit.config.model import ModelConfig, ReferenceConfig, TargetConfig
 from alignkit.config.objective import DEFAULT_OBJECTIVE, Part, check_part, parts_of
@@ -64,6 +65,7 @@ class Recipe(Section):
     )
     judge: JudgeConfig | None = Field(None, description="the judge of self-play objectives")
     compare: CompareConfig | None = Field(None, description="read by `alignkit compare` only")
+    iterate: IterateConfig | None = Field(None, description="read by `alignkit iterate` only")
     trackers: list[Tracker] = Field(
         [], description="experiment trackers to use beside metrics.jsonl, through accelerate"
     )

@@ -61,10 +61,16 @@ def evaluate_to_file(request: Request, file: Path, page: Path | None = None) -> 
         if each is not None:
             with files.writing(each):
                 each.parent.mkdir(parents=True, exist_ok=True)
-    results = evaluate(request)
+    write_results(evaluate(request), file, page)
+
+
+def write_results(results: Results, file: Path, page: Path | None = None) -> None:
+    """Print results as a table and write them to `file`, and as one page to `page`. ResourceError
+    where the disk refuses.
+    """
     console = Console()
     if not console.is_terminal:  # a file has no width: give every model its column
-        console = Console(width=40 + 28 * (1 + len(request.models)))
+        console = Console(width=40 + 28 * (1 + len(results["models"])))
     show(results, console)
     with files.writing(file):
         files.write_json(file, results)

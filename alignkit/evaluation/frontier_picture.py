@@ -21,7 +21,7 @@ def draw_frontier(results: Row, file: Path) -> bool:
         _draw_surroundings(axes, results)
         for place, model in enumerate(results["models"]):
             _draw_model(axes, model, place)
-        _join_merges(axes, results["models"])
+        _join(axes, results["models"])
 
         axes.set(xlabel="KL to the reference, nats per completion", ylabel="mean score")
         axes.set_title("what is gained at which distance and price", loc="left", fontsize=11)
@@ -70,15 +70,18 @@ def _draw_model(axes: Axes, model: Row, place: int) -> None:
     axes.plot([kl], [score["value"]], marker, color=colour, markersize=8, label=label)
 
 
-def _join_merges(axes: Axes, models: list[Row]) -> None:
-    """A line through the models of one merge, from the smallest share to the largest."""
-    merges: dict[str, list[Row]] = {}
+def _join(axes: Axes, models: list[Row]) -> None:
+    """A line through the models of one merge, from the smallest share to the largest, and one
+    through rounds of training.
+    """
+    curves: dict[str, list[tuple[float, Row]]] = {}
     for model in models:
-        if "merge" in model:
-            merges.setdefault(model["merge"]["of"], []).append(model)
+        place = model.get("merge") or model.get("round")
+        if place:
+            curves.setdefault(place["of"], []).append((place["share"], model))
 
-    for of in merges.values():
-        of.sort(key=lambda model: model["merge"]["share"])
+    for curve in curves.values():
+        of = [model for _, model in sorted(curve, key=lambda each: each[0])]
         kl = [model["figures"]["kl"]["value"] for model in of]
         score = [model["figures"]["score"]["value"] for model in of]
         axes.plot(kl, score, color="#666666", linewidth=1.2, zorder=1)

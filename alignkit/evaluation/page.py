@@ -64,6 +64,8 @@ def write_page(results: Row, file: Path) -> None:
 def _picture(results: Row) -> Picture:
     several = any("merge" in model for model in results["models"])
     merged = " Models of one merge are joined by a line." if several else ""
+    if any("round" in model for model in results["models"]):
+        merged = " The rounds are joined by a line in their order."
     best = ""
     if results["optimal"]:
         best = " No policy can be above the thick line, the closed-form optimum."

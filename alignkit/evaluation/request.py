@@ -79,12 +79,12 @@ def _start(
     models: Sequence[str], recipes: dict[str, Recipe], decoders: Mapping[str, DecodeConfig]
 ) -> str:
     """What the models were trained from."""
-    starts = {name: _anchor(recipe) for name, recipe in recipes.items()}
+    starts = {name: anchor_of(recipe) for name, recipe in recipes.items()}
     starts |= {name: name for name in models if name.startswith("task:")}
     for name, config in decoders.items():
         recipe = Path(config.model).expanduser() / "recipe.yaml"
         if recipe.is_file():
-            starts[name] = _anchor(load_recipe(recipe))
+            starts[name] = anchor_of(load_recipe(recipe))
         elif config.model.startswith("task:"):
             starts[name] = config.model
 
@@ -110,7 +110,7 @@ def _start(
     return next(iter(starts.values()))
 
 
-def _anchor(recipe: Recipe) -> str:
+def anchor_of(recipe: Recipe) -> str:
     """The reference that a run was kept close to."""
     adapter = recipe.model.adapter
     if recipe.reference.kind not in REFERENCES:

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from alignkit import files
+from alignkit.config.iterate import PairMethod
+from alignkit.config.rewards import RewardConfig
 from alignkit.data.prompts import Prompt
 from alignkit.errors import ConfigError, DataError
 from alignkit.rewards.call import RewardCall, Score, call_reward
@@ -21,7 +23,6 @@ from alignkit.rollout.text import as_reply, decode, decode_after
 from alignkit.runs.sampled_answers import sample_answers
 from alignkit.tasks import Task
 
-Method = Literal["bradley_terry", "best_worst", "rejection"]
 Pick = tuple[int, int]  # the better completion's place among a prompt's, and the worse one's
 
 
@@ -37,8 +38,9 @@ class PairRequest:
 
     model: str
     prompts: str  # a file, a data set, or task:NAME
-    reward: str | None = None  # FILE.py:NAME, module:NAME, a reward model; None: the task's own
-    method: Method = "bradley_terry"
+    # FILE.py:NAME, module:NAME, a reward model, or a recipe's rewards; None: the task's own
+    reward: str | Sequence[RewardConfig] | None = None
+    method: PairMethod = "bradley_terry"
     samples: int = 4
     pairs: int = 1
     label_temperature: float = 1.0
@@ -127,10 +129,14 @@ def _text(tokenizer: Any, prompt: Prompt, ids: Tensor) -> str:
 
 def _reward(request: PairRequest, task: Task | None) -> RewardCall:
     """The reward that the request names, else the task's own."""
-    if request.reward is not None:
-        section = {"function" if ":" in request.reward else "model": request.reward}
+    given = request.reward
+    if given:
+        if isinstance(given, str):
+            sections: Sequence[Any] = [{"function" if ":" in given else "model": given}]
+        else:
+            sections = given
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return load_rewards([section], safe=request.safe, device=device)
+        return load_rewards(sections, safe=request.safe, device=device)
     if task is not None and task.reward is not None:
         return task.reward
     raise ConfigError(

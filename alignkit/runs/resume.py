@@ -54,6 +54,7 @@ FREE: dict[str, set[str] | None] = {  # None: the whole section
         "max_mismatch",
     },
     "compare": None,
+    "iterate": None,
     "trackers": None,
     "hub": None,
     "output_dir": None,
