@@ -102,6 +102,7 @@ def test_far_apart_and_nearly_equal_laws_in_narrow_types(name, dtype):
     gradient = torch.autograd.grad(loss.sum(), policy)[0]
     assert loss.dtype == torch.float32
     assert bool(loss.isfinite().all() and gradient.isfinite().all())
+    assert bool((loss >= 0).all())
 
     near = laws(200, 50).to(dtype)
     nudged = (near.float() * (1 + 1e-6)).to(dtype)
