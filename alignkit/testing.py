@@ -3,13 +3,12 @@ figure that shows it.
 """
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 
 from alignkit.config.escaping import plain
 from alignkit.config.plugins import load_object
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.objectives import OBJECTIVES, locate
+from alignkit.objectives import OBJECTIVES, locate, unknown_objective
 from alignkit.objectives.base import Objective
 from alignkit.oracles import claims, invariances
 from alignkit.oracles.invariances import Check
@@ -98,8 +97,4 @@ def _find(name: str, safe: bool) -> type[Objective]:
             f"verify: `{name}` is not a subclass of alignkit.objectives.base.Objective"
         )
 
-    near = get_close_matches(name, OBJECTIVES, 1)
-    hint = f"did you mean `{near[0]}`? " if near else ""
-    raise ConfigError(
-        f"verify: there is no objective `{name}`; {hint}built in: {', '.join(OBJECTIVES)}; own: module:Class"
-    )
+    raise unknown_objective(name)

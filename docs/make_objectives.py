@@ -1,11 +1,14 @@
-"""Writes docs/objectives.md, the list of objectives, from the registry.
+"""Writes docs/objectives.md, the list of objectives, and alignkit/objectives/fields.json, what their
+fields may be, from the registry.
 
 python docs/make_objectives.py
 """
 
+import json
 from importlib import import_module
 from pathlib import Path
 
+from alignkit.config.objective_fields import TABLE, schema_of
 from alignkit.config.recipe import shipped_recipes
 from alignkit.objectives import FUNCTIONS, OBJECTIVES, locate
 from alignkit.objectives.base import Objective
@@ -119,6 +122,15 @@ def make_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def make_table() -> str:
+    """The table of fields as JSON, one objective per line."""
+    lines = [
+        f"{json.dumps(name)}: {json.dumps(schema_of(objective_class(name)))}" for name in OBJECTIVES
+    ]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 if __name__ == "__main__":
     PAGE.write_text(make_page())
-    print(f"wrote {PAGE}: {len(OBJECTIVES)} objectives")
+    TABLE.write_text(make_table())
+    print(f"wrote {PAGE} and {TABLE}: {len(OBJECTIVES)} objectives")

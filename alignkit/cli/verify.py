@@ -18,6 +18,13 @@ def verify(
     ] = False,
 ) -> None:
     """Check objectives against exact oracles; exit 1 if a check fails."""
+    from alignkit.objectives import OBJECTIVES, unknown_objective
+
+    # Said before torch is imported, which takes seconds.
+    for name in objectives or []:
+        if name not in OBJECTIVES and ":" not in name:
+            raise unknown_objective(name)
+
     from alignkit.testing import verify as verify_objectives
 
     raise typer.Exit(verify_objectives(objectives or [], safe=safe))

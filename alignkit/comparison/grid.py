@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.config.compare import CompareConfig
-from alignkit.config.objective import check_part
+from alignkit.config.objective import check_fields, check_part
 from alignkit.config.recipe import Recipe
 from alignkit.config.text import Keys
 from alignkit.config.validation import nearest, validated
@@ -69,8 +69,8 @@ def section_of(recipe: Recipe) -> CompareConfig:
 def expand(recipe: Recipe) -> list[Point]:
     """Every run of the grid: curve by curve, then seed by seed, in the order written.
 
-    ConfigError for an objective that does not exist, sections that cannot differ between runs, and
-    two runs of one name. The fields of objectives are checked by `build_objective`.
+    ConfigError for an objective that does not exist or has other fields, sections that cannot
+    differ between runs, and two runs of one name.
     """
     section = section_of(recipe)
     _check_overrides(recipe, section)
@@ -95,7 +95,9 @@ def expand(recipe: Recipe) -> list[Point]:
                 )
 
         for values, seed in product(product(*swept.values()), section.seeds):
-            point = _point(recipe, shared, label, objective, dict(zip(swept, values)), seed)
+            chosen = dict(zip(swept, values))
+            check_fields({**objective, **chosen}, recipe.origin, keys)
+            point = _point(recipe, shared, label, objective, chosen, seed)
             if point.name in points:
                 raise ConfigError(
                     f"{recipe.origin.at(keys)}: two runs of the grid are `{point.name}`; "

@@ -1,11 +1,13 @@
 """The recipe's `model`, `reference` and `target` sections. Imports pydantic alone."""
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from alignkit.config.section import Section
+from alignkit.errors import ModelError
 
 # Kinds of peft that put tokens of their own before a row, so that positions and prompts are no longer
 # those of the data; and kinds whose training needs calls between the steps.
@@ -139,3 +141,24 @@ class ReferenceConfig(TargetConfig):
         None,
         description="cached: a folder that keeps the log-probs for later runs on the same rows",
     )
+
+
+def check_source(name: str, field: str = "model.name_or_path") -> None:
+    """ModelError for a path that holds no model; names on the hub are left to the hub."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise ModelError(
+            f"{field}: {name} is a file; give the folder that holds config.json, or a hub name"
+        )
+
+    if path.is_dir():
+        if not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
+            raise ModelError(
+                f"{field}: the folder {name} holds no config.json; give a folder written by "
+                "save_pretrained"
+            )
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(
+            f"{field}: there is no folder {name}; check the path, or give a hub name such as "
+            "Qwen/Qwen3-0.6B"
+        )

@@ -1,7 +1,8 @@
 """The recipe's `objective` section, and the objective that it describes.
 
 The section is a mapping with `name` or `import`, or a list of such mappings with weights. Reading
-it imports no torch; `build_objective` does, because the classes of objectives need it.
+it imports no torch, and neither does checking its fields one by one; `build_objective` does, because
+the classes of objectives need it.
 """
 
 from importlib import import_module
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, PositiveFloat
 
+from alignkit.config.objective_fields import fields_of
 from alignkit.config.plugins import load_object
 from alignkit.config.text import Keys, Origin
 from alignkit.config.validation import nearest, validated
@@ -49,9 +51,7 @@ def build_objective(
 
     parts = []
     for part_keys, part in parts_of(section):
-        given = {"weight": part["weight"]} if "weight" in part else {}
-        weight = validated(Weight, given, origin, part_keys).weight
-        rest = {name: value for name, value in part.items() if name != "weight"}
+        rest, weight = _weighed(part, origin, part_keys)
         parts.append((_build_part(rest, origin, part_keys, safe), weight))
 
     weighted = Weighted(parts=parts)
@@ -66,9 +66,31 @@ def parts_of(section: Part | list[Part]) -> list[tuple[Keys, Part]]:
     return [(("objective", str(index)), part) for index, part in enumerate(section)]
 
 
+def check_section(section: Part | list[Part], origin: Origin) -> None:
+    """Refuse, without torch, an `objective` section of which a part or one of its fields by itself
+    is wrong. ConfigError.
+
+    `build_objective` alone knows what needs the classes: rules between the fields of an objective,
+    names of divergences, the fields of an `import`, and parts that do not fit together.
+    """
+    for keys, part in parts_of(section):
+        check_part(part, origin, keys)
+        rest = part if isinstance(section, dict) else _weighed(part, origin, keys)[0]
+        check_fields(rest, origin, keys)
+
+
+def check_fields(part: Part, origin: Origin, keys: Keys) -> None:
+    """Refuse fields that the named objective does not have, and values that they cannot have, each
+    by itself; without torch. ConfigError.
+    """
+    model = fields_of(part["name"]) if "name" in part else None
+    if model is not None:
+        validated(model, _fields(part), origin, keys)
+
+
 def check_part(part: Part, origin: Origin, keys: Keys) -> None:
     """Refuse a part that does not say what it is by exactly one of `name` (a registered objective)
-    and `import`. Its hyper-parameters are checked by `build_objective`.
+    and `import`. ConfigError.
     """
     where = ".".join(keys)
     at = origin.at((*keys, "name"))
@@ -98,8 +120,19 @@ def _build_part(part: Part, origin: Origin, keys: Keys, safe: bool) -> "Objectiv
         module, name, _ = locate(part["name"])
         cls = getattr(import_module(module), name)
 
-    fields = {name: value for name, value in part.items() if name not in ("name", "import")}
-    return validated(cls, fields, origin, keys)
+    return validated(cls, _fields(part), origin, keys)
+
+
+def _fields(part: Part) -> dict[str, Any]:
+    """The hyper-parameters of a part."""
+    return {name: value for name, value in part.items() if name not in ("name", "import")}
+
+
+def _weighed(part: Part, origin: Origin, keys: Keys) -> tuple[Part, float]:
+    """A part of a weighted list without its weight, and the weight."""
+    given = {"weight": part["weight"]} if "weight" in part else {}
+    rest = {name: value for name, value in part.items() if name != "weight"}
+    return rest, validated(Weight, given, origin, keys).weight
 
 
 def _imported_class(spec: str, origin: Origin, keys: Keys, safe: bool) -> "type[Objective]":

@@ -21,14 +21,7 @@ def load_object(spec: str, *, what: str, safe: bool = False) -> object:
     name ending in `.py` is a file. ConfigError when `safe`, or when there is no such thing. Errors
     raised by the user's own code keep their traceback.
     """
-    source, colon, name = spec.rpartition(":")
-    if not (colon and source and name.isidentifier()):
-        raise ConfigError(f"{what}: got `{spec}`; write `module:Name` or `path/to/file.py:Name`")
-    if safe:
-        raise ConfigError(
-            f"{what}: `{spec}` would run code that the recipe names; --safe does not allow that"
-        )
-
+    source, name = _source_and_name(spec, what, safe)
     log.warning("alignkit: %s runs code from %s", what, spec)
     try:
         module = _load_module(source, what)
@@ -41,6 +34,29 @@ def load_object(spec: str, *, what: str, safe: bool = False) -> object:
     except AttributeError:
         public = ", ".join(n for n in vars(module) if not n.startswith("_"))
         raise ConfigError(f"{what}: {source} has no `{name}`; it has: {public}") from None
+
+
+def check_spec(spec: str, *, what: str, safe: bool = False) -> None:
+    """Refuse what `load_object` would refuse before any code runs: `safe`, a name that is none, and a
+    file or module that is not there. ConfigError.
+    """
+    source, _ = _source_and_name(spec, what, safe)
+    if source.endswith(".py"):
+        _existing(Path(source), what)
+    elif source.isidentifier() and importlib.util.find_spec(source) is None:
+        _local_module(source, what)
+
+
+def _source_and_name(spec: str, what: str, safe: bool) -> tuple[str, str]:
+    """`module` or `file.py`, and the name in it."""
+    source, colon, name = spec.rpartition(":")
+    if not (colon and source and name.isidentifier()):
+        raise ConfigError(f"{what}: got `{spec}`; write `module:Name` or `path/to/file.py:Name`")
+    if safe:
+        raise ConfigError(
+            f"{what}: `{spec}` would run code that the recipe names; --safe does not allow that"
+        )
+    return source, name
 
 
 def _load_module(source: str, what: str) -> ModuleType:
@@ -58,23 +74,32 @@ def _load_module(source: str, what: str) -> ModuleType:
             "write `module:Name` or `path/to/file.py:Name`"
         ) from None
 
+    return _load_file(_local_module(source, what), what)
+
+
+def _local_module(source: str, what: str) -> Path:
+    """The file of a module that is not on Python's path."""
     local = Path(f"{source}.py")
     if local.is_file():
-        return _load_file(local, what)
+        return local
     raise ConfigError(
         f"{what}: found neither a module `{source}` on Python's path nor "
         f"a file {local} in {Path.cwd()}"
     )
 
 
+def _existing(path: Path, what: str) -> Path:
+    if not path.is_file():
+        raise ConfigError(f"{what}: there is no file {path.resolve()}")
+    return path
+
+
 def _load_file(path: Path, what: str) -> ModuleType:
     """Each file is loaded once per process, so that its classes stay the same objects; once more
     where it has been edited since.
     """
-    if not path.is_file():
-        raise ConfigError(f"{what}: there is no file {path.resolve()}")
-
-    path_hash = sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:12]
+    content = _existing(path, what).read_bytes()
+    path_hash = sha256(str(path.resolve()).encode() + content).hexdigest()[:12]
     module_name = f"_alignkit_{path.stem}_{path_hash}"
     if module_name in sys.modules:
         return sys.modules[module_name]

@@ -16,7 +16,7 @@ from alignkit.config.hub import HubConfig
 from alignkit.config.iterate import IterateConfig
 from alignkit.config.judges import JudgeConfig
 from alignkit.config.model import ModelConfig, ReferenceConfig, TargetConfig
-from alignkit.config.objective import DEFAULT_OBJECTIVE, Part, check_part, parts_of
+from alignkit.config.objective import DEFAULT_OBJECTIVE, Part, check_section
 from alignkit.config.rewards import RewardConfig
 from alignkit.config.rollout import RolloutConfig
 from alignkit.config.section import Section
@@ -89,14 +89,14 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     the package, with `section.field=value` overrides.
 
     Raises ConfigError that names every fault with its file and line (or its override), what is
-    allowed and the nearest valid name. The objective's own fields are checked by `build_objective`.
+    allowed and the nearest valid name. What only an objective's class knows is checked by
+    `build_objective`.
     """
     path = find_recipe(recipe)
     data, origin = read_recipe(path, overrides, defaults={"objective": dict(DEFAULT_OBJECTIVE)})
     loaded = validated(Recipe, data, origin)
 
-    for keys, part in parts_of(loaded.objective):
-        check_part(part, origin, keys)
+    check_section(loaded.objective, origin)
     _check_across_fields(loaded, origin)
 
     output_dir = _output_dir(loaded.output_dir, path, origin)

@@ -2,6 +2,10 @@
 Imports no torch.
 """
 
+from difflib import get_close_matches
+
+from alignkit.errors import ConfigError
+
 # name -> module:Class:function,...
 OBJECTIVES: dict[str, str] = {
     "sft": "preference.sft:SFT:sft_loss,dft_loss",
@@ -106,3 +110,12 @@ def locate(name: str) -> tuple[str, str, str]:
     """
     module, cls, function = (OBJECTIVES[name] + "::").split(":")[:3]
     return f"alignkit.objectives.{module}", cls, function
+
+
+def unknown_objective(name: str) -> ConfigError:
+    """The error of `alignkit verify` for a name that is not in the registry."""
+    near = get_close_matches(name, OBJECTIVES, 1)
+    hint = f"did you mean `{near[0]}`? " if near else ""
+    return ConfigError(
+        f"verify: there is no objective `{name}`; {hint}built in: {', '.join(OBJECTIVES)}; own: module:Class"
+    )

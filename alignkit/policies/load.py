@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from alignkit.batches import FAMILIES, Bundle, Plan
-from alignkit.config.model import ModelConfig, ReferenceConfig, TargetConfig
+from alignkit.config.model import ModelConfig, ReferenceConfig, TargetConfig, check_source
 from alignkit.errors import ConfigError, ModelError, first_line
 from alignkit.policies.adapters import (
     CONFIG,
@@ -43,13 +43,7 @@ from alignkit.policies.quantized import quantized
 from alignkit.policies.reference import KINDS, Anchor, following_anchors, resolve_kind
 from alignkit.policies.router import router_of
 from alignkit.policies.sharding import Shards
-from alignkit.policies.tokenizer import (
-    check_source,
-    check_vocabulary,
-    load_tokenizer,
-    padded,
-    same_vocabulary,
-)
+from alignkit.policies.tokenizer import check_vocabulary, load_tokenizer, padded, same_vocabulary
 from alignkit.policies.vocabulary import add_tokens
 from alignkit.policies.weights import check_files
 

@@ -1,34 +1,12 @@
 """Tokenizers: loaded with a pad token, and compared with each other and with their model."""
 
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from alignkit import files
-from alignkit.config.model import ModelConfig
+from alignkit.config.model import ModelConfig, check_source
 from alignkit.errors import ModelError, first_line
-
-
-def check_source(name: str, field: str = "model.name_or_path") -> None:
-    """ModelError for a path that holds no model; names on the hub are left to the hub."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        raise ModelError(
-            f"{field}: {name} is a file; give the folder that holds config.json, or a hub name"
-        )
-
-    if path.is_dir():
-        if not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
-            raise ModelError(
-                f"{field}: the folder {name} holds no config.json; give a folder written by "
-                "save_pretrained"
-            )
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(
-            f"{field}: there is no folder {name}; check the path, or give a hub name such as "
-            "Qwen/Qwen3-0.6B"
-        )
 
 
 def load_tokenizer(model: ModelConfig, field: str = "model.name_or_path") -> Any:

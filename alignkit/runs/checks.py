@@ -13,6 +13,7 @@ from alignkit.data.file_formats import SUFFIXES, data_suffix
 from alignkit.data.read import HeldOut, open_source, read_rows
 from alignkit.errors import ConfigError
 from alignkit.runs.live import PREFIX
+from alignkit.runs.named import check_named
 from alignkit.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def check_without_torch(recipe: Recipe, safe: bool = False) -> None:
-    """Check what needs no torch, which takes seconds to import: files and tasks that do not exist,
-    and fields that `--safe` forbids. ConfigError or DataError.
+    """Check what needs no torch, which takes seconds to import: files, models and tasks that do not
+    exist, and fields that `--safe` forbids. ConfigError, DataError or ModelError.
     """
     if safe and recipe.model.trust_remote_code:
         place = recipe.origin.at(("model", "trust_remote_code"))
@@ -48,6 +49,7 @@ def check_without_torch(recipe: Recipe, safe: bool = False) -> None:
             f"{place}: `rollout.{field}` would run code that the recipe names, and --safe forbids it"
         )
 
+    check_named(recipe, safe)
     _check_sources(recipe)
     _check_splits(recipe.data)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from alignkit.batches import Bundle
+from alignkit.config.model import check_source
 from alignkit.config.recipe import Recipe
 from alignkit.config.teacher import TeacherConfig
 from alignkit.errors import ConfigError
@@ -14,7 +15,6 @@ from alignkit.policies.reference import Anchor
 from alignkit.policies.teacher import FIELD, add_teacher
 from alignkit.policies.teacher_signature import stored_file
 from alignkit.policies.teacher_store import release_teacher, with_stored_teacher
-from alignkit.policies.tokenizer import check_source
 from alignkit.runs.context import RunContext
 from alignkit.tasks import Task
 

@@ -235,9 +235,9 @@ def test_all_faults_are_told_at_once(write):
 
 
 def objective_refusal(*overrides):
-    recipe = load_recipe("dpo", overrides)  # the first pass accepts them: torch is not there yet
     with pytest.raises(ConfigError) as caught:
-        build_objective(recipe.objective, recipe.origin)
+        recipe = load_recipe("dpo", overrides)
+        build_objective(recipe.objective, recipe.origin)  # knows what needs the classes
     return str(caught.value)
 
 
@@ -262,12 +262,8 @@ def test_fields_of_the_objective_are_checked_where_they_stand(write):
         "`objective.btea` is not a field of `objective`. Did you mean `beta`? Allowed: weighting, beta, label_smoothing"
         in objective_refusal("objective.btea=1")
     )
-    recipe = load_recipe(write("objective:\n- {name: dpo}\n- name: sft\n  weight: 0\n"))
-    with pytest.raises(
-        ConfigError,
-        match=r"^mine\.yaml:4: `objective\.1\.weight` is 0; it should be greater than 0",
-    ):
-        build_objective(recipe.objective, recipe.origin)
+    message = refusal(write("objective:\n- {name: dpo}\n- name: sft\n  weight: 0\n"))
+    assert message.startswith("mine.yaml:4: `objective.1.weight` is 0; it should be greater than 0")
 
 
 def test_an_unknown_divergence_is_refused_with_the_nearest():

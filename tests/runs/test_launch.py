@@ -80,6 +80,9 @@ def test_a_self_play_recipe_with_a_judge_of_ones_own(world, tmp_path):
 
 
 def test_what_an_objective_needs_is_asked_for_before_models_load(world, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("no model can be loaded from this")
     for name, words in (("rloo", "needs `rewards`"), ("nash_md", "needs `judge`")):
         wanted = f"objective={{name: {name}}}"
         with pytest.raises(ConfigError, match=words) as caught:
@@ -89,7 +92,7 @@ def test_what_an_objective_needs_is_asked_for_before_models_load(world, tmp_path
                     tmp_path / "run",
                     "prompts.jsonl",
                     wanted,
-                    "model.name_or_path=/no/such/model",
+                    f"model.name_or_path={broken}",
                 )
             )
         assert str(caught.value).startswith(f"override `{wanted}`: ")

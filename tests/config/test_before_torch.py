@@ -1,0 +1,124 @@
+"""What is wrong with a recipe by itself is said before torch is imported, which takes seconds."""
+
+import json
+import math
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from alignkit.config.objective_fields import TABLE, annotation, fields_of
+from alignkit.config.text import Origin
+from alignkit.config.validation import validated
+from alignkit.errors import ConfigError
+from alignkit.objectives import OBJECTIVES, locate
+
+# The words of a command -> part of its message.
+TYPOS = {
+    "train dpo objectiv.beta=1": "not a section of a recipe. Did you mean `objective`?",
+    "train dpo train.stepz=1": "Did you mean `steps`?",
+    "train dpo objective.bta=1": "Did you mean `beta`?",
+    "train dpo objective.beta=x": "it should be a number",
+    "train dpo objective.beta=-1": "greater than 0",
+    "train dpo objective.name=dpoo": "Did you mean `dpo`?",
+    "train dpo objective=[{'name':dpo},{'name':sft,'fomr':dft}]": "Did you mean `form`?",
+    "train dpo objective=[{'name':dpo},{'name':sft,'weight':0}]": "greater than 0",
+    "train dpo objective={'import':nope.py:Mine}": "there is no file",
+    "train dpo objective={'import':nope:Mine}": "neither a module `nope`",
+    "train rpg rewards=[{'function':nope.py:score}]": "rewards.0.function: there is no file",
+    "train dpo train.callbacks=[nope.py:Mine]": "train.callbacks: there is no file",
+    "train dpo model.name_or_path=./nope": "there is no folder ./nope",
+    "train dpo data.train=nope.jsonl": "no file or folder nope.jsonl",
+    "train dpo train.optimizer=adamm": "Did you mean `adamw`?",
+    "train rpg rollout.temperature=0": "greater than 0",
+    "train dpo model.quantize=8bit": "quantize 8bit",  # needs a package, or an adapter
+    "train rpg --safe rewards=[{'function':mine.py:score}]": "--safe does not allow that",
+    "compare compare compare.grid.dpo.bta=[0.1]": "Did you mean `beta`?",
+    "plan dpo objective.bta=1": "Did you mean `beta`?",
+    "verify dpoo": "did you mean `dpo`?",
+}
+
+
+def test_a_typo_needs_no_torch(tmp_path):
+    script = (
+        "import json, sys\n"
+        "from typer.testing import CliRunner\n"
+        "from alignkit.cli.main import app\n"
+        "results = []\n"
+        "for command in json.load(sys.stdin):\n"
+        "    error = CliRunner().invoke(app, command).exception\n"
+        "    results.append([str(error), 'torch' in sys.modules])\n"
+        "print(json.dumps(results))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps([command.split() for command in TYPOS]),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    for (command, message), (said, has_torch) in zip(TYPOS.items(), json.loads(result.stdout)):
+        assert message in said, command
+        assert not has_torch, command
+
+
+def class_of(name):
+    module, cls, _ = locate(name)
+    return getattr(import_module(module), cls)
+
+
+def test_the_table_is_what_the_classes_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "docs"))
+    # `python docs/make_objectives.py` writes it
+    assert TABLE.read_text() == import_module("make_objectives").make_table()
+    assert list(json.loads(TABLE.read_text())) == list(OBJECTIVES)
+
+
+VALUES = (
+    None,
+    True,
+    "",
+    "x",
+    "none",
+    -1,
+    0,
+    0.5,
+    1,
+    1.5,
+    2,
+    1e308,
+    math.nan,
+    math.inf,
+    [],
+    [1],
+    {},
+)
+
+
+def message(model, section):
+    try:
+        validated(model, section, Origin(), ("objective",))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_value_gets_the_message_of_the_class(name):
+    """But for rules between fields, and divergences, of which more can be registered in Python."""
+    cls = class_of(name)
+    for field in [*cls.model_fields, "nonsense"]:
+        for value in VALUES:
+            before = message(fields_of(name), {field: value})
+            after = message(cls, {field: value})
+            rule = "`objective`: " in after or "unknown divergence" in after
+            assert before == after or (rule and not before), (field, value)
+
+
+def test_a_schema_that_the_table_cannot_say_is_refused():
+    assert annotation({"type": "integer", "minimum": 2}) is not int
+    with pytest.raises(ValueError, match="pattern is not understood"):
+        annotation({"type": "string", "pattern": "a*"})
