@@ -17,12 +17,15 @@ from alignkit.data.examples import Example
 from alignkit.data.mixture import Mixture, Part
 from alignkit.data.read import HeldOut, Rows, Source, open_source, reading
 from alignkit.data.report import Report
-from alignkit.distributed.forked import number_of_workers
+from alignkit.distributed.forked import number_of_workers, passed_over
 from alignkit.errors import DataError
 
 if TYPE_CHECKING:
     from alignkit.batches import Bundle
     from alignkit.data.prompts import Prompt
+    from alignkit.data.tokenise import Cut
+
+    Pack = Callable[[list[Cut]], Any]
 
 
 def load_bundles(
@@ -42,13 +45,15 @@ def load_bundles(
     entry = None if few else entry_of(rows, config, family, lazy)
     bundles: Sequence[Bundle]
 
+    from alignkit.data.stored import StoredBundles, bundles_of
+
     if entry is None:
         in_memory: list[Bundle] = []
-        checked = _tokenised(few or rows, config, family, tokenizer, in_memory.extend, stop=True)
+        checked = _tokenised(
+            few or rows, config, family, tokenizer, in_memory.extend, bundles_of, stop=True
+        )
         bundles = in_memory
     else:
-        from alignkit.data.stored import StoredBundles
-
         checked = _cached(entry, rows, config, family, lazy, stop=True)
         bundles = StoredBundles(entry.folder)
 
@@ -157,7 +162,7 @@ def _cached(
 
         loaded = tokenizer.load()
         workers = number_of_workers(config.workers)
-        with BundleWriter(folder) as writer:
+        with passed_over(), BundleWriter(folder) as writer:
             checked = _tokenised(
                 rows, config, family, loaded, writer.write, pack, stop=stop, workers=workers
             )
@@ -173,14 +178,14 @@ def _tokenised(
     config: DataConfig,
     family: str | None,
     tokenizer: Any,
-    take: Callable[[Any], None] = lambda bundles: None,
-    pack: Callable[[list["Bundle"]], Any] = lambda bundles: bundles,
+    take: Callable[[Any], None] = lambda packed: None,
+    pack: "Pack" = lambda cuts: None,
     *,
     stop: bool,
     workers: int = 1,
 ) -> Checked:
-    """Check the rows and `take` their bundles, part by part, in the form that `pack` gives them in
-    the process that made them. Prompts are counted alone.
+    """Check the rows and `take` what `pack` makes of their tokens, part by part, in the process that
+    made these. Prompts are counted alone.
     """
 
     def use(format: str) -> Use:
@@ -193,14 +198,14 @@ def _tokenised(
     return check_rows(rows, config, family, tokenizer, use, take, stop=stop, workers=workers)
 
 
-def _into_bundles(
-    config: DataConfig, family: str | None, tokenizer: Any, pack: Callable[[list["Bundle"]], Any]
-) -> Use:
-    from alignkit.data.tokenise import tokenize_examples, unpaired
+def _into_bundles(config: DataConfig, family: str | None, tokenizer: Any, pack: "Pack") -> Use:
+    from alignkit.data.tokenise import Tokeniser, unpaired
+
+    tokeniser = Tokeniser(config, tokenizer, family or "")
 
     def use(examples: Sequence[Example], report: Report) -> tuple[int, Any]:
-        bundles = tokenize_examples(examples, config, tokenizer, report, family or "")
-        return len(bundles), pack(unpaired(bundles) if family == "labelled" else bundles)
+        cuts = tokeniser.cuts(examples, report)
+        return len(cuts), pack(unpaired(cuts) if family == "labelled" else cuts)
 
     return use
 

@@ -6,19 +6,22 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b, sha256
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self, TypeAlias, overload
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from alignkit.batches import Bundle
 from alignkit.data.prompts import Prompt
+from alignkit.data.tokenise import Cut
 from alignkit.policies.lazy import Joined, Selected
+
+_Array: TypeAlias = np.ndarray[Any, Any]
 
 ROWS = "rows.arrow"
 SUMMARY = "rows.json"
@@ -45,25 +48,52 @@ class Packed:
     trained_on: bytes  # what is hashed of them
 
 
-def pack(bundles: Sequence[Bundle]) -> Packed:
-    """Bundles that have no values but a label or a margin: those that come from rows."""
-    if not bundles:
+def pack(cuts: Sequence[Cut]) -> Packed:
+    """Examples as the bundles of a file. There may be millions of them, so that nothing is made of
+    a single one but what is hashed.
+    """
+    if not cuts:
         return Packed(pa.RecordBatch.from_pylist([], SCHEMA), b"")
 
-    texts = [[bundle.prompt, *bundle.completions] for bundle in bundles]
-    labels = [bundle.rows.get("label") for bundle in bundles]
-    margins = [bundle.rows.get("margin") for bundle in bundles]
+    texts = [[cut.prompt, *cut.completions] for cut in cuts]
+    ids, ids_ends = _joined(texts, np.int64)
+    mask, mask_ends = _joined([cut.masks for cut in cuts], np.bool_)
+    contents = []
+    hashed: list[bytes | memoryview] = []
+
+    for cut, own_ids, own_mask in zip(cuts, _rows(ids, ids_ends), _rows(mask, mask_ends)):
+        parts = _split(own_ids, [cut.prompt, *cut.completions])
+        values = list(_values(cut).values())
+        contents.append(_content([*parts, *values]))
+        hashed += _trained_on([*parts, *_split(own_mask, cut.masks), *values])
+
+    labels = [None if cut.label is None else int(cut.label) for cut in cuts]
     columns = [
-        _lists(texts, pa.int32()),
-        _lists([bundle.masks for bundle in bundles], pa.uint8()),
+        pa.ListArray.from_arrays(ids_ends, pa.array(ids.astype(np.int32))),
+        pa.ListArray.from_arrays(mask_ends, pa.array(mask.view(np.uint8))),
         pa.array([list(map(len, parts)) for parts in texts], SCHEMA.field("lengths").type),
-        pa.array([None if label is None else int(label) for label in labels], pa.int8()),
-        pa.array([None if margin is None else float(margin) for margin in margins], pa.float64()),
-        pa.array([bundle.uid for bundle in bundles], pa.string()),
-        pa.array(list(contents(bundles)), pa.binary(16)),
+        pa.array(labels, pa.int8()),
+        pa.array([cut.margin for cut in cuts], pa.float64()),
+        pa.array([cut.uid for cut in cuts], pa.string()),
+        pa.array(contents, pa.binary(16)),
     ]
-    batch = pa.record_batch(columns, schema=SCHEMA)
-    return Packed(batch, b"".join(map(trained_on, bundles)))
+    return Packed(pa.record_batch(columns, schema=SCHEMA), b"".join(hashed))
+
+
+def bundles_of(cuts: Sequence[Cut]) -> list[Bundle]:
+    """Examples as bundles in memory."""
+    ids, ids_ends = _joined([[cut.prompt, *cut.completions] for cut in cuts], np.int64)
+    mask, mask_ends = _joined([cut.masks for cut in cuts], np.bool_)
+
+    bundles = []
+    for cut, own_ids, own_mask in zip(cuts, _rows(ids, ids_ends), _rows(mask, mask_ends)):
+        prompt, *completions = map(
+            torch.from_numpy, _split(own_ids, [cut.prompt, *cut.completions])
+        )
+        masks = list(map(torch.from_numpy, _split(own_mask, cut.masks)))
+        rows = {name: torch.from_numpy(value) for name, value in _values(cut).items()}
+        bundles.append(Bundle(prompt, completions, masks, cut.uid, rows))
+    return bundles
 
 
 class BundleWriter:
@@ -92,11 +122,33 @@ class BundleWriter:
             self.writer.write_batch(packed.batch)
 
 
-def _lists(rows: Sequence[Sequence[Tensor]], kind: Any) -> Any:
-    """The numbers of each row's tensors, as an Arrow array of lists."""
-    ends = np.cumsum([0, *(sum(map(len, parts)) for parts in rows)], dtype=np.int32)
-    values = torch.cat(list(chain.from_iterable(rows))).numpy().astype(kind.to_pandas_dtype())
-    return pa.ListArray.from_arrays(ends, pa.array(values))
+def _values(cut: Cut) -> dict[str, _Array]:
+    """The label and the margin of an example, where it has them."""
+    values: dict[str, _Array] = {}
+    if cut.label is not None:
+        values["label"] = np.array([cut.label])
+    if cut.margin is not None:
+        values["margin"] = np.array([cut.margin], np.float64)
+    return values
+
+
+def _joined(rows: Sequence[Sequence[Sequence[int]]], dtype: Any) -> tuple[_Array, _Array]:
+    """The numbers of all parts of all rows one behind the other, and where each row ends, after a 0."""
+    lengths = [sum(map(len, parts)) for parts in rows]
+    ends = np.cumsum([0, *lengths], dtype=np.int32)
+    numbers = chain.from_iterable(chain.from_iterable(rows))
+    return np.fromiter(numbers, dtype, count=int(ends[-1])), ends
+
+
+def _rows(values: _Array, ends: _Array) -> Iterator[_Array]:
+    """The part of `values` that each row has."""
+    return (values[begin:end] for begin, end in pairwise(ends.tolist()))
+
+
+def _split(values: _Array, parts: Sequence[Sequence[int]]) -> list[_Array]:
+    """`values` as arrays as long as each of `parts`."""
+    ends = accumulate(map(len, parts), initial=0)
+    return [values[begin:end] for begin, end in pairwise(ends)]
 
 
 @dataclass(frozen=True)
@@ -200,26 +252,38 @@ def contents(rows: Sequence[Bundle | Prompt]) -> Iterator[bytes]:
         return rows.contents()
     if isinstance(rows, Joined):
         return chain.from_iterable(map(contents, rows.parts))
-    return map(_content, rows)
+    return (_content(_content_arrays(row)) for row in rows)
 
 
-def _content(row: Bundle | Prompt) -> bytes:
-    if isinstance(row, Bundle):
-        parts = [row.prompt, *row.completions, *row.rows.values()]
-    else:
-        parts = [row.ids]
+def _content_arrays(row: Bundle | Prompt) -> list[_Array]:
+    if not isinstance(row, Bundle):
+        return [row.ids.numpy()]
+    return [part.numpy() for part in (row.prompt, *row.completions, *row.rows.values())]
+
+
+def _content(parts: Sequence[_Array]) -> bytes:
     digest = blake2b(digest_size=16)
     for part in parts:
         digest.update(f"{len(part)}:".encode())
-        numbers = part if part.is_floating_point() else part.to(torch.int64)
-        digest.update(numbers.contiguous().numpy().tobytes())
+        numbers = part if part.dtype.kind == "f" else part.astype(np.int64, copy=False)
+        digest.update(np.ascontiguousarray(numbers).data)
     return digest.digest()
 
 
 def trained_on(bundle: Bundle) -> bytes:
     """What is trained on in a bundle, to be hashed."""
     labels = [bundle.rows[name] for name in sorted(bundle.rows)]
-    parts = []
-    for tensor in (bundle.prompt, *bundle.completions, *bundle.masks, *labels):
-        parts += [f"{tensor.dtype}{tuple(tensor.shape)}".encode(), tensor.numpy().tobytes()]
-    return b"".join(parts)
+    tensors = (bundle.prompt, *bundle.completions, *bundle.masks, *labels)
+    return b"".join(_trained_on([tensor.numpy() for tensor in tensors]))
+
+
+def _trained_on(parts: Sequence[_Array]) -> Iterator[bytes | memoryview]:
+    for part in parts:
+        yield f"torch.{_name(part.dtype)}({len(part)},)".encode()
+        yield np.ascontiguousarray(part).data
+
+
+@cache
+def _name(dtype: Any) -> str:
+    """numpy takes longer to spell it than everything else takes for a row."""
+    return str(dtype)

@@ -1,17 +1,12 @@
-"""From checked examples to bundles: where the prompt ends, which
-tokens are trained, and the cut at max_length.
+"""From checked examples to tokens: where the prompt ends, which tokens are trained, and the cut at
+max_length.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from functools import cached_property
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from alignkit.batches import Bundle
 from alignkit.config.data import DataConfig
 from alignkit.data.chat import Rendered, Renderer
 from alignkit.data.encode import Ids, TextEncoder
@@ -34,92 +29,98 @@ class TokenRow:
 class Cut:
     """An example as tokens, within the limit on their number."""
 
-    example: Example
+    uid: str
+    label: bool | None
+    margin: float | None
     prompt: Ids
     completions: list[Ids]
     masks: list[list[bool]]
 
 
-def tokenize_examples(
-    examples: Sequence[Example], config: DataConfig, tokenizer: Any, report: Report, family: str
-) -> list[Bundle]:
-    """Bundles of `examples` in their order.
+class Tokeniser:
+    """From examples to tokens, for one tokenizer and `family` of objectives."""
 
-    Every row that is dropped or worth a word is counted in `report`.
+    def __init__(self, config: DataConfig, tokenizer: Any, family: str) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.family = family
 
-    Raises ModelError for a tokenizer without the chat template or the EOS that is needed, and
-    ConfigError for options that do not go with chats.
-    """
-    encoder = TextEncoder(tokenizer, config)
-    cuts: dict[int, Cut] = {}  # by row number
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        """Made when the first rows come, so that what is wrong with the rows is said first."""
+        return TextEncoder(self.tokenizer, self.config)
 
-    # Plain text and chats follow different rules for special tokens, and each kind is encoded in
-    # one call.
-    for chat in (False, True):
-        of_kind = [example for example in examples if example.chat == chat]
-        if chat:
-            rendered = _render_chats(of_kind, encoder, report, teach=family == "sequence")
-        else:
-            rendered = _render_texts(of_kind)
-        _count_special_tokens(rendered, encoder, report)
+    @cached_property
+    def renderer(self) -> Renderer:
+        """Applies the chat template. ModelError where there is none."""
+        return Renderer(self.encoder)
 
-        prompts = encoder.encode([r.prompt or "" for r in rendered], chat)
-        encoded = iter(encoder.encode([text for r in rendered for text in r.texts], chat))
-        for r, prompt in zip(rendered, prompts):
-            rows = [next(encoded) for _ in r.texts]
+    def cuts(self, examples: Sequence[Example], report: Report) -> list[Cut]:
+        """`examples` as tokens, in their order.
+
+        Every row that is dropped or worth a word is counted in `report`.
+
+        Raises ModelError for a tokenizer without the chat template or the EOS that is needed, and
+        ConfigError for options that do not go with chats.
+        """
+        cuts: dict[int, Cut] = {}  # by row number
+
+        # Plain text and chats follow different rules for special tokens, and each kind is encoded
+        # in one call.
+        for chat in (False, True):
+            of_kind = [example for example in examples if example.chat == chat]
+            rendered = self._render_chats(of_kind, report) if chat else _render_texts(of_kind)
+            _count_special_tokens(rendered, self.encoder, report)
+
+            prompts = self.encoder.encode([r.prompt or "" for r in rendered], chat)
+            texts = [text for r in rendered for text in r.texts]
+            encoded = iter(self.encoder.encode(texts, chat))
+            for r, prompt in zip(rendered, prompts):
+                rows = [next(encoded) for _ in r.texts]
+                try:
+                    cut = _tokenised(r, prompt, rows, self.encoder, report, self.family)
+                except BadRow as bad:
+                    report.add_bad(bad, r.example.number)
+                else:
+                    cuts[r.example.number] = cut
+
+        return [cuts[e.number] for e in examples if e.number in cuts]
+
+    def _render_chats(self, examples: Sequence[Example], report: Report) -> list[Rendered]:
+        """Conversations: through the chat template. Rows that it refuses are counted. For sequences
+        the completions are demonstrations.
+        """
+        if not examples:
+            return []
+        if self.config.split_special_tokens:
+            raise ConfigError(
+                "data.split_special_tokens=true is for plain text; "
+                "a chat template is made of special tokens"
+            )
+
+        rendered = []
+        for example in examples:
             try:
-                cuts[r.example.number] = _tokenised(r, prompt, rows, encoder, report, family)
+                rendered.append(self.renderer.render(example, teach=self.family == "sequence"))
             except BadRow as bad:
-                report.add_bad(bad, r.example.number)
-
-    return _bundles([cuts[e.number] for e in examples if e.number in cuts])
-
-
-def _bundles(cuts: Sequence[Cut]) -> list[Bundle]:
-    """Their bundles. There may be millions, so the tensors are made of one array of all tokens."""
-    ids = _tensors([part for cut in cuts for part in (cut.prompt, *cut.completions)], np.int64)
-    masks = _tensors([mask for cut in cuts for mask in cut.masks], np.bool_)
-    return [
-        Bundle(
-            next(ids),
-            [next(ids) for _ in cut.completions],
-            [next(masks) for _ in cut.masks],
-            uid=cut.example.uid,
-            rows=_row_values(cut.example),
-        )
-        for cut in cuts
-    ]
+                report.add_bad(bad, example.number)
+                continue
+            for verdict in sorted(rendered[-1].notes):
+                report.add(verdict, example.number)
+        return rendered
 
 
-def _row_values(example: Example) -> dict[str, Tensor]:
-    """The label and the margin of a row, where it has them."""
-    values = {}
-    if example.label is not None:
-        values["label"] = torch.tensor([example.label])
-    if example.margin is not None:
-        values["margin"] = torch.tensor([example.margin], dtype=torch.float64)
-    return values
-
-
-def _tensors(rows: Sequence[Sequence[int]], dtype: type[np.generic]) -> Iterator[Tensor]:
-    """One tensor for each of `rows`."""
-    ends = list(accumulate(map(len, rows), initial=0))
-    values = np.fromiter(chain.from_iterable(rows), dtype, count=ends[-1])
-    return (torch.from_numpy(values[begin:end]) for begin, end in pairwise(ends))
-
-
-def unpaired(bundles: Sequence[Bundle]) -> list[Bundle]:
-    """Labelled bundles: those that have a label already as they are, and each pair as two, of which
+def unpaired(cuts: Sequence[Cut]) -> list[Cut]:
+    """Labelled examples: those that have a label already as they are, and each pair as two, of which
     the chosen completion is desirable.
     """
     labelled = []
-    for bundle in bundles:
-        if "label" in bundle.rows:
-            labelled.append(bundle)
+    for cut in cuts:
+        if cut.label is not None:
+            labelled.append(cut)
             continue
-        for ids, mask, label in zip(bundle.completions, bundle.masks, (True, False)):
-            rows = {"label": torch.tensor([label])}
-            labelled.append(Bundle(bundle.prompt, [ids], [mask], bundle.uid, rows))
+        for ids, mask, label in zip(cut.completions, cut.masks, (True, False)):
+            labelled.append(Cut(cut.uid, label, None, cut.prompt, [ids], [mask]))
     return labelled
 
 
@@ -130,33 +131,6 @@ def _render_texts(examples: Sequence[Example]) -> list[Rendered]:
         prompt = None if example.prompt is None else str(example.prompt)
         texts = [(prompt or "") + str(completion) for completion in example.completions]
         rendered.append(Rendered(example, prompt, texts, [[] for _ in texts]))
-    return rendered
-
-
-def _render_chats(
-    examples: Sequence[Example], encoder: TextEncoder, report: Report, *, teach: bool
-) -> list[Rendered]:
-    """Conversations: through the chat template. Rows that it refuses are counted. With `teach` the
-    completions are demonstrations.
-    """
-    if not examples:
-        return []
-    if encoder.config.split_special_tokens:
-        raise ConfigError(
-            "data.split_special_tokens=true is for plain text; "
-            "a chat template is made of special tokens"
-        )
-
-    renderer = Renderer(encoder)
-    rendered = []
-    for example in examples:
-        try:
-            rendered.append(renderer.render(example, teach=teach))
-        except BadRow as bad:
-            report.add_bad(bad, example.number)
-            continue
-        for verdict in sorted(rendered[-1].notes):
-            report.add(verdict, example.number)
     return rendered
 
 
@@ -339,4 +313,5 @@ def _cut(
         report.add("truncated", example.number)
     if min(longest, limit) > encoder.tokenizer.model_max_length:
         report.add("beyond_context", example.number)
-    return Cut(example, token_rows[0].ids[skipped:length], completions, masks)
+    prompt = token_rows[0].ids[skipped:length]
+    return Cut(example.uid, example.label, example.margin, prompt, completions, masks)

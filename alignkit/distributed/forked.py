@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import current_process, get_context
 from typing import Any, Literal, TypeVar
 
@@ -30,6 +31,21 @@ def number_of_workers(given: int | Literal["auto"]) -> int:
     if sys.platform != "linux" or current_process().daemon:  # which may not have children
         return 1
     return min(len(os.sched_getaffinity(0)), MOST) if given == "auto" else given
+
+
+@contextmanager
+def passed_over() -> Iterator[None]:
+    """Inside the block the garbage collector passes over what stands now: with transformers and
+    torch that is hundreds of thousands of objects, at which it would look again and again.
+    """
+    if gc.get_freeze_count():  # somebody else's, who would not expect it to end here
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def in_order(call: Callable[[T], R], pieces: Iterable[T], workers: int) -> Iterator[R]:

@@ -1,5 +1,7 @@
 """Rows that several processes tokenise: the same bundles and the same report as one makes."""
 
+import gc
+import gc
 import json
 import multiprocessing
 import os
@@ -13,7 +15,7 @@ import pytest
 from alignkit.config.data import DataConfig
 from alignkit.data import cache as cache_module
 from alignkit.data import load_bundles
-from alignkit.distributed.forked import in_order, number_of_workers
+from alignkit.distributed.forked import in_order, number_of_workers, passed_over
 from alignkit.errors import ModelError, ResourceError
 
 ROWS = [
@@ -143,3 +145,12 @@ def test_auto_is_one_for_each_core(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)))
     assert number_of_workers("auto") == 8
     assert number_of_workers(12) == 12
+
+
+def test_the_collector_looks_at_everything_again_behind_the_block():
+    with passed_over():
+        assert gc.get_freeze_count() > 0
+        with passed_over():  # no second one, whose end would be that of the first
+            pass
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
