@@ -1,7 +1,6 @@
 """Rows that several processes tokenise: the same bundles and the same report as one makes."""
 
 import gc
-import gc
 import json
 import multiprocessing
 import os
