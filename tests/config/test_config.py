@@ -236,9 +236,13 @@ def test_all_faults_are_told_at_once(write):
 
 def objective_refusal(*overrides):
     with pytest.raises(ConfigError) as caught:
-        recipe = load_recipe("dpo", overrides)
-        build_objective(recipe.objective, recipe.origin)  # knows what needs the classes
+        built(overrides)
     return str(caught.value)
+
+
+def built(overrides):
+    recipe = load_recipe("dpo", overrides)
+    return build_objective(recipe.objective, recipe.origin)  # knows what needs the classes
 
 
 def test_a_metric_whose_direction_is_not_known_needs_a_goal(write):
