@@ -156,6 +156,11 @@ class Plan:
     # Example: True for PPO.
     values: bool = False
 
+    # Whether the loss also reads how large the logits are: the log of the sum of their exponentials at
+    # each token, [N, T] with gradient under "log_partition" in `TokenLogps.extras`.
+    # Example: True for IQ-imitation, whose logits are soft action values.
+    partition: bool = False
+
     # Bins of a second head, which gives at each token the law of the completion's reward, given the
     # tokens so far and this one; the loss finds the bins' log-probs [N, T] under "bin_0", "bin_1"
     # and so on in `TokenLogps.extras`. 0: no such head.
@@ -256,6 +261,7 @@ COMBINATION: dict[str, Literal["family", "agree", "union", "names", "anchors", "
     "samples": "agree",
     "feedback": "agree",
     "values": "agree",
+    "partition": "any",
     "bins": "agree",
     "epochs": "agree",
     "minibatches": "agree",

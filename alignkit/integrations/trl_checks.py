@@ -74,6 +74,7 @@ def check_objective(objective: Any, family: Family, base: str) -> None:
     # What alignkit's own loop gives an objective and TRL's does not.
     needs = {
         "a value head": plan.values or plan.bins,
+        "the log-partition of the logits": plan.partition,
         "a head of its own": plan.outputs,
         "completions drawn beside the rows": family == "pair" and plan.samples,
         "completions of another policy": any(

@@ -9,6 +9,7 @@ from alignkit.errors import ConfigError
 # name -> module:Class:function,...
 OBJECTIVES: dict[str, str] = {
     "sft": "preference.sft:SFT:sft_loss,dft_loss",
+    "iq_imitation": "preference.iq_imitation:IQImitation:iq_rewards",
     "dpo": "preference.dpo:DPO:dpo_loss",
     "ipo": "preference.ipo:IPO:ipo_loss",
     "fdpo": "preference.fdpo:FDPO:fdpo_loss",

@@ -186,6 +186,8 @@ class TabularWorld:
         extras["entropy"] = -(policy.exp() * policy).sum(-1).detach()
         if self.plan.values:
             extras["values"] = self.values
+        if self.plan.partition:
+            extras["log_partition"] = self.policy.logsumexp(-1)
         if self.plan.bins:  # any law of the bins that moves with the values
             numbers = torch.arange(self.plan.bins, dtype=self.values.dtype)
             bins = (self.values.unsqueeze(-1) * numbers).log_softmax(-1)

@@ -21,6 +21,7 @@ CHUNK_BYTES = {"cpu": 8 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 64 * 2**20
 PARTS = {"cpu": 16}  # of a chunk, in which statistics are computed
 PARTS_ELSEWHERE = 4  # few, because each one is a dozen launches
+PARTITION = "log_partition"  # its name in `TokenLogps.extras`
 KEPT_CHUNKS = 4  # a micro-batch of at most so many chunks keeps them for backward
 
 
@@ -61,15 +62,30 @@ class Head:
 
     def logprobs(self, hidden: Tensor) -> Tensor:
         """Log-probs of the whole vocabulary, in float32 or wider: [C, H] -> [C, V]."""
-        logits = self.module(hidden)[..., : self.vocabulary]
+        logits = self.logits(hidden)
+        return torch.log_softmax(logits, -1, dtype=_wide(logits))
+
+    def laws(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """As `logprobs`, and the log-partition of the logits that they come from: [C, V], [C]."""
+        logits = self.logits(hidden)
+        dtype = _wide(logits)
+        return torch.log_softmax(logits, -1, dtype=dtype), torch.logsumexp(logits.to(dtype), -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The final logits, scaled, capped and divided by the temperature: [C, H] -> [C, V]."""
+        logits: Tensor = self.module(hidden)[..., : self.vocabulary]
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.soft_cap is not None:
             logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
         if self.temperature != 1.0:
             logits = logits / self.temperature
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        return torch.log_softmax(logits, -1, dtype=dtype)
+        return logits
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    """float32, or the logits' dtype where that is wider."""
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 class AnchorLaws(Protocol):
@@ -105,8 +121,8 @@ class AnchorStates:
 class _Job:
     """What one pass over the tokens computes.
 
-    Its results are of two kinds: differentiable ones (the log-prob and the plan's statistics) and
-    detached ones (the entropy and the anchor's log-prob).
+    Its results are of two kinds: differentiable ones (the log-prob, the plan's statistics and the
+    log-partition) and detached ones (the entropy and the anchor's log-prob).
     """
 
     head: Head
@@ -114,6 +130,7 @@ class _Job:
     statistics: Mapping[str, Statistic]
     anchor: AnchorLaws | None
     entropy: bool
+    partition: bool  # also the log-partition of the policy's logits
     rows: int  # tokens per chunk
     keep: bool  # keep the chunks' graphs for backward, instead of computing them again
 
@@ -125,12 +142,15 @@ class _Job:
     def chunk(self, hidden: Tensor, start: int, *, again: bool = False) -> tuple[Tensor, Tensor]:
         """Results of the tokens from `start` on, whose hidden states are `hidden` [C, H].
 
-        Returns the differentiable results [1 + S, C] (log-prob, statistics) and the detached ones
-        [D, C]. With `again`, when backward computes the chunk a second time, the latter are empty.
+        Returns the differentiable results [1 + S (+ 1), C] (log-prob, statistics, log-partition) and
+        the detached ones [D, C]. With `again`, when backward computes the chunk a second time, the latter are empty.
         """
         part = slice(start, start + self.rows)
         labels = self.labels[part]
-        logps = self.head.logprobs(hidden)
+        if self.partition:
+            logps, partition = self.head.laws(hidden)
+        else:
+            logps = self.head.logprobs(hidden)
 
         detached = []
         if self.entropy and not again:
@@ -147,6 +167,8 @@ class _Job:
 
         trained = [_at(logps, labels)]
         trained += [_Statistic.apply(s, *laws) for s in self.statistics.values()]  # type: ignore[no-untyped-call]
+        if self.partition:
+            trained.append(partition)
         if again or not detached:
             return torch.stack(trained), logps.new_zeros(0, len(labels))
         return torch.stack(trained), torch.stack(detached)
@@ -267,12 +289,13 @@ def head_figures(
     anchor: AnchorLaws | None = None,
     *,
     entropy: bool = True,
+    partition: bool = False,
 ) -> dict[str, Tensor]:
     """Log-probs, entropies and statistics of M tokens from their hidden states [M, H].
 
     Returns one tensor [M] per name: "policy" is the log-prob of the label, "entropy" (nats,
-    detached) that of the policy at the token, each of `statistics` its value, and "anchor" the
-    anchor's log-prob of the label. Statistics get the anchor's log-probs, or None without one.
+    detached) that of the policy at the token, each of `statistics` its value, "anchor" the anchor's
+    log-prob of the label, and with `partition` "log_partition" the policy's logsumexp of the logits. Statistics get the anchor's log-probs, or None without one.
     The entropy takes two more passes over a chunk's log-probs, but none through the model.
     """
     vocabulary = getattr(head.module, "out_features", None)
@@ -280,7 +303,8 @@ def head_figures(
         vocabulary = next(head.module.parameters()).shape[0]
     rows = chunk_rows(vocabulary, hidden.device)
     keep = torch.is_grad_enabled() and not statistics and len(labels) <= KEPT_CHUNKS * rows
-    job = _Job(head, labels, statistics, anchor, entropy, rows, keep)
+    job = _Job(head, labels, statistics, anchor, entropy, partition, rows, keep)
+    names = ["policy", *statistics, *([PARTITION] if partition else [])]
 
     parameters = [p for p in head.module.parameters() if p.requires_grad]
     if len(labels):
@@ -288,11 +312,11 @@ def head_figures(
     else:
         # Nothing to train in these rows. The empty results still depend on every parameter, because
         # DDP waits for the gradient of each.
-        nothing = hidden.new_zeros(1 + len(statistics), 0)
+        nothing = hidden.new_zeros(len(names), 0)
         trained = sum((p.sum() for p in parameters), hidden.sum()) * nothing
         detached = nothing.new_zeros(len(job.detached_names), 0)
 
     # Clones, because FSDP2 hooks into what a forward returns and warns of views.
-    results = {name: row.clone() for name, row in zip(("policy", *statistics), trained)}
+    results = {name: row.clone() for name, row in zip(names, trained)}
     results.update(zip(job.detached_names, detached))
     return results

@@ -162,6 +162,7 @@ class PolicyModule(nn.Module):
         *,
         hidden_only: bool = False,
         entropy: bool = True,
+        partition: bool = False,
     ) -> dict[str, Any]:
         """Results of `head_figures` for the trained tokens, "values" where there is a value head,
         and log-probs of the bins where there is a head of bins: [M] each. With a gradient also the router's "aux_loss", the same number at each token.
@@ -181,7 +182,13 @@ class PolicyModule(nn.Module):
             return {"hidden": hidden, "head": head}
 
         results = head_figures(
-            self.head, hidden, rows.labels, statistics or {}, anchor, entropy=entropy
+            self.head,
+            hidden,
+            rows.labels,
+            statistics or {},
+            anchor,
+            entropy=entropy,
+            partition=partition,
         )
         if self.value_head is not None:
             results["values"] = self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]

@@ -138,8 +138,8 @@ class PolicyPair:
         """Per-token log-probs of the N completions of `bundles`, with gradient iff it is enabled.
 
         With `anchors` also the plan's anchors (stored ones where every bundle has them, else live)
-        and statistics; without, the policy alone. Extras: "entropy" (detached), "values", the
-        statistics, and with a gradient "aux_loss" of a mixture of experts.
+        and statistics; without, the policy alone. Extras: "entropy" (detached), "values",
+        "log_partition", the statistics, and with a gradient "aux_loss" of a mixture of experts.
         """
         rows = self._rows(bundles)
 
@@ -162,7 +162,8 @@ class PolicyPair:
 
         self.module.train(torch.is_grad_enabled())
         with self._autocast():
-            results = self.module(rows, plan.statistics if anchors else {}, laws)
+            statistics = plan.statistics if anchors else {}
+            results = self.module(rows, statistics, laws, partition=plan.partition)
         extras = {name: rows.scatter(values) for name, values in results.items()}
         if laws is not None:
             anchor_logps[plan.anchors[0]] = extras.pop("anchor")

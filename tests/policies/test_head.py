@@ -48,10 +48,11 @@ def problem(tokens: int = 23, vocab: int = 17, width: int = 6):
 def test_figures_and_gradients_do_not_depend_on_the_chunks(monkeypatch, rows_per_chunk):
     monkeypatch.setattr(head_file, "chunk_rows", lambda *_: rows_per_chunk)
     head, hidden, labels, anchor = problem()
-    figures = head_figures(head, hidden, labels, {"kl": kl}, anchor)
+    figures = head_figures(head, hidden, labels, {"kl": kl}, anchor, partition=True)
     weights = torch.linspace(-1, 1, len(labels), dtype=torch.float64)
     inputs = [hidden, head.module.weight, head.module.bias]
     loss = (figures["policy"] * weights + figures["kl"] * weights.flip(0)).sum()
+    loss = loss + (figures["log_partition"] * weights**2).sum()
     found = torch.autograd.grad(loss, inputs)
 
     logits = 2.0 * torch.tanh(1.7 * head.module(hidden) / 2.0)
@@ -61,10 +62,13 @@ def test_figures_and_gradients_do_not_depend_on_the_chunks(monkeypatch, rows_per
     expected_kl = torch.nn.functional.kl_div(
         anchored, logps, log_target=True, reduction="none"
     ).sum(-1)
-    expected = torch.autograd.grad((picked * weights + expected_kl * weights.flip(0)).sum(), inputs)
+    whole = (picked * weights + expected_kl * weights.flip(0)).sum()
+    whole = whole + (logits.logsumexp(-1) * weights**2).sum()
+    expected = torch.autograd.grad(whole, inputs)
     close = {"rtol": 0, "atol": 1e-12}
     torch.testing.assert_close(figures["policy"], picked, **close)
     torch.testing.assert_close(figures["kl"], expected_kl, **close)
+    torch.testing.assert_close(figures["log_partition"], logits.logsumexp(-1), **close)
     torch.testing.assert_close(
         figures["entropy"], torch.distributions.Categorical(logits=logits).entropy(), **close
     )
