@@ -65,6 +65,16 @@ Correct = Annotated[
         help="A completion with at least this score is correct: adds pass@k and majority@k."
     ),
 ]
+WronglyAccepted = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        metavar="RATE",
+        help="With --correct: how often the first of k answers is right that a verifier accepts "
+        "which lets this share of wrong ones pass.",
+    ),
+]
 
 # The sampling.
 Samples = Annotated[
@@ -103,6 +113,7 @@ def evaluate(
     reward_benchmark: RewardBenchmark = None,
     chat: Chat = False,
     correct: Correct = None,
+    wrongly_accepted: WronglyAccepted = None,
     samples: Samples = 8,
     max_new_tokens: MaxNewTokens = None,
     seed: Seed = 0,
@@ -127,6 +138,7 @@ def evaluate(
         text=text,
         unrelated=unrelated,
         correct=correct,
+        wrongly_accepted=wrongly_accepted,
         samples=samples,
         max_new_tokens=max_new_tokens,
         seed=seed,

@@ -43,6 +43,7 @@ from alignkit.metrics.completions import (
 )
 from alignkit.metrics.frontier import efficiency
 from alignkit.metrics.intervals import Array
+from alignkit.metrics.repeated import fit_coverage, model_map, verified_at_k
 from alignkit.policies.pair import PolicyPair
 from alignkit.runs.merge import merge_of
 
@@ -113,6 +114,7 @@ def evaluate(request: Request) -> Results:
         "optimal": _optimal(shared.listed, measured),
         "samples": shown_samples(measured, credits),
         "verdicts": _verdicts(measured),
+        "model_map": _map(measured),
     }
     return _without_nan(every_result)
 
@@ -180,6 +182,15 @@ def _summary(request: Request, measured: Measured) -> Results:
         k: sum(majority_at_k(texts, marks, k) for texts, marks in answers) / len(answers)
         for k in powers
     }
+    counts = right.sum(1).tolist()
+    curve = fit_coverage(results["pass_at_k"])
+    if curve is not None:
+        results["coverage"] = asdict(curve)
+    if request.wrongly_accepted is not None:
+        results["verified_at_k"] = {
+            k: verified_at_k(counts, n, k, wrongly_accepted=request.wrongly_accepted)
+            for k in powers
+        }
     return results
 
 
@@ -313,6 +324,18 @@ def _verdicts(measured: Mapping[str, Measured]) -> list[str]:
         if model.score is not None
     }
     return [comparison.verdict for comparison in compare_means(scores)]
+
+
+def _map(measured: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
+    """KL between each two models by their log-probs of the base's samples; of the base and those
+    models whose law is known token by token. {} for episodes.
+    """
+    vectors = {
+        name: model.logp if name == "base" else model.forward_logp
+        for name, model in measured.items()
+    }
+    given = {name: vector for name, vector in vectors.items() if vector is not None}
+    return model_map(given) if len(given) > 1 else {}
 
 
 def _without_nan(value: Any) -> Any:

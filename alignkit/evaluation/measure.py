@@ -142,8 +142,9 @@ class Yardstick:
                 bundle_of(prompt, [torch.tensor(ids) for ids in completions])
                 for prompt, completions in zip(prompts, base.tokens)
             ]
-            forward_kl = scored(pair, bundles, FORWARD)["kl"]
-            arrays["forward_kl"] = np.array(forward_kl).reshape(shape)
+            forward = scored(pair, bundles, FORWARD)
+            arrays["forward_kl"] = np.array(forward["kl"]).reshape(shape)
+            arrays["forward_logp"] = np.array(forward["logp"]).reshape(shape)
 
         texts = decode_all(pair.tokenizer, tokens)
         return Measured(

@@ -20,6 +20,7 @@ ARRAYS = (
     "reference_logp",
     "entropy",
     "forward_kl",
+    "forward_logp",
     "kl_low",
     "sampled",
     "reward_calls",
@@ -50,6 +51,7 @@ class Measured:
     entropy: Array | None
     # KL(reference || policy), the same way along the reference's samples
     forward_kl: Array | None = None
+    forward_logp: Array | None = None  # log-prob under the policy of the reference's samples
     kl_low: Array | None = None  # the lower end, where the KL is known as an interval
     # The price of a completion: tokens computed for it (None: its own), texts the reward scored.
     sampled: Array | None = None

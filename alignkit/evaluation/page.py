@@ -77,6 +77,9 @@ def _model_table(results: Row) -> Table:
     listed = results["base"].get("exact") is not None
     if listed:
         header += ["exact score", "exact KL", "efficiency"]
+    forgetting = any("kl_unrelated" in model for model in results["models"])
+    if forgetting:
+        header.append("KL on unrelated prompts")
     rows: list[list[Cell]] = []
     for model in (results["base"], *results["models"]):
         means = model["figures"]
@@ -92,6 +95,8 @@ def _model_table(results: Row) -> Table:
         if listed:
             exact = model.get("exact") or {}
             row += [number(exact.get(name)) for name in ("score", "kl", "efficiency")]
+        if forgetting:
+            row.append(span(model.get("kl_unrelated")))
         rows.append(row)
     return Table(header, rows)
 

@@ -28,6 +28,7 @@ class Request:
     text: str | None = None  # held-out text, for perplexity
     unrelated: str | None = None  # prompts that training had nothing to do with
     correct: float | None = None  # a completion that scores at least this is right
+    wrongly_accepted: float | None = None  # share of wrong answers that a verifier lets pass
     samples: int = 8
     max_new_tokens: int | None = None
     seed: int = 0
@@ -47,6 +48,11 @@ def checked(request: Request) -> Request:
     ModelError for a folder that is not there or a run that has not finished, ConfigError where
     nothing says what to measure against.
     """
+    if request.wrongly_accepted is not None and request.correct is None:
+        raise ConfigError(
+            "--wrongly-accepted is about right and wrong answers; say with --correct SCORE from which "
+            "score on an answer is right"
+        )
     decoders = {name: load_decode(name) for name in request.models if is_decode_file(name)}
     finished = [name for name in request.models if name not in decoders]
     for name in (*finished, *_decoded_models(decoders), request.reference):

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignkit.config.escaping import plain
+from alignkit.metrics.repeated import CoverageCurve
 
 Results = Mapping[str, Any]  # of `evaluate`, or of one model in it
 
@@ -31,7 +32,11 @@ PRICE = {
     "reward_calls": "reward calls per completion",
 }
 EXACT = {"score": "exact score", "kl": "exact KL, nats", "efficiency": "efficiency"}
-AT_K = {"pass_at_k": "pass@{}", "majority_at_k": "majority@{}"}
+AT_K = {
+    "pass_at_k": "pass@{}",
+    "majority_at_k": "majority@{}",
+    "verified_at_k": "first accepted of {} is right",
+}
 
 TITLE = (
     "{prompts} prompts, {samples} completions each, up to {max_new_tokens} tokens; "
@@ -61,13 +66,32 @@ def show(results: Results, console: Console) -> None:
     for name, words in AT_K.items():
         for k in models[0].get(name, ()):
             _row(table, words.format(k), [_number(model[name][k]) for model in models])
+    _row(table, "coverage by the curve, k = 1000", [_coverage(model) for model in models])
     _add_held_out(table, models)
     console.print(table)
+    _show_map(results.get("model_map") or {}, console)
 
     for baseline in results["baselines"]:
         console.print(plain(BASELINE.format(**baseline)))
     for verdict in results["verdicts"]:
         console.print(plain(f"score: {verdict}"))
+
+
+def _show_map(distances: Mapping[str, Mapping[str, float]], console: Console) -> None:
+    """KL between each two models, where there are several."""
+    if len(distances) < 3:  # the base and one model: the table has their KL
+        return
+    table = Table(title="KL between models by their log-likelihoods of the base's samples, nats")
+    for heading in ("", *distances):
+        table.add_column(plain(heading))
+    for name, row in distances.items():
+        table.add_row(*map(plain, (name, *(_number(value) for value in row.values()))))
+    console.print(table)
+
+
+def _coverage(model: Results) -> str:
+    curve = model.get("coverage")
+    return "" if curve is None else _number(CoverageCurve(**curve).at(1000))
 
 
 def _add_wins(table: Table, models: Sequence[Results]) -> None:

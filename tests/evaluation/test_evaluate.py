@@ -11,7 +11,8 @@ from world import pair_rows, run, save_model, write_rows
 from alignkit.config.recipe import load_recipe
 from alignkit.errors import ConfigError, DataError, ModelError
 from alignkit.evaluation.evaluate import evaluate
-from alignkit.evaluation.request import Request
+from alignkit.evaluation.page import write_page
+from alignkit.evaluation.request import Request, checked
 from alignkit.runs.launch import run_recipe
 
 
@@ -61,6 +62,7 @@ def found(world):
             text=str(world / "text.jsonl"),
             unrelated=str(world / "pairs.jsonl"),
             correct=1.0,
+            wrongly_accepted=0.5,
             samples=4,
         )
     )
@@ -102,6 +104,26 @@ def test_every_model_has_every_figure(found):
     assert dpo["accuracy"] > 0.5
     assert sum(dpo["bins"]["counts"]) == 6
     assert "calibration_error" not in plain  # a plain model has no beta
+
+
+def test_a_verifier_that_errs_and_the_map_of_models(found, tmp_path):
+    for model in found["models"]:
+        assert model["verified_at_k"][1] == pytest.approx(model["pass_at_k"][1], abs=1e-12)
+        assert model["verified_at_k"][4] <= model["pass_at_k"][4]
+    distances = found["model_map"]
+    assert list(distances) == ["base", "dpo", "model"]
+    assert distances["dpo"]["dpo"] == 0
+    assert distances["dpo"]["base"] == pytest.approx(distances["base"]["dpo"])
+    # Half the variance is the KL to second order, and these runs are short.
+    kl = found["models"][0]["figures"]["kl"]["value"]
+    assert 0.2 * kl < distances["dpo"]["base"] < 5 * kl
+    write_page(found, tmp_path / "page.html")
+    assert "KL on unrelated prompts" in (tmp_path / "page.html").read_text()
+
+
+def test_a_rate_of_errors_needs_a_bar(world):
+    with pytest.raises(ConfigError, match="say with --correct"):
+        checked(Request([str(world / "dpo")], wrongly_accepted=0.5))
 
 
 def test_baselines_and_verdicts(found):
