@@ -28,6 +28,14 @@ LabelTemperature = Annotated[
         help="The first wins with probability sigmoid(difference / this); 0: the higher score.",
     ),
 ]
+Active = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Reward models, at least two: the reward is asked about the pairs alone on which they "
+        "disagree most.",
+    ),
+]
 To = Annotated[Path, typer.Option(help="The file to write, JSON lines.")]
 MethodName = Annotated[str, typer.Option(help=f"How pairs are made: {', '.join(METHODS)}.")]
 Samples = Annotated[int, typer.Option(min=2, help="Completions per prompt.")]
@@ -52,6 +60,7 @@ def pairs(
     temperature: Temperature = 1.0,
     seed: Seed = 0,
     safe: Safe = False,
+    active: Active = None,
 ) -> None:
     """Make preference pairs: sample from a model, score, label, write a file to train on."""
     if method not in METHODS:
@@ -74,6 +83,7 @@ def pairs(
         temperature=temperature,
         seed=seed,
         safe=safe,
+        active=active or (),
     )
     for name, count in make_pairs(request, to).items():
         typer.echo(f"{count:8} {name}")

@@ -1,10 +1,11 @@
 """One entry of the recipe's `rewards` list. Imports pydantic alone."""
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     field_validator,
@@ -13,7 +14,7 @@ from pydantic import (
 
 from alignkit.config.section import Section
 
-KINDS = ("function", "model", "verifier", "length", "format")
+KINDS = ("function", "model", "ensemble", "verifier", "length", "format")
 
 
 class LengthReward(Section):
@@ -32,13 +33,22 @@ class LengthReward(Section):
 
 
 class RewardConfig(Section):
-    """A reward: exactly one of function, model, verifier, length and format, with its weight."""
+    """A reward: exactly one of function, model, ensemble, verifier, length and format, with its
+    weight.
+    """
 
     function: str | None = Field(
         None, description="`module:name` or `file.py:name` in TRL's reward-function signature"
     )
     model: str | None = Field(
         None, description="a sequence-classification model with one output: hub name or folder"
+    )
+    ensemble: Annotated[list[str], Field(min_length=2)] | None = Field(
+        None, description="several such models; their mean is the reward"
+    )
+    pessimism: NonNegativeFloat = Field(
+        0.0,
+        description="ensemble: so many standard deviations of the models are taken off their mean",
     )
     verifier: str | None = Field(
         None,
@@ -94,11 +104,13 @@ class RewardConfig(Section):
                 f"a reward has exactly one of {', '.join(KINDS)}; "
                 f"this one has {' and '.join(given) or 'none'}"
             )
+        if self.pessimism and self.ensemble is None:
+            raise ValueError(f"pessimism is for an ensemble, and this reward is a {self.kind}")
         if self.credit == "to_go" and self.function is None:
             raise ValueError(f"credit to_go is for a function, and this reward is a {self.kind}")
         return self
 
     @property
     def kind(self) -> str:
-        """Which of function, model, verifier, length and format it is."""
+        """Which of function, model, ensemble, verifier, length and format it is."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)

@@ -16,6 +16,7 @@ from alignkit.policies.load_scorer import quiet_loading
 from alignkit.policies.reward_head import has_reward_head, put_reward_head
 from alignkit.policies.weights import check_files
 from alignkit.rewards.combine import Part, Reward
+from alignkit.rewards.ensemble import Ensemble
 from alignkit.rewards.functions import FormatMatch, FunctionReward, LengthPenalty
 from alignkit.rewards.model import RewardModel
 from alignkit.rewards.verifier import Verifier
@@ -50,11 +51,29 @@ def load_rewards(
             call: Callable[..., Any] = load_reward_model(
                 entry.model, revision=entry.revision, device=device, template_time=template_time
             )
+        elif entry.ensemble is not None:
+            call = load_ensemble(
+                entry.ensemble, entry.pessimism, device=device, template_time=template_time
+            )
         else:
             call = _call(entry, name, f"rewards.{number}", safe)
         to_go = entry.credit == "to_go"
         parts.append(Part(name, call, entry.weight, drop=entry.on_bad == "drop", to_go=to_go))
     return Reward(parts)
+
+
+def load_ensemble(
+    names: Sequence[str],
+    pessimism: float = 0.0,
+    *,
+    device: Any = "cpu",
+    template_time: str = "auto",
+) -> Ensemble:
+    """Reward models as one reward. Raises as `load_reward_model` for each of them."""
+    members = [
+        load_reward_model(name, device=device, template_time=template_time) for name in names
+    ]
+    return Ensemble(members, pessimism)
 
 
 def load_reward_model(

@@ -58,6 +58,8 @@ def _models(context: RunContext) -> Iterator[tuple[str, tuple[str, str | None]]]
     for field, reward in _rewards(context):
         if reward.model is not None:
             yield f"{field}.model", (reward.model, reward.revision)
+        for number, member in enumerate(reward.ensemble or ()):
+            yield f"{field}.ensemble.{number}", (member, None)
     judge = context.recipe.judge
     if _asks_judge(context) and judge is not None and judge.model is not None:
         yield "judge.model", (judge.model, None)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from alignkit.config.rewards import RewardConfig
 from alignkit.data.prompts import Prompt
 from alignkit.errors import ConfigError, DataError
 from alignkit.rewards.call import RewardCall, Score, call_reward
-from alignkit.rewards.load import load_rewards
+from alignkit.rewards.ensemble import most_disputed
+from alignkit.rewards.load import load_ensemble, load_rewards
 from alignkit.rollout.text import as_reply, decode, decode_after
 from alignkit.runs.sampled_answers import sample_answers
 from alignkit.tasks import Task
@@ -49,8 +51,15 @@ class PairRequest:
     temperature: float = 1.0
     seed: int = 0
     safe: bool = False
+    # Reward models; the reward is asked about those pairs alone on which they disagree most.
+    active: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if self.active and (len(self.active) < 2 or self.method != "bradley_terry"):
+            raise ConfigError(
+                f"pairs: --active with {len(self.active)} reward models and the method "
+                f"{self.method}; give it at least twice, with bradley_terry"
+            )
         in_range = (
             self.samples >= 2 and self.pairs >= 1 and self.beta > 0 and self.label_temperature >= 0
         )
@@ -116,8 +125,45 @@ def _answers(request: PairRequest, counts: Counter[str]) -> list[Answers]:
         [as_reply(prompt.text, text) for text in row] for prompt, row in zip(answers.prompts, texts)
     ]
     reward = _reward(request, answers.task)
-    scores = call_reward(reward, answers.prompts, replies, answers.ids)
-    return [Answers(*answer) for answer in zip(answers.prompts, texts, scores)]
+    asked: Sequence[Sequence[int]] = [range(len(row)) for row in texts]
+    if request.active:
+        asked = _disputed(request, answers.prompts, texts, replies)
+
+    # Only completions of the pairs that are asked about are scored.
+    scores = call_reward(reward, answers.prompts, *_at(asked, replies, answers.ids))
+    counts["completions scored"] = sum(map(len, asked))
+    chosen = _at(asked, texts)[0]
+    return [Answers(*answer) for answer in zip(answers.prompts, chosen, scores)]
+
+
+def _at(places: Sequence[Sequence[int]], *lists: Sequence[Sequence[Any]]) -> list[list[list[Any]]]:
+    """The entries at each prompt's places, of each of the lists."""
+    return [[[row[i] for i in at] for row, at in zip(rows, places)] for rows in lists]
+
+
+def _disputed(
+    request: PairRequest,
+    prompts: Sequence[Prompt],
+    texts: Sequence[Sequence[str]],
+    replies: Sequence[Sequence[Any]],
+) -> list[list[int]]:
+    """The places of the completions of each prompt's `request.pairs` most disputed pairs, one pair
+    behind the other; no completion is in two of them.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ensemble = load_ensemble(request.active, device=device)
+    asked = []
+    for prompt, row, completions in zip(prompts, texts, replies):
+        scores = ensemble.scores([prompt.text] * len(completions), completions)
+        usable = [place for place, text in enumerate(row) if text.strip()]
+        pairs = [(i, j) for i, j in combinations(usable, 2) if row[i] != row[j]]
+
+        places: list[int] = []
+        for pair in most_disputed(scores, pairs, len(pairs)):
+            if len(places) < 2 * request.pairs and not set(pair) & set(places):
+                places += pair
+        asked.append(places)
+    return asked
 
 
 def _text(tokenizer: Any, prompt: Prompt, ids: Tensor) -> str:
