@@ -14,7 +14,7 @@ from pydantic import (
 
 from alignkit.config.section import Section
 
-PairMethod = Literal["bradley_terry", "best_worst", "rejection"]
+PairMethod = Literal["bradley_terry", "best_worst", "rejection", "tree"]
 MOST_ROUNDS = 100
 
 
@@ -45,7 +45,9 @@ class RoundPairsConfig(Section):
         return [beta] if isinstance(beta, int | float) else beta
 
     @model_validator(mode="after")
-    def _falling(self) -> Self:
+    def _fits(self) -> Self:
+        if self.method == "tree" and (self.samples < 4 or self.samples % 2):
+            raise ValueError(f"the method tree with {self.samples} samples; an even number from 4 on")
         for one, other in pairwise(self.beta):
             if other >= one:
                 raise ValueError(

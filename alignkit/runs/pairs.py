@@ -35,7 +35,8 @@ class PairRequest:
     bradley_terry: pairs in the order drawn, the first wins with probability sigmoid(difference /
     label_temperature), 0: the higher score does. best_worst: highest against lowest score, one
     pair. rejection: the completions are first thinned to samples of model * exp(score / beta)
-    (RSO), then paired and labelled as in bradley_terry.
+    (RSO), then paired and labelled as in bradley_terry. tree: half of the completions fork somewhere
+    on their way; the two ends of a fork are labelled as in bradley_terry.
     """
 
     model: str
@@ -59,6 +60,10 @@ class PairRequest:
             raise ConfigError(
                 f"pairs: --active with {len(self.active)} reward models and the method "
                 f"{self.method}; give it at least twice, with bradley_terry"
+            )
+        if self.method == "tree" and (self.samples < 4 or self.samples % 2):
+            raise ConfigError(
+                f"pairs: the method tree with {self.samples} samples; give an even number of at least 4"
             )
         in_range = (
             self.samples >= 2 and self.pairs >= 1 and self.beta > 0 and self.label_temperature >= 0
@@ -108,7 +113,7 @@ def make_pairs(request: PairRequest, to: Path) -> Counter[str]:
 
 def _answers(request: PairRequest, counts: Counter[str]) -> list[Answers]:
     """Every prompt with its sampled and scored completions."""
-    answers = sample_answers(request)
+    answers = sample_answers(request, forks=request.method == "tree")
     texts = [
         [_text(answers.tokenizer, prompt, sample.ids) for sample in samples]
         for prompt, samples in zip(answers.prompts, answers.samples)
@@ -197,11 +202,7 @@ def _rows(
     generator = Generator().manual_seed(request.seed)
     rows: list[dict[str, Any]] = []
     for answer in answers:
-        usable = [
-            (text, score)
-            for text, score in zip(answer.texts, answer.scores)
-            if score is not None and text.strip()
-        ]
+        usable = _usable(answer, two_by_two=request.method == "tree" or bool(request.active))
         counts["empty or without a score"] += len(answer.texts) - len(usable)
 
         picks: list[Pick] = []
@@ -226,6 +227,20 @@ def _rows(
             )
     counts["pairs written"] = len(rows)
     return rows
+
+
+def _usable(answer: Answers, *, two_by_two: bool) -> list[tuple[str, float]]:
+    """The completions that have a text and a score. Where they are meant to be compared two by two,
+    a completion leaves together with its partner.
+    """
+    entries = [
+        (text, score) if score is not None and text.strip() else None
+        for text, score in zip(answer.texts, answer.scores)
+    ]
+    if two_by_two:
+        partners = zip(entries[::2], entries[1::2])
+        entries = [entry for both in partners if all(both) for entry in both]
+    return [entry for entry in entries if entry is not None]
 
 
 def label(scores: Sequence[float], request: PairRequest, generator: Generator) -> list[Pick]:

@@ -12,6 +12,7 @@ from alignkit.data.load import load_prompts
 from alignkit.data.prompts import Prompt
 from alignkit.rollout.hf import HFSampler
 from alignkit.rollout.protocol import Sample
+from alignkit.runs.forks import forked
 from alignkit.runs.trained_model import load_finished
 from alignkit.tasks import Task, resolve
 
@@ -60,8 +61,9 @@ class SampledAnswers:
         return [[sample.ids.tolist() for sample in samples] for samples in self.samples]
 
 
-def sample_answers(request: SamplingRequest) -> SampledAnswers:
-    """`request.samples` answers to every prompt.
+def sample_answers(request: SamplingRequest, *, forks: bool = False) -> SampledAnswers:
+    """`request.samples` answers to every prompt; with `forks` an even number of at least four, each
+    second one of which shares its beginning with the one before it.
 
     Raises what loading the model and the prompts raises.
     """
@@ -79,9 +81,12 @@ def sample_answers(request: SamplingRequest) -> SampledAnswers:
     )
     samples = sampler.sample(
         [prompt.ids for prompt in prompts],
-        Draw(request.samples),
+        Draw(request.samples // 2 if forks else request.samples),
         step=0,
         prompt_ids=range(len(prompts)),
     )
+    if forks:
+        ids = [prompt.ids for prompt in prompts]
+        samples = forked(sampler, ids, samples, request.max_new_tokens)
     dropped = report.total - len(prompts)
     return SampledAnswers(prompts, samples, models.tokenizer, task, dropped)
