@@ -3,7 +3,7 @@
 from datetime import date, datetime
 from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
 from alignkit.config.row_sources import RowSource, TrainSource, check_set_names, check_shares
 from alignkit.config.section import Section
@@ -28,6 +28,19 @@ Eval = Annotated[
     Annotated[None, Tag("none")] | Annotated[str, Tag("one")] | Annotated[Sets, Tag("several")],
     Discriminator(_kind),
 ]
+
+
+class ControlConfig(Section):
+    """What goes before the prompts of labelled completions that `sft` learns."""
+
+    desirable: Annotated[str, Field(min_length=1)] = Field(description="text of label true")
+    undesirable: Annotated[str, Field(min_length=1)] = Field(description="text of label false")
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        if self.desirable == self.undesirable:
+            raise ValueError("both texts are the same, so that nothing tells the labels apart")
+        return self
 
 
 class DataConfig(Section):
@@ -78,6 +91,11 @@ class DataConfig(Section):
     )
     truncate: Literal["end", "start"] = Field(
         "end", description="what rows above max_length lose: their end, or the prompt's beginning"
+    )
+    control: ControlConfig | None = Field(
+        None,
+        description="sft on labelled completions: {desirable: TEXT, undesirable: TEXT} go before the "
+        "prompts as a system text",
     )
     append_eos: Literal["auto", True, False] = Field(
         "auto", description="end completions with EOS; auto: those of plain text, not of chats"

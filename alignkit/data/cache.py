@@ -53,6 +53,7 @@ SETTINGS = {
     "max_length",
     "truncate",
     "append_eos",
+    "control",
     "split_special_tokens",
 }
 

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 from alignkit.config.data import DataConfig
+from alignkit.data.control import controlled
 from alignkit.data.examples import Example, make_example
 from alignkit.data.file_formats import Row
 from alignkit.data.formats import conversation_column, detect_format
@@ -113,6 +114,8 @@ def _with_format(rows: Rows, config: DataConfig, family: str | None) -> tuple[Ro
         raise report.malformed()
 
     rows = renamed(rows, conversation_column(rows.columns, family))
+    if config.control is not None:
+        rows = controlled(rows, config.control, family)
     return rows, detect_format(rows.columns, config.format, family, rows.where)
 
 

@@ -102,7 +102,7 @@ def make_example(
         uid=row.place or f"{source}:{row.number}",
         prompt=prompt,
         completions=completions,
-        label=_label(values["label"]) if format == "labelled" else None,
+        label=label_of(values["label"]) if format == "labelled" else None,
         margin=_margin(values, format) if family == "ranked" else None,
         columns=columns,
         template=_template_options(values),
@@ -306,7 +306,8 @@ def _template_options(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(options) | ({"tools": tools} if tools else {})
 
 
-def _label(value: object) -> bool:
+def label_of(value: object) -> bool:
+    """A label as true or false. Raises BadRow for what is neither."""
     words = {"true": True, "false": False, "1": True, "0": False}
     if isinstance(value, bool) or value in (0, 1):
         return bool(value)
