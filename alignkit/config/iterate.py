@@ -47,7 +47,9 @@ class RoundPairsConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.method == "tree" and (self.samples < 4 or self.samples % 2):
-            raise ValueError(f"the method tree with {self.samples} samples; an even number from 4 on")
+            raise ValueError(
+                f"the method tree with {self.samples} samples; an even number from 4 on"
+            )
         for one, other in pairwise(self.beta):
             if other >= one:
                 raise ValueError(
