@@ -198,22 +198,28 @@ class RankedBatch(_BestFirst):
 
 @dataclass(frozen=True)
 class ScoredBatch(_BestFirst):
-    """Pairs or rankings under a reward or preference model: its outputs, best completion first."""
+    """Pairs, rankings or labelled completions under a reward or preference model: its outputs, of
+    pairs and rankings the best completion first.
+    """
 
     outputs: Tensor  # [N, D]
     sizes: Tensor  # [B] int64
     # [B] by how much the better completion of a pair is to lead, 0 where its row says nothing. None:
     # no row of the batch says anything.
     margins: Tensor | None = None
+    labels: Tensor | None = None  # [N] bool, of labelled completions: whether they are right
 
     @classmethod
     def build(cls, bundles: Sequence[Bundle], outputs: Outputs) -> Self:
         values = outputs.values
+        labels = None
+        if all("label" in bundle.rows for bundle in bundles):
+            labels = torch.tensor([bool(b.rows["label"][0]) for b in bundles], device=values.device)
         margins = None
         if any("margin" in bundle.rows for bundle in bundles):
             given = [float(bundle.rows.get("margin", 0.0)) for bundle in bundles]
             margins = torch.tensor(given, dtype=values.dtype, device=values.device)
-        return cls(values, cls.sizes_of(bundles, values.device), margins)
+        return cls(values, cls.sizes_of(bundles, values.device), margins, labels)
 
     def pairs(self) -> TwoTensors:
         """Outputs of the chosen and of the rejected completions of preference pairs, [B, D] each."""

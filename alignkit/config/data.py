@@ -97,6 +97,9 @@ class DataConfig(Section):
         description="sft on labelled completions: {desirable: TEXT, undesirable: TEXT} go before the "
         "prompts as a system text",
     )
+    step_separator: str = Field(
+        "\n", description="what ends every step of rows with labelled steps (completions, labels)"
+    )
     append_eos: Literal["auto", True, False] = Field(
         "auto", description="end completions with EOS; auto: those of plain text, not of chats"
     )

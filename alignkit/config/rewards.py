@@ -46,6 +46,14 @@ class RewardConfig(Section):
     ensemble: Annotated[list[str], Field(min_length=2)] | None = Field(
         None, description="several such models; their mean is the reward"
     )
+    steps: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="model: it was trained on steps (process_reward), and this text ends each of them; "
+        "the score is the log-probability that they are right",
+    )
+    reduce: Literal["min", "product", "last"] = Field(
+        "min", description="steps: which of a completion's steps count"
+    )
     pessimism: NonNegativeFloat = Field(
         0.0,
         description="ensemble: so many standard deviations of the models are taken off their mean",
@@ -106,6 +114,8 @@ class RewardConfig(Section):
             )
         if self.pessimism and self.ensemble is None:
             raise ValueError(f"pessimism is for an ensemble, and this reward is a {self.kind}")
+        if self.steps is not None and self.model is None:
+            raise ValueError(f"steps are for a model, and this reward is a {self.kind}")
         if self.credit == "to_go" and self.function is None:
             raise ValueError(f"credit to_go is for a function, and this reward is a {self.kind}")
         return self

@@ -15,6 +15,8 @@ from alignkit.data.file_formats import Row
 from alignkit.data.formats import conversation_column, detect_format
 from alignkit.data.read import Rows, renamed
 from alignkit.data.report import Report
+from alignkit.data.steps import COLUMNS as STEP_COLUMNS
+from alignkit.data.steps import stepwise
 from alignkit.data.verdicts import BadRow
 from alignkit.distributed.forked import in_order
 from alignkit.errors import DataError
@@ -114,6 +116,8 @@ def _with_format(rows: Rows, config: DataConfig, family: str | None) -> tuple[Ro
         raise report.malformed()
 
     rows = renamed(rows, conversation_column(rows.columns, family))
+    if family == "labelled" and set(rows.columns) >= STEP_COLUMNS:
+        rows = stepwise(rows, config.step_separator)
     if config.control is not None:
         rows = controlled(rows, config.control, family)
     return rows, detect_format(rows.columns, config.format, family, rows.where)

@@ -50,6 +50,7 @@ OBJECTIVES: dict[str, str] = {
     "accelerated_po": "preference.accelerated_po:AcceleratedPO:",
     "reward_model": "reward.reward_model:PlackettLuce:plackett_luce_loss",
     "preference_model": "reward.preference_model:PreferenceModel:",
+    "process_reward": "reward.process_reward:ProcessReward:step_loss",
     "haf_rm": "reward.haf_rm:HAFRM:haf_rm_loss",
     "kl_ppo": "online.kl_ppo:KLPPO:ppo_loss,value_loss",
     "rpg": "online.rpg:RPG:rpg_loss",

@@ -19,6 +19,7 @@ from alignkit.rewards.combine import Part, Reward
 from alignkit.rewards.ensemble import Ensemble
 from alignkit.rewards.functions import FormatMatch, FunctionReward, LengthPenalty
 from alignkit.rewards.model import RewardModel
+from alignkit.rewards.steps import StepRewards
 from alignkit.rewards.verifier import Verifier
 
 log = logging.getLogger("alignkit")
@@ -51,6 +52,8 @@ def load_rewards(
             call: Callable[..., Any] = load_reward_model(
                 entry.model, revision=entry.revision, device=device, template_time=template_time
             )
+            if entry.steps is not None:
+                call = StepRewards(call, entry.steps, entry.reduce)
         elif entry.ensemble is not None:
             call = load_ensemble(
                 entry.ensemble, entry.pessimism, device=device, template_time=template_time

@@ -17,6 +17,7 @@ from alignkit.data.load import (
 from alignkit.data.read import Source
 from alignkit.data.report import Report
 from alignkit.errors import ConfigError
+from alignkit.objectives.base import Weighted
 from alignkit.policies.lazy import changed
 from alignkit.policies.scorer import TrainedScorer, joined, separator_of
 from alignkit.runs.context import RunContext
@@ -24,7 +25,7 @@ from alignkit.runs.job_data import JobData, shares_of
 from alignkit.runs.row_lengths import check_row_lengths
 from alignkit.sources.dataset import DatasetSource, order_of
 from alignkit.training.held_out_sets import measured_on
-from alignkit.training.preference_metrics import PreferenceMetrics
+from alignkit.training.preference_metrics import LabelMetrics, PreferenceMetrics
 
 
 def preference_data(context: RunContext) -> JobData:
@@ -33,7 +34,7 @@ def preference_data(context: RunContext) -> JobData:
     scorer = context.pair
     train = context.recipe.train
     assert isinstance(scorer, TrainedScorer)  # loaded for a plan with outputs
-    if not hasattr(objective, "log_odds"):
+    if isinstance(objective, Weighted):
         raise ConfigError(
             "objective: reward and preference models cannot be summed in a weighted list"
         )
@@ -63,9 +64,9 @@ def preference_data(context: RunContext) -> JobData:
 
     shares = shares_of(context, {name: rows for name, (rows, _) in held_out.items()})
     budget = int(train.micro_batch_tokens)
+    measure = LabelMetrics if context.plan.data == "labelled" else PreferenceMetrics
     measures = {
-        name: PreferenceMetrics(objective, scorer, rows, budget)
-        for name, rows in (shares or {}).items()
+        name: measure(objective, scorer, rows, budget) for name, rows in (shares or {}).items()
     }
 
     return JobData(

@@ -54,3 +54,25 @@ class PreferenceMetrics:
             torch.tensor(every_log_odds, dtype=torch.float64).sigmoid(),
             every_bias if plan.joined else None,
         )
+
+
+@dataclass
+class LabelMetrics:
+    """Accuracy and calibration of labels on held-out rows, over all processes; a job's `measure`."""
+
+    objective: Any  # an objective that learns log-odds of a completion's label
+    scorer: Scorer
+    bundles: Sequence[Bundle]  # this process's share
+    micro_batch_tokens: int
+
+    @torch.no_grad()
+    def __call__(self) -> Metrics:
+        """`preference_figures` of P(label), a tie counting half."""
+        log_odds: list[float] = []
+        for chunk in self.scorer.micro_batches(self.bundles, self.micro_batch_tokens):
+            bundles = [self.bundles[i] for i in chunk]
+            signs = torch.tensor([2.0 * bool(b.rows["label"][0]) - 1 for b in bundles])
+            log_odds += (signs * self.scorer.scores(bundles).values[:, 0].cpu()).tolist()
+
+        every = gather_object(log_odds)
+        return preference_figures(torch.tensor(every, dtype=torch.float64).sigmoid())
