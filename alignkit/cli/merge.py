@@ -61,11 +61,19 @@ def merge(
         list[float] | None,
         typer.Option(help="How far to go from the start; several numbers: a folder for each."),
     ] = None,
+    tensors: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=W,W",
+            help="Weights of the tensors whose names match, such as '*.mlp.*=0.2,0.8'; may be given "
+            "several times, the first that matches counts.",
+        ),
+    ] = None,
 ) -> None:
     """Fold a run's LoRA adapter into its base model, or merge several models into one."""
     if method not in ("linear", "slerp"):
         raise ConfigError(f"merge: there is no method `{method}`; it is linear or slerp")
-    folds = len(models) == 1 and not (weights or toward or share or method != "linear")
+    folds = len(models) == 1 and not (weights or toward or share or tensors or method != "linear")
     if to is None and not folds:
         raise ConfigError("merge: name a folder for the merged model with --to")
     target = to or Path(models[0]) / "merged"
@@ -85,6 +93,19 @@ def merge(
     from alignkit.runs.merge import MergeRequest, merge_models
 
     kind = cast(Literal["linear", "slerp"], method)
-    request = MergeRequest(models, target, kind, weights or None, toward, share or [1.0])
+    by_name = dict(map(tensor_weights, tensors or []))
+    request = MergeRequest(models, target, kind, weights or None, toward, share or [1.0], by_name)
     for folder in merge_models(request):
         typer.echo(f"{folder}: the merged model")
+
+
+def tensor_weights(text: str) -> tuple[str, list[float]]:
+    """`PATTERN=W,W` as a pattern and its weights. ConfigError for anything else."""
+    pattern, _, numbers = text.rpartition("=")
+    weights = numbers.split(",")
+    if not pattern or not all(map(_is_number, weights)):
+        raise ConfigError(
+            f"merge: --tensors is {text}; write PATTERN=W,W with a number for each model, such as "
+            "'*.mlp.*=0.2,0.8'"
+        )
+    return pattern, [float(weight) for weight in weights]

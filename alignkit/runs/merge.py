@@ -7,7 +7,8 @@ adapters would multiply one run's A by another's B.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,8 +44,19 @@ class MergeRequest:
     weights: Sequence[float] | None = None  # one per model
     toward: str | None = None  # the start; a share below 1 goes towards it
     shares: Sequence[float] = (1.0,)  # several: one folder in `to` for each
+    # Pattern of tensor names, as in a shell -> the weights of those tensors; the first that matches
+    # counts, and the others have `weights`. Klagges et al. 2025, arXiv:2506.14794.
+    tensors: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for pattern, weights in self.tensors.items():
+            if len(weights) != len(self.models):
+                raise ConfigError(
+                    f"merge: --tensors {pattern} has {len(weights)} weights for {len(self.models)} "
+                    "models; give one weight per model"
+                )
+        if self.tensors and self.method != "linear":
+            raise ConfigError("merge: --tensors goes with the linear method alone")
         if self.weights is not None and len(self.weights) != len(self.models):
             raise ConfigError(
                 f"merge: {len(self.models)} models and {len(self.weights)} weights; give one "
@@ -60,6 +72,13 @@ class MergeRequest:
         """The weights as they are used, by default 1 / (number of models)."""
         return self.weights or [1 / len(self.models)] * len(self.models)
 
+    def weights_of(self, tensor: str) -> Sequence[float]:
+        """The weights of the models in one tensor."""
+        for pattern, weights in self.tensors.items():
+            if fnmatchcase(tensor, pattern):
+                return weights
+        return self.all_weights
+
 
 def merge_models(request: MergeRequest) -> list[Path]:
     """Write the merged model of every share, with its tokenizer and a merge.json that says of what
@@ -74,6 +93,7 @@ def merge_models(request: MergeRequest) -> list[Path]:
     network: Any = _folded(loaded.network)
     start = _tensors(network)
 
+    _check_patterns(request, start)
     models = []
     for name in request.models:
         other = load_finished(name)
@@ -90,7 +110,7 @@ def merge_models(request: MergeRequest) -> list[Path]:
             folder = temporary / f"{share:g}" if several else temporary
             folder.mkdir(exist_ok=True)
             merged = {
-                name: merged_tensor(value, [model[name] for model in models], request, share)
+                name: merged_tensor(value, [model[name] for model in models], request, share, name)
                 for name, value in start.items()
             }
             _save(network, merged, settings, folder)
@@ -100,14 +120,14 @@ def merge_models(request: MergeRequest) -> list[Path]:
 
 
 def merged_tensor(
-    start: Tensor, models: Sequence[Tensor], request: MergeRequest, share: float
+    start: Tensor, models: Sequence[Tensor], request: MergeRequest, share: float, name: str = ""
 ) -> Tensor:
-    """One tensor of the merged model, in the shape and dtype of `start`.
+    """One tensor of the merged model, called `name`, in the shape and dtype of `start`.
 
     By slerp one model after the other is added, the k-th with its share of the weights so far (1/k
     where all are equal); then `share` of the way from the start to there is taken.
     """
-    weights = request.all_weights
+    weights = request.weights_of(name)
     if request.method == "linear":
         return linear(start, models, weights, share)
 
@@ -128,6 +148,17 @@ def merge_of(name: str) -> dict[str, Any]:
     record = json.loads(file.read_text())
     share = record.pop("share")
     return {"merge": {"of": files.sha256_of_json(record)[:16], "share": share}}
+
+
+def _check_patterns(request: MergeRequest, start: Tensors) -> None:
+    """ConfigError for a pattern that no tensor has the name of."""
+    for pattern in request.tensors:
+        if not any(fnmatchcase(name, pattern) for name in start):
+            shown = ", ".join(list(start)[:4])
+            raise ConfigError(
+                f"merge: no tensor is called {pattern}; the model has {shown}, ... and * stands for "
+                "any part of a name"
+            )
 
 
 def _common_start(models: Sequence[str]) -> str:
@@ -227,4 +258,9 @@ def _record(request: MergeRequest, start: str, share: float) -> dict[str, Any]:
         "models": models,
         "start": {"name": start, "sha256": content_hash(find_finished(start))},
         "share": share,
+        **(
+            {"tensors": {key: list(value) for key, value in request.tensors.items()}}
+            if request.tensors
+            else {}
+        ),
     }

@@ -126,3 +126,33 @@ def test_what_cannot_be_merged_is_refused(world, capsys):
     assert run("merge", "one", "two") == 2
     assert run("merge", "one", "two", "--method", "sum", "--to", "merged") == 2
     assert not Path("merged").exists()
+
+
+def test_weights_by_tensor_name(world, capsys):
+    """The tensors that match are those of one model alone, the others of the other; the first pattern
+    that matches counts, and one that matches all is an ordinary merge.
+    """
+    patterns = ["--tensors", "*layers.1.mlp.*=0,0", "--tensors", "*.mlp.*=0,1"]
+    names = ["full_one", "full_two", "--toward", "base", "--weights", "1", "0"]
+    assert run("merge", *names, *patterns, "--to", "by_name") == 0
+    base, one, two, merged = map(weights, ("base", "full_one", "full_two", "by_name"))
+    for key, value in merged.items():
+        source = one
+        if ".mlp." in key:
+            source = base if "layers.1." in key else two
+        torch.testing.assert_close(value, source[key], rtol=1e-6, atol=1e-7)
+    assert json.loads(Path("by_name/merge.json").read_text())["tensors"]["*.mlp.*"] == [0, 1]
+
+    assert run("merge", *names[:4], "--tensors", "*=0.3,0.7", "--to", "all") == 0
+    assert run("merge", *names[:4], "--weights", "0.3", "0.7", "--to", "plain") == 0
+    for key, value in weights("all").items():
+        assert torch.equal(value, weights("plain")[key])
+
+    for text, words in (
+        ("*.mlp.*", "write PATTERN=W,W"),
+        ("*.moe.*=0,1", "no tensor is called *.moe.*"),
+        ("*.mlp.*=1", "give one weight per model"),
+    ):
+        assert run("merge", *names[:4], "--tensors", text, "--to", "refused") == 2
+        assert words in capsys.readouterr().err
+        assert not Path("refused").exists()
