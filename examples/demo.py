@@ -12,6 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+from alignkit.distributed.threads import wait_briefly
+
+wait_briefly()  # before torch is imported: on a busy machine threads that turn in a loop are slow
+
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -24,6 +24,7 @@ from alignkit.cli.recipes import app as recipes_app
 from alignkit.cli.train import train
 from alignkit.cli.verify import verify
 from alignkit.config.escaping import printable
+from alignkit.distributed.threads import wait_briefly
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.training.messages import shown_messages
 
@@ -78,6 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line (default: sys.argv)."""
     # The hub's library reads this when it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    wait_briefly()
     # Training replaces this handler by one that saves first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
 

@@ -54,6 +54,8 @@ How alignkit saves work:
 - **The reference once.** Where the data are fixed its log-probs are stored (`reference.kind: cached`, the default); with
   `reference.store` once for a whole sweep. The tables below keep it live on both sides.
 - **CVaR without a sort**: the boundary of the tail is searched for in bins.
+- **Waiting without turning.** On a machine that others use too, OpenMP's threads give their core away early while they wait for
+  each other, unless `OMP_WAIT_POLICY` or `GOMP_SPINCOUNT` says otherwise (`python tests/benchmarks/bench_busy.py`).
 - **Sampling**: one prefill per prompt, whose keys and values all its completions read in one product (on a CPU in float32);
   weights packed once per rollout instead of in every product; finished rows leave the batch.
 
