@@ -60,3 +60,24 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     gap = float(printed["nash"].split()[-1])
     assert gap == pytest.approx(0, abs=1e-6)
     assert os.listdir(tmp_path)
+
+
+@pytest.mark.long
+def test_a_kernel_shows_no_escape_codes(tmp_path, monkeypatch):
+    """In a real kernel, with the environment of a terminal that has colours."""
+    nbformat = pytest.importorskip("nbformat", reason="needs nbclient and ipykernel")
+    nbclient = pytest.importorskip("nbclient", reason="needs nbclient and ipykernel")
+    pytest.importorskip("ipykernel", reason="needs nbclient and ipykernel")
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+    code = (
+        "from alignkit import DPO, train\n"
+        "rows = [{'prompt': f'a {i}', 'chosen': ' good', 'rejected': ' bad'} for i in range(8)]\n"
+        f"train(DPO(), data=rows, output_dir={str(tmp_path / 'run')!r}, steps=2, batch_size=4)\n"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+
+    shown = json.dumps(notebook.cells[0].outputs)
+    assert "step 2/2" in shown
+    assert "\\u001b" not in shown

@@ -29,13 +29,13 @@ def native(model, objective, *, temperature=1.0):
     return pair, Reducer(objective, pair, accelerator, 4096)
 
 
-def move(*modules):
+def move(*modules, by=0.05):
     """Away from the reference, all in the same direction, so that every part of a loss counts."""
     for module in modules:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in module.parameters():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(by * torch.randn(parameter.shape, generator=generator))
 
 
 def gradient(module):
