@@ -39,7 +39,7 @@ from alignkit.policies.meta import Weights, as_if_loaded, without_weights
 from alignkit.policies.module import PolicyModule, causal_lm, frozen
 from alignkit.policies.pair import PolicyPair
 from alignkit.policies.probe import check_head, choose_layout, probe_bundle, probe_rows
-from alignkit.policies.quantized import quantized
+from alignkit.policies.quantized import keep_differentiable, quantized
 from alignkit.policies.reference import KINDS, Anchor, following_anchors, resolve_kind
 from alignkit.policies.router import router_of
 from alignkit.policies.sharding import Shards
@@ -71,6 +71,7 @@ def load_model(
         )
     if not outputs:
         _check_writes(loaded, model, field)
+    keep_differentiable(loaded)
     return (loaded if few_bits else loaded.to(device)).eval(), rates
 
 

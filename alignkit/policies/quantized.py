@@ -29,3 +29,12 @@ def quantized(model: ModelConfig, device: torch.device | str, dtype: torch.dtype
         }
     config = BitsAndBytesConfig(**settings)  # type: ignore[no-untyped-call]
     return {"quantization_config": config, "device_map": place}
+
+
+def keep_differentiable(loaded: Any) -> None:
+    """Stop bitsandbytes from packing 4-bit weights for inference on a CPU, as it does in the first
+    pass without gradients: nothing would flow back through them, and no error would say so.
+    """
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -72,8 +72,10 @@ def test_a_kernel_shows_no_escape_codes(tmp_path, monkeypatch):
 
     code = (
         "from alignkit import DPO, train\n"
-        "rows = [{'prompt': f'a {i}', 'chosen': ' good', 'rejected': ' bad'} for i in range(8)]\n"
-        f"train(DPO(), data=rows, output_dir={str(tmp_path / 'run')!r}, steps=2, batch_size=4)\n"
+        "from alignkit.tasks import resolve\n"
+        "task = resolve('task:reviews_small')\n"
+        "model, rows = str(task.model_folder), task.rows('pair')[:8]\n"
+        f"train(DPO(), model=model, data=rows, output_dir={str(tmp_path / 'run')!r}, steps=2, batch_size=4)\n"
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
