@@ -66,3 +66,19 @@ def test_reverse_kl_is_dpo_and_alpha_runs_between_the_kls():
 def test_inadmissible_ones_are_refused_with_the_reason(name):
     with pytest.raises(ConfigError, match=name):
         divergences.get(name)
+
+
+@pytest.mark.parametrize("q", [0.2, 0.5, 0.9])
+def test_tsallis_kl_is_the_alpha_divergence(q):
+    """E_policy[((policy / reference)^(q - 1) - 1) / (q - 1)] (Zhu et al. 2023, arXiv:2301.11476) is q
+    times `alpha` at alpha = 1 - q.
+    """
+    noise = torch.Generator().manual_seed(0)
+    policy, reference = torch.randn(2, 7, dtype=torch.float64, generator=noise).log_softmax(-1)
+    log_ratio = policy - reference
+
+    def tsallis(order):
+        return (policy.exp() * torch.expm1((order - 1) * log_ratio)).sum() / (order - 1)
+
+    f = divergences.get("alpha", alpha=1 - q).f
+    torch.testing.assert_close(q * (reference.exp() * f(log_ratio)).sum(), tsallis(q))

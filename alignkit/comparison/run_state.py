@@ -14,7 +14,7 @@ from alignkit.errors import CheckpointError, ConfigError
 from alignkit.files import write_json, writing
 from alignkit.runs.inputs import changed_inputs, content_hash
 from alignkit.training import checkpoint
-from alignkit.training.identity import compare as differences
+from alignkit.training.identity import differences_between
 
 FILE = "outcome.json"
 Status = Literal["new", "started", "finished", "failed"]
@@ -83,7 +83,7 @@ def stale_runs(points: Sequence[Point]) -> dict[str, str]:
         if state.status == "new":
             continue
 
-        settings = differences(state.settings, point.settings)
+        settings = differences_between(state.settings, point.settings)
         inputs = changed_inputs(state.inputs, dict(point.inputs))
         if state.status == "finished":
             if settings:

@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from alignkit.config.rewards import RewardConfig
 from alignkit.config.section import Section
@@ -12,9 +19,12 @@ from alignkit.config.text import Origin, read_recipe
 from alignkit.config.validation import validated
 from alignkit.errors import ConfigError
 
+# What shapes the law of methods that draw token by token.
+SHAPE = ("temperature", "top_p", "cost", "order", "surprise")
+
 # Method -> the fields that it needs, and those that it may have beside them.
 USED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "sample": ((), ("temperature", "top_p")),
+    "sample": ((), SHAPE),
     "best_of": (("n",), ("rewards",)),
     "soft_best_of": (("n", "beta"), ("rewards",)),
     "smc": (
@@ -22,8 +32,8 @@ USED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("every", "ess", "twist", "twist_beta", "proposal", "fresh", "rewards"),
     ),
     "reject": (("beta", "bound"), ("tries", "rewards")),
-    "fuse": (("weights",), ("temperature", "top_p")),
-    "guide": (("value", "beta"), ("temperature", "top_p")),
+    "fuse": (("weights",), SHAPE),
+    "guide": (("value", "beta"), SHAPE),
 }
 ALWAYS = {"model", "method", "max_new_tokens"}
 
@@ -82,6 +92,18 @@ class DecodeConfig(Section):
     temperature: PositiveFloat = Field(1.0, description="sample, fuse, guide: divides the logits")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="sample, fuse, guide: probability mass of nucleus sampling"
+    )
+    cost: NonNegativeFloat = Field(
+        0.0,
+        description="sample, fuse, guide: the sparse law nearest to the model's at this price for each "
+        "token that it keeps (Bregman top-k); 0: all tokens",
+    )
+    order: Literal[1, 2] = Field(
+        1, description="with cost: nearest by the KL (1) or by half the squared distance (2)"
+    )
+    surprise: PositiveFloat | None = Field(
+        None,
+        description="sample, fuse, guide: nats per token that the cut steers towards (Mirostat)",
     )
     max_new_tokens: PositiveInt | None = Field(
         None, description="most tokens of a completion; null: as for the other models"

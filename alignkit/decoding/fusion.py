@@ -90,6 +90,35 @@ def dynamic_weight(
     return torch.where(solved, high, torch.full_like(high, most)), solved
 
 
+def selective_contrast(
+    logprobs: Tensor, degraded: Tensor, *, strength: float, sure: float, plausible: float = 0.1
+) -> Tensor:
+    """Contrast with the law under a degraded prompt, only where the model is unsure: log-probs
+    [..., V] x 2 -> [..., V], normalised.
+
+    Where the likeliest token has at least the probability `sure` the law stays as it is. Elsewhere
+    it is log q = (1 + strength) log p - strength log p_degraded over the tokens with at least
+    `plausible` times the likeliest one's probability; the others are impossible.
+
+    Wang et al. 2024, arXiv:2409.05923 (USCD), with the largest probability in place of the paper's
+    measure of how sure the model is. ShapeError where shapes differ, ConfigError for a strength below
+    0 or shares outside [0, 1].
+    """
+    check_same_shape(logprobs=logprobs, degraded=degraded)
+    if strength < 0 or not 0 <= sure <= 1 or not 0 < plausible <= 1:
+        raise ConfigError(
+            f"selective contrast: strength {strength} (at least 0), sure {sure} (in [0, 1]), "
+            f"plausible {plausible} (in (0, 1]): one of them is out of its range"
+        )
+    own = _wide(logprobs)
+    likeliest = own.max(-1, keepdim=True).values
+    outside = own < likeliest + torch.tensor(plausible).log()
+    lowest = torch.finfo(own.dtype).min
+    contrast = (1 + strength) * own - strength * _wide(degraded).clamp(min=lowest / 1e6)
+    contrast = contrast.masked_fill(outside, -torch.inf).log_softmax(-1)
+    return torch.where(likeliest.exp() >= sure, own, contrast)
+
+
 def _checked_names(
     logprobs: Mapping[str, Tensor], weights: Mapping[str, float]
 ) -> dict[str, float]:

@@ -141,6 +141,9 @@ def _token_decoder(config: DecodeConfig, models: NamedModels, cap: int, seed: in
         max_new_tokens=cap,
         temperature=config.temperature,
         top_p=config.top_p,
+        cost=config.cost,
+        order=config.order,
+        surprise=config.surprise,
         seed=seed,
         measured=True,
     )

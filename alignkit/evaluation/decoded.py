@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from alignkit.config.decode import DecodeConfig
+from alignkit.config.decode import SHAPE, DecodeConfig
 from alignkit.decoding.laws import best_of_n, quasi_rejection, soft_best_of_n
 from alignkit.decoding.making import make_decoder
 from alignkit.evaluation.exact import Listed
@@ -86,7 +86,7 @@ def listed_law(config: DecodeConfig, listed: Listed) -> dict[str, Array] | None:
     """Exact score and KL per prompt [P] of a decoder of the listed reference that goes by the
     listed rewards; None where its law is not known.
     """
-    shaped = config.temperature != 1 or config.top_p != 1
+    shaped = any(getattr(config, name) != type(config).model_fields[name].default for name in SHAPE)
     if config.method not in LAWS or config.rewards or shaped:
         return None
     rewards = listed.rewards

@@ -27,6 +27,7 @@ from alignkit.rollout.protocol import (
     check_request,
     stop_tokens,
 )
+from alignkit.rollout.sparse import Mirostat
 from alignkit.rollout.truncation import StopTexts, Truncation
 
 # Logits that a processor samples from at a time: the work buffers stay in its cache.
@@ -46,8 +47,9 @@ class HFSampler:
     max_new_tokens  cap on the tokens of a completion, the end token included
     temperature     divides the logits, after mixing; 0 takes the most likely token (its log-probs
                     are those of temperature 1)
-    top_k, top_p, min_p
+    top_k, top_p, min_p, cost, order
                     see `Truncation`; the recorded log-probs are those of the renormalised law
+    surprise        nats per token that `Mirostat` steers towards; None: no cut of its own
     stop            texts that end a completion with the token that completes one of them
     seed            of the noise
     token_budget    prompt and completion tokens of one batch (a single row may exceed it): bounds
@@ -65,6 +67,9 @@ class HFSampler:
         top_p: float = 1.0,
         top_k: int = 0,
         min_p: float = 0.0,
+        cost: float = 0.0,
+        order: int = 1,
+        surprise: float | None = None,
         stop: Sequence[str] = (),
         seed: int = 0,
         token_budget: int = 65536,
@@ -80,7 +85,8 @@ class HFSampler:
         self.seed = seed
         self.token_budget = token_budget
         self.temperature = temperature
-        self.truncated = Truncation(top_k, top_p, min_p)
+        self.truncated = Truncation(top_k, top_p, min_p, cost, order)
+        self.mirostat = None if surprise is None else Mirostat(surprise)
         self.stop = StopTexts(stop, models.tokenizer)
         self.measured = measured
 
@@ -242,12 +248,17 @@ class HFSampler:
         stop = torch.tensor(stop_tokens(self.models), device=first.device)
         live = torch.arange(len(first), device=first.device)  # [L] into the R rows
         running = torch.ones_like(live, dtype=torch.bool)  # [L]: has not ended
+        bars = None if self.mirostat is None else self.mirostat.first(len(first), first.device)
 
         for position in range(cap):
             keys = rows.keys(self.seed, live, position)
             mixed = mix(drawn_from, logits)
+            if self.mirostat is not None and bars is not None:
+                mixed = self.mirostat.cut(mixed, bars[live])
             anchor = _of_reference(drawn_from, logits) if self.measured else None
             tokens, numbers = self._choose(mixed, keys, anchor)
+            if self.mirostat is not None and bars is not None:
+                bars[live] = self.mirostat.moved(bars[live], numbers["logps"])
             drawn.put(live, position, tokens, numbers)
             ended = torch.isin(tokens, stop) | self.stop.reached(drawn.tokens[live], position)
             stopped = running & ended

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
+from alignkit.rollout.sparse import bregman_top_k
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Truncation:
     top_k: int = 0  # only so many of the likeliest; 0 = all
     top_p: float = 1.0  # the smallest set with at least this mass (Holtzman et al. 2020)
     min_p: float = 0.0  # those at least so likely, relative to the likeliest (Nguyen et al. 2024)
+    cost: float = 0.0  # of each token that is kept, in the units of `bregman_top_k`; 0 = all
+    order: int = 1
 
     def __post_init__(self) -> None:
         if self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
@@ -39,6 +42,8 @@ class Truncation:
             likeliest = logprobs.max(-1, keepdim=True).values
             least = likeliest + torch.tensor(self.min_p, dtype=torch.float64).log().item()
             logprobs = _without(logprobs, logprobs < least)
+        if self.cost > 0:
+            logprobs = bregman_top_k(logprobs, self.cost, self.order)
         return logprobs
 
 

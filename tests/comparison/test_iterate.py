@@ -136,6 +136,11 @@ def test_a_killed_iteration_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
     assert results["models"][1]["figures"]["kl"]["value"] > 0
     assert "The rounds are joined by a line" in Path("cut/report.html").read_text()
     second = weights("cut/round-2")
+
+    # A field that the recipe has since, at its default, is no other run.
+    outcome = json.loads(Path("cut/round-1/outcome.json").read_text())
+    del outcome["settings"]["data"]["workers"]
+    Path("cut/round-1/outcome.json").write_text(json.dumps(outcome))
     assert run("iterate", "mine.yaml", "output_dir=cut", "rounds=3") in (0, None)
     assert weights("cut/round-2") == second
     assert weights("cut/round-3") != second
