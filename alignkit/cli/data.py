@@ -21,6 +21,12 @@ def check_data(
     model: Annotated[
         str | None, typer.Option(help="Also count tokens, with this model's tokenizer.")
     ] = None,
+    coverage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Pairs: also how much of this model's law their answers cover."
+        ),
+    ] = None,
     family: Annotated[
         str | None,
         typer.Option(help="What the rows are for: sequence, pair, labelled, ranked or rollout."),
@@ -56,6 +62,11 @@ def check_data(
         typer.echo(printable("\n".join(report.lines())))
     if refusal is not None:
         raise refusal
+    if coverage is not None:
+        from alignkit.evaluation.coverage import pair_coverage
+
+        for line in pair_coverage(coverage, rows, config).lines():
+            typer.echo(line)
 
 
 def _tokenizer(model: str) -> "LazyTokenizer":
