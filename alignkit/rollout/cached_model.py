@@ -79,7 +79,8 @@ class CachedModel:
             _check_context(model, prompts, rooms)
             device = next(model.parameters()).device
             layer = BranchingLayer if self.branches else RoomyLayer
-            self.cache = roomy_cache(model.config, layer)
+            most = max(read) + max(map(len, rest)) + max(rooms)
+            self.cache = roomy_cache(model.config, layer, most)
         if any(read):
             for number, layer_kept in enumerate(zip(*kept, strict=True)):
                 cast(RoomyLayer, self.cache.layers[number]).begin(layer_kept)

@@ -3,28 +3,34 @@ token, this one seldom.
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 _ROOM = 64  # tokens of spare room at least; it doubles with the length
 
 
-def roomy_cache(config: Any, layer: "type[RoomyLayer]") -> DynamicCache:
-    """The model's own cache with every plain full-attention layer
-    replaced; sliding and recurrent layers stay.
+def roomy_cache(config: Any, layer: "type[RoomyLayer]", most: int) -> DynamicCache:
+    """The model's own cache with every plain full-attention layer replaced by one of `most` tokens
+    at most; sliding and recurrent layers stay.
     """
     cache = DynamicCache(config=config)
-    cache.layers = [layer() if type(usual) is DynamicLayer else usual for usual in cache.layers]
+    cache.layers = [layer(most) if type(usual) is DynamicLayer else usual for usual in cache.layers]
     return cache
 
 
 class RoomyLayer(DynamicLayer):
-    """`keys` and `values` [B, H, L, D] are views of the filled part of larger buffers."""
+    """`keys` and `values` [B, H, L, D] are views of the filled part of larger buffers, which never
+    have room for more than `most` tokens.
+    """
 
     buffers: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -37,7 +43,10 @@ class RoomyLayer(DynamicLayer):
         end = start + key_states.shape[-2]
 
         if self.buffers is None or end > self.buffers[0].shape[-2]:
-            self.buffers = (_grown(keys, key_states, end), _grown(values, value_states, end))
+            self.buffers = (
+                self._grown(keys, key_states, end),
+                self._grown(values, value_states, end),
+            )
         key_buffer, value_buffer = self.buffers
         key_buffer[..., start:end, :] = key_states
         value_buffer[..., start:end, :] = value_states
@@ -65,9 +74,31 @@ class RoomyLayer(DynamicLayer):
         self.update(*(_padded(column) for column in columns))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take these rows, repeats allowed."""
-        super().reorder_cache(cast(LongTensor, beam_idx))
-        self.buffers = None  # the rows taken are a copy of their own
+        """Take these rows, repeats allowed: copied once, into buffers that have room."""
+        if not self.is_initialized:
+            return
+        keys, values = self.filled()
+        length = keys.shape[-2]
+        self.buffers = (self._buffer(keys, len(beam_idx)), self._buffer(values, len(beam_idx)))
+        self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+        torch.index_select(keys, 0, beam_idx, out=self.keys)
+        torch.index_select(values, 0, beam_idx, out=self.values)
+
+    def _buffer(self, like: Tensor, rows: int) -> Tensor:
+        """An empty buffer for so many rows of `like` [B, H, L, D], with room for more than L tokens."""
+        _, heads, length, width = like.shape
+        room = min(max(_ROOM, length // 2), max(self.most - length, 0))
+        shape = (rows, heads, length + room, width)
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    def _grown(self, old: Tensor, new: Tensor, end: int) -> Tensor:
+        """A buffer for `end` tokens and more, in the shape and dtype of `new` [B, H, new, D], that
+        begins with `old`.
+        """
+        buffer = self._buffer(new[..., :1, :].expand(-1, -1, end, -1), len(new))
+        if old.numel():
+            buffer[..., : old.shape[-2], :] = old
+        return buffer
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:
@@ -78,15 +109,3 @@ def _padded(rows: Sequence[Tensor]) -> Tensor:
     for place, row in zip(padded, rows):
         place[:, width - row.shape[1] :] = row
     return padded
-
-
-def _grown(old: Tensor, new: Tensor, end: int) -> Tensor:
-    """A buffer for `end` tokens and more, in the shape and dtype of `new` [B, H, new, D], that
-    begins with `old`.
-    """
-    rows, heads, _, width = new.shape
-    shape = (rows, heads, end + max(_ROOM, end // 2), width)
-    buffer = torch.empty(shape, dtype=new.dtype, device=new.device)
-    if old.numel():
-        buffer[..., : old.shape[-2], :] = old
-    return buffer

@@ -114,6 +114,7 @@ class BranchingLayer(RoomyLayer):
         if self.prompt is None and len(beam_idx) > len(keys):
             # The branches begin: what is cached so far belongs to the prompts.
             self.prompt = Prompts(keys, values, beam_idx)
+            self.most -= keys.shape[-2]
             self.keys = _without_tokens(keys, len(beam_idx))
             self.values = _without_tokens(values, len(beam_idx))
             self.buffers = None

@@ -35,7 +35,7 @@ def layers(owner: list[int], seed: int = 0):
     made = torch.Generator().manual_seed(seed)
     prefill = [torch.randn(3, 2, 5, width, generator=made) for width in (8, 6)]
     found = []
-    for layer in (BranchingLayer(), RoomyLayer()):
+    for layer in (BranchingLayer(8), RoomyLayer(8)):
         layer.update(*prefill)
         layer.reorder_cache(torch.tensor(owner))
         found.append(layer)
@@ -157,3 +157,21 @@ def test_the_model_keeps_its_kernel():
     with pytest.raises(RuntimeError, match="stop"), branching(model):
         raise RuntimeError("stop")
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", [BranchingLayer, RoomyLayer])
+def test_a_cache_takes_no_room_for_tokens_that_cannot_come(kind):
+    layer = kind(5 + 4)
+    layer.update(torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 6))
+    layer.reorder_cache(torch.tensor([0, 0, 1, 2, 2]))
+    expected = layer.filled()
+    for left in range(5, 1, -1):
+        token = (torch.randn(left, 2, 1, 8), torch.randn(left, 2, 1, 6))
+        seen = layer.update(*token)
+        expected = [torch.cat(pair, 2) for pair in zip(expected, token)]
+        assert all(map(torch.equal, expected, seen))
+        room = 4 if kind is BranchingLayer else 9
+        assert [buffer.shape[2] for buffer in layer.buffers] == [room, room]
+        rows = torch.arange(left - 1)  # one row leaves
+        layer.reorder_cache(rows)
+        expected = [values[rows] for values in expected]
