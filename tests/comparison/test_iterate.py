@@ -55,7 +55,7 @@ def logps(folder):
     return torch.stack(values)
 
 
-@pytest.mark.parametrize("reference", ["previous", "first"])
+@pytest.mark.parametrize("reference", ["previous", pytest.param("first", marks=pytest.mark.long)])
 def test_where_the_rounds_end(tmp_path, monkeypatch, reference):
     """Against the previous model log pi_K - log ref = K r / beta + c, against the first r / beta + c:
     the exact pairs of all three answers leave no other optimum.
