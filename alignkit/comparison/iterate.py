@@ -171,6 +171,8 @@ def rounds_of(recipe: Recipe) -> list[Point]:
             file = out / "pairs" / f"{name}.jsonl"
             own = {"train": str(file), "format": "pair", "split": "train", "subset": None}
             changes["data"] = recipe.data.model_copy(update=own)
+            # Without the task among its data, a recipe's `task` would stand for the default one's model.
+            changes["model"] = model_on_disk(recipe)
         if number > 1:
             begin = out / f"round-{number - 1}" / "model"
             changes |= _later(recipe, str(begin), first, section)

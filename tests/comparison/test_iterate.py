@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 from world import run, save_model, write_inputs, write_rows
 
 from alignkit.cli.iterate import in_full
-from alignkit.comparison.iterate import iterate
+from alignkit.comparison.iterate import iterate, rounds_of
 from alignkit.config.iterate import IterateConfig, RoundPairsConfig
 from alignkit.config.recipe import load_recipe
+from alignkit.tasks import resolve
 from alignkit.training.run_folder import RunFolder
 
 ANSWERS = ("w5", "w6", "w7")
@@ -185,6 +186,22 @@ def test_a_folder_of_others_is_left_alone(tmp_path, monkeypatch, capsys):
     Path("out/notes.txt").write_text("mine")
     assert run("iterate", "mine.yaml", "output_dir=out") == 2
     assert "holds files that no iteration wrote (notes.txt)" in capsys.readouterr().err
+
+
+def test_rounds_on_a_task_begin_with_that_tasks_model(tmp_path):
+    """The pairs take the task's place among the data; the model is still the one of that task."""
+    recipe = load_recipe(
+        "iterative_dpo", ["data.train=task:reviews_small", f"output_dir={tmp_path}"]
+    )
+    folder = str(resolve("task:reviews_small").model_folder)
+    first, second, _ = (point.recipe for point in rounds_of(recipe))
+    assert first.model.name_or_path == folder
+    assert second.model.name_or_path == str(tmp_path / "round-1" / "model")
+    assert second.reference.kind == folder
+    assert first.reference.kind == recipe.reference.kind
+    assert [each.data.train for each in (first, second)] == [
+        str(tmp_path / "pairs" / f"round-{number}.jsonl") for number in (1, 2)
+    ]
 
 
 def test_stages_multiply_to_the_last_tilt():
