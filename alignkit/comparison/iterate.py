@@ -157,6 +157,8 @@ def rounds_of(recipe: Recipe) -> list[Point]:
     section = section_of(recipe)
     out = Path(recipe.output_dir).expanduser()
     first = _model_name(recipe)
+    # A task's models by their folders: rounds on pairs read files, which name no task any more.
+    recipe = _models_on_disk(recipe) if section.pairs else recipe
     points = []
     for number in range(1, section.rounds + 1):
         name = f"round-{number}"
@@ -180,6 +182,18 @@ def rounds_of(recipe: Recipe) -> list[Point]:
         round_recipe._origin = recipe.origin
         points.append(Point(name, "round", {"round": number}, seed, round_recipe))
     return points
+
+
+def _models_on_disk(recipe: Recipe) -> Recipe:
+    """The recipe with a task's model and teacher named by their folders."""
+    changes: dict[str, Any] = {"model": model_on_disk(recipe)}
+    teacher = recipe.teacher
+    if teacher and teacher.name_or_path == "task" and (task := resolve_task(recipe)):
+        folder = {"name_or_path": str(task.teacher_folder)}
+        changes["teacher"] = teacher.model_copy(update=folder)
+    on_disk = recipe.model_copy(update=changes)
+    on_disk._origin = recipe.origin
+    return on_disk
 
 
 def _later(recipe: Recipe, begin: str, first: str, section: IterateConfig) -> dict[str, Any]:

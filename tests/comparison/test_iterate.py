@@ -213,6 +213,15 @@ def test_stages_multiply_to_the_last_tilt():
     assert [RoundPairsConfig(beta=0.3).beta_of(number) for number in (1, 7)] == [0.3, 0.3]
 
 
+def test_pairs_train_the_model_of_the_recipes_task():
+    """Rounds read files of pairs, which name no task: "task" would be the base of another one."""
+    base = str(resolve("task:reviews_small").model_folder)
+    changes = ["data.train=task:reviews_small", "teacher={name_or_path: task}"]
+    first, second, _ = (point.recipe for point in rounds_of(load_recipe("iterative_dpo", changes)))
+    assert (first.model.name_or_path, second.reference.kind) == (base, base)
+    assert first.teacher.name_or_path == str(resolve("task:reviews_small").teacher_folder)
+
+
 def test_rounds_stands_for_its_field():
     assert in_full("rounds=4") == "iterate.rounds=4"
     assert in_full("train.steps=4") == "train.steps=4"
