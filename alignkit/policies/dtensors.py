@@ -1,5 +1,7 @@
 """Tensors that may be shards: their whole, this process's part, and a value laid out as one is."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -20,3 +22,11 @@ def like(value: Tensor, target: Tensor) -> Tensor:
         return value
     moved = value.to(target.device, target.dtype)
     return distribute_tensor(moved, target.device_mesh, target.placements)
+
+
+def cloned(state: Mapping[str, object]) -> dict[str, object]:
+    """A copy of an optimiser's state of one parameter."""
+    return {
+        key: value.detach().clone() if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }

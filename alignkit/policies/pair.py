@@ -8,6 +8,7 @@ and knows what a checkpoint has to hold.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from torch.distributed.tensor import DTensor
 from alignkit.batches import Bundle, Outputs, Plan, TokenLogps, whole_lengths
 from alignkit.config.train import MeshConfig
 from alignkit.errors import CheckpointError, ModelError
-from alignkit.policies.dtensors import like
+from alignkit.policies.dtensors import cloned, like
 from alignkit.policies.export import save_heads, save_model, with_fields
 from alignkit.policies.head import AnchorLaws, AnchorStates
 from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches
 from alignkit.policies.lazy import changed
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.reference import Anchor
+from alignkit.policies.seen_states import SeenStates
 from alignkit.policies.sharded_export import save_sharded
 from alignkit.policies.sharding import Shards, check_launch, check_sharded, make_mesh
 from alignkit.policies.slices import StoredTensors
@@ -61,6 +63,7 @@ class PolicyPair:
         self.save_dtype = save_dtype  # of the saved weights; None: as they were trained
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.shards = shards  # None: every process holds the weights whole
+        self._seen = SeenStates()
 
     @property
     def device(self) -> torch.device:
@@ -134,11 +137,14 @@ class PolicyPair:
         """What the objective of `plan` is given for these completions: a policy's `logps`."""
         return self.logps(bundles, plan)
 
-    def logps(self, bundles: Sequence[Bundle], plan: Plan, *, anchors: bool = True) -> TokenLogps:
+    def logps(
+        self, bundles: Sequence[Bundle], plan: Plan, *, anchors: bool = True, again: bool = False
+    ) -> TokenLogps:
         """Per-token log-probs of the N completions of `bundles`, with gradient iff it is enabled.
 
         With `anchors` also the plan's anchors (stored ones where every bundle has them, else live)
-        and statistics; without, the policy alone. Extras: "entropy" (detached), "values",
+        and statistics; without, the policy alone. `again` says that the same micro-batch comes once
+        more before the next step. Extras: "entropy" (detached), "values",
         "log_partition", the statistics, and with a gradient "aux_loss" of a mixture of experts.
         """
         rows = self._rows(bundles)
@@ -154,7 +160,9 @@ class PolicyPair:
                 anchor.check_labels(name, rows.labels, self.vocab_size)
             if name == read_by_statistics:
                 stored = all(IDS in bundle.tokens for bundle in bundles)
-                laws = StoredLaws.of(bundles, rows) if stored else self.states(name, rows)
+                lasts = anchor is not None and anchor.lasts and self.shards is None
+                live = partial(self._seen.of, name, rows, self.states, again and lasts)
+                laws = StoredLaws.of(bundles, rows) if stored else live()
             elif all(name in bundle.tokens for bundle in bundles):
                 anchor_logps[name] = self._stored(bundles, name, rows)
             else:
@@ -289,7 +297,7 @@ class PolicyPair:
         parameters = self.parameters()
         weights = [p.detach().clone() for p in parameters]
         state: dict[Tensor, Any] = {
-            p: _cloned(optimizer.state[p]) for p in parameters if p in optimizer.state
+            p: cloned(optimizer.state[p]) for p in parameters if p in optimizer.state
         }
         settings = [
             {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
@@ -325,6 +333,7 @@ class PolicyPair:
 
     def after_step(self, step: int) -> None:
         """Tell the anchors that optimiser step `step` (counted from 1) is done."""
+        self._seen.clear()
         for anchor in self.anchors.values():
             anchor.after_step(step, self.base)
 
@@ -388,10 +397,3 @@ class PolicyPair:
         save_heads(self.base, folder, writes=writes)
         if self.tokenizer is not None and writes:
             self.tokenizer.save_pretrained(folder)
-
-
-def _cloned(state: Mapping[str, object]) -> dict[str, object]:
-    return {
-        key: value.detach().clone() if isinstance(value, Tensor) else value
-        for key, value in state.items()
-    }

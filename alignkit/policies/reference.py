@@ -128,6 +128,11 @@ class Anchor:
             with base.adapter_disabled():
                 yield policy
 
+    @property
+    def lasts(self) -> bool:
+        """Whether its own weights stay what they are for the whole run."""
+        return self.module is not None and self.kind not in MOVING
+
     def check_labels(self, name: str, labels: Tensor, vocabulary: int) -> None:
         """ModelError where one of the labels [M], tokens of a policy of so many, is one that this
         anchor does not have, because its vocabulary was cut.

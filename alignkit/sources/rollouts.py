@@ -4,6 +4,7 @@ bundles of the next optimiser steps.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -321,8 +322,10 @@ class RolloutSource:
         chunks = self.pair.micro_batches(bundles, self.micro_batch_tokens)
         order = [i for chunk in chunks for i in chunk]
         ordered = [bundles[i] for i in order]
+        once = self.plan.minibatches == 1  # then the loss has the same micro-batches
+        logps = partial(self.pair.logps, plan=self.plan, again=once)
         with self.pair.together():  # ranks may have different numbers of chunks
-            parts = [self.pair.logps([bundles[i] for i in chunk], self.plan) for chunk in chunks]
+            parts = [logps([bundles[i] for i in chunk]) for chunk in chunks]
             tokens = concat(parts or [self._no_rows()])
 
         # Statistics are computed with the gradient later, and their anchors with them.

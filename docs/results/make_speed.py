@@ -53,6 +53,8 @@ How alignkit saves work:
   unless there are few.
 - **The reference once.** Where the data are fixed its log-probs are stored (`reference.kind: cached`, the default); with
   `reference.store` once for a whole sweep. The tables below keep it live on both sides.
+- **A frozen reference once per rollout.** Where the loss compares whole vocabularies and each rollout is one minibatch, the hidden
+  states that its credit has read are the ones that its loss reads.
 - **CVaR without a sort**: the boundary of the tail is searched for in bins.
 - **Waiting without turning.** On a machine that others use too, OpenMP's threads give their core away early while they wait for
   each other, unless `OMP_WAIT_POLICY` or `GOMP_SPINCOUNT` says otherwise (`python tests/benchmarks/bench_busy.py`).
