@@ -156,6 +156,11 @@ class Plan:
     # Example: True for PPO.
     values: bool = False
 
+    # Fixed data: whether the value at a completion's last token, the end token, is the reward of the
+    # whole completion. The head is then saved beside the model, and rows without an end are refused.
+    # Example: True for HAF-RM.
+    rewards: bool = False
+
     # Whether the loss also reads how large the logits are: the log of the sum of their exponentials at
     # each token, [N, T] with gradient under "log_partition" in `TokenLogps.extras`.
     # Example: True for IQ-imitation, whose logits are soft action values.
@@ -261,6 +266,7 @@ COMBINATION: dict[str, Literal["family", "agree", "union", "names", "anchors", "
     "samples": "agree",
     "feedback": "agree",
     "values": "agree",
+    "rewards": "agree",
     "partition": "any",
     "bins": "agree",
     "epochs": "agree",

@@ -22,6 +22,7 @@ OBJECTIVES: dict[str, str] = {
     "simpo": "preference.simpo:SimPO:simpo_loss",
     "slic": "preference.slic:SLiC:slic_loss",
     "slic_ranked": "preference.slic_ranked:SLiCRanked:slic_ranked_loss",
+    "token_guidance": "preference.token_guidance:TokenGuidance:token_rewards,guided_sft_loss",
     "orpo": "preference.orpo:ORPO:orpo_loss",
     "sampo": "preference.sampo:SamPO:",
     "lddpo": "preference.lddpo:LDDPO:",

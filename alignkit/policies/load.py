@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from alignkit.batches import FAMILIES, Bundle, Plan
+from alignkit.batches import Bundle, Plan
 from alignkit.config.model import ModelConfig, ReferenceConfig, TargetConfig, check_source
 from alignkit.errors import ConfigError, ModelError, first_line
 from alignkit.policies.adapters import (
@@ -310,13 +310,12 @@ def _probed(base: PolicyModule, model: ModelConfig, bundle: Bundle) -> tuple[Lay
 
 def _is_reward(plan: Plan, model: ModelConfig) -> bool:
     """Whether the values are rewards of given completions. ConfigError with an adapter."""
-    rewards = plan.values and not FAMILIES[plan.data].sampled
-    if rewards and model.adapter is not None:
+    if plan.rewards and model.adapter is not None:
         raise ConfigError(
             "model.adapter: a model that is a reward too is trained whole, so that its files are a "
             "classifier's; leave the adapter out"
         )
-    return rewards
+    return plan.rewards
 
 
 def load_pair(

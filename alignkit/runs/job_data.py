@@ -81,7 +81,7 @@ def fixed_data(context: RunContext) -> JobData:
 
     def load(config: DataConfig, source: RowsSource) -> tuple[Sequence[Bundle], Report]:
         bundles, report = load_bundles(config, plan.data, pair.tokenizer, source=source)
-        if plan.values:
+        if plan.rewards:
             check_row_ends(bundles, pair.tokenizer, report.source)
         return bundles, report
 

@@ -48,7 +48,7 @@ class HAFRM(PairObjective):
 
     @property
     def plan(self) -> Plan:
-        return Plan("pair", values=True)
+        return Plan("pair", values=True, rewards=True)
 
     def loss(self, batch: PairBatch) -> LossTerms:
         chosen = last_value(batch.chosen.get("values"), batch.chosen.mask)
