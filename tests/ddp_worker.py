@@ -17,7 +17,7 @@ import ddp_online_worker
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from online_world import online_job, share_of_wanted
+from online_world import budgeted_job, online_job, share_of_wanted, turns_job
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
@@ -32,6 +32,8 @@ from alignkit.objectives.distillation.distill import Distill
 from alignkit.objectives.distillation.opd import OPD
 from alignkit.objectives.online.dph import DPH
 from alignkit.objectives.online.fdpg import FDPG
+from alignkit.objectives.online.grpo import GRPO
+from alignkit.objectives.online.kl_ppo import KLPPO
 from alignkit.objectives.online.rpg import RPG
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.objectives.preference.kto import KTO
@@ -139,6 +141,19 @@ def proposed(model, out, accelerator, **settings):
     return online_job(model, out, objective, accelerator=accelerator, steps=4, **settings)
 
 
+def budgeted(model, out, accelerator, **settings):
+    """Sample budgets and rewards of tokens: the ranks draw different numbers of completions beside
+    their pilots, one of them perhaps none.
+    """
+    objective = KLPPO(beta=0.1, value_weight=0.0)
+    return budgeted_job(model, out, objective, accelerator=accelerator, steps=4, **settings)
+
+
+def turns(model, out, accelerator, **settings):
+    """Episodes: those of one rank may have ended while the other's go on."""
+    return turns_job(model, out, GRPO(), accelerator=accelerator, steps=4, **settings)
+
+
 def dropped(model, out, accelerator, **settings):
     """The reward applies to the first prompt of each rollout alone: the second rank's whole rollout
     is dropped.
@@ -176,6 +191,11 @@ CASES = {
     "distill": (distilled, {**SGD, "budget": 24}),
     "opd": (on_policy, {"optimizer": "sgd", "learning_rate": 0.1}),
     "dph": (rehearsed, {"optimizer": "sgd", "learning_rate": 0.1}),
+    "fsdp_budgets": (
+        budgeted,
+        {"shard": True, "optimizer": "sgd", "learning_rate": 0.1, "save_every": 2},
+    ),
+    "fsdp_turns": (turns, {"shard": True, "optimizer": "sgd", "learning_rate": 0.1}),
     "fsdp_distill": (distilled, {"shard": True, "budget": 24}),
     "fsdp_adapter_teacher": (adapted, {"shard": True, "budget": 24}),
     "fsdp_opd": (on_policy, {"shard": True, "optimizer": "sgd", "learning_rate": 0.1}),

@@ -5,12 +5,20 @@ from a tiny model.
 from types import SimpleNamespace
 
 import torch
+from episode_worlds import Echo
 from world import make_job, pairs
 
+from alignkit.config.allocation import AllocateConfig
+from alignkit.config.data import DataConfig
 from alignkit.config.rollout import RolloutConfig
+from alignkit.rewards.combine import Part, Reward
 from alignkit.rollout.engines import make_sampler
+from alignkit.rollout.environment_pool import LocalEnvironments
 from alignkit.rollout.importance import Correction
 from alignkit.rollout.policy_copy import PolicyCopy
+from alignkit.rollout.renderer import TextRenderer
+from alignkit.rollout.turns import TurnSampler
+from alignkit.sources.budgets import Allocation
 from alignkit.sources.rollouts import RolloutSource
 from alignkit.sources.scoring import Scoring
 
@@ -19,6 +27,11 @@ WANTED = 5
 
 def share_of_wanted(prompts, completions, **columns):
     return [sum(i == WANTED for i in ids) / max(1, len(ids)) for ids in columns["completion_ids"]]
+
+
+def where_wanted(prompts, completions, **columns):
+    """One number for each token."""
+    return [[float(i == WANTED) for i in ids] for ids in columns["completion_ids"]]
 
 
 def more_wanted(prompts, first, second):
@@ -55,4 +68,29 @@ def online_job(
         job.accelerator, batch_size=prompts_per_step, completions=4, seed=0, ahead=ahead,
         correction=Correction(cap=2.0) if ahead else None,
     )  # fmt: skip
+    return job
+
+
+def budgeted_job(model, out, objective, **settings):
+    """Two prompts per step with numbers of completions of their own, and rewards of tokens."""
+    reward = Reward([Part("wanted", where_wanted, to_go=True)])
+    job = online_job(model, out, objective, reward=reward, prompts_per_step=2, **settings)
+    job.source.allocation = Allocation(AllocateConfig(pilot=2, threshold=0.5), mean=4, room=6)
+    return job
+
+
+def turns_job(model, out, objective, *, cap=24, **settings):
+    """Episodes in a world that says the last word again; some end long before others."""
+    job = online_job(model, out, objective, reward=None, **settings)
+    source = job.source
+    source.sampler.max_new_tokens = cap
+    source.turns = TurnSampler(
+        source.sampler,
+        LocalEnvironments(Echo),
+        TextRenderer(job.pair.tokenizer, DataConfig()),
+        turns=4,
+        max_new_tokens=cap,
+        context=128,
+        seed=0,
+    )
     return job

@@ -145,8 +145,7 @@ class Allocation:
             for number in range(self.config.pilot, counts[position])
         ]
         samples: list[list[Sample]] = [[] for _ in pilot.positions]
-        if not wanted:
-            return samples
+        # A process that wants none asks as well: it takes part in the forwards of sharded models.
         drawn = sampler.sample(
             [pilot.prompts[index] for index, _ in wanted],
             replace(pilot.draw, n=1),

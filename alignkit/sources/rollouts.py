@@ -262,7 +262,8 @@ class RolloutSource:
         assert self.turns is not None
         (draw,) = self.plan.samples
         counted = replace(draw, n=draw.n or self.completions)
-        with explained_numerics():
+        # A process whose episodes end first takes part in the forwards of the others.
+        with explained_numerics(), self.pair.together():
             rows = self.turns.episodes(prompts, counted, step=visit, prompt_ids=positions)
         return rows, self.scoring.score_episodes(prompts, rows, positions, self._first_step)
 

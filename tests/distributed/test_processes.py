@@ -66,7 +66,7 @@ def losses(folder):
     return {row["step"]: row["loss"] for row in read_jsonl(folder / "metrics.jsonl")}
 
 
-@pytest.mark.parametrize("case", ["adamw", "fsdp_dpo", "fsdp_rpg"])
+@pytest.mark.parametrize("case", ["adamw", "fsdp_dpo", "fsdp_rpg", "fsdp_budgets"])
 def test_a_checkpoint_of_two_goes_on_on_one(finished, tmp_path, case):
     model, _, two = finished
     ddp_worker.take_up(case, two, tmp_path)
@@ -91,6 +91,15 @@ def test_a_rank_whose_whole_rollout_is_dropped_takes_part(finished):
     assert [row["rollout/dropped"] for row in read_jsonl(two / "dropped" / "metrics.jsonl")] == [
         0.8
     ] * 4
+
+
+def test_a_rank_that_draws_nothing_beside_its_pilot_takes_part(finished):
+    """Beside `test_two_processes_are_one`: one of two prompts never passed, so that its rank drew
+    nothing more while the other drew with a sharded model.
+    """
+    _, _, two = finished
+    rows = read_jsonl(two / "fsdp_budgets" / "metrics.jsonl")
+    assert any(row["rollout/never_passed"] == 0.5 for row in rows)
 
 
 def test_resume_in_the_middle_of_a_rollout_is_bit_equal_on_two_processes(finished):

@@ -1,11 +1,12 @@
 """Sample budgets: worked shares, the least variance, and what they leave as it is."""
 
+import json
 import math
 from itertools import product
 
 import pytest
 import torch
-from online_world import online_job
+from online_world import budgeted_job, online_job
 from world import save_model
 
 from alignkit.batches import Bundle
@@ -13,6 +14,7 @@ from alignkit.config.allocation import AllocateConfig
 from alignkit.config.rollout import RolloutConfig
 from alignkit.errors import ConfigError
 from alignkit.files import read_jsonl
+from alignkit.objectives.online.kl_ppo import KLPPO
 from alignkit.objectives.online.raft import RAFT
 from alignkit.rollout.protocol import Sample
 from alignkit.sources.budgets import Allocation, alike, sample_budgets
@@ -126,6 +128,29 @@ def test_a_run_gives_its_samples_away_and_draws_what_one_draw_would(model, tmp_p
     rows = read_jsonl(job.run.metrics_file)
     assert all(row["rollout/most_completions"] > 4 for row in rows)
     assert all(0 <= row["rollout/never_passed"] < 1 for row in rows)
+
+
+def test_a_resume_in_the_middle_of_a_rollout_is_bit_equal(model, tmp_path):
+    """With rewards of single tokens, which stand in the checkpoint beside the weights of prompts."""
+    objective = KLPPO(beta=0.1, epochs=2, minibatches=2, kl_target=0.5, kl_horizon=20)
+
+    def finished(out, resume=None):
+        job = budgeted_job(model, out, objective, steps=6, save_every=1, keep=99)
+        with job.run:
+            train(job, resume)
+        return job.pair.state(), read_jsonl(job.run.metrics_file)
+
+    expected, rows = finished(tmp_path / "whole")
+    assert any(row["rollout/most_completions"] > 4 for row in rows)
+    for step in (3, 4):  # inside a rollout, and at its end
+        out = tmp_path / f"from-{step}"
+        (out / "checkpoints").mkdir(parents=True)
+        checkpoint = f"checkpoints/step-{step}"
+        (tmp_path / "whole" / checkpoint).rename(out / checkpoint)
+        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        weights, again = finished(out, "auto")
+        assert all(torch.equal(weights[name], value) for name, value in expected.items())
+        assert [row["loss"] for row in again] == [row["loss"] for row in rows]
 
 
 def test_a_completion_without_a_score_leaves_the_others(model):
