@@ -117,7 +117,13 @@ class CachedModel:
         """A copy of what was read of a row's first `tokens` tokens, for a later `prefill`."""
         columns = self.mask[row].nonzero()[:tokens, 0]
         rows = [cast(RoomyLayer, layer).row(row) for layer in self.cache.layers]
-        return [(keys[:, columns], values[:, columns]) for keys, values in rows]
+        first, last = columns[[0, -1]].tolist()
+        if last - first + 1 != len(columns):
+            return [(keys[:, columns], values[:, columns]) for keys, values in rows]
+
+        # Without padding in between it is one block, which is copied faster than its columns.
+        block = slice(first, last + 1)
+        return [(keys[:, block].clone(), values[:, block].clone()) for keys, values in rows]
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits [R, V] at the last of the tokens `ids` [R, T], which stand at `positions`."""

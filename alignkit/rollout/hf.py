@@ -216,7 +216,7 @@ class HFSampler:
         ]
         device = logits[0].device
 
-        owner = torch.tensor([unique.index(row.prompt) for row in batch]).to(device)
+        owners = [unique.index(row.prompt) for row in batch]
         rows = _Rows(
             step,
             torch.tensor([row.prompt_id for row in batch]).to(device),
@@ -224,9 +224,13 @@ class HFSampler:
             torch.tensor([row.start.position for row in batch]).to(device),
             torch.tensor([row.start.room for row in batch]).to(device),
         )
-        for model in drawn_from:
-            model.select(owner)
-        return self._decode(drawn_from, mix, [part[owner] for part in logits], rows, keeper)
+        # Where each prompt has one completion, there is nothing to take, and no cache is copied.
+        if owners != list(range(len(unique))):
+            owner = torch.tensor(owners).to(device)
+            logits = [part[owner] for part in logits]
+            for model in drawn_from:
+                model.select(owner)
+        return self._decode(drawn_from, mix, logits, rows, keeper)
 
     def _decode(
         self,

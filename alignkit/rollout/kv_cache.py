@@ -70,8 +70,11 @@ class RoomyLayer(DynamicLayer):
         """Start with what was read before: keys and values [H, L, D] of each row, of any lengths L,
         with padding on the left.
         """
-        columns = zip(*rows, strict=True)
-        self.update(*(_padded(column) for column in columns))
+        keys, values = zip(*rows, strict=True)
+        self.buffers = (self._padded(keys), self._padded(values))
+        self.lazy_initialization(*self.buffers)
+        width = max(row.shape[1] for row in keys)
+        self.keys, self.values = (buffer[..., :width, :] for buffer in self.buffers)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take these rows, repeats allowed: copied once, into buffers that have room."""
@@ -100,12 +103,13 @@ class RoomyLayer(DynamicLayer):
             buffer[..., : old.shape[-2], :] = old
         return buffer
 
-
-def _padded(rows: Sequence[Tensor]) -> Tensor:
-    """[H, L, D] each -> [B, H, longest L, D], with zeros on the left."""
-    heads, _, size = rows[0].shape
-    width = max(row.shape[1] for row in rows)
-    padded = rows[0].new_zeros((len(rows), heads, width, size))
-    for place, row in zip(padded, rows):
-        place[:, width - row.shape[1] :] = row
-    return padded
+    def _padded(self, rows: Sequence[Tensor]) -> Tensor:
+        """A buffer with rows [H, L, D] of any lengths L, with zeros on their left."""
+        width = max(row.shape[1] for row in rows)
+        longest = next(row for row in rows if row.shape[1] == width)
+        buffer = self._buffer(longest[None], len(rows))
+        for place, row in zip(buffer, rows):
+            blank = width - row.shape[1]
+            place[:, :blank] = 0
+            place[:, blank:width] = row
+        return buffer
