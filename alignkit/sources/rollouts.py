@@ -258,11 +258,10 @@ class RolloutSource:
     def _played(
         self, prompts: Sequence[Any], positions: Sequence[int], visit: int
     ) -> tuple[Answers, list[list[Bundle]]]:
-        """The same for episodes of several turns."""
+        """The same for episodes; a process whose own end first takes part in others' forwards."""
         assert self.turns is not None
         (draw,) = self.plan.samples
         counted = replace(draw, n=draw.n or self.completions)
-        # A process whose episodes end first takes part in the forwards of the others.
         with explained_numerics(), self.pair.together():
             rows = self.turns.episodes(prompts, counted, step=visit, prompt_ids=positions)
         return rows, self.scoring.score_episodes(prompts, rows, positions, self._first_step)
