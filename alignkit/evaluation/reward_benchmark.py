@@ -19,7 +19,10 @@ from alignkit.config.decode import is_decode_file
 from alignkit.config.escaping import plain
 from alignkit.config.judges import JudgeConfig
 from alignkit.config.text import read_recipe
+from alignkit.config.validation import validated
+from alignkit.data.messages import checked_text
 from alignkit.data.read import read_rows
+from alignkit.data.verdicts import BadRow
 from alignkit.errors import ConfigError, DataError
 from alignkit.metrics.completions import preference_figures
 from alignkit.metrics.intervals import Array
@@ -80,6 +83,8 @@ def read_questions(file: str, *, chat: bool = False) -> list[Question]:
         ]
     if not questions:
         raise DataError(f"{rows.where} has no rows; give a file with prompt, chosen and rejected")
+    # Scores of zero: what is wrong with the rows is said before anything is loaded and asked.
+    rewardbench2(_rows_of(questions, [[0.0] * len(each.answers) for each in questions]))
     return questions
 
 
@@ -94,24 +99,32 @@ def _question(number: int, values: Any, problem: str) -> Question:
             "prompt, chosen and rejected, the last two lists of answers"
         )
 
-    correct = _answers(values["chosen"])
-    wrong = _answers(values["rejected"])
+    try:
+        prompt = checked_text(values["prompt"], "prompt")
+        correct = _answers(values["chosen"], "chosen")
+        wrong = _answers(values["rejected"], "rejected")
+    except BadRow as error:
+        raise DataError(f"row {number}: {error}") from None
     if not correct or not wrong:
         raise DataError(
             f"row {number} has {len(correct)} correct and {len(wrong)} wrong answers; at least one "
             "has to be correct (chosen) and one wrong (rejected)"
         )
-    name = str(values.get("id", number))
-    subset = str(values.get("subset", "all"))
-    return Question(subset, name, values["prompt"], [*correct, *wrong], len(correct))
+    # Parquet fills what a row does not have with null.
+    name = number if values.get("id") is None else values["id"]
+    subset = "all" if values.get("subset") is None else values["subset"]
+    if not isinstance(subset, str) or subset == "total":
+        raise DataError(
+            f"row {number} has the subset {subset!r}; name it by a text other than `total`, which is "
+            "the mean of all subsets"
+        )
+    return Question(subset, str(name), prompt, [*correct, *wrong], len(correct))
 
 
-def _answers(given: Any) -> list[Any]:
-    """A list of answers; a text or a list of messages is one."""
-    is_one = isinstance(given, str) or (
-        isinstance(given, list) and given and isinstance(given[0], dict)
-    )
-    return [given] if is_one else list(given)
+def _answers(given: Any, column: str) -> list[Any]:
+    """A list of answers, each a text or messages; a text or a list of messages is one."""
+    is_one = not isinstance(given, list) or (given and isinstance(given[0], dict))
+    return [checked_text(answer, column) for answer in ([given] if is_one else given)]
 
 
 def judge_section(name: str) -> JudgeConfig | str:
@@ -121,13 +134,13 @@ def judge_section(name: str) -> JudgeConfig | str:
     if not is_decode_file(name):
         folder = find_finished(name)
         return str(folder) if folder.exists() else name
-    data, _ = read_recipe(Path(name).expanduser())
-    if "judge" not in data:
+    data, origin = read_recipe(Path(name).expanduser())
+    if not isinstance(data.get("judge"), dict):
         raise ConfigError(
             f"{name}: a file in the place of a reward model has a `judge` section, such as "
             "`judge: {function: my_judge.py:better}`"
         )
-    return JudgeConfig.model_validate(data["judge"])
+    return validated(JudgeConfig, data["judge"], origin, ("judge",))
 
 
 def benchmark(names: Sequence[str], file: str, *, chat: bool = False, safe: bool) -> Results:
@@ -219,16 +232,6 @@ def _correct_and_wrong(question: Question) -> Iterator[tuple[int, int]]:
 
 def _results(questions: Sequence[Question], judged: Sequence[Judged]) -> Results:
     """Subsets' accuracies and the report card of one scorer."""
-    rows = [
-        {
-            "subset": question.subset,
-            "id": question.id,
-            "scores": each.scores,
-            "num_correct": question.num_correct,
-        }
-        for question, each in zip(questions, judged)
-    ]
-
     biases = [each.bias for each in judged if each.bias is not None]
     card = preference_figures(
         np.concatenate([each.probability for each in judged]),
@@ -237,7 +240,21 @@ def _results(questions: Sequence[Question], judged: Sequence[Judged]) -> Results
     verdicts = sum(each.verdicts for each in judged)
     if verdicts:
         card["invalid"] = sum(each.invalid for each in judged) / verdicts
-    return {"scores": rewardbench2(rows), "figures": card}
+    scores = rewardbench2(_rows_of(questions, [each.scores for each in judged]))
+    return {"scores": scores, "figures": card}
+
+
+def _rows_of(questions: Sequence[Question], scores: Sequence[list[float]]) -> list[dict[str, Any]]:
+    """Rows as `rewardbench2` takes them."""
+    return [
+        {
+            "subset": question.subset,
+            "id": question.id,
+            "scores": given,
+            "num_correct": question.num_correct,
+        }
+        for question, given in zip(questions, scores)
+    ]
 
 
 def show(results: Results, console: Console) -> None:

@@ -129,6 +129,12 @@ def test_a_reward_models_folder(world):
         ({"prompt": "x", "chosen": ["1"]}, [], 3, "row 1 has no rejected among prompt, chosen"),
         ({"prompt": "x", "chosen": [], "rejected": ["1"]}, [], 3, "row 1 has 0 correct and 1 wrong"),
         (None, [], 3, "has no rows"),
+        ({"prompt": "x", "chosen": ["1", "2"], "rejected": "0"}, [], 3, "only Ties has several"),
+        ({"prompt": "x", "chosen": 7, "rejected": "0"}, [], 3, "row 1: chosen is int (7)"),
+        ({"prompt": "x", "chosen": "1", "rejected": {"0": 1}}, [], 3, "row 1: rejected is dict"),
+        ({"prompt": 5, "chosen": "1", "rejected": "0"}, [], 3, "row 1: prompt is int (5)"),
+        ({"prompt": "x", "chosen": ["1", None][1:], "rejected": "0"}, [], 3, "row 1: chosen is null"),
+        ({"prompt": "x", "chosen": "1", "rejected": "0", "subset": "total"}, [], 3, "other than `total`"),
         ({"prompt": "x", "chosen": "1", "rejected": "0"}, ["--samples", "4"], 2, "leave out --samples"),
         ({"prompt": "x", "chosen": "1", "rejected": "0"}, ["--credit"], 2, "leave out --credit"),
     ],
@@ -136,13 +142,26 @@ def test_a_reward_models_folder(world):
 def test_what_is_refused(world, row, words, code, message, capsys):
     write_rows(world / "bad.jsonl", [] if row is None else [row])
     assert run("eval", "score.yaml", "--reward-benchmark", "bad.jsonl", *words) == code
-    assert message in capsys.readouterr().err
+    words = capsys.readouterr().err
+    assert message in words
+    assert "runs code" not in words  # no scorer is loaded for rows that cannot be scored
     assert not (world / "eval.json").exists()
+
+
+def test_names_that_are_null_are_not_given(world):
+    """Parquet fills what a row does not have with null."""
+    row = {"prompt": "x", "chosen": "1", "rejected": "0", "subset": None, "id": None}
+    write_rows(world / "null.jsonl", [row])
+    (only,) = benchmark(["score.yaml"], "null.jsonl", safe=False)["models"]
+    assert only["scores"] == {"all": 1.0, "total": 1.0}
 
 
 def test_what_is_no_scorer(world, capsys):
     (world / "empty.yaml").write_text("decode: {n: 3}")
     assert run("eval", "empty.yaml", "--reward-benchmark", "rows.jsonl") == 2
     assert "has a `judge` section" in capsys.readouterr().err
+    for section in ("{functoin: x}", "null", "[1]"):
+        (world / "empty.yaml").write_text(f"judge: {section}")
+        assert run("eval", "empty.yaml", "--reward-benchmark", "rows.jsonl") == 2
     assert run("eval", "score.yaml", "--chat") == 2
     assert "--chat is for the prompts of --reward-benchmark" in capsys.readouterr().err
