@@ -65,7 +65,8 @@ def job(model, out, objective):
                 replace(b, tokens={**b.tokens, name: [-ids / len(name) for ids in b.completions]})
                 for b in bundles
             ]
-        return make_job(model, out, objective, bundles, lora=True, **settings)
+        lora = not objective.plan.rewards  # a model that is a reward too is trained whole
+        return make_job(model, out, objective, bundles, lora=lora, **settings)
     return online_job(model, out, objective, reward=noisy, judge=more_wanted, **settings)
 
 
