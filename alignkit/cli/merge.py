@@ -69,34 +69,60 @@ def merge(
             "several times, the first that matches counts.",
         ),
     ] = None,
+    fit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PROMPTS",
+            help="Find the weights: the merge is to be close to each model on these prompts. One "
+            "file for all, or the option once per model.",
+        ),
+    ] = None,
 ) -> None:
     """Fold a run's LoRA adapter into its base model, or merge several models into one."""
-    if method not in ("linear", "slerp"):
-        raise ConfigError(f"merge: there is no method `{method}`; it is linear or slerp")
-    folds = len(models) == 1 and not (weights or toward or share or tensors or method != "linear")
-    if to is None and not folds:
-        raise ConfigError("merge: name a folder for the merged model with --to")
-    target = to or Path(models[0]) / "merged"
-    if target.exists():
-        raise ConfigError(f"{target} exists already; name another folder with --to")
-
+    kind = method_called(method)
+    given = weights or toward or share or tensors or fit
+    folds = len(models) == 1 and not (given or method != "linear")
+    target = _target(to, models[0], folds)
     if folds:
-        from alignkit.config.recipe import load_recipe
-        from alignkit.policies.folding import merge as fold
-
-        recipe = Path(models[0]) / "recipe.yaml"
-        dtype = load_recipe(recipe).model.save_dtype if recipe.is_file() else "auto"
-        fold(models[0], target, dtype=dtype)
+        _fold(models[0], target)
         typer.echo(f"{target}: the merged model")
         return
 
     from alignkit.runs.merge import MergeRequest, merge_models
 
-    kind = cast(Literal["linear", "slerp"], method)
     by_name = dict(map(tensor_weights, tensors or []))
-    request = MergeRequest(models, target, kind, weights or None, toward, share or [1.0], by_name)
+    request = MergeRequest(
+        models, target, kind, weights or None, toward, share or [1.0], by_name, fit or ()
+    )
     for folder in merge_models(request):
         typer.echo(f"{folder}: the merged model")
+
+
+def _target(to: Path | None, run: str, folds: bool) -> Path:
+    """The folder for the merged model. ConfigError where it is not named or exists."""
+    if to is None and not folds:
+        raise ConfigError("merge: name a folder for the merged model with --to")
+    target = to or Path(run) / "merged"
+    if target.exists():
+        raise ConfigError(f"{target} exists already; name another folder with --to")
+    return target
+
+
+def method_called(name: str) -> Literal["linear", "slerp"]:
+    """The method of that name. ConfigError where there is none."""
+    if name not in ("linear", "slerp"):
+        raise ConfigError(f"merge: there is no method `{name}`; it is linear or slerp")
+    return cast(Literal["linear", "slerp"], name)
+
+
+def _fold(run: str, target: Path) -> None:
+    """Fold a run's adapter into its base, in the dtype that its recipe saves in."""
+    from alignkit.config.recipe import load_recipe
+    from alignkit.policies.folding import merge as fold
+
+    recipe = Path(run) / "recipe.yaml"
+    dtype = load_recipe(recipe).model.save_dtype if recipe.is_file() else "auto"
+    fold(run, target, dtype=dtype)
 
 
 def tensor_weights(text: str) -> tuple[str, list[float]]:

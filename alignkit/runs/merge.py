@@ -7,7 +7,7 @@ adapters would multiply one run's A by another's B.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from alignkit.config.recipe import load_recipe
 from alignkit.errors import ConfigError, ModelError
 from alignkit.policies.merging import linear, slerp
 from alignkit.policies.tokenizer import same_vocabulary
+from alignkit.runs.fitted_merge import WeightFit, fit_weights, model_laws, read_prompts
 from alignkit.runs.inputs import content_hash
 from alignkit.runs.trained_model import find_finished, load_finished
 from alignkit.tasks import DEFAULT_TASK
@@ -47,8 +48,21 @@ class MergeRequest:
     # Pattern of tensor names, as in a shell -> the weights of those tensors; the first that matches
     # counts, and the others have `weights`. Klagges et al. 2025, arXiv:2506.14794.
     tensors: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    # Files of prompts, one for all or one per model, by which the weights are found: DivMerge,
+    # Touayouch et al. 2025, arXiv:2509.02108.
+    fit: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if self.fit and (self.weights or self.tensors or self.method != "linear"):
+            raise ConfigError(
+                "merge: --fit finds the weights of the linear method; leave --weights, --tensors and "
+                "--method out"
+            )
+        if len(self.fit) not in (0, 1, len(self.models)):
+            raise ConfigError(
+                f"merge: --fit is given {len(self.fit)} times for {len(self.models)} models; give "
+                "one file for all, or one per model in their order"
+            )
         for pattern, weights in self.tensors.items():
             if len(weights) != len(self.models):
                 raise ConfigError(
@@ -103,6 +117,13 @@ def merge_models(request: MergeRequest) -> list[Path]:
         _check_same_tensors(start, tensors, start_name, name)
         models.append(tensors)
 
+    fitted = None
+    if request.fit:
+        prompts = read_prompts(request.fit, len(models), loaded.tokenizer)
+        laws = model_laws(network, start, models, prompts)
+        fitted = fit_weights(laws, [len(given) for given in prompts])
+        request = replace(request, weights=fitted.weights, fit=())
+
     settings = _settings(start_name)
     several = len(request.shares) > 1
     with files.writing(request.to), files.replaced_folder(request.to) as temporary:
@@ -115,7 +136,9 @@ def merge_models(request: MergeRequest) -> list[Path]:
             }
             _save(network, merged, settings, folder)
             loaded.tokenizer.save_pretrained(folder)
-            files.write_json(folder / MERGE_FILE, _record(request, start_name, share))
+            files.write_json(
+                folder / MERGE_FILE, {**_record(request, start_name, share), **_fit_record(fitted)}
+            )
     return [request.to / f"{share:g}" if several else request.to for share in request.shares]
 
 
@@ -245,6 +268,13 @@ def _save(network: Any, merged: Tensors, settings: Mapping[str, Any], folder: Pa
         dtype = settings["dtype"] if value.is_floating_point() else value.dtype
         state[name] = by_place.setdefault(value.data_ptr(), value.to(dtype))
     network.save_pretrained(folder, state_dict=state)
+
+
+def _fit_record(fitted: WeightFit | None) -> dict[str, Any]:
+    """How far the merge is from its models, in nats, where its weights were fitted."""
+    if fitted is None:
+        return {}
+    return {"divergence": {"equal_weights": fitted.equal, "fitted": fitted.fitted}}
 
 
 def _record(request: MergeRequest, start: str, share: float) -> dict[str, Any]:
