@@ -11,6 +11,7 @@ follow those that there are. Rounds are runs of a comparison (`run_state`), tied
 they were made from; the report is that of `alignkit eval`.
 """
 
+import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,9 +30,11 @@ from alignkit.config.objective import build_objective
 from alignkit.config.recipe import REFERENCES, Recipe, dump_recipe
 from alignkit.errors import CheckpointError, ConfigError, ResourceError
 from alignkit.evaluation.request import Request, anchor_of
-from alignkit.files import write_text, writing
+from alignkit.files import write_json, write_text, writing
 from alignkit.runs.checks import check_appraisal, check_without_torch
+from alignkit.runs.inputs import changed_inputs, inputs_of
 from alignkit.runs.launch import resolve_task
+from alignkit.training.identity import differences_between
 
 if TYPE_CHECKING:
     from alignkit.objectives.base import Objective
@@ -71,6 +74,9 @@ def iterate(
     points = rounds_of(recipe)
     with RunFolder(recipe.output_dir), stoppable(points):
         check_folder(folder, "iteration")  # once more, now that no other process can write to it
+        for point in points:
+            _check_pairs(recipe, point)
+            _check_round(recipe, point, objective)
         mark_folder(folder, "iteration")
         with writing(folder / "recipe.yaml"):
             write_text(folder / "recipe.yaml", dump_recipe(recipe))
@@ -227,17 +233,25 @@ def _train_round(
         _make_pairs(recipe, point, safe, console)
 
     # Its model and rows exist only now.
+    point = _check_round(recipe, point, objective)
+    if read_run_state(point).status == "finished":
+        console.print(f"{point.name} is finished and not repeated", highlight=False)
+        return
+    console.print(f"{point.name}: training", highlight=False)
+    train_point(point, safe)
+
+
+def _check_round(recipe: Recipe, point: Point, objective: "Objective") -> Point:
+    """The point with its inputs. CheckpointError or ConfigError where the round's folder holds what
+    was made from others.
+    """
     point = with_inputs(point, objective)
     for name, reason in stale_runs([point]).items():
         raise CheckpointError(
             f"{name} in {recipe.output_dir} was made from something else ({reason}): undo the "
             "change, or delete its folder, its pairs and those of later rounds to train them again"
         )
-    if read_run_state(point).status == "finished":
-        console.print(f"{point.name} is finished and not repeated", highlight=False)
-        return
-    console.print(f"{point.name}: training", highlight=False)
-    train_point(point, safe)
+    return point
 
 
 def _make_pairs(recipe: Recipe, point: Point, safe: bool, console: Console) -> None:
@@ -246,21 +260,25 @@ def _make_pairs(recipe: Recipe, point: Point, safe: bool, console: Console) -> N
 
     section = section_of(recipe).pairs
     assert section is not None
+    _check_pairs(recipe, point)
     file = Path(str(point.recipe.data.train))
     if file.exists():
         return
 
-    prompts = section.prompts or str(recipe.data.train)
-    number = int(point.swept["round"])
+    record = file.with_suffix(".json")
+    with writing(record):
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, _origin_of_pairs(recipe, point))  # first: pairs never stand without it
+
     request = PairRequest(
-        model=_model_name(point.recipe) if number > 1 else _model_name(recipe),
-        prompts=prompts,
+        model=_model_name(point.recipe),
+        prompts=_prompts_of(recipe),
         reward=recipe.rewards,
         method=section.method,
         samples=section.samples,
         pairs=section.per_prompt,
         label_temperature=section.label_temperature,
-        beta=section.beta_of(number),
+        beta=section.beta_of(int(point.swept["round"])),
         max_new_tokens=recipe.rollout.max_new_tokens,
         temperature=section.temperature,
         seed=point.seed,
@@ -269,6 +287,56 @@ def _make_pairs(recipe: Recipe, point: Point, safe: bool, console: Console) -> N
     counts = make_pairs(request, file)
     listed = ", ".join(f"{count} {name}" for name, count in counts.items())
     console.print(plain(f"{point.name}: {listed}"), highlight=False, soft_wrap=True)
+
+
+def _prompts_of(recipe: Recipe) -> str:
+    """Where the prompts of the pairs are."""
+    pairs = section_of(recipe).pairs
+    return (pairs and pairs.prompts) or str(recipe.data.train)
+
+
+def _origin_of_pairs(recipe: Recipe, point: Point) -> dict[str, Any]:
+    """What decides the pairs of a round: its settings, and hashes of the model, prompts and code."""
+    section = section_of(recipe).pairs
+    assert section is not None
+    pairs = section.model_dump(mode="json")
+    beta = section.beta_of(int(point.swept["round"]))
+    settings = {
+        "model": {"name_or_path": _model_name(point.recipe)},
+        "rewards": [reward.model_dump(mode="json") for reward in recipe.rewards],
+        "rollout": {"max_new_tokens": recipe.rollout.max_new_tokens},
+        "iterate": {"pairs": {**pairs, "prompts": _prompts_of(recipe), "beta": [beta]}},
+        "train": {"seed": point.seed},
+    }
+    return {"settings": settings, "inputs": inputs_of(settings)}
+
+
+def _check_pairs(recipe: Recipe, point: Point) -> None:
+    """Refuse pairs that were made from something else than today's recipe would make them from.
+
+    ConfigError for another recipe, CheckpointError for another content of what it names.
+    """
+    file = Path(str(point.recipe.data.train))
+    if not section_of(recipe).pairs or not file.exists():
+        return
+    record = file.with_suffix(".json")
+    now = _origin_of_pairs(recipe, point)
+    try:
+        before = json.loads(record.read_bytes())
+    except FileNotFoundError:  # a user's own pairs
+        return
+    except ValueError:
+        raise CheckpointError(f"{record} cannot be read; delete it and its pairs") from None
+
+    settings = differences_between(before["settings"], now["settings"])
+    changes = [*settings, *changed_inputs(before["inputs"], now["inputs"])]
+    if not changes:
+        return
+    words = (
+        f"{file} was made from something else ({'; '.join(changes)}): undo "
+        "the change, delete the pairs and rounds from there on, or choose another output_dir"
+    )
+    raise ConfigError(words) if settings else CheckpointError(words)
 
 
 def _report(recipe: Recipe, points: Sequence[Point], safe: bool) -> dict[str, Any]:

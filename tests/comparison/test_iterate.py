@@ -226,3 +226,27 @@ def test_rounds_stands_for_its_field():
     assert in_full("rounds=4") == "iterate.rounds=4"
     assert in_full("train.steps=4") == "train.steps=4"
     assert IterateConfig().rounds == 3
+
+
+def test_pairs_belong_to_what_they_were_made_from(tmp_path, monkeypatch, capsys):
+    """Another recipe, or another reward under the same name, is refused, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    inputs(tmp_path)
+    assert run("iterate", "mine.yaml", "output_dir=out", "rounds=1") in (0, None)
+    recipe = Path("out/recipe.yaml").read_bytes()
+
+    changed = ["iterate.pairs.samples=4", "rounds=2"]
+    assert run("iterate", "mine.yaml", "output_dir=out", *changed) == 2
+    assert "iterate.pairs.samples: 3 -> 4" in capsys.readouterr().err
+    code = Path("worth.py")
+    before = code.read_text()
+    code.write_text(
+        before + "\n\ndef worth(prompts, completions):\n    return [0.0] * len(prompts)\n"
+    )
+    assert run("iterate", "mine.yaml", "output_dir=out", "rounds=2") == 6
+    assert "worth.py:worth) has another content" in capsys.readouterr().err
+    assert Path("out/recipe.yaml").read_bytes() == recipe
+    assert not Path("out/round-2").exists()
+
+    code.write_text(before)
+    assert run("iterate", "mine.yaml", "output_dir=out", "rounds=2") in (0, None)
