@@ -136,3 +136,28 @@ def test_what_is_not_known_of_episodes_is_refused(trained):
         evaluate(Request([str(trained / "rpg")], credit=True, **asked))
     with pytest.raises(ConfigError, match=r"would run code .* --safe forbids it"):
         evaluate(checked(Request([str(trained / "rpg")], safe=True, **asked)))
+
+
+@pytest.mark.long
+def test_compare_measures_episodes_and_its_report_shows_them_turn_by_turn(trained, tmp_path):
+    code = run(
+        "compare",
+        "rpg",
+        f"model.name_or_path={trained / 'base'}",
+        f"data.train={trained / 'prompts.jsonl'}",
+        f"rollout.environment={trained / 'world.py'}:Counter",
+        "rollout.turns=3",
+        "rollout.max_new_tokens=40",
+        "train.steps=1",
+        "train.batch_size=2",
+        "train.save_every=0",
+        f"compare.prompts={trained / 'prompts.jsonl'}",
+        "compare.grid={rpg: {beta: [0.1]}}",
+        "compare.samples=2",
+        "compare.base_samples=4",
+        "compare.workers=0",
+        f"output_dir={tmp_path / 'out'}",
+    )
+    assert code == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert " / world w7 / policy w" in report  # a table of Markdown needs no columns in a cell
