@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
-
 from alignkit.policies.pair import PolicyPair
 from alignkit.training.job import Job
 
@@ -23,6 +21,10 @@ class Callbacks:
         self.callbacks: Sequence[Any] = job.callbacks
         if not self.callbacks:
             return
+
+        # With this comes peft, which a run without callbacks and adapters has no use for.
+        from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
+
         pair = job.pair
         model = pair.base.model if isinstance(pair, PolicyPair) else pair.module
         self.handler = CallbackHandler(  # type: ignore[no-untyped-call]

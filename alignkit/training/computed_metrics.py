@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from transformers import EvalPrediction
 
 from alignkit.batches import Bundle
 from alignkit.distributed.errors import raise_on_all_ranks
@@ -15,9 +14,13 @@ from alignkit.errors import ConfigError
 from alignkit.tensors import Outputs, TokenLogps
 from alignkit.training.reduction import Metrics, Reducer
 
+# With it comes transformers' trainer and peft, for which most runs have no use.
+if TYPE_CHECKING:
+    from transformers import EvalPrediction
+
 IGNORED = -100  # transformers' label of what is not trained
 
-Compute = Callable[[EvalPrediction], Mapping[str, Any]]
+Compute = Callable[["EvalPrediction"], Mapping[str, Any]]
 
 
 def evaluated(reducer: Reducer, compute: Compute | None, bundles: Sequence[Bundle]) -> Metrics:
@@ -73,8 +76,10 @@ def _output(values: TokenLogps | Outputs, row: int, length: int) -> Any:
     return numbers.float().cpu().numpy()
 
 
-def _prediction(completions: Sequence[Mapping[str, Any]]) -> EvalPrediction:
+def _prediction(completions: Sequence[Mapping[str, Any]]) -> "EvalPrediction":
     """All completions in the order of the rows, of which the processes take turns."""
+    from transformers import EvalPrediction
+
     ordered = sorted(completions, key=lambda c: (c["row"], c["rank"], c["completion"]))
     rows = [(completion["row"], completion["rank"]) for completion in ordered]
     numbers = {row: number for number, row in enumerate(dict.fromkeys(rows))}
