@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from alignkit.config.recipe import load_recipe
-from alignkit.errors import DataError
+from alignkit.errors import ConfigError, DataError
 from alignkit.runs.checks import check_without_torch
 
 ROWS = [{"prompt": "a", "chosen": " b", "rejected": " c"}]
@@ -48,3 +48,18 @@ def test_the_splits_that_exist_are_named(folder, source, overrides):
 def test_a_saved_set_without_the_usual_split(folder):
     with pytest.raises(DataError, match="no split `train`; the splits are one"):
         check("data.train=other")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["data.split=heldou"],
+        ["data.eval=task:reviews", "data.eval_split=heldou"],
+        ["data.subset=en"],
+    ],
+)
+def test_a_task_has_no_other_splits(changes):
+    """They were left unread, so a run trained and measured on other rows than it was asked to."""
+    with pytest.raises(ConfigError, match="task:reviews has its own rows .* leave out"):
+        load_recipe("dpo", changes)
+    assert load_recipe("dpo", ["data.eval=task:reviews", "data.eval_split=eval"])
