@@ -60,6 +60,6 @@ def test_a_saved_set_without_the_usual_split(folder):
 )
 def test_a_task_has_no_other_splits(changes):
     """They were left unread, so a run trained and measured on other rows than it was asked to."""
-    with pytest.raises(ConfigError, match="task:reviews has its own rows .* leave out"):
+    with pytest.raises(ConfigError, match=r"task:reviews has its own rows .* leave out"):
         load_recipe("dpo", changes)
     assert load_recipe("dpo", ["data.eval=task:reviews", "data.eval_split=eval"])
