@@ -96,6 +96,7 @@ FUNCTIONS: dict[str, str] = {
     "on_policy_enough": "exploration",
     "entropic_value_loss": "entropic",
     "distillation_loss": "vocabulary_divergences",
+    "constrained_kl": "vocabulary_divergences",
     "pld_loss": "teacher_losses",
     "opd_loss": "teacher_losses",
     "kdrl_loss": "teacher_losses",

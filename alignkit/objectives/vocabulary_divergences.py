@@ -85,6 +85,28 @@ def divergence_of_laws(
     return _nonnegative(_kl(first, second))
 
 
+def constrained_kl(policy_logprobs: Tensor, chances: Tensor) -> Tensor:
+    """KL(q || policy) with q the policy's own next-token law given that a constraint will hold:
+    [..., V] x 2 -> [...], nats.
+
+    `chances` are the probabilities, from 0 to 1, that the whole text meets the constraint after each
+    token, by a model of it: q is policy * chances, normalised and detached. With exact chances the
+    sum along texts of the posterior is -log P(constraint). 0 at a prefix after which it cannot hold.
+
+    ShapeError for different shapes, ConfigError for chances outside [0, 1]. Source: attribute
+    control by an auxiliary model, arXiv:2410.05559.
+    """
+    check_same_shape(policy_logprobs=policy_logprobs, chances=chances)
+    # sums of probabilities are rounded, so that a certain one may be a little above 1
+    if bool(((chances < 0) | (chances > 1 + 1e-5) | chances.isnan()).any()):
+        raise ConfigError("constrained_kl: a chance is not between 0 and 1; give probabilities")
+    policy = normalised(policy_logprobs)
+    joint = policy.detach() + chances.detach().to(policy.dtype).log()
+    possible = (joint > -torch.inf).any(-1, keepdim=True)
+    posterior = torch.where(possible, joint, policy.detach()).log_softmax(-1)
+    return torch.where(possible.squeeze(-1), _nonnegative(_kl(posterior, policy)), 0.0)
+
+
 def normalised(logprobs: Tensor, temperature: float = 1.0) -> Tensor:
     """log_softmax(logprobs / temperature) in float32 or wider: [..., V] -> [..., V].
 
