@@ -82,7 +82,7 @@ def test_the_hash_is_of_what_decides_the_run(write):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("    dpo: {", "    dpoo: {"), "mine.yaml:6: there is no objective `dpoo`. Did you mean `dpo`? Allowed: sft, dpo"),
+        (("    dpo: {", "    dpoo: {"), "mine.yaml:6: there is no objective `dpoo`. Did you mean `dpo`? Allowed: sft, iq_imitation, dpo"),
         (("name: hdpo", "name: [hdpo]"), "mine.yaml:7: `compare.grid.soft.name` is ['hdpo']; it should be text"),
         (("[0.5, 1.0]", "[]"), "mine.yaml:6: `compare.grid.dpo.beta` is an empty list"),
         (("[0.5, 1.0]", "[0.5, 0.5]"), "mine.yaml:6: two runs of the grid are `dpo-beta=0.5-seed=0`; name the values once"),

@@ -77,7 +77,9 @@ def test_merge(adapter, tmp_path, monkeypatch, capsys):
 
 def test_eval(tmp_path, monkeypatch):
     measured = []
-    monkeypatch.setattr(evaluation, "evaluate", lambda request: measured.append(request) or {})
+    monkeypatch.setattr(
+        evaluation, "evaluate", lambda request: measured.append(request) or {"models": []}
+    )
     monkeypatch.setattr(evaluation, "show", lambda *_: None)
     model = save_model(tmp_path / "model")
     command = ["eval", model, "--reference", model, "--prompts", "prompts.jsonl"]
@@ -90,7 +92,7 @@ def test_eval(tmp_path, monkeypatch):
         assert run(*command, "--to", tmp_path / "new" / "eval.json") == 7
     assert list((tmp_path / "new").iterdir()) == []
     assert run(*command, "--to", tmp_path / "new" / "eval.json") == 0
-    assert (tmp_path / "new" / "eval.json").read_text() == "{}\n"
+    assert (tmp_path / "new" / "eval.json").read_text() == '{\n "models": []\n}\n'
 
 
 def test_the_reference_store(tmp_path, monkeypatch, capsys):

@@ -40,6 +40,7 @@ OTHER = {
     "samples": (Draw(2),),
     "feedback": "table",
     "values": True,
+    "rewards": True,
     "partition": True,
     "bins": 8,
     "epochs": 2,

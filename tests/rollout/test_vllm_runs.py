@@ -155,16 +155,18 @@ def test_a_server_that_computes_another_model_is_found_out(world, train, tmp_pat
 def test_what_the_server_cannot_draw_is_refused_before_models_load(
     train, tmp_path, objective, words
 ):
-    code, err = train(tmp_path / "run", "http://127.0.0.1:9", objective=objective, model="/nowhere")
+    (tmp_path / "config.json").write_text("{}")  # a model that cannot be loaded
+    code, err = train(tmp_path / "run", "http://127.0.0.1:9", objective=objective, model=tmp_path)
     assert (code, words in err) == (2, True), err
     assert "override `rollout=" in err
 
 
 def test_a_server_elsewhere_needs_https_and_a_token(train, tmp_path, monkeypatch):
     monkeypatch.delenv("ALIGNKIT_ROLLOUT_TOKEN", raising=False)
-    code, err = train(tmp_path / "run", "https://gpu.example:8001", model="/nowhere")
+    (tmp_path / "config.json").write_text("{}")  # a model that cannot be loaded
+    code, err = train(tmp_path / "run", "https://gpu.example:8001", model=tmp_path)
     assert (code, "set ALIGNKIT_ROLLOUT_TOKEN to the server's token" in err) == (2, True), err
-    code, err = train(tmp_path / "run", "http://gpu.example:8001", model="/nowhere")
+    code, err = train(tmp_path / "run", "http://gpu.example:8001", model=tmp_path)
     assert (code, "http would send weights to gpu.example in the clear" in err) == (2, True), err
 
 

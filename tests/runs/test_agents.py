@@ -128,7 +128,7 @@ def test_what_cannot_work_is_refused_before_training(
     folder, tmp_path, environment, settings, objective, reason
 ):
     settings = {k: [f"{folder / 'worlds.py'}:{name}" for name in v] for k, v in settings.items()}
-    more = ["judge.function=x:y"] if objective == "nash_md" else []
+    more = [f"judge.function={folder / 'worlds.py'}:search"] if objective == "nash_md" else []
     path, more = recipe(
         folder, tmp_path / "run", environment, *more, objective=objective, **settings
     )

@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_told_with_the_setting_that_makes_it_fit(tmp_path, 
     ("settings", "code", "sentence"),
     [
         (["train.batch_size=16", "--gpus", "32"], 2, "is smaller, so some GPUs would have no row"),
-        (["model.name_or_path=./nowhere"], 4, "no causal language model can be planned from"),
+        (["model.name_or_path=./nowhere"], 4, "there is no folder ./nowhere"),
     ],
 )
 def test_a_plan_that_cannot_be_made_is_one_sentence(tmp_path, capsys, settings, code, sentence):

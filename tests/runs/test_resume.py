@@ -234,7 +234,9 @@ def test_a_clock_that_jumps_changes_nothing(model, tmp_path, monkeypatch):
 
 
 def test_fields_that_decide_about_rows_leave_older_checkpoints_valid():
-    """Rows are compared themselves, so a field of `data` that came later is no difference."""
+    """Rows are compared themselves, so most fields of `data` that came later are not part of what
+    tells runs apart. The others are no difference at their defaults (`test_identity.py`).
+    """
     assert set(identity_of(load_recipe("dpo"))["data"]) == {
         "split",
         "subset",
@@ -244,4 +246,6 @@ def test_fields_that_decide_about_rows_leave_older_checkpoints_valid():
         "append_eos",
         "split_special_tokens",
         "on_bad_row",
+        "control",
+        "step_separator",
     }
