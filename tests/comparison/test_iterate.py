@@ -213,6 +213,7 @@ def test_stages_multiply_to_the_last_tilt():
     assert [RoundPairsConfig(beta=0.3).beta_of(number) for number in (1, 7)] == [0.3, 0.3]
 
 
+@pytest.mark.long
 def test_pairs_train_the_model_of_the_recipes_task():
     """Rounds read files of pairs, which name no task: "task" would be the base of another one."""
     base = str(resolve("task:reviews_small").model_folder)

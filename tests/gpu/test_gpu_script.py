@@ -22,6 +22,7 @@ def written(page, *options):
     return page.read_text()
 
 
+@pytest.mark.long
 def test_the_whole_page_is_written(tmp_path):
     text = written(tmp_path / "gpu.md", "--without-trl")
     assert "Left out" not in text, text

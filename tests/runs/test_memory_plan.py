@@ -78,6 +78,7 @@ def measured_peak(recipe):
     return peak
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_the_plan_is_within_a_tenth_of_the_measured_peak(tmp_path, name):
     folder = save_model(tmp_path)

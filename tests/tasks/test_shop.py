@@ -103,6 +103,7 @@ def test_the_world_is_the_one_that_its_tool_describes():
     assert world.step("look look") == ("", NONSENSE, True)
 
 
+@pytest.mark.long
 def test_played_episodes_agree_with_the_exact_figures():
     task = resolve("shop_small")
     models = OneModel(
