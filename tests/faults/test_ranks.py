@@ -64,6 +64,7 @@ def train(tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_and_a_signal_end_the_run_and_it_goes_on(train, tmp_path, capsys):
     code, said = train("run", "--processes", "2")
     assert code == 128 + 9, said
