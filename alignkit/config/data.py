@@ -171,21 +171,3 @@ class DataConfig(Section):
         if isinstance(value, str) and value != "auto":
             datetime.fromisoformat(value)
         return value
-
-    @model_validator(mode="after")
-    def _tasks_have_no_other_splits(self) -> Self:
-        """A task's rows are what its train and eval are; another split would be left unread."""
-        held_out = list(self.held_out_sources().values())
-        asked = {
-            "eval_split": self.eval_split not in (None, "eval") or self.eval_subset is not None,
-            "split": self.split != "train" or self.subset is not None,
-        }
-        read_by = {"eval_split": held_out, "split": [*self.sources(), *held_out]}
-        for field, rows in read_by.items():
-            tasks = [row.source for row in rows if row.source.startswith("task:")]
-            if asked[field] and tasks and len(tasks) == len(rows):
-                raise ValueError(
-                    f"{tasks[0]} has its own rows to train on and to hold out, and no other splits or "
-                    f"subsets; leave out `{field}` and `{field.replace('split', 'subset')}`"
-                )
-        return self

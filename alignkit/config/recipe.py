@@ -148,6 +148,27 @@ def _check_across_fields(recipe: Recipe, origin: Origin) -> None:
         at = origin.at(("reference", "kind"))
         raise ConfigError(f"{at}: `reference.kind` is `{kind}`, neither a kind nor a path.{hint}")
 
+    _check_splits_of_tasks(recipe, origin)
+
+
+def _check_splits_of_tasks(recipe: Recipe, origin: Origin) -> None:
+    """A task's rows are what its train and eval are; another split would be left unread."""
+    data = recipe.data
+    held_out = list(data.held_out_sources().values())
+    settings = [
+        ("eval_split", data.eval_split not in (None, "eval"), held_out),
+        ("eval_subset", data.eval_subset is not None, held_out),
+        ("split", data.split != "train", [*data.sources(), *held_out]),
+        ("subset", data.subset is not None, [*data.sources(), *held_out]),
+    ]
+    for field, is_asked, rows in settings:
+        tasks = [row.source for row in rows if row.source.startswith("task:")]
+        if is_asked and tasks and len(tasks) == len(rows):
+            raise ConfigError(
+                f"{origin.at(('data', field))}: {tasks[0]} has its own rows to train on and to hold "
+                f"out, and no other splits or subsets; leave out `data.{field}`"
+            )
+
 
 def _output_dir(given: str, recipe: Path, origin: Origin) -> str:
     """The run folder with `{recipe}` filled in.
