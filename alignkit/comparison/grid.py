@@ -14,9 +14,9 @@ from typing import Any
 
 from alignkit.config.compare import CompareConfig
 from alignkit.config.objective import check_fields, check_part
-from alignkit.config.recipe import Recipe
+from alignkit.config.recipe import Recipe, recipe_of
 from alignkit.config.text import Keys
-from alignkit.config.validation import nearest, validated
+from alignkit.config.validation import nearest
 from alignkit.errors import ConfigError
 from alignkit.files import sha256_of_json
 
@@ -231,7 +231,7 @@ def _overridden(recipe: Recipe, label: str, sections: Mapping[str, Any]) -> Reci
     if not sections:
         return recipe
     whole = _merged(recipe.model_dump(mode="json"), sections)
-    changed = validated(Recipe, whole, recipe.origin, ("compare", "overrides", label))
+    changed = recipe_of(whole, recipe.origin, ("compare", "overrides", label))
     return recipe.model_copy(update={name: getattr(changed, name) for name in sections})
 
 

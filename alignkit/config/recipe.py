@@ -3,9 +3,9 @@
 Imports no torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from pydantic import Field, PrivateAttr
@@ -94,15 +94,23 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(recipe)
     data, origin = read_recipe(path, overrides, defaults={"objective": dict(DEFAULT_OBJECTIVE)})
-    loaded = validated(Recipe, data, origin)
-
+    loaded = recipe_of(data, origin)
     check_section(loaded.objective, origin)
-    _check_across_fields(loaded, origin)
 
     output_dir = _output_dir(loaded.output_dir, path, origin)
     loaded = loaded.model_copy(update={"output_dir": output_dir})
     loaded._origin = origin
     return loaded
+
+
+def recipe_of(sections: Mapping[str, Any], origin: Origin, at: tuple[str, ...] = ()) -> Recipe:
+    """The recipe that is made of these sections, checked field by field and across fields. `at` is
+    where the sections stand in what `origin` knows. ConfigError.
+    """
+    recipe = validated(Recipe, sections, origin, at)
+    _check_across_fields(recipe, lambda *keys: origin.at((*at, *keys)))
+    recipe._origin = origin
+    return recipe
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -135,23 +143,25 @@ def dump_recipe(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json")))
 
 
-def _check_across_fields(recipe: Recipe, origin: Origin) -> None:
-    """Refuse values that are fine one by one but not together."""
+def _check_across_fields(recipe: Recipe, at: Callable[..., str]) -> None:
+    """Refuse values that are fine one by one but not together. `at` says where a field stands."""
     if recipe.train.steps is None and recipe.train.epochs is None:
-        at = origin.at(("train", "steps"))
-        raise ConfigError(f"{at}: `train.steps` and `train.epochs` are both null; give one")
+        raise ConfigError(
+            f"{at('train', 'steps')}: `train.steps` and `train.epochs` are both null; give one"
+        )
 
     # A reference that is no kind is a path. One that nearly spells a kind is a slip of the keys.
     kind = recipe.reference.kind
     hint = nearest(kind, REFERENCES)
     if kind not in REFERENCES and hint and not Path(kind).expanduser().exists():
-        at = origin.at(("reference", "kind"))
-        raise ConfigError(f"{at}: `reference.kind` is `{kind}`, neither a kind nor a path.{hint}")
+        raise ConfigError(
+            f"{at('reference', 'kind')}: `reference.kind` is `{kind}`, neither a kind nor a path.{hint}"
+        )
 
-    _check_splits_of_tasks(recipe, origin)
+    _check_splits_of_tasks(recipe, at)
 
 
-def _check_splits_of_tasks(recipe: Recipe, origin: Origin) -> None:
+def _check_splits_of_tasks(recipe: Recipe, at: Callable[..., str]) -> None:
     """A task's rows are what its train and eval are; another split would be left unread."""
     data = recipe.data
     held_out = list(data.held_out_sources().values())
@@ -165,7 +175,7 @@ def _check_splits_of_tasks(recipe: Recipe, origin: Origin) -> None:
         tasks = [row.source for row in rows if row.source.startswith("task:")]
         if is_asked and tasks and len(tasks) == len(rows):
             raise ConfigError(
-                f"{origin.at(('data', field))}: {tasks[0]} has its own rows to train on and to hold "
+                f"{at('data', field)}: {tasks[0]} has its own rows to train on and to hold "
                 f"out, and no other splits or subsets; leave out `data.{field}`"
             )
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.config.recipe import Recipe
+from alignkit.config.recipe import Recipe, recipe_of
 from alignkit.config.row_sources import TrainSource
 from alignkit.config.section import Section
 from alignkit.config.text import Origin
-from alignkit.config.validation import nearest, validated
+from alignkit.config.validation import nearest
 from alignkit.errors import ConfigError
 from alignkit.runs.live import (
     LiveTask,
@@ -89,7 +89,7 @@ def train(
     sections["output_dir"] = str(Path(output_dir).expanduser().absolute())
     _set(sections, "model", "name_or_path", name_of_model(model) if live else str(model))
     metrics_function = _set_metrics_function(sections, compute_metrics)
-    recipe = _recipe(sections)
+    recipe = recipe_of(sections, Origin("alignkit.train"))
 
     task = LiveTask.of(
         **live,
@@ -226,15 +226,6 @@ def _set(sections: dict[str, Any], section: str, field: str, value: Any) -> None
             f"{section}.{field} is given twice; leave it out of the {section} section"
         )
     given[field] = value
-
-
-def _recipe(sections: Mapping[str, Any]) -> Recipe:
-    origin = Origin("alignkit.train")
-    recipe = validated(Recipe, sections, origin)
-    if recipe.train.steps is None and recipe.train.epochs is None:
-        raise ConfigError("alignkit.train: steps and epochs are both None; give one")
-    recipe._origin = origin
-    return recipe
 
 
 def _objective_section(objective: "Objective") -> dict[str, Any] | list[dict[str, Any]]:

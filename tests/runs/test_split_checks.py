@@ -5,6 +5,7 @@ import json
 import datasets
 import pytest
 
+import alignkit
 from alignkit.config.recipe import load_recipe
 from alignkit.errors import ConfigError, DataError
 from alignkit.runs.checks import check_without_torch
@@ -63,3 +64,19 @@ def test_a_task_has_no_other_splits(changes):
     with pytest.raises(ConfigError, match=r"task:reviews has its own rows .* leave out"):
         load_recipe("dpo", changes)
     assert load_recipe("dpo", ["data.eval=task:reviews", "data.eval_split=eval"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"split": "test"}, r"task:reviews has its own rows .* `data.split`"),
+        ({"reference": {"kind": "frozn"}}, r"neither a kind nor a path. Did you mean `frozen`"),
+        ({"steps": None}, r"`train.steps` and `train.epochs` are both null"),
+    ],
+)
+def test_code_is_held_to_what_a_recipe_is(tmp_path, settings, words):
+    settings = {"steps": 1, **settings}
+    with pytest.raises(ConfigError, match=words):
+        alignkit.train(
+            alignkit.DPO(), model="task", data="task:reviews", output_dir=tmp_path, **settings
+        )
