@@ -140,6 +140,7 @@ class _Check:
     has_template: bool
     earlier: set[bytes] = field(default_factory=set)  # keys of the examples so far
     labels: set[bool] = field(default_factory=set)  # of the examples so far
+    has_margins: bool = False  # whether an example so far has one
 
     def __post_init__(self) -> None:
         self.report = Report(self.rows.where, self.rows.name, self.format)
@@ -168,6 +169,8 @@ class _Check:
         """The report on all rows, when there are no more of them."""
         if len(self.labels) > 1:
             del self.report.findings["one_label"]
+        if not self.has_margins:
+            self.report.findings.pop("no_margin", None)
         return self.report
 
     def _example(self, row: Row) -> Example:
@@ -185,6 +188,14 @@ class _Check:
         if example.label is not None:  # taken back once the other label is there too
             self.report.add("one_label", example.number)
             self.labels.add(example.label)
+        self._count_margin(example)
+
+    def _count_margin(self, example: Example) -> None:
+        """Count a pair without a margin; that is taken back where no row has one."""
+        if example.margin is not None:
+            self.has_margins = True
+        elif self.family == "ranked" and self.format != "ranking":
+            self.report.add("no_margin", example.number)
 
     def _count_repetition(self, example: Example) -> None:
         """Count a row that repeats an earlier one, a pair that contradicts an earlier one, and

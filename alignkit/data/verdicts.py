@@ -79,6 +79,10 @@ VERDICTS: dict[str, tuple[Severity, str]] = {
         "every label is the same, so nothing says what to avoid (or what to prefer); add rows with "
         "the other label",
     ),
+    "no_margin": (
+        "warning",
+        "other rows have a margin and these have none, which counts as 0; give every row one",
+    ),
     "prompt_unread": (
         "warning",
         "a column named as prompts are is not read, and chosen and rejected do not hold it; "

@@ -38,3 +38,16 @@ def test_margins_of_pairs_are_kept_and_those_of_nothing_are_refused(tmp_path, mo
     assert list(contents(stored)) == list(contents(bundles))
     pairs, _ = load_bundles(config, "pair", tokenizer, source=file)
     assert margins(pairs) == [None, None, None, None]
+
+
+def test_pairs_without_a_margin_beside_others_that_have_one_are_counted(tmp_path):
+    """What is trained as 0 without having been written is a warning; no margins at all are none."""
+    tokenizer = AutoTokenizer.from_pretrained(save_model(tmp_path / "model"))
+    rows = [*ROWS[:3], {**ROWS[2], "margin": None}]
+    report = load_bundles(DataConfig(), "ranked", tokenizer, source=rows)[1]
+    assert report.findings["no_margin"].rows == [3, 4]
+    assert "which counts as 0; give every row one (50.0% of rows)" in "\n".join(report.warnings())
+
+    for family, without in [("ranked", rows[2:]), ("pair", rows)]:
+        report = load_bundles(DataConfig(), family, tokenizer, source=without)[1]
+        assert report.count("no_margin") == 0
