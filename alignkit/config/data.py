@@ -18,9 +18,12 @@ from alignkit.config.section import Section
 
 def _kind(value: object) -> str:
     """Which member of a union a value is meant to be, so that its faults alone are explained."""
-    if value is None:
-        return "none"
     return "several" if isinstance(value, list | dict | RowSource) else "one"
+
+
+def _kind_or_none(value: object) -> str:
+    """The same where null is allowed."""
+    return "none" if value is None else _kind(value)
 
 
 Several = Annotated[list[TrainSource], Field(min_length=1)]
@@ -33,7 +36,7 @@ NamedSource = Annotated[
 Sets = Annotated[dict[str, NamedSource], Field(min_length=1)]
 Eval = Annotated[
     Annotated[None, Tag("none")] | Annotated[str, Tag("one")] | Annotated[Sets, Tag("several")],
-    Discriminator(_kind),
+    Discriminator(_kind_or_none),
 ]
 
 

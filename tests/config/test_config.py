@@ -196,6 +196,8 @@ def test_a_fault_is_told_with_its_line(write, old, new, line, words):
         ("train..steps=5", "write it as section.field=value"),
         ("train.steps.x=5", "`train.steps` is 5, which has no fields"),
         ("train.steps=[", "not valid YAML"),
+        ("data.train=", "`data.train` is null; it should be text (quote it)."),
+        ("data.eval={near: null}", "`data.eval.near` is null; it should be text (quote it)."),
         ("train.adam_betas=[]", "`train.adam_betas` is []; it should be a list with more values"),
         (
             "train.adam_betas=[0.9]",
