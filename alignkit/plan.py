@@ -180,6 +180,11 @@ class Plan:
     # Example: 4, so that 64 prompts are learnt from in four steps of 16.
     minibatches: int = 1
 
+    # Whether `credit` reads log-probs of the policy, its entropy, values or statistics. Where it gets
+    # by with scores, ids and masks, the pass over a rollout that computes them is left out.
+    # Example: False for GRPO, True for RLOO, whose penalty is part of the score.
+    credit_reads_policy: bool = True
+
     # Whether the loss of one row depends on the other rows of the optimiser step. The loop then
     # computes it on the log-probs of the whole step, gathered over all processes, not on
     # micro-batches.
@@ -271,6 +276,7 @@ COMBINATION: dict[str, Literal["family", "agree", "union", "names", "anchors", "
     "bins": "agree",
     "epochs": "agree",
     "minibatches": "agree",
+    "credit_reads_policy": "agree",
     "coupled": "any",
     "mismatched": "any",
     "update": "agree",

@@ -6,7 +6,7 @@ that is averaged over.
 """
 
 from dataclasses import replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
@@ -33,6 +33,9 @@ RISK = (
 
 class RolloutObjective(Objective):
     """Learns from completions that the policy samples itself; `credit` sees the global rollout."""
+
+    # Whether `credit` reads more of the tokens than their masks; see `Plan`.
+    credit_reads_policy: ClassVar[bool] = True
 
     epochs: PositiveInt = Field(1, description="passes over one rollout")
     minibatches: PositiveInt = Field(1, description="optimiser steps per pass")
@@ -81,6 +84,7 @@ class RolloutObjective(Objective):
             values=values,
             epochs=self.epochs,
             minibatches=self.minibatches,
+            credit_reads_policy=self.credit_reads_policy,
         )
 
     def term(self, name: str, values: Tensor, tokens: TokenLogps, *, weight: float = 1.0) -> Term:
@@ -136,6 +140,8 @@ class ClippedObjective(RolloutObjective):
 
 class GroupObjective(ClippedObjective):
     """The completions of a prompt are each other's baseline, as in GRPO."""
+
+    credit_reads_policy: ClassVar[bool] = False
 
     scale_by_std: bool = Field(True, description="divide by the group's standard deviation")
     risk: float = Field(0.0, description=RISK)

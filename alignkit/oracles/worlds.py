@@ -210,12 +210,17 @@ class TabularWorld:
 
     def credited(self, objective: Objective) -> "TabularWorld":
         """With the objective's credit of this rollout in the bundles, as the loop writes it there;
-        other families unchanged.
+        other families unchanged. Where the plan says that the credit does not read the policy, its
+        log-probs are NaN, as in the loop.
         """
         if not FAMILIES[self.plan.data].credited:
             return self
         tokens = self.tokens().map(Tensor.detach)
-        rollout = RolloutBatch.build(self.bundles, tokens)
+        read = tokens
+        if not objective.plan.credit_reads_policy:
+            unknown = torch.full_like(tokens.policy, torch.nan).where(tokens.mask, 0.0)
+            read = replace(tokens, policy=unknown, extras={})
+        rollout = RolloutBatch.build(self.bundles, read)
         batch, _ = objective.credit(rollout, objective.init_state())
         channels = {
             "advantages": batch.advantages,

@@ -8,9 +8,8 @@ and knows what a checkpoint has to hold.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +19,14 @@ from torch.distributed.tensor import DTensor
 from alignkit.batches import Bundle, Outputs, Plan, TokenLogps, whole_lengths
 from alignkit.config.train import MeshConfig
 from alignkit.errors import CheckpointError, ModelError
-from alignkit.policies.dtensors import cloned, like
+from alignkit.policies.dtensors import like
 from alignkit.policies.export import save_heads, save_model, with_fields
 from alignkit.policies.head import AnchorLaws, AnchorStates
 from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches
 from alignkit.policies.lazy import changed
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.reference import Anchor
+from alignkit.policies.rewinding import rewound
 from alignkit.policies.seen_states import SeenStates
 from alignkit.policies.sharded_export import save_sharded
 from alignkit.policies.sharding import Shards, check_launch, check_sharded, make_mesh
@@ -96,9 +96,8 @@ class PolicyPair:
         """Spread the policy over the processes, move the anchors to its device, and return the
         optimiser of its parameters.
 
-        `sharded` means FSDP2 by torch's own `fully_shard`, over a `mesh`; otherwise accelerate wraps the policy in
-        what it was launched for (DDP, FSDP2). Raises ConfigError where accelerate was launched for
-        shards and did not make them.
+        `sharded` means torch's own `fully_shard`, over a `mesh`; otherwise accelerate wraps the
+        policy in what it was launched for. ConfigError where that was shards and none were made.
         """
         self._autocast = accelerator.autocast
         for anchor in self.anchors.values():
@@ -108,12 +107,10 @@ class PolicyPair:
 
         if sharded and accelerator.num_processes > 1:
             if self.shards is None:
-                processes = accelerator.num_processes
-                self._spread(make_mesh(accelerator.device.type, processes, mesh))
-            optimizer: torch.optim.Optimizer = accelerator.prepare(
-                make_optimizer(self.parameters())
-            )
-            return optimizer
+                kind = accelerator.device.type
+                self._spread(make_mesh(kind, accelerator.num_processes, mesh))
+            optimizer = make_optimizer(self.parameters())
+            return cast(torch.optim.Optimizer, accelerator.prepare(optimizer))
 
         self.module, optimizer = accelerator.prepare(self.base, make_optimizer(self.parameters()))
         check_sharded(self.base)
@@ -148,38 +145,66 @@ class PolicyPair:
         "log_partition", the statistics, and with a gradient "aux_loss" of a mixture of experts.
         """
         rows = self._rows(bundles)
-
-        # Statistics compare whole vocabularies, so the first anchor only lends its hidden states:
-        # the policy's head computes its log-probs chunk by chunk beside the policy's own.
-        anchor_logps: dict[str, Tensor] = {}
-        laws: AnchorLaws | None = None
-        read_by_statistics = plan.read_by_statistics if plan.statistics else None
-        for name in plan.anchors if anchors else ():
-            anchor = self.anchors.get(name)
-            if anchor is not None and anchor.module is not None:
-                anchor.check_labels(name, rows.labels, self.vocab_size)
-            if name == read_by_statistics:
-                stored = all(IDS in bundle.tokens for bundle in bundles)
-                lasts = anchor is not None and anchor.lasts and self.shards is None
-                live = partial(self._seen.of, name, rows, self.states, again and lasts)
-                laws = StoredLaws.of(bundles, rows) if stored else live()
-            elif all(name in bundle.tokens for bundle in bundles):
-                anchor_logps[name] = self._stored(bundles, name, rows)
-            else:
-                anchor_logps[name] = rows.scatter(self._score(name, rows))
+        known = self._known(bundles, plan, rows, anchors=anchors)
+        laws = self._laws(bundles, plan, rows, again) if anchors else None
 
         self.module.train(torch.is_grad_enabled())
         with self._autocast():
             statistics = plan.statistics if anchors else {}
             results = self.module(rows, statistics, laws, partition=plan.partition)
         extras = {name: rows.scatter(values) for name, values in results.items()}
-        if laws is not None:
-            anchor_logps[plan.anchors[0]] = extras.pop("anchor")
 
-        known = all("behavior" in bundle.tokens for bundle in bundles)
-        behavior = self._stored(bundles, "behavior", rows) if known else None
+        by_name = dict(known.anchors)
+        if laws is not None:
+            by_name[plan.anchors[0]] = extras.pop("anchor")
+        return replace(known, policy=extras.pop("policy"), anchors=by_name, extras=extras)
+
+    def known_logps(self, bundles: Sequence[Bundle], plan: Plan) -> TokenLogps:
+        """What is known of the N completions without asking the policy: the sampler's log-probs
+        and those of the plan's anchors, without one that statistics read. The policy's own are NaN,
+        so that nobody takes them for an answer.
+        """
+        return self._known(bundles, plan, self._rows(bundles), anchors=True)
+
+    def _known(
+        self, bundles: Sequence[Bundle], plan: Plan, rows: Rows, *, anchors: bool
+    ) -> TokenLogps:
+        """The same for completions laid out as `rows`. An anchor's log-probs are the stored ones
+        where every bundle has them, else live.
+        """
+        by_name = {}
+        for name in plan.anchors if anchors else ():
+            anchor = self.anchors.get(name)
+            if anchor is not None and anchor.module is not None:
+                anchor.check_labels(name, rows.labels, self.vocab_size)
+            if name == plan.read_by_statistics:
+                continue
+            if all(name in bundle.tokens for bundle in bundles):
+                by_name[name] = self._stored(bundles, name, rows)
+            else:
+                by_name[name] = rows.scatter(self._score(name, rows))
+
+        sampled = all("behavior" in bundle.tokens for bundle in bundles)
+        behavior = self._stored(bundles, "behavior", rows) if sampled else None
+        unknown = torch.full(rows.shape, torch.nan, device=self.device).where(rows.mask, 0.0)
         whole = whole_lengths(bundles, rows.labels.device)
-        return TokenLogps(extras.pop("policy"), anchor_logps, rows.mask, behavior, extras, whole)
+        return TokenLogps(unknown, by_name, rows.mask, behavior, {}, whole)
+
+    def _laws(
+        self, bundles: Sequence[Bundle], plan: Plan, rows: Rows, again: bool
+    ) -> AnchorLaws | None:
+        """The next-token distributions of the anchor that statistics read, if they read one. It
+        only lends its hidden states: the policy's head computes its log-probs chunk by chunk beside
+        the policy's own.
+        """
+        name = plan.read_by_statistics
+        if name is None:
+            return None
+        if all(IDS in bundle.tokens for bundle in bundles):
+            return StoredLaws.of(bundles, rows)
+        anchor = self.anchors.get(name)
+        lasts = anchor is not None and anchor.lasts and self.shards is None
+        return self._seen.of(name, rows, self.states, again and lasts)
 
     @property
     def packing(self) -> float | None:
@@ -287,33 +312,9 @@ class PolicyPair:
             [next(scored)[: len(ids)].clone() for ids in bundle.completions] for bundle in bundles
         ]
 
-    @contextmanager
-    def rewound(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Take steps inside the block that are undone at its end.
-
-        Parameters and optimiser state are then bit for bit what they were; state that did not exist
-        is deleted. Random number generators are left alone.
-        """
-        parameters = self.parameters()
-        weights = [p.detach().clone() for p in parameters]
-        state: dict[Tensor, Any] = {
-            p: cloned(optimizer.state[p]) for p in parameters if p in optimizer.state
-        }
-        settings = [
-            {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
-        ]
-
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, weight in zip(parameters, weights):
-                    parameter.copy_(weight)
-            for parameter in parameters:
-                optimizer.state.pop(parameter, None)
-            optimizer.state.update(state)
-            for group, earlier in zip(optimizer.param_groups, settings):
-                group.update(earlier)
+    def rewound(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Take steps inside the block that are undone at its end, bit for bit."""
+        return rewound(self.parameters(), optimizer)
 
     @contextmanager
     def model(self, name: str = "policy") -> Iterator[nn.Module]:

@@ -1,5 +1,5 @@
 """From the scores of a rollout to the advantages of its tokens: the objective's `credit`, asked on
-the rollout of all processes.
+the rollout of all processes, and what its bundles keep for the steps that learn from them.
 
 Credit belongs to episodes. Where a rewritten history has cut one into several rows, its rows are
 put behind one another for the objective and taken apart afterwards, so that a return runs on over
@@ -7,7 +7,8 @@ the cut and no mean counts an episode twice.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,108 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.functional import pad
 
-from alignkit.batches import Bundle, RolloutBatch, TokenLogps
-from alignkit.distributed.gather import gather_rows
+from alignkit.batches import FAMILIES, Bundle, Plan, RolloutBatch, TokenLogps
+from alignkit.distributed.gather import concat, gather_rows
 from alignkit.errors import NumericsError
 from alignkit.objectives.base import Objective, State
+from alignkit.policies.layout import stand_in
+from alignkit.policies.pair import PolicyPair
+from alignkit.rollout.importance import Correction, mismatch, own_rows
+from alignkit.sources.bundle_io import with_channels
 
 # What bundles carry per token -> the field of the rollout, and what stands where nothing does.
 CHANNELS = {"turn": ("turns", -1), "state": ("states", 0), "reward": ("rewards", 0)}
+
+
+@dataclass
+class Crediting:
+    """Puts into the tokens of a rollout's bundles what their loss reads: log-probs of the anchors
+    and, where the objective gives credit, advantages.
+    """
+
+    objective: Objective
+    pair: PolicyPair
+    accelerator: Accelerator
+    micro_batch_tokens: int
+
+    # Set where another engine than the trainer's own model samples.
+    correction: Correction | None = None
+
+    state: State = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.state = self.objective.init_state()
+
+    @property
+    def plan(self) -> Plan:
+        """What the objective asks for."""
+        return self.objective.plan
+
+    @torch.no_grad()
+    def credited(self, bundles: Sequence[Bundle], *, lagging: bool) -> list[Bundle]:
+        """The bundles of this rank, credited. `lagging` says that an earlier policy than the
+        present one has sampled them, as it should be.
+
+        Log-probs of the policy are computed where the credit reads them or an engine of its own has
+        sampled. Otherwise those of the first bundle show whether sampler and trainer agree.
+        """
+        self.metrics = {}
+        chunks = self.pair.micro_batches(bundles, self.micro_batch_tokens)
+        order = [i for chunk in chunks for i in chunk]
+        ordered = [bundles[i] for i in order]
+
+        gives_credit = FAMILIES[self.plan.data].credited
+        reads_policy = gives_credit and self.plan.credit_reads_policy
+        asked = reads_policy or self.correction is not None
+        again = self.plan.minibatches == 1  # then the loss has the same micro-batches
+        logps = partial(self.pair.logps, plan=self.plan, again=again)
+        known = logps if asked else partial(self.pair.known_logps, plan=self.plan)
+        with self.pair.together():  # ranks may have different numbers of chunks
+            parts = [known([bundles[i] for i in chunk]) for chunk in chunks]
+            tokens = concat(parts or [known([self._unsampled()]).map(lambda t: t[:0])])
+            compared = tokens if asked else self._first(ordered)
+
+        of_these = ordered if asked else ordered[:1]
+        own = compared.select(own_rows(self.plan, of_these).to(compared.mask.device))
+        self.metrics |= mismatch(own, self.accelerator)
+
+        # Statistics are computed with the gradient later, and their anchors with them.
+        channels = dict(tokens.anchors) if self.plan.read_by_statistics is None else {}
+        if self.correction is not None:
+            if not lagging:
+                self.correction.check(self.metrics)
+            ordered, weights = self.correction.weigh(ordered, tokens, self.accelerator)
+            self.metrics |= weights
+            # The weights account for the engine, so that an objective's own ratio starts at 1.
+            tokens = replace(tokens, behavior=tokens.policy)
+            channels["behavior"] = tokens.policy
+        if gives_credit:
+            channels |= self._advantages(ordered, tokens)
+
+        results = dict(zip(order, with_channels(ordered, channels)))
+        return [results[i] for i in range(len(bundles))]
+
+    def _first(self, bundles: Sequence[Bundle]) -> TokenLogps:
+        """The policy's log-probs of the first bundle; of no completion where there is none."""
+        some = self.pair.logps([*bundles[:1]] or [self._unsampled()], self.plan, anchors=False)
+        return some if bundles else some.map(lambda t: t[:0])
+
+    def _unsampled(self) -> Bundle:
+        """A bundle with the channels that other ranks have, where every one of this rank was
+        dropped.
+        """
+        return replace(stand_in(), tokens={"behavior": [torch.zeros(1)]})
+
+    def _advantages(self, bundles: Sequence[Bundle], tokens: TokenLogps) -> dict[str, Tensor]:
+        """The objective's credit of the global rollout: this rank's part of it, [N, T] each."""
+        channels, self.state, renewed = advantages(
+            self.objective, self.state, bundles, tokens, self.accelerator
+        )
+        for name in renewed:
+            self.pair.anchors[name].renew(self.pair.base)
+        self.metrics |= state_metrics(self.state)
+        return channels
 
 
 def advantages(
@@ -147,12 +243,12 @@ def _channels(bundles: Sequence[Bundle], tokens: TokenLogps) -> dict[str, Tensor
     ids = [row for bundle in bundles for row in bundle.completions]
     channels = {"ids": padded(ids, 0, torch.int64)}
     given = gather_object([[name for name in CHANNELS if name in b.tokens] for b in bundles])
-    for name, (field, filling) in CHANNELS.items():
+    for name, (kind, filling) in CHANNELS.items():
         if not any(name in names for names in given):
             continue
         rows = [row for bundle in bundles for row in bundle.tokens[name]]
         dtype = torch.float64 if name == "reward" else torch.int64
-        channels[field] = padded(rows, filling, dtype)
+        channels[kind] = padded(rows, filling, dtype)
     return channels
 
 

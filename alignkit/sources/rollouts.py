@@ -4,7 +4,6 @@ bundles of the next optimiser steps.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,21 +11,19 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from alignkit.batches import FAMILIES, Bundle, Draw, TokenLogps
+from alignkit.batches import Bundle, Draw
 from alignkit.distributed.errors import raise_on_all_ranks
-from alignkit.distributed.gather import concat
 from alignkit.errors import DataError
 from alignkit.objectives.base import Objective
-from alignkit.policies.layout import stand_in
 from alignkit.policies.pair import PolicyPair
-from alignkit.rollout.importance import Correction, mismatch, own_rows
+from alignkit.rollout.importance import Correction
 from alignkit.rollout.protocol import Sample, Sampler
 from alignkit.rollout.turns import TurnSampler
 from alignkit.sources.ahead import Ahead, Request
 from alignkit.sources.base import explained_numerics
 from alignkit.sources.budgets import Allocation, alike
-from alignkit.sources.bundle_io import pack, sampled_bundle, unpack, with_channels
-from alignkit.sources.crediting import advantages, state_metrics
+from alignkit.sources.bundle_io import pack, sampled_bundle, unpack
+from alignkit.sources.crediting import Crediting
 from alignkit.sources.dataset import Order
 from alignkit.sources.episodes import episode_columns
 from alignkit.sources.scoring import (
@@ -100,7 +97,9 @@ class RolloutSource:
         self.plan = self.objective.plan
         self.order = self.visits or Order(len(self.prompts), self.seed)
         self.flat_scores = FlatScores()
-        self.credit_state = self.objective.init_state()
+        self.crediting = Crediting(
+            self.objective, self.pair, self.accelerator, self.micro_batch_tokens, self.correction
+        )
         self.drawn_once: dict[tuple[int, int], list[Sample]] = {}  # by draw and prompt
 
         self.drawing = Ahead(self.sampler, self.ahead, self._requests_of) if self.ahead else None
@@ -316,53 +315,12 @@ class RolloutSource:
                 self.drawn_once |= {(index, i): samples for i, samples in zip(missing, drawn)}
         return [self.drawn_once[index, i] for i in numbers]
 
-    @torch.no_grad()
-    def _credited(self, bundles: list[Bundle]) -> list[Bundle]:
+    def _credited(self, bundles: Sequence[Bundle]) -> list[Bundle]:
         """The bundles with anchors (and, for rollouts, advantages) in their tokens."""
-        chunks = self.pair.micro_batches(bundles, self.micro_batch_tokens)
-        order = [i for chunk in chunks for i in chunk]
-        ordered = [bundles[i] for i in order]
-        once = self.plan.minibatches == 1  # then the loss has the same micro-batches
-        logps = partial(self.pair.logps, plan=self.plan, again=once)
-        with self.pair.together():  # ranks may have different numbers of chunks
-            parts = [logps([bundles[i] for i in chunk]) for chunk in chunks]
-            tokens = concat(parts or [self._no_rows()])
-
-        # Statistics are computed with the gradient later, and their anchors with them.
-        channels = dict(tokens.anchors) if self.plan.read_by_statistics is None else {}
-        own = tokens.select(own_rows(self.plan, ordered).to(tokens.mask.device))
-        self.metrics |= mismatch(own, self.accelerator)
-
-        if self.correction is not None:
-            if not self.metrics.get("rollout/lag"):  # else it is another policy, as it should be
-                self.correction.check(self.metrics)
-            ordered, weights = self.correction.weigh(ordered, tokens, self.accelerator)
-            self.metrics |= weights
-            # The weights account for the engine, so that an objective's own ratio starts at 1.
-            tokens = replace(tokens, behavior=tokens.policy)
-            channels["behavior"] = tokens.policy
-        if FAMILIES[self.plan.data].credited:
-            channels |= self._advantages(ordered, tokens)
-
-        credited = dict(zip(order, with_channels(ordered, channels)))
-        return [credited[i] for i in range(len(bundles))]
-
-    def _advantages(self, bundles: list[Bundle], tokens: TokenLogps) -> dict[str, Tensor]:
-        """The objective's credit of the global rollout: this rank's part of it, [N, T] each."""
-        channels, self.credit_state, renewed = advantages(
-            self.objective, self.credit_state, bundles, tokens, self.accelerator
-        )
-        for name in renewed:
-            self.pair.anchors[name].renew(self.pair.base)
-        self.metrics |= state_metrics(self.credit_state)
-        return channels
-
-    def _no_rows(self) -> TokenLogps:
-        """Log-probs of no completion [0, T], with the channels that other ranks have: every bundle
-        of this rank was dropped.
-        """
-        nothing = replace(stand_in(), tokens={"behavior": [torch.zeros(1)]})
-        return self.pair.logps([nothing], self.plan).map(lambda t: t[:0])
+        lagging = bool(self.metrics.get("rollout/lag"))
+        credited = self.crediting.credited(bundles, lagging=lagging)
+        self.metrics |= self.crediting.metrics
+        return credited
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Every rank's part of the current rollout, and the objective's state. The position in the
@@ -370,7 +328,7 @@ class RolloutSource:
         """
         own = [(place, bundle) for place, row in self.bundles.items() for bundle in row]
         tensors, shapes = pack(gather_object([bundle for _, bundle in own]))
-        credit = {f"credit.{name}": value for name, value in self.credit_state.items()}
+        credit = {f"credit.{name}": value for name, value in self.crediting.state.items()}
         state = {
             "number": self.number,
             "bundles": shapes,
@@ -391,7 +349,7 @@ class RolloutSource:
         for place, bundle in zip(state["places"], unpack(tensors, state["bundles"])):
             if place in own:
                 self.bundles.setdefault(place, []).append(bundle)
-        self.credit_state = {
+        self.crediting.state = {
             name.removeprefix("credit."): value.to(self.pair.device)
             for name, value in tensors.items()
             if name.startswith("credit.")

@@ -24,6 +24,7 @@ BENCHMARKS = {  # part of the page -> the command behind tests/benchmarks/
     "dpo_bfloat16": "bench_dpo.py --steps 4 --dtype bfloat16",
     "dialogues": "bench_dpo.py --data dialogues --steps 3",
     "larger": "bench_dpo.py --size 45M --vocab 32768 --steps 3",
+    "grpo": "bench_grpo.py",
     "group": "bench_group.py --steps 6",
     "radpo": "bench_radpo.py",
     "sweep": "bench_sweep.py",
@@ -55,6 +56,8 @@ How alignkit saves work:
   `reference.store` once for a whole sweep. The tables below keep it live on both sides.
 - **A frozen reference once per rollout.** Where the loss compares whole vocabularies and each rollout is one minibatch, the hidden
   states that its credit has read are the ones that its loss reads.
+- **No pass over a rollout that nobody reads.** Where an objective's credit needs scores alone, as GRPO's does, the policy is asked
+  once, with the gradient; one prompt's completions show whether sampler and trainer agree.
 - **CVaR without a sort**: the boundary of the tail is searched for in bins.
 - **Waiting without turning.** On a machine that others use too, OpenMP's threads give their core away early while they wait for
   each other, unless `OMP_WAIT_POLICY` or `GOMP_SPINCOUNT` says otherwise (`python tests/benchmarks/bench_busy.py`).
@@ -78,6 +81,10 @@ Dialogues of five turns, so that prompts are long:
 A larger model and vocabulary:
 
 {larger}
+
+## A whole GRPO step
+
+{grpo}
 
 ## Other updates
 

@@ -45,6 +45,7 @@ OTHER = {
     "bins": 8,
     "epochs": 2,
     "minibatches": 2,
+    "credit_reads_policy": False,
     "coupled": True,
     "mismatched": True,
     "update": "extragradient",

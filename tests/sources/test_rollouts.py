@@ -5,6 +5,7 @@ stops a run.
 import json
 import logging
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -132,6 +133,43 @@ def test_answers_that_are_drawn_once_come_back_and_others_do_not(model, tmp_path
         assert first[uid][1] == second[uid][1] == later[uid][1]
         assert first[uid][0] != second[uid][0]
     assert source.metrics["sampling/logp_difference_max"] < 1e-4  # of the policy's own alone
+
+
+class AskingGRPO(GRPO):
+    credit_reads_policy: ClassVar[bool] = True
+
+
+class AskingDPH(DPH):
+    credit_reads_policy: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize(
+    ("asking", "sparing"),
+    [(AskingGRPO(beta=0.1), GRPO(beta=0.1)), (AskingDPH(stored=2), DPH(stored=2))],
+    ids=["grpo", "dph"],
+)
+def test_a_credit_of_scores_alone_asks_the_policy_nothing(model, tmp_path, asking, sparing):
+    """The same weights, bit for bit, as with its log-probs; one bundle shows how the sampler is."""
+    weights = []
+    asked = []
+    for objective in (asking, sparing):
+        job = online_job(model, tmp_path / type(objective).__name__, objective, steps=3)
+        logps = job.pair.logps
+        bundles_asked = []
+
+        def counted(bundles, *args, logps=logps, bundles_asked=bundles_asked, **kwargs):
+            if not torch.is_grad_enabled():
+                bundles_asked.append(len(bundles))
+            return logps(bundles, *args, **kwargs)
+
+        job.pair.logps = counted
+        state, rows = run(job)
+        assert all(r["sampling/logp_difference_max"] < 1e-4 for r in rows)
+        weights.append(state)
+        asked.append(sum(bundles_asked))
+
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert asked == [12, 3]  # 4 prompts in each of 3 steps
 
 
 def test_prompts_that_are_too_hard_or_too_easy_make_room_for_others(model, tmp_path):

@@ -33,6 +33,8 @@ class KDRL(RolloutObjective):
         "L = -w A + kd_weight (log pi - log teacher)^2 / 2 per token; A = (score - mean) / std"
     )
 
+    credit_reads_policy: ClassVar[bool] = False
+
     kd_weight: NonNegativeFloat = Field(2e-3, description="strength of the KL to the teacher")
     masking: Literal["none", "response"] = Field(
         "none", description="response: completions with a score above 0 are not distilled"

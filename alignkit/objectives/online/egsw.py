@@ -75,6 +75,8 @@ class EGSW(GRPO):
         "GRPO's loss with A_t = G w_t A; w_t = softmax over the group of (A + alpha H_t) / P"
     )
 
+    credit_reads_policy: ClassVar[bool] = True  # its entropy
+
     alpha: NonNegativeFloat = Field(0.5, description="how much a nat of entropy counts")
     temperature: PositiveFloat | None = Field(
         1.5, description="P: high, and all count alike; null = infinite, which is GRPO"

@@ -45,6 +45,8 @@ class RAFT(RolloutObjective):
         "L = -log pi(y), y among the best `keep` of a prompt; + beta KL(ref || pi) per token"
     )
 
+    credit_reads_policy: ClassVar[bool] = False
+
     beta: NonNegativeFloat = Field(
         0.1, description="forward KL, KL(reference || policy), exact at every sampled prefix"
     )
