@@ -143,6 +143,15 @@ class ReferenceConfig(TargetConfig):
     )
 
 
+def check_adapter(path: str) -> None:
+    """ModelError for a `model.adapter.path` that holds no adapter."""
+    if not (Path(path).expanduser() / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model.adapter.path: there is no adapter_config.json in {path}; give a "
+            "folder written by peft"
+        )
+
+
 def check_source(name: str, field: str = "model.name_or_path") -> None:
     """ModelError for a path that holds no model; names on the hub are left to the hub."""
     path = Path(name).expanduser()

@@ -1,5 +1,6 @@
 """Loading of a user's own objective, reward or judge: `module:Name` or `path/to/file.py:Name`."""
 
+import ast
 import importlib
 import importlib.util
 import logging
@@ -8,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
+from alignkit.config.validation import nearest
 from alignkit.errors import ConfigError
 
 log = logging.getLogger("alignkit")
@@ -37,14 +39,45 @@ def load_object(spec: str, *, what: str, safe: bool = False) -> object:
 
 
 def check_spec(spec: str, *, what: str, safe: bool = False) -> None:
-    """Refuse what `load_object` would refuse before any code runs: `safe`, a name that is none, and a
-    file or module that is not there. ConfigError.
+    """Refuse what `load_object` would refuse before any code runs: `safe`, a name that is none, a
+    file or module that is not there, and a name that a file does not define. ConfigError.
     """
-    source, _ = _source_and_name(spec, what, safe)
+    source, name = _source_and_name(spec, what, safe)
     if source.endswith(".py"):
-        _existing(Path(source), what)
+        _check_name(_existing(Path(source), what), name, what)
     elif source.isidentifier() and importlib.util.find_spec(source) is None:
-        _local_module(source, what)
+        _check_name(_local_module(source, what), name, what)
+
+
+def _check_name(path: Path, name: str, what: str) -> None:
+    """ConfigError where a file of Python cannot define `name`, as far as its text says."""
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except (SyntaxError, ValueError):  # said better when the file is loaded
+        return
+    stars = any(
+        isinstance(node, ast.ImportFrom) and node.names[0].name == "*" for node in ast.walk(tree)
+    )
+    names = {written for node in ast.walk(tree) for written in _names_of(node)}
+    if stars or name in names or names & {"globals", "__getattr__", "setattr"}:
+        return
+    public = ", ".join(
+        written for node in tree.body for written in _names_of(node) if not written.startswith("_")
+    )
+    raise ConfigError(
+        f"{what}: {path} has no `{name}`.{nearest(name, names)} It has: {public or 'nothing'}"
+    )
+
+
+def _names_of(node: ast.AST) -> list[str]:
+    """The names that a piece of Python mentions or defines by itself."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [(alias.asname or alias.name).partition(".")[0] for alias in node.names]
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return [node.id] if isinstance(node, ast.Name) else []
 
 
 def _source_and_name(spec: str, what: str, safe: bool) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.batches import PairBatch, RolloutBatch, TokenLogps
+from alignkit.batches import LossTerms, PairBatch, RolloutBatch, TokenLogps
 from alignkit.errors import ConfigError
 from alignkit.integrations.trl_adapter import Adapter
 from alignkit.integrations.trl_checks import (
@@ -25,9 +25,11 @@ from alignkit.integrations.trl_checks import (
     checked_pair_arguments,
     checked_rollout_arguments,
     wants_reference,
+    warn_of_lengths,
     warn_of_other_forms,
 )
 from alignkit.integrations.trl_distillation import Distilled, check_distilled
+from alignkit.integrations.trl_rollout_metrics import clipped_shares, kl_per_token, policy_loss
 from alignkit.integrations.trl_tensors import on_first_token, on_labels, placed
 from alignkit.objectives.base import Objective
 
@@ -160,7 +162,8 @@ class _Pairs(Adapter):
         batch = PairBatch(tokens.select(rows[:half]), tokens.select(rows[half:]))
         self._keep_of_model(logits, labels, tokens, half)
         self._count_tokens(inputs["attention_mask"])
-        loss = self._reduced(self.objective.loss(batch), outputs, half, mask[:half].sum())
+        losses = self._losses(self.objective.loss(batch), half, mask[:half].sum())
+        loss = self._total(losses, outputs)
         return (loss, outputs) if return_outputs else loss
 
     def _cut(self, *columns: Tensor) -> Sequence[Tensor]:
@@ -203,10 +206,11 @@ class _Groups(Adapter):
     current_gradient_accumulation_steps: int
 
     def _checked(self, config: Any) -> Any:
-        config, self._factor = checked_rollout_arguments(
-            super()._checked(config), self.objective, type(self).__name__
-        )
-        return config
+        name = type(self).__name__
+        checked = super()._checked(config)
+        warn_of_lengths(config, self.objective, name)
+        checked, self._factor = checked_rollout_arguments(checked, self.objective, name)
+        return checked
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -249,7 +253,30 @@ class _Groups(Adapter):
         groups = torch.arange(len(ids), device=ids.device)
         batch = RolloutBatch(tokens, advantages[:, 0], groups, advantages.where(mask, 0.0))
 
-        loss = self._reduced(self.objective.loss(batch), outputs, len(ids), mask.sum())
+        out = self.objective.loss(batch)
+        losses = self._losses(out, len(ids), mask.sum())
+        self._keep_of_loss(out, losses, tokens)
+        loss = self._total(losses, outputs)
         if self._mode == "train":
             return loss / self.current_gradient_accumulation_steps
         return loss
+
+    def _keep_of_loss(self, out: LossTerms, losses: list[Tensor], tokens: TokenLogps) -> None:
+        """What TRL logs of its own loss, under its names (docs/trl.md)."""
+        self._keep(kl_per_token(self.objective, tokens))
+        weight = getattr(self.objective, "entropy_weight", 0.0)
+        if weight:
+            self._keep({"policy_loss": policy_loss(out, losses)})
+        if weight and self._mode == "train":
+            self._keep({"entropy_coef": torch.tensor([weight], device=tokens.policy.device)})
+
+        # The least and the most clipped completion of all processes.
+        for side, extreme in (("low", torch.min), ("high", torch.max)):
+            shares = clipped_shares(self.objective, tokens, out.metrics, side)
+            if shares is None:
+                continue
+            known = self.accelerator.gather(shares)
+            known = known[~known.isnan()]
+            if len(known):
+                name = f"clip_ratio/{side}_{extreme.__name__}"
+                self._keep({name: extreme(known).unsqueeze(0)})

@@ -171,16 +171,19 @@ class Adapter:
             extras={name: placed(values, mask) for name, values in extras.items()},
         )
 
-    def _reduced(self, out: LossTerms, outputs: Any, rows: int, tokens: Tensor) -> Tensor:
-        """The batch's loss: each term's sum over its count, tokens counted over all processes.
-
-        The metrics of `out` are kept for the next `log`.
+    def _losses(self, out: LossTerms, rows: int, tokens: Tensor) -> list[Tensor]:
+        """The loss of each term of the batch: its sum over its count, tokens counted over all
+        processes. The metrics of `out` are kept for the next `log`.
         """
         self._keep(out.metrics)
         counts: dict[str, Any] = {"rows": rows}
         if any(term.unit == "tokens" for term in out.terms):
             counts["tokens"] = self.accelerator.reduce(tokens.float(), "mean").clamp(min=1)
-        loss = sum(term.weight * term.values.sum() / counts[term.unit] for term in out.terms)
+        return [term.weight * term.values.sum() / counts[term.unit] for term in out.terms]
+
+    def _total(self, losses: list[Tensor], outputs: Any) -> Tensor:
+        """The batch's loss, with the load-balancing loss of a mixture of experts."""
+        loss = torch.stack(losses).sum()
         if getattr(self, "aux_loss_enabled", False):
             self._keep({"aux_loss": outputs.aux_loss.detach()})
             loss = loss + getattr(self, "router_aux_loss_coef") * outputs.aux_loss  # noqa: B009

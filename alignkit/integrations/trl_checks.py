@@ -16,7 +16,13 @@ import torch
 
 from alignkit.batches import FAMILIES, Family, PairBatch, RolloutBatch, Term, TokenLogps
 from alignkit.errors import ConfigError
-from alignkit.integrations.trl_settings import OWN_LOSS, instead
+from alignkit.integrations.trl_settings import (
+    BY_LENGTH,
+    OWN_LOSS,
+    TOKEN_SUMS,
+    instead,
+    says_the_same,
+)
 from alignkit.objectives.base import Objective, Weighted
 from alignkit.objectives.preference.ipo import IPO
 
@@ -109,6 +115,19 @@ def warn_of_other_forms(objective: Objective) -> None:
             "in the paper, where TRL's loss_type='ipo' takes their mean; for TRL's loss use "
             "form='mean' with tau set to TRL's beta",
             stacklevel=3,
+        )
+
+
+def warn_of_lengths(config: Any, objective: Objective, name: str) -> None:
+    """Warn of arguments with which TRL's own loss counts long completions more, where the
+    objective, which has one importance ratio for each completion too, counts all of them alike.
+    """
+    per_sequence = getattr(config, "importance_sampling_level", "token") == "sequence"
+    if per_sequence and config.loss_type in TOKEN_SUMS and type(objective).__name__ == "GSPO":
+        warnings.warn(
+            f"{name}: {BY_LENGTH.format(config.loss_type)}; GSPO counts every completion alike, as "
+            "in its paper (LUSPO weighs lengths); loss_type='grpo' in the arguments says so",
+            stacklevel=4,
         )
 
 
@@ -210,9 +229,10 @@ def checked_arguments(config: Any, objective: Objective, name: str, loss_type: s
     loss_types = config.loss_type if isinstance(config.loss_type, list) else [config.loss_type]
     if loss_types != [loss_type] and config.loss_type != default_of(config, "loss_type"):
         changed.append("loss_type")
+    changed = [field for field in changed if not says_the_same(field, config, objective)]
     if changed:
         settings = ", ".join(f"{field}={getattr(config, field)!r}" for field in changed)
-        hints = "; ".join(instead(field, getattr(config, field)) for field in changed)
+        hints = "; ".join(instead(field, config) for field in changed)
         raise ConfigError(
             f"{name}: {settings} would change nothing, the loss is {label}'s; "
             f"leave it out of the arguments; {hints}"

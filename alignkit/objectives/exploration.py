@@ -10,7 +10,8 @@ from alignkit.batches import Plan, RolloutBatch, Term, TokenLogps
 from alignkit.objectives.rollout_base import GroupObjective, advantages_of
 from alignkit.tensors import check_same_shape, masked_mean
 
-BONUS = "entropy_bonus"
+BONUS = "entropy_bonus"  # the statistic
+ENTROPY_TERM = "entropy"
 
 
 def policy_entropy(
@@ -55,7 +56,7 @@ class ExploringGroup(GroupObjective):
         "nats each since they were sampled teach nothing; null = off",
     )
 
-    def exploring_plan(self, anchors: tuple[str, ...]) -> Plan:
+    def exploring_plan(self, anchors: tuple[str, ...] = ()) -> Plan:
         """A rollout's plan under these anchors, with the entropy where it has a weight."""
         if not self.entropy_weight:
             return self.rollout_plan(anchors=anchors)
@@ -83,4 +84,4 @@ class ExploringGroup(GroupObjective):
         """Minus the mean entropy of a token, at its weight; none at weight 0."""
         if not self.entropy_weight:
             return []
-        return [Term("entropy", -tokens.extras[BONUS], "tokens", self.entropy_weight)]
+        return [Term(ENTROPY_TERM, -tokens.extras[BONUS], "tokens", self.entropy_weight)]

@@ -133,9 +133,12 @@ class ClippedObjective(RolloutObjective):
         """The bounds, as losses take them."""
         return {"clip_low": self.clip_low, "clip_high": self.clip_high}
 
-    def metrics(self, tokens: TokenLogps, ratio: Tensor) -> dict[str, Tensor]:
-        """`ratio_metrics` for importance `ratio` [N, T] or [N] and this objective's bounds."""
-        return ratio_metrics(tokens, ratio, self.clip_low, self.clip_high)
+    def metrics(self, tokens: TokenLogps, ratio: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+        """`ratio_metrics` and `clip_metrics` for importance `ratio` and `advantages`, both [N, T] or
+        [N], and this objective's bounds.
+        """
+        clipped = clip_metrics(tokens, ratio, advantages, self.clip_low, self.clip_high)
+        return {**ratio_metrics(tokens, ratio), **clipped}
 
 
 class GroupObjective(ClippedObjective):
@@ -260,21 +263,38 @@ def unspread(values: Tensor, tokens: TokenLogps) -> Tensor:
     return masked_mean(values, tokens.mask)
 
 
-def ratio_metrics(
-    tokens: TokenLogps, ratio: Tensor, low: float | None, high: float | None
+def clip_metrics(
+    tokens: TokenLogps, ratio: Tensor, advantages: Tensor, low: float | None, high: float | None
 ) -> dict[str, Tensor]:
+    """Where a clip takes the gradient away, under TRL's names: a `ratio` below 1 - `low` whose
+    advantage is negative, one above 1 + `high` whose advantage is positive, and either. All [N, T]
+    or [N]; empty without a bound.
+    """
+    if low is None and high is None:
+        return {}
+    below = (ratio < (-torch.inf if low is None else 1 - low)) & (advantages < 0)
+    above = (ratio > (torch.inf if high is None else 1 + high)) & (advantages > 0)
+    clipped = {"low": below, "high": above, "region": below | above}
+    return {
+        f"clip_ratio/{side}_mean": _trained(where.to(ratio.dtype), tokens)
+        for side, where in clipped.items()
+    }
+
+
+def _trained(values: Tensor, tokens: TokenLogps) -> Tensor:
+    """Those of the trained tokens [M] for `values` [N, T]; values per completion [N] as they are.
+    No gradient.
+    """
+    return values.detach()[tokens.mask] if values.dim() == 2 else values.detach()
+
+
+def ratio_metrics(tokens: TokenLogps, ratio: Tensor) -> dict[str, Tensor]:
     """How far the policy is from the one that sampled, and from the reference. `ratio`: importance
     [N, T] or [N].
     """
-    used = ratio.detach()[tokens.mask] if ratio.dim() == 2 else ratio.detach()
-    smallest = -torch.inf if low is None else 1 - low
-    largest = torch.inf if high is None else 1 + high
-    outside = (used < smallest) | (used > largest)
-
     drift = k3_forward((tokens.policy - tokens.get("behavior")).detach())
     metrics = {
-        "importance": used,
-        "clip_ratio/region_mean": outside.to(used.dtype),
+        "importance": _trained(ratio, tokens),
         "kl/behavior_policy_k3": masked_sum(drift, tokens.mask),
     }
 

@@ -102,6 +102,34 @@ def value_loss(
     return 0.5 * torch.maximum(error, (near - returns) ** 2)
 
 
+def rpg_weights(
+    policy_logps: Tensor,
+    behavior_logps: Tensor,
+    advantages: Tensor,
+    *,
+    beta: float,
+    divergence: Divergence = "reverse_ukl",
+) -> Tensor:
+    """What the gradient of log policy is multiplied by in `rpg_loss`, up to the sign: w times the
+    advantage, the KL inside. [...] x 3 -> [...], without gradient.
+
+    Zhang et al. 2025, arXiv:2505.17508, tables 1, 2 and 4.
+    """
+    log_w = clamp_log_ratio(policy_logps - behavior_logps).detach()
+    w = log_w.exp()
+    of_divergence = {
+        "forward_kl": torch.ones_like(w),
+        "reverse_kl": -w * (log_w + 1),
+        "forward_ukl": 1 - w,
+        "reverse_ukl": -w * log_w,
+    }
+    if divergence not in of_divergence:
+        raise ConfigError(
+            f"rpg_loss: divergence is {divergence!r}; allowed are {', '.join(of_divergence)}"
+        )
+    return w * advantages.detach() + beta * of_divergence[divergence]
+
+
 def rpg_loss(
     policy_logps: Tensor,
     behavior_logps: Tensor,
@@ -134,22 +162,20 @@ def rpg_loss(
     advantages = advantages.detach()
     w = log_w.exp()
 
-    # divergence: (KL part of the weight w A', KL part of the differentiable loss), both over beta
-    penalties = {
-        "forward_kl": (torch.ones_like(w), -policy_logps),
-        "reverse_kl": (-w * (log_w + 1), w * log_w),
-        "forward_ukl": (1 - w, w - log_w - 1),
-        "reverse_ukl": (-w * log_w, w * log_w - w),
-    }
-    if divergence not in penalties or estimator not in ("differentiable", "reinforce"):
-        allowed = f"{', '.join(penalties)}; differentiable, reinforce"
+    if estimator not in ("differentiable", "reinforce"):
         raise ConfigError(
-            f"rpg_loss: divergence {divergence!r}, estimator {estimator!r}; allowed are {allowed}"
+            f"rpg_loss: estimator is {estimator!r}; allowed are differentiable, reinforce"
         )
+    weight = rpg_weights(policy_logps, behavior_logps, advantages, beta=beta, divergence=divergence)
 
-    in_weight, in_loss = penalties[divergence]
-    weight = (w * advantages + beta * in_weight).detach()
-    differentiable = -w * advantages + beta * in_loss
+    # The KL's part of the differentiable loss, over beta.
+    penalty = {
+        "forward_kl": -policy_logps,
+        "reverse_kl": w * log_w,
+        "forward_ukl": w - log_w - 1,
+        "reverse_ukl": w * log_w - w,
+    }[divergence]
+    differentiable = -w * advantages + beta * penalty
     loss = differentiable if estimator == "differentiable" else -weight * policy_logps
 
     # A sample outside of the bounds keeps its value and loses its gradient.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from alignkit.config.model import AdapterConfig, ModelConfig
+from alignkit.config.model import AdapterConfig, ModelConfig, check_adapter
 from alignkit.config.validation import nearest
 from alignkit.errors import ConfigError, ModelError, first_line
 from alignkit.files import read_manifest
@@ -141,12 +141,8 @@ def starts_without(module: PolicyModule, rows: Rows) -> bool:
 
 
 def _loaded(model: Any, path: str) -> Any:
-    folder = Path(path)
-    if not (folder / CONFIG).exists():
-        raise ModelError(
-            f"model.adapter.path: there is no adapter_config.json in {path}; give a "
-            "folder written by peft"
-        )
+    check_adapter(path)
+    folder = Path(path).expanduser()
     check_files(folder, "model.adapter.path")
     adapted = with_adapter(model, folder, "model.adapter.path", trainable=True)
     return with_adapter(adapted, folder, "model.adapter.path", name=START_ADAPTER)

@@ -34,6 +34,19 @@ TYPOS = {
     "train dpo train.optimizer=adamm": "Did you mean `adamw`?",
     "train rpg rollout.temperature=0": "greater than 0",
     "train dpo model.quantize=8bit": "quantize 8bit",  # needs a package, or an adapter
+    "train dpo model.adapter.peft={'peft_type':LOHAA}": "Did you mean `LOHA`?",
+    "train dpo model.adapter.peft={'use_dorra':true}": "Did you mean `use_dora`?",
+    "train dpo model.adapter.peft={'peft_type':LOHA,'use_dora':true}": "LoHaConfig of the installed",
+    "train dpo model.adapter.path=./nope": "no adapter_config.json in ./nope",
+    "train rpg rewards=[{'verifier':nope.py:score}]": "rewards.0.verifier: there is no file",
+    "train rpg rewards=[{'function':mine.py:scroe}]": "Did you mean `score`? It has: score, LIMIT",
+    "train rpg rewards=[{'model':./nope}]": "rewards.0.model: there is no folder ./nope",
+    "train rpg rewards=[{'ensemble':[./nope,./nor]}]": "rewards.0.ensemble: there is no folder",
+    "train nash_md judge={'function':nope.py:better}": "judge.function: there is no file",
+    "train nash_md judge={'trl':nope:Better}": "judge.trl: found neither a module `nope`",
+    "train nash_md judge={'model':./nope}": "judge.model: there is no folder ./nope",
+    "train grpo rollout.environment=nope.py:World": "rollout.environment: there is no file",
+    "train grpo rollout.tools=[mine.py:serach]": "rollout.tools: mine.py has no `serach`",
     "train rpg --safe rewards=[{'function':mine.py:score}]": "--safe does not allow that",
     "compare compare compare.grid.dpo.bta=[0.1]": "Did you mean `beta`?",
     "plan dpo objective.bta=1": "Did you mean `beta`?",
@@ -42,6 +55,7 @@ TYPOS = {
 
 
 def test_a_typo_needs_no_torch(tmp_path):
+    (tmp_path / "mine.py").write_text("def score(prompts, completions):\n    ...\n\n\nLIMIT = 3\n")
     script = (
         "import json, sys\n"
         "from typer.testing import CliRunner\n"

@@ -16,7 +16,11 @@ from trl_world import STEPS, curve, difference, dpo_trainer, grpo_trainer
 from two_processes import on_two_processes
 
 from alignkit.integrations.trl import as_trl_trainer
+from alignkit.objectives.online.cispo import CISPO
+from alignkit.objectives.online.dapo import DAPO
+from alignkit.objectives.online.dr_grpo import DrGRPO
 from alignkit.objectives.online.grpo import GRPO
+from alignkit.objectives.online.gspo import GSPO
 from alignkit.objectives.online.luspo import LUSPO
 from alignkit.objectives.online.sapo import SAPO
 from alignkit.objectives.online.vespo import VESPO
@@ -103,6 +107,19 @@ ROLLOUT_LOSSES = [
         },
     ),
     (VESPO(), {"loss_type": "vespo"}),
+    (DrGRPO(length=5), {"loss_type": "dr_grpo", "scale_rewards": "none"}),
+    (DAPO(drop_constant=False), {"loss_type": "dapo", "epsilon_high": 0.28}),
+    (CISPO(clip_high=3.0), {"loss_type": "cispo", "epsilon_high": 4.0}),
+    (GRPO(beta=0, aggregation="token_mean"), {"loss_type": "bnpo"}),
+    (
+        GSPO(clip_low=0.01, clip_high=0.02),
+        {
+            "loss_type": "grpo",
+            "importance_sampling_level": "sequence",
+            "epsilon": 0.01,
+            "epsilon_high": 0.02,
+        },
+    ),
     (GRPO(beta=0, entropy_weight=0.3), {"loss_type": "grpo", "entropy_coef": 0.3}),
     (
         GRPO(beta=0, off_policy_threshold=1e-3),

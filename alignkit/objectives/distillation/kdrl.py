@@ -77,6 +77,6 @@ class KDRL(RolloutObjective):
             masking=self.masking,
         )
 
-        metrics = ratio_metrics(tokens, importance(tokens.policy, old), None, None)
+        metrics = ratio_metrics(tokens, importance(tokens.policy, old))
         metrics["kl/behavior_teacher_k1"] = masked_sum(old - teacher, tokens.mask)
         return LossTerms([self.term("kdrl", values, tokens)], metrics)

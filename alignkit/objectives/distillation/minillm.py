@@ -80,7 +80,7 @@ class MiniLLM(RolloutObjective):
         tokens = batch.tokens
         old = tokens.get("behavior")
         terms = [self.term("policy", ppo_loss(tokens.policy, old, advantages_of(batch)), tokens)]
-        metrics = ratio_metrics(tokens, importance(tokens.policy, old), None, None)
+        metrics = ratio_metrics(tokens, importance(tokens.policy, old))
         if self.single_step:
             terms.append(self.term("kl", tokens.extras["kl"], tokens))
             metrics[KL_METRICS["reverse_kl"]] = tokens.extras["kl"].detach()[tokens.mask]

@@ -51,6 +51,6 @@ class OPD(ClippedObjective):
         values = opd_loss(tokens.policy, old, teacher, **self.clip)
 
         # The sampled KL of whole completions; on a batch it may be below 0.
-        metrics = self.metrics(tokens, importance(tokens.policy, old))
+        metrics = self.metrics(tokens, importance(tokens.policy, old), teacher - old)
         metrics["kl/behavior_teacher_k1"] = masked_sum(old - teacher, tokens.mask)
         return LossTerms([self.term("opd", values, tokens)], metrics)

@@ -109,7 +109,7 @@ class BOND(RolloutObjective):
         terms = [self.term("policy", gradient, tokens), self.term("best", imitation, tokens)]
 
         own = tokens.select((~anchored).nonzero()[:, 0])
-        metrics = ratio_metrics(own, importance(policy, old)[~anchored], None, None)
+        metrics = ratio_metrics(own, importance(policy, old)[~anchored])
         drift = own.sequence("behavior") - own.sequence("target")
         metrics["kl/behavior_target_k1"] = drift.detach()
         return LossTerms(terms, metrics)

@@ -10,7 +10,8 @@ from torch import Tensor
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.kl import importance
 from alignkit.objectives.base import Objective
-from alignkit.objectives.rollout_base import ClipWidth, GroupObjective, advantages_of
+from alignkit.objectives.exploration import ExploringGroup
+from alignkit.objectives.rollout_base import ClipWidth, advantages_of, ratio_metrics
 from alignkit.tensors import check_same_shape
 
 
@@ -36,7 +37,7 @@ def cispo_loss(
     return -(weight * advantages).detach() * policy_logps
 
 
-class CISPO(GroupObjective):
+class CISPO(ExploringGroup):
     """CISPO (MiniMax-M1 2025, arXiv:2506.13585). Bounds are distances from 1, as elsewhere here."""
 
     paper: ClassVar[str] = "MiniMax-M1 2025, arXiv:2506.13585, eq. 4 and 5"
@@ -53,7 +54,7 @@ class CISPO(GroupObjective):
 
     @property
     def plan(self) -> Plan:
-        return self.rollout_plan(anchors=())
+        return self.exploring_plan()
 
     @property
     def surrogate(self) -> bool:
@@ -70,6 +71,13 @@ class CISPO(GroupObjective):
         tokens = batch.tokens
         logps = tokens.policy
         old = tokens.get("behavior")
-        values = cispo_loss(logps, old, advantages_of(batch), **self.clip)
-        metrics = self.metrics(tokens, importance(logps, old))
-        return LossTerms([self.term("cispo", values, tokens)], metrics)
+        advantages, masked = self.teaching_advantages(batch)
+        values = cispo_loss(logps, old, advantages, **self.clip)
+
+        # The clip takes no gradient away here: TRL's name for where it holds a weight down.
+        ratio = importance(logps, old)
+        metrics = {**ratio_metrics(tokens, ratio), **masked}
+        if self.clip_high is not None:
+            held = (ratio > 1 + self.clip_high) & (advantages_of(batch) > 0)
+            metrics["cispo_clip_ratio"] = held[tokens.mask].to(ratio.dtype)
+        return LossTerms([self.term("cispo", values, tokens), *self.entropy_terms(tokens)], metrics)

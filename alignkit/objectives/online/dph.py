@@ -86,7 +86,9 @@ class DPH(GroupObjective):
         ]
 
         metrics = self.metrics(
-            tokens.select((~stored).nonzero()[:, 0]), importance(tokens.policy, old)[~stored]
+            tokens.select((~stored).nonzero()[:, 0]),
+            importance(tokens.policy, old)[~stored],
+            advantages_of(batch)[~stored],
         )
         metrics["rehearsal"] = drift.detach()[tokens.mask & rehearsed]
         metrics["rehearsed"] = solved[stored].to(drift.dtype)

@@ -104,7 +104,7 @@ class FDPG(RolloutObjective):
         tokens = batch.tokens
         policy, old = tokens.sequence(), tokens.sequence("behavior")
         values = rloo_loss(policy, old, unspread(advantages_of(batch), tokens))
-        metrics = ratio_metrics(tokens, importance(policy, old), None, None)
+        metrics = ratio_metrics(tokens, importance(policy, old))
         return LossTerms([self.term("fdpg", values, tokens)], metrics)
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:

@@ -10,11 +10,7 @@ from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.kl import LOSS_ESTIMATORS, Direction, importance
 from alignkit.objectives.base import Objective
 from alignkit.objectives.exploration import ExploringGroup
-from alignkit.objectives.rollout_base import (
-    Aggregation,
-    Credit,
-    DualClip,
-)
+from alignkit.objectives.rollout_base import Aggregation, Credit, DualClip, advantages_of
 from alignkit.objectives.surrogates import KLEstimator, grpo_loss
 from alignkit.tensors import masked_sum
 
@@ -91,7 +87,8 @@ class GRPO(ExploringGroup):
             **self.clip,
         )
 
-        metrics = {**self.metrics(tokens, importance(logps, old)), **masked}
+        ratios = self.metrics(tokens, importance(logps, old), advantages_of(batch))
+        metrics = {**ratios, **masked}
         if self.beta:
             penalty = LOSS_ESTIMATORS[self.kl][0](logps - reference, logps - old).detach()
             metrics[f"kl/policy_reference_{self.kl}"] = masked_sum(penalty, tokens.mask)

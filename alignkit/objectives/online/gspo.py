@@ -11,7 +11,8 @@ from torch import Tensor
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.kl import importance
 from alignkit.objectives.base import Objective
-from alignkit.objectives.rollout_base import ClipWidth, GroupObjective, advantages_of, unspread
+from alignkit.objectives.exploration import ExploringGroup
+from alignkit.objectives.rollout_base import ClipWidth, advantages_of, unspread
 from alignkit.objectives.surrogates import ppo_loss
 from alignkit.tensors import masked_mean
 
@@ -35,7 +36,7 @@ def gspo_loss(
     return ppo_loss(logps, old, advantages, clip_low=clip_low, clip_high=clip_high)
 
 
-class GSPO(GroupObjective):
+class GSPO(ExploringGroup):
     """Group sequence policy optimisation (Zheng et al. 2025, arXiv:2507.18071). The mean ratio
     varies little, so the clip is a thousand times narrower than GRPO's. `aggregation` has nothing
     to do: a completion is one term.
@@ -55,15 +56,17 @@ class GSPO(GroupObjective):
 
     @property
     def plan(self) -> Plan:
-        return self.rollout_plan(anchors=())
+        return self.exploring_plan()
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:
-        return [cls(), cls(clip_low=0.2, clip_high=0.3, scale_by_std=False)]
+        exploring = {"entropy_weight": 0.1, "off_policy_threshold": 0.3}
+        return [cls(), cls(clip_low=0.2, clip_high=0.3, scale_by_std=False, **exploring)]
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
         values, metrics = self.completion_losses(batch)
-        return LossTerms([self.term("gspo", values, batch.tokens)], metrics)
+        term = self.term("gspo", values, batch.tokens)
+        return LossTerms([term, *self.entropy_terms(batch.tokens)], metrics)
 
     def completion_losses(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """`gspo_loss` of every completion [N], and the metrics of their ratios."""
@@ -71,6 +74,9 @@ class GSPO(GroupObjective):
         mask = tokens.mask
         logps = tokens.policy
         old = tokens.get("behavior")
-        values = gspo_loss(logps, old, unspread(advantages_of(batch), tokens), mask, **self.clip)
+        teaching, masked = self.teaching_advantages(batch)
+        values = gspo_loss(logps, old, unspread(teaching, tokens), mask, **self.clip)
+
         ratio = importance(masked_mean(logps, mask), masked_mean(old, mask))
-        return values, self.metrics(tokens, ratio)
+        clipped = self.metrics(tokens, ratio, unspread(advantages_of(batch), tokens))
+        return values, {**clipped, **masked}

@@ -101,8 +101,9 @@ class KLPPO(ValueObjective):
         tokens = batch.tokens
         logps = tokens.policy
         old = tokens.get("behavior")
-        losses = ppo_loss(logps, old, advantages_of(batch), dual_clip=self.dual_clip, **self.clip)
-        metrics = self.metrics(tokens, importance(logps, old))
+        advantages = advantages_of(batch)
+        losses = ppo_loss(logps, old, advantages, dual_clip=self.dual_clip, **self.clip)
+        metrics = self.metrics(tokens, importance(logps, old), advantages)
         policy = LossTerms([self.term("policy", losses, tokens)], metrics)
         return policy + self.value_terms(batch)
 

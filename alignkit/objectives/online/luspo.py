@@ -30,4 +30,4 @@ class LUSPO(GSPO):
     def loss(self, batch: RolloutBatch) -> LossTerms:
         values, metrics = self.completion_losses(batch)
         term = self.term("luspo", batch.tokens.lengths * values, batch.tokens)
-        return LossTerms([term], metrics)
+        return LossTerms([term, *self.entropy_terms(batch.tokens)], metrics)

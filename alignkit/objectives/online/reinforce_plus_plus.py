@@ -71,7 +71,7 @@ class ReinforcePlusPlus(ClippedObjective):
         logps = tokens.policy
         old = tokens.get("behavior")
         values = ppo_loss(logps, old, advantages_of(batch), **self.clip)
-        metrics = self.metrics(tokens, importance(logps, old))
+        metrics = self.metrics(tokens, importance(logps, old), advantages_of(batch))
 
         if self.baseline == "group":
             penalty = k2(logps - tokens.reference.detach())

@@ -82,8 +82,9 @@ class RLOO(ClippedObjective):
         tokens = batch.tokens
         logps = tokens.sequence()
         old = tokens.sequence("behavior")
-        values = rloo_loss(logps, old, unspread(advantages_of(batch), tokens), **self.clip)
-        metrics = self.metrics(tokens, importance(logps, old))
+        advantages = unspread(advantages_of(batch), tokens)
+        values = rloo_loss(logps, old, advantages, **self.clip)
+        metrics = self.metrics(tokens, importance(logps, old), advantages)
         return LossTerms([self.term("rloo", values, tokens)], metrics)
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:

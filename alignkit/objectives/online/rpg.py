@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
@@ -20,7 +20,7 @@ from alignkit.objectives.rollout_base import (
     exact_kl,
     unspread,
 )
-from alignkit.objectives.surrogates import Divergence, Estimator, rpg_loss
+from alignkit.objectives.surrogates import Divergence, Estimator, rpg_loss, rpg_weights
 
 
 class RPG(ClippedObjective):
@@ -123,19 +123,20 @@ class RPG(ClippedObjective):
             old = tokens.sequence("behavior")
             advantages = unspread(advantages, tokens)
 
+        kl: dict[str, Any] = {"beta": 0.0 if fixed else self.beta, "divergence": self.divergence}
         values = rpg_loss(
             logps,
             old,
             advantages,
-            beta=0.0 if fixed else self.beta,
-            divergence=self.divergence,
             estimator=self.estimator,
             clip_low=self.clip_low,
             clip_high=self.clip_high,
             dual_clip=self.dual_clip,
+            **kl,
         )
         terms = [self.term("policy", values, tokens)]
-        metrics = self.metrics(tokens, importance(logps, old))
+        weights = rpg_weights(logps, old, advantages, **kl)
+        metrics = self.metrics(tokens, importance(logps, old), weights)
 
         # Against a fixed reference the KL is a term of its own, exact at every token.
         if fixed:

@@ -10,7 +10,8 @@ from torch import Tensor
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.kl import importance
 from alignkit.objectives.base import Objective
-from alignkit.objectives.rollout_base import Aggregation, GroupObjective, advantages_of
+from alignkit.objectives.exploration import ExploringGroup
+from alignkit.objectives.rollout_base import Aggregation, ratio_metrics
 from alignkit.tensors import check_same_shape
 
 
@@ -36,7 +37,7 @@ def sapo_loss(
     return -4 / temperature * gate * advantages
 
 
-class SAPO(GroupObjective):
+class SAPO(ExploringGroup):
     """Soft adaptive policy optimisation (Gao et al. 2025, arXiv:2511.20347). A token far from the
     policy that sampled it loses weight gradually.
     """
@@ -58,7 +59,7 @@ class SAPO(GroupObjective):
 
     @property
     def plan(self) -> Plan:
-        return self.rollout_plan(anchors=())
+        return self.exploring_plan()
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:
@@ -67,12 +68,13 @@ class SAPO(GroupObjective):
     def loss(self, batch: RolloutBatch) -> LossTerms:
         tokens = batch.tokens
         old = tokens.get("behavior")
+        advantages, masked = self.teaching_advantages(batch)
         values = sapo_loss(
             tokens.policy,
             old,
-            advantages_of(batch),
+            advantages,
             temperature_positive=self.temperature_positive,
             temperature_negative=self.temperature_negative,
         )
-        metrics = self.metrics(tokens, importance(tokens.policy, old))
-        return LossTerms([self.term("sapo", values, tokens)], metrics)
+        metrics = {**ratio_metrics(tokens, importance(tokens.policy, old)), **masked}
+        return LossTerms([self.term("sapo", values, tokens), *self.entropy_terms(tokens)], metrics)

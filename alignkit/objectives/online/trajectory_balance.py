@@ -51,7 +51,7 @@ class TrajectoryBalance(RolloutObjective):
         ratio = importance(tokens.policy, tokens.get("behavior"))
         return LossTerms(
             [self.term("trajectory_balance", values, tokens)],
-            ratio_metrics(tokens, ratio, None, None),
+            ratio_metrics(tokens, ratio),
         )
 
     def optimum(self, reward: Tensor, reference: Tensor) -> Tensor | None:

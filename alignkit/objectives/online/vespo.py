@@ -10,7 +10,8 @@ from torch import Tensor
 from alignkit.batches import LossTerms, Plan, RolloutBatch
 from alignkit.kl import importance
 from alignkit.objectives.base import Objective
-from alignkit.objectives.rollout_base import GroupObjective, advantages_of, unspread
+from alignkit.objectives.exploration import ExploringGroup
+from alignkit.objectives.rollout_base import advantages_of, ratio_metrics, unspread
 from alignkit.tensors import masked_sum
 
 # Log-ratios are clamped here, before exp() overflows or the logarithm of a weight of 0 is taken.
@@ -27,7 +28,7 @@ def gamma_weights(log_ratio: Tensor, power: Tensor, decay: Tensor) -> Tensor:
     return (decay + power * log_ratio - decay * log_ratio.exp()).exp()
 
 
-class VESPO(GroupObjective):
+class VESPO(ExploringGroup):
     """Variational sequence-level soft policy optimisation (2026, arXiv:2602.10693, section 3.4). w
     is the importance of the whole completion, not its mean per token.
     """
@@ -48,7 +49,7 @@ class VESPO(GroupObjective):
 
     @property
     def plan(self) -> Plan:
-        return self.rollout_plan(anchors=())
+        return self.exploring_plan()
 
     @property
     def surrogate(self) -> bool:
@@ -61,15 +62,15 @@ class VESPO(GroupObjective):
     def loss(self, batch: RolloutBatch) -> LossTerms:
         tokens = batch.tokens
         old = tokens.get("behavior")
-        advantages = advantages_of(batch)
+        advantages, masked = self.teaching_advantages(batch)
 
-        better = unspread(advantages, tokens) >= 0
+        better = unspread(advantages_of(batch), tokens) >= 0
         power = torch.where(better, self.power_positive, self.power_negative)
         decay = torch.where(better, self.decay_positive, self.decay_negative)
         log_ratio = (tokens.policy - old).clamp(-TOKEN_LIMIT, TOKEN_LIMIT)
         weights = gamma_weights(masked_sum(log_ratio, tokens.mask), power, decay)
 
         values = -weights.unsqueeze(-1) * advantages * tokens.policy
-        metrics = self.metrics(tokens, importance(tokens.policy, old))
-        metrics["vespo/weight"] = weights
-        return LossTerms([self.term("vespo", values, tokens)], metrics)
+        metrics = {**ratio_metrics(tokens, importance(tokens.policy, old)), **masked}
+        metrics["vespo/phi_seq_mean"] = weights  # TRL's name
+        return LossTerms([self.term("vespo", values, tokens), *self.entropy_terms(tokens)], metrics)

@@ -109,5 +109,5 @@ class ALoL(RolloutObjective):
         old = tokens.get("behavior")
         inputs = (logps, old, advantages_of(batch), tokens.mask)
         values = alol_loss(*inputs, clip=self.clip, ratio=self.ratio)
-        metrics = ratio_metrics(tokens, importance(logps, old), self.clip, self.clip)
+        metrics = ratio_metrics(tokens, importance(logps, old))
         return LossTerms([self.term("alol", values, tokens)], metrics)
