@@ -13,10 +13,15 @@ if TYPE_CHECKING:
 
 def callbacks(context: "RunContext") -> list[Any]:
     """An instance of each of the recipe's callbacks. ConfigError for what is none."""
+    names = context.recipe.train.callbacks
+    if not names:
+        return []
+
+    # With this come the trainer and peft: seconds that a run without callbacks can do without.
     from transformers import TrainerCallback
 
     instances = []
-    for spec in context.recipe.train.callbacks:
+    for spec in names:
         cls = load_object(spec, what="train.callbacks", safe=context.safe)
         if not (isinstance(cls, type) and issubclass(cls, TrainerCallback)):
             raise ConfigError(

@@ -1,6 +1,8 @@
 """A user's callbacks: transformers' events in their order, and a stop that is heard."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from world import pair_rows, run, save_model, write_rows
@@ -85,3 +87,20 @@ def test_a_callback_stops_the_run(train, tmp_path):
 def test_what_is_refused(train, capsys, overrides, words):
     assert train(*overrides) == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.long
+def test_a_run_without_any_does_not_import_the_trainer_or_peft(train, tmp_path):
+    """Both take seconds of its start. In a process of its own, which has imported nothing yet."""
+    settings = "model.name_or_path=model data.train=pairs.jsonl output_dir=run train.steps=1"
+    code = (
+        "import sys; from alignkit.cli.main import main\n"
+        f"sys.argv = ['alignkit', 'train', 'dpo', *{settings!r}.split()]\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = ('peft', 'trl', 'transformers.trainer', 'transformers.trainer_utils')\n"
+        "print('heavy:', [name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "heavy: []"
+    assert (tmp_path / "run" / "model").is_dir()
