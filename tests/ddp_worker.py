@@ -17,7 +17,7 @@ import ddp_online_worker
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from online_world import budgeted_job, online_job, share_of_wanted, turns_job
+from online_world import budgeted_job, online_job, share_of_wanted, streams_job, turns_job
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
@@ -37,7 +37,9 @@ from alignkit.objectives.online.kl_ppo import KLPPO
 from alignkit.objectives.online.rpg import RPG
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.objectives.preference.kto import KTO
+from alignkit.objectives.preference.sft import SFT
 from alignkit.objectives.self_play.nash_md import NashMD
+from alignkit.objectives.streams import Reweigh
 from alignkit.policies.dtensors import full
 from alignkit.policies.teacher import add_teacher
 from alignkit.training.held_out_reward import HeldOut
@@ -154,6 +156,18 @@ def turns(model, out, accelerator, **settings):
     return turns_job(model, out, GRPO(), accelerator=accelerator, steps=4, **settings)
 
 
+def streams(model, out, accelerator, **settings):
+    """The last stream of a step has no use for the value head of the first."""
+    parts = [
+        ("critic", KLPPO(beta=0.1), 0.5),
+        ("pairs", DPO(beta=0.5), 0.25),
+        ("tuned", SFT(), 0.25),
+    ]
+    return streams_job(
+        model, out, parts, reweigh=Reweigh(window=2), accelerator=accelerator, steps=4, **settings
+    )
+
+
 def dropped(model, out, accelerator, **settings):
     """The reward applies to the first prompt of each rollout alone: the second rank's whole rollout
     is dropped.
@@ -191,6 +205,8 @@ CASES = {
     "distill": (distilled, {**SGD, "budget": 24}),
     "opd": (on_policy, {"optimizer": "sgd", "learning_rate": 0.1}),
     "dph": (rehearsed, {"optimizer": "sgd", "learning_rate": 0.1}),
+    "streams": (streams, {"optimizer": "sgd", "learning_rate": 0.1, "budget": 24}),
+    "fsdp_streams": (streams, {"shard": True, "optimizer": "sgd", "learning_rate": 0.1}),
     "fsdp_budgets": (
         budgeted,
         {"shard": True, "optimizer": "sgd", "learning_rate": 0.1, "save_every": 2},

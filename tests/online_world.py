@@ -8,9 +8,11 @@ import torch
 from episode_worlds import Echo
 from world import make_job, pairs
 
+from alignkit.batches import FAMILIES
 from alignkit.config.allocation import AllocateConfig
 from alignkit.config.data import DataConfig
 from alignkit.config.rollout import RolloutConfig
+from alignkit.objectives.streams import Stream, Streams
 from alignkit.rewards.combine import Part, Reward
 from alignkit.rollout.engines import make_sampler
 from alignkit.rollout.environment_pool import LocalEnvironments
@@ -19,8 +21,10 @@ from alignkit.rollout.policy_copy import PolicyCopy
 from alignkit.rollout.renderer import TextRenderer
 from alignkit.rollout.turns import TurnSampler
 from alignkit.sources.budgets import Allocation
+from alignkit.sources.dataset import DatasetSource
 from alignkit.sources.rollouts import RolloutSource
 from alignkit.sources.scoring import Scoring
+from alignkit.sources.streams import StreamSource
 
 WANTED = 5
 
@@ -69,6 +73,40 @@ def online_job(
         correction=Correction(cap=2.0) if ahead else None,
     )  # fmt: skip
     return job
+
+
+def streams_job(model, out, parts, *, reweigh=None, **settings):
+    """Streams of 3 rows or prompts per step each: `parts` are name, objective, weight."""
+    streams = [Stream(*part) for part in parts]
+    job = make_job(model, out, Streams(streams=streams), pairs(1), **settings)
+    job.source = StreamSource(
+        streams, [_source_of(job, s.objective, number) for number, s in enumerate(streams)], reweigh
+    )
+    return job
+
+
+def _source_of(job, objective, seed):
+    plan = objective.plan
+    if FAMILIES[plan.data].sampled:
+        return _rollouts(job, objective, seed)
+    rows = pairs(20, seed=seed, k=2 if plan.data == "pair" else 1)
+    rank, world = job.accelerator.process_index, job.accelerator.num_processes
+    return DatasetSource(rows, plan, 3, seed=seed, rank=rank, world=world)
+
+
+def _rollouts(job, objective, seed):
+    prompts = [
+        SimpleNamespace(ids=b.prompt, text=f"p{i}", uid=b.uid, columns={})
+        for i, b in enumerate(pairs(10, seed=3))
+    ]
+    sampler = make_sampler(RolloutConfig(completions=4, max_new_tokens=6), job.pair, seed=seed)
+    scoring = Scoring(
+        objective.plan, lambda prompt, ids: job.pair.tokenizer.decode(ids), share_of_wanted
+    )
+    return RolloutSource(
+        prompts, objective, job.pair, sampler, scoring, job.accelerator, batch_size=3, completions=4,
+        seed=seed,
+    )  # fmt: skip
 
 
 def budgeted_job(model, out, objective, **settings):

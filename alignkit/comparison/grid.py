@@ -15,6 +15,7 @@ from typing import Any
 from alignkit.config.compare import CompareConfig
 from alignkit.config.objective import check_fields, check_part
 from alignkit.config.recipe import Recipe, recipe_of
+from alignkit.config.streams import refuse_streams
 from alignkit.config.text import Keys
 from alignkit.config.validation import nearest
 from alignkit.errors import ConfigError
@@ -84,6 +85,7 @@ def expand(recipe: Recipe) -> list[Point]:
         objective = _objective(section, label)
         check_part(objective, recipe.origin, keys)
         shared = _overridden(recipe, label, section.overrides.get(label, {}))
+        refuse_streams(shared, "compare")
 
         # A list is a field that is swept: one run for each of its values.
         swept = {field: values for field, values in objective.items() if isinstance(values, list)}

@@ -28,6 +28,7 @@ from alignkit.config.escaping import plain
 from alignkit.config.iterate import IterateConfig
 from alignkit.config.objective import build_objective
 from alignkit.config.recipe import REFERENCES, Recipe, dump_recipe
+from alignkit.config.streams import refuse_streams
 from alignkit.errors import CheckpointError, ConfigError, ResourceError
 from alignkit.evaluation.request import Request, anchor_of
 from alignkit.files import write_json, write_text, writing
@@ -91,6 +92,7 @@ def check_iterable(recipe: Recipe, safe: bool = False) -> None:
 
     ConfigError.
     """
+    refuse_streams(recipe, "iterate")
     check_without_torch(recipe, safe)
     section = section_of(recipe)
     data = recipe.data

@@ -1,5 +1,7 @@
 """`rollout.allocate` of a recipe. Imports pydantic alone."""
 
+from typing import Literal
+
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from alignkit.config.section import Section
@@ -19,4 +21,9 @@ class AllocateConfig(Section):
     )
     power: NonNegativeFloat = Field(
         2.0, description="how fast alpha acts: alpha / (pass rate)^(power - 1)"
+    )
+    norm: Literal["one", "head"] = Field(
+        "one",
+        description="head: prompts whose accepted pilots have large gradients in the head get more; "
+        "one: all count alike",
     )

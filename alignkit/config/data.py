@@ -12,7 +12,14 @@ from pydantic import (
     model_validator,
 )
 
-from alignkit.config.row_sources import RowSource, TrainSource, check_set_names, check_shares
+from alignkit.config.row_sources import (
+    ReweighConfig,
+    RowSource,
+    TrainSource,
+    check_set_names,
+    check_shares,
+    check_streams,
+)
 from alignkit.config.section import Section
 
 
@@ -59,7 +66,10 @@ class DataConfig(Section):
     train: Train = Field(
         "task:reviews",
         description="a file, a saved dataset folder, a hub name, or task:NAME; or a list of "
-        "{source, share, split, subset, columns, max_rows}",
+        "{source, share, split, subset, columns, max_rows}; with {objective, name, eval} these are streams",
+    )
+    reweigh: ReweighConfig | None = Field(
+        None, description="streams: weights that follow their losses or rewards; null: the shares"
     )
     eval: Eval = Field(
         None,
@@ -130,13 +140,26 @@ class DataConfig(Section):
             return [TrainSource(source=self.train)]
         return [source for source in self.train if source.share != 0]
 
+    @property
+    def has_streams(self) -> bool:
+        """Whether the sources are streams: one of them has an objective of its own."""
+        return any(source.objective is not None for source in self.sources())
+
     def task_source(self) -> str | None:
         """The first `task:NAME` that is trained on; None where there is none."""
         names = [source.source for source in self.sources()]
         return next((name for name in names if name.startswith("task:")), None)
 
     def held_out_sources(self) -> dict[str, RowSource]:
-        """Name -> source of the held-out rows; one set that has no name stands under ""."""
+        """Name -> source of the held-out rows; one set that has no name stands under "". Those of a
+        stream stand under its name.
+        """
+        if self.has_streams:
+            return {
+                stream.stream_name: RowSource(source=stream.eval)
+                for stream in self.sources()
+                if stream.eval is not None
+            }
         if self.eval is None:
             return {}
         sets = {"": self.eval} if isinstance(self.eval, str) else self.eval
@@ -163,7 +186,20 @@ class DataConfig(Section):
     def _check_shares(cls, value: str | list[TrainSource]) -> str | list[TrainSource]:
         if not isinstance(value, str):
             check_shares(value)
+            check_streams(value)
         return value
+
+    @model_validator(mode="after")
+    def _check_streams(self) -> Self:
+        if self.has_streams and self.eval is not None:
+            raise ValueError(
+                "`eval` says nothing of the streams of `train`; give each of them its own, {eval: ...}"
+            )
+        if self.reweigh is not None and not self.has_streams:
+            raise ValueError(
+                "`reweigh` weighs streams, and no source of `train` has an objective of its own"
+            )
+        return self
 
     @field_validator("template_time", mode="before")
     @classmethod

@@ -50,7 +50,7 @@ def build_objective(
         return _build_part(section, origin, keys, safe)
 
     parts = []
-    for part_keys, part in parts_of(section):
+    for part_keys, part in parts_of(section, keys):
         rest, weight = _weighed(part, origin, part_keys)
         parts.append((_build_part(rest, origin, part_keys, safe), weight))
 
@@ -59,24 +59,24 @@ def build_objective(
     return weighted
 
 
-def parts_of(section: Part | list[Part]) -> list[tuple[Keys, Part]]:
+def parts_of(section: Part | list[Part], keys: Keys = ("objective",)) -> list[tuple[Keys, Part]]:
     """The parts of an `objective` section, each with the keys that lead to it in the recipe."""
     if isinstance(section, dict):
-        return [(("objective",), section)]
-    return [(("objective", str(index)), part) for index, part in enumerate(section)]
+        return [(keys, section)]
+    return [((*keys, str(index)), part) for index, part in enumerate(section)]
 
 
-def check_section(section: Part | list[Part], origin: Origin) -> None:
+def check_section(section: Part | list[Part], origin: Origin, keys: Keys = ("objective",)) -> None:
     """Refuse, without torch, an `objective` section of which a part or one of its fields by itself
     is wrong. ConfigError.
 
     `build_objective` alone knows what needs the classes: rules between the fields of an objective,
     names of divergences, the fields of an `import`, and parts that do not fit together.
     """
-    for keys, part in parts_of(section):
-        check_part(part, origin, keys)
-        rest = part if isinstance(section, dict) else _weighed(part, origin, keys)[0]
-        check_fields(rest, origin, keys)
+    for part_keys, part in parts_of(section, keys):
+        check_part(part, origin, part_keys)
+        rest = part if isinstance(section, dict) else _weighed(part, origin, part_keys)[0]
+        check_fields(rest, origin, part_keys)
 
 
 def check_fields(part: Part, origin: Origin, keys: Keys) -> None:

@@ -19,9 +19,10 @@ from alignkit.config.model import ModelConfig, ReferenceConfig, TargetConfig
 from alignkit.config.objective import DEFAULT_OBJECTIVE, Part, check_section
 from alignkit.config.rewards import RewardConfig
 from alignkit.config.rollout import RolloutConfig
+from alignkit.config.row_sources import rows_by_share
 from alignkit.config.section import Section
 from alignkit.config.teacher import TeacherConfig
-from alignkit.config.text import Origin, read_recipe
+from alignkit.config.text import Keys, Origin, read_recipe
 from alignkit.config.train import TrainConfig
 from alignkit.config.validation import nearest, validated
 from alignkit.errors import ConfigError
@@ -78,6 +79,17 @@ class Recipe(Section):
 
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
+    def objectives(self) -> list[tuple[Keys, Part | list[Part]]]:
+        """The objective's section with the keys that lead to it, or those of all streams."""
+        if not self.data.has_streams:
+            return [(("objective",), self.objective)]
+        assert not isinstance(self.data.train, str)
+        return [
+            (("data", "train", str(place), "objective"), source.objective)
+            for place, source in enumerate(self.data.train)
+            if source.objective is not None and source.share
+        ]
+
     @property
     def origin(self) -> Origin:
         """Where each field was written, for faults that are noticed later."""
@@ -95,7 +107,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(recipe)
     data, origin = read_recipe(path, overrides, defaults={"objective": dict(DEFAULT_OBJECTIVE)})
     loaded = recipe_of(data, origin)
-    check_section(loaded.objective, origin)
+    for keys, section in loaded.objectives():
+        check_section(section, origin, keys)
 
     output_dir = _output_dir(loaded.output_dir, path, origin)
     loaded = loaded.model_copy(update={"output_dir": output_dir})
@@ -159,6 +172,25 @@ def _check_across_fields(recipe: Recipe, at: Callable[..., str]) -> None:
         )
 
     _check_splits_of_tasks(recipe, at)
+    if recipe.data.has_streams:
+        _check_streams(recipe, at)
+
+
+def _check_streams(recipe: Recipe, at: Callable[..., str]) -> None:
+    """Streams count steps, as each has epochs of its own, and every one has a row in each step."""
+    if recipe.train.epochs is not None:
+        raise ConfigError(
+            f"{at('train', 'epochs')}: `train.epochs` has no meaning for streams, each of which has "
+            "epochs of its own; give train.steps"
+        )
+    streams = recipe.data.sources()
+    rows = rows_by_share([stream.share or 0 for stream in streams], recipe.train.batch_size)
+    for stream, count in zip(streams, rows):
+        if not count:
+            raise ConfigError(
+                f"{at('train', 'batch_size')}: the share of stream `{stream.stream_name}` is no row of "
+                f"a step of {recipe.train.batch_size}; raise train.batch_size or its share"
+            )
 
 
 def _check_splits_of_tasks(recipe: Recipe, at: Callable[..., str]) -> None:

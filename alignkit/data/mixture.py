@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from alignkit.config.row_sources import TrainSource
+from alignkit.config.row_sources import TrainSource, rows_by_share
 from alignkit.data.report import Report
 from alignkit.errors import DataError
 
@@ -61,7 +60,7 @@ class Mixture(Generic[T]):
         if len(shares) == 1 or None in shares:
             return None
         total = sum(self.sizes)
-        counts = rows_per_epoch([share for share in shares if share is not None], total)
+        counts = rows_by_share([share for share in shares if share is not None], total)
         for part, count in zip(self.parts, counts):
             if not count:
                 raise DataError(
@@ -95,17 +94,3 @@ class Mixture(Generic[T]):
                 f"each of its {len(part.rows)} rows {count / len(part.rows):.2f} times"
             )
         return lines
-
-
-def rows_per_epoch(shares: Sequence[float], total: int) -> list[int]:
-    """`total` rows divided in proportion to `shares`, each count less than one row off.
-
-    Largest remainders: all shares are rounded down, and those that lose most get one row more.
-    """
-    whole = sum(map(Fraction, shares))
-    exact = [Fraction(share) * total / whole for share in shares]
-    counts = [int(rows) for rows in exact]
-    by_loss = sorted(range(len(shares)), key=lambda place: counts[place] - exact[place])
-    for place in by_loss[: total - sum(counts)]:
-        counts[place] += 1
-    return counts

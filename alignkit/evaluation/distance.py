@@ -53,7 +53,7 @@ def distance(shared: Shared, name: str, measured: Measured, scores: Array) -> di
     and for objectives with another optimum.
     """
     recipe = shared.request.recipes.get(name)
-    if recipe is None or measured.score is None:
+    if recipe is None or measured.score is None or recipe.data.has_streams:
         return {}
     beta = tilt_of(build_objective(recipe.objective, recipe.origin, safe=shared.request.safe))
     if beta is None:

@@ -232,7 +232,7 @@ def _preferences(shared: Shared, name: str, pair: PolicyPair) -> Results:
     request = shared.request
     recipe = request.recipes.get(name)
     objective = None
-    if recipe is not None:
+    if recipe is not None and not recipe.data.has_streams:
         objective = build_objective(recipe.objective, recipe.origin, safe=request.safe)
 
     source = _held_out_pairs(

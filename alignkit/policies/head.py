@@ -73,7 +73,10 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The final logits, scaled, capped and divided by the temperature: [C, H] -> [C, V]."""
-        logits: Tensor = self.module(hidden)[..., : self.vocabulary]
+        return self.shaped(self.module(hidden)[..., : self.vocabulary])
+
+    def shaped(self, logits: Tensor) -> Tensor:
+        """What the head's module gives, scaled, capped and divided by the temperature: [C, V]."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.soft_cap is not None:
@@ -114,7 +117,7 @@ class AnchorStates:
         """See `AnchorLaws`: the outcomes are the tokens that both models have."""
         with torch.no_grad(), self.head.context():
             theirs = self.head.logprobs(self.hidden[part])
-        return _cut(logprobs, theirs.shape[-1]), theirs, labels, _at(theirs, labels)
+        return cut(logprobs, theirs.shape[-1]), theirs, labels, _at(theirs, labels)
 
 
 @dataclass(frozen=True)
@@ -179,9 +182,9 @@ def _at(logprobs: Tensor, labels: Tensor) -> Tensor:
     return logprobs.gather(-1, labels[:, None])[:, 0]
 
 
-def _cut(logprobs: Tensor, vocabulary: int) -> Tensor:
-    """The law of the first `vocabulary` tokens: [C, V] -> [C, n]."""
-    if logprobs.shape[-1] <= vocabulary:
+def cut(logprobs: Tensor, vocabulary: int | None) -> Tensor:
+    """The law of the first `vocabulary` tokens: [C, V] -> [C, n]; None: of all."""
+    if vocabulary is None or logprobs.shape[-1] <= vocabulary:
         return logprobs
     return logprobs[:, :vocabulary].log_softmax(-1)
 

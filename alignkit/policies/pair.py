@@ -200,9 +200,9 @@ class PolicyPair:
         name = plan.read_by_statistics
         if name is None:
             return None
-        if all(IDS in bundle.tokens for bundle in bundles):
-            return StoredLaws.of(bundles, rows)
         anchor = self.anchors.get(name)
+        if all(IDS in bundle.tokens for bundle in bundles):
+            return StoredLaws.of(bundles, rows, None if anchor is None else anchor.vocabulary)
         lasts = anchor is not None and anchor.lasts and self.shards is None
         return self._seen.of(name, rows, self.states, again and lasts)
 

@@ -73,6 +73,7 @@ class Anchor:
     moved: bool = False  # kind cached: the policy is no longer what it was at the start
     # Kind lagged: the synced anchor whose previous copy this one holds.
     follows: "Anchor | None" = None
+    vocabulary: int | None = None  # kind stored: how many tokens the policy and it share
 
     @classmethod
     def of(

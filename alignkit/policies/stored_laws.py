@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from alignkit.batches import Bundle
+from alignkit.policies.head import cut
 from alignkit.policies.layout import Rows
 
 # Names in `Bundle.tokens`, K x [T_k, k] and K x [T_k, k + 1]; the label's log-prob is in "teacher".
@@ -37,9 +38,12 @@ class StoredLaws:
     ids: Tensor  # [M, k] int64
     logprobs: Tensor  # [M, k + 1], the last one of all other tokens together
     label_logps: Tensor  # [M]
+    vocabulary: int | None = None  # how many tokens policy and teacher share; None: all
 
     @classmethod
-    def of(cls, bundles: Sequence[Bundle], rows: Rows) -> "StoredLaws":
+    def of(
+        cls, bundles: Sequence[Bundle], rows: Rows, vocabulary: int | None = None
+    ) -> "StoredLaws":
         """What the bundles hold, in the order of the rows' trained tokens."""
 
         def flat(name: str) -> Tensor:
@@ -49,7 +53,7 @@ class StoredLaws:
             padded = torch.stack([pad(v, sizes) for v, sizes in zip(values, padding)])
             return padded.flatten(0, 1).to(rows.targets.device)[rows.targets]
 
-        return cls(flat(IDS).long(), flat(LOGPROBS), flat(LABELS))
+        return cls(flat(IDS).long(), flat(LOGPROBS), flat(LABELS), vocabulary)
 
     def compared(
         self, part: slice, logprobs: Tensor, labels: Tensor
@@ -61,4 +65,5 @@ class StoredLaws:
         same = ids == labels[:, None]
         outcomes = torch.where(same.any(-1), same.long().argmax(-1), ids.shape[-1])
         theirs = self.logprobs[part].to(logprobs.dtype)
+        logprobs = cut(logprobs, self.vocabulary)
         return top_law(logprobs, ids), theirs, outcomes, self.label_logps[part]

@@ -158,6 +158,12 @@ def _read(file: Path) -> tuple[Signature | None, list[list[str | None]]]:
         raise damaged(file) from error
 
 
+def shared_vocabulary(file: Path) -> int | None:
+    """How many tokens the policy and the teacher of a file share; None where it does not say."""
+    signature = _read(file)[0]
+    return None if signature is None else signature.vocabulary
+
+
 def damaged(file: Path) -> ResourceError:
     """The error for a file that is not what was written."""
     return ResourceError(f"teacher.store: {file} is damaged; delete it")

@@ -28,7 +28,13 @@ from alignkit.policies.reference import Anchor
 from alignkit.policies.store import row_key, store_lock
 from alignkit.policies.stored_laws import IDS, LABELS, LOGPROBS, top_law
 from alignkit.policies.teacher import add_teacher
-from alignkit.policies.teacher_signature import Signature, damaged, metadata, stored_file
+from alignkit.policies.teacher_signature import (
+    Signature,
+    damaged,
+    metadata,
+    shared_vocabulary,
+    stored_file,
+)
 
 NAMES = (IDS, LOGPROBS, LABELS)
 
@@ -49,6 +55,8 @@ def with_stored_teacher(
     assert teacher.top is not None
     if teacher.store is None:
         _load(pair, teacher, model)
+        module = pair.anchors["teacher"].module
+        pair.anchors["teacher"].vocabulary = module and module.vocabulary
         return _filled(bundles, _scored(pair, bundles, teacher.top))
 
     keys = [row_key(bundle) for bundle in bundles]
@@ -57,6 +65,8 @@ def with_stored_teacher(
     lacking = len(set(keys) - stored.keys())
     if lacking if pair.shards is None else pair.shards.any(lacking > 0):
         file, stored = _with_missing(pair, dict(zip(keys, bundles)), teacher, model, file)
+    assert file is not None  # it has all rows now
+    pair.anchors["teacher"].vocabulary = shared_vocabulary(file)
     pair.notes.append(f"teacher.store: {len(set(keys)) - lacking} rows read from {file}")
     return _filled(bundles, [stored[key] for key in keys])
 
@@ -115,10 +125,10 @@ def _load(pair: PolicyPair, teacher: TeacherConfig, model: ModelConfig) -> None:
 
 def release_teacher(pair: PolicyPair) -> None:
     """Let a teacher go that nothing will ask any more, since all its laws are in the bundles."""
-    module = pair.anchors["teacher"].module
-    if pair.shards is not None and module is not None:
-        pair.shards.forget(module)
-    pair.anchors["teacher"] = Anchor("stored")
+    anchor = pair.anchors["teacher"]
+    if pair.shards is not None and anchor.module is not None:
+        pair.shards.forget(anchor.module)
+    pair.anchors["teacher"] = Anchor("stored", vocabulary=anchor.vocabulary)
 
 
 def _filled(bundles: Sequence[Bundle], laws: Sequence[Laws]) -> list[Bundle]:

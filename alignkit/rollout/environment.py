@@ -122,7 +122,7 @@ class Instance:
         return {
             "text": _text(text, "step") or "",
             "reward": _number(reward, "step"),
-            "done": bool(done),
+            "done": _flag(done, "step"),
         }
 
     def _tools(self, question: Question) -> Answer:
@@ -171,9 +171,20 @@ def _text(value: Any, method: str) -> str | None:
     raise TypeError(f"{method} returned {_kind(value)}; text or None is allowed")
 
 
+def _flag(value: Any, method: str) -> bool:
+    """True or False, numpy's among them; "no" and None are neither."""
+    if value in (True, False):
+        return bool(value)
+    raise TypeError(
+        f"{method} says with {_kind(value)} whether it is done; True or False is allowed"
+    )
+
+
 def _number(value: Any, method: str) -> float:
     try:
         number = float(value)
+        if isinstance(value, str | bytes):
+            raise TypeError
     except (TypeError, ValueError):
         raise TypeError(f"{method} gave the reward {_kind(value)}; a number is allowed") from None
     if not math.isfinite(number):

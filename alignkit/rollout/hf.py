@@ -2,7 +2,7 @@
 per row and step over the model's own cache.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from torch import Tensor
 from alignkit.batches import Draw
 from alignkit.errors import ConfigError
 from alignkit.kl import exact
+from alignkit.policies.module import causal_lm
 from alignkit.rollout.cache_probe import goes_on, sampling_model
 from alignkit.rollout.cached_model import CachedModel, mixed_logits, proposed_logits
 from alignkit.rollout.drawn import Drawn
@@ -123,6 +124,7 @@ class HFSampler:
         mix: Mix = mixed_logits
         if draw.top is not None:
             mix = partial(proposed_logits, top=draw.top, temperature=self.temperature)
+        mix = partial(_mixed_within, mix, self._vocabulary(weights))
 
         # One model is entered for the whole call. The two of a mixture may be one network with its
         # adapter on and off: each of them is entered for its own forwards alone.
@@ -134,6 +136,19 @@ class HFSampler:
                     samples[row.prompt].append(sample)
                 room = keeper.room
         return samples
+
+    def _vocabulary(self, weights: Mapping[str, float]) -> int | None:
+        """How many tokens can be drawn: those of all models. None: all that one model has.
+
+        A teacher has the policy's tokens, but its embedding may be padded to another size.
+        """
+        if "teacher" not in weights:
+            return None
+        sizes = []
+        for name in {"policy", *weights}:
+            with self.models.model(name) as model:
+                sizes.append(causal_lm(model).config.get_text_config().vocab_size)
+        return min(sizes)
 
     def sync(self) -> None:
         """Nothing to do: these are the trainer's own weights."""
@@ -349,6 +364,13 @@ class _Rows:
             self.completions[live],
             self.positions[live] + position,
         )
+
+
+def _mixed_within(
+    mix: Mix, vocabulary: int | None, models: Sequence[CachedModel], logits: Sequence[Tensor]
+) -> Tensor:
+    """What `mix` makes of the logits of the first `vocabulary` tokens."""
+    return mix(models, [part[..., :vocabulary] for part in logits])
 
 
 def _of_reference(models: list[CachedModel], logits: list[Tensor]) -> Tensor:

@@ -99,6 +99,19 @@ def _check_sources(recipe: Recipe) -> None:
             )
 
 
+def check_with_torch(recipe: Recipe, objective: "Objective", task: Task | None) -> None:
+    """Check that the recipe brings what the objective's plan asks for, before models are loaded.
+    ConfigError.
+    """
+    check_engine(recipe, objective)
+    check_ahead(recipe, objective.plan)
+    check_allocation(recipe, objective.plan)
+    check_teacher(recipe, objective)
+    check_growing_share(recipe, objective.plan)
+    check_appraisal(recipe, objective, task)
+    check_turns(recipe, objective, task)
+
+
 def check_engine(recipe: Recipe, objective: "Objective") -> None:
     """Check that a vLLM server is asked only for what it can draw, and that its address and token
     are usable. ConfigError.
@@ -155,6 +168,12 @@ def check_allocation(recipe: Recipe, plan: "Plan") -> None:
     """
     if recipe.rollout.allocate is None or not plan.samples:
         return
+    if recipe.rollout.allocate.norm == "head" and recipe.train.shard:
+        place = recipe.origin.at(("rollout", "allocate", "norm"))
+        raise ConfigError(
+            f"{place}: `rollout.allocate.norm: head` reads the head as a whole, and `train.shard` spreads "
+            "it over the processes; take norm: one"
+        )
     if plan.data == "rollout" and plan.feedback == "reward" and len(plan.samples) == 1:
         (draw,) = plan.samples
         if list(draw.models) == ["policy"] and draw.n is None and not plan.coupled:

@@ -144,6 +144,11 @@ def _training_data(given: Any, named_rows: dict[str, Any]) -> str | list[dict[st
     """What `data.train` says: the name of one source, or a mixture of several."""
     if not _is_mixture(given):
         return _data(given, "data", named_rows)
+    if any("objective" in entry for entry in given):
+        raise ConfigError(
+            "data: a source has an objective of its own, and `train` is given one for all; write a "
+            "recipe and run it with alignkit.run_recipe"
+        )
     return [
         {**entry, "source": _data(entry["source"], f"data.{place}.source", named_rows)}
         for place, entry in enumerate(given)

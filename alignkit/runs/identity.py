@@ -15,6 +15,7 @@ from alignkit.policies.teacher_signature import weights_of
 from alignkit.policies.weights import weights_hash
 from alignkit.runs.context import RunContext
 from alignkit.runs.live import LiveTask
+from alignkit.runs.streams import contexts_of
 from alignkit.runs.teacher import teacher_of
 
 Hashes = Mapping[str, str]  # field of the recipe -> SHA-256 of what it names
@@ -27,14 +28,19 @@ def hashes_of_inputs(context: RunContext) -> dict[str, Hashes]:
     hashes: dict[str, Hashes] = {}
     with raise_on_all_ranks(context.accelerator):
         if context.accelerator.is_main_process:
-            models = dict(_models(context))
+            parts = contexts_of(context)
+            models = {field: model for part in parts for field, model in _models(part)}
             weights = {field: weights_hash(*model) for field, model in models.items()}
             if context.recipe.teacher is not None and context.plan.needs_teacher:
                 teacher = teacher_of(context.recipe, context.task)
                 weights["teacher"] = weights_of(context.pair, teacher)
             hashes = {
                 "weights": weights,
-                "code": {field: code_hash(spec) for field, spec in _code(context)},
+                "code": {
+                    field: code_hash(spec)
+                    for found in (_objectives(context), *map(_code, parts))
+                    for field, spec in found
+                },
             }
     return broadcast_object_list([hashes])[0]
 
@@ -65,12 +71,16 @@ def _models(context: RunContext) -> Iterator[tuple[str, tuple[str, str | None]]]
         yield "judge.model", (judge.model, None)
 
 
-def _code(context: RunContext) -> Iterator[tuple[str, str]]:
-    """Field -> `module:name` or `file.py:name` of all code of the user's own that the run calls."""
-    for keys, part in parts_of(context.recipe.objective):
-        if "import" in part:
-            yield ".".join((*keys, "import")), part["import"]
+def _objectives(context: RunContext) -> Iterator[tuple[str, str]]:
+    """Field -> code of all objectives of the user's own."""
+    for section_keys, section in context.recipe.objectives():
+        for keys, part in parts_of(section, section_keys):
+            if "import" in part:
+                yield ".".join((*keys, "import")), part["import"]
 
+
+def _code(context: RunContext) -> Iterator[tuple[str, str]]:
+    """Field -> `module:name` or `file.py:name` of all other code of the user's own that is called."""
     for field, reward in _rewards(context):
         if reward.function is not None:
             yield f"{field}.function", reward.function

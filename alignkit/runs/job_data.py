@@ -26,6 +26,7 @@ from alignkit.data.prompts import fingerprint as prompts_fingerprint
 from alignkit.data.read import Source as RowsSource
 from alignkit.data.report import Report
 from alignkit.judges.load import load_judge
+from alignkit.policies.gradient_norms import head_gradient_norms
 from alignkit.policies.module import context_length
 from alignkit.policies.pair import PolicyPair
 from alignkit.rewards.call import RewardCall
@@ -241,15 +242,25 @@ def _rollouts(
         micro_batch_tokens=int(recipe.train.micro_batch_tokens),
         pass_rate=rollout.pass_rate if context.plan.feedback == "reward" else None,
         refills=rollout.refills,
-        allocation=None
-        if rollout.allocate is None
-        else Allocation(rollout.allocate, rollout.completions, rollout.max_new_tokens),
+        allocation=_allocation(context),
         mask_truncated=rollout.mask_truncated and FAMILIES[context.plan.data].credited,
         turns=turns,
         correction=correction,
         ahead=rollout.ahead,
         visits=order_of(mixture, recipe.train.seed),
     )
+
+
+def _allocation(context: RunContext) -> Allocation | None:
+    """How the prompts get numbers of completions of their own; None: all have as many."""
+    rollout = context.recipe.rollout
+    if rollout.allocate is None:
+        return None
+    norms = None
+    if rollout.allocate.norm == "head":
+        budget = int(context.recipe.train.micro_batch_tokens)
+        norms = partial(head_gradient_norms, context.pair, budget=budget)
+    return Allocation(rollout.allocate, rollout.completions, rollout.max_new_tokens, norms)
 
 
 def _held_out(

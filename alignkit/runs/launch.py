@@ -12,21 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.config.objective import build_objective
 from alignkit.config.recipe import Recipe, dump_recipe
+from alignkit.config.streams import objective_of
 from alignkit.distributed.launcher import end
 from alignkit.errors import ConfigError, DataError
-from alignkit.runs.checks import (
-    check_ahead,
-    check_allocation,
-    check_appraisal,
-    check_engine,
-    check_growing_share,
-    check_teacher,
-    check_turns,
-    check_without_torch,
-    unused_sections,
-)
+from alignkit.runs.checks import check_with_torch, check_without_torch
 from alignkit.runs.live import LiveTask
 from alignkit.runs.resume import (
     check_recorded_recipe,
@@ -37,6 +27,7 @@ from alignkit.runs.resume import (
     told_apart,
     with_resolved_autos,
 )
+from alignkit.runs.streams import check_streams, parts_of_run, streams_data, unused_by_all
 from alignkit.tasks import DEFAULT_TASK, Task, resolve
 
 if TYPE_CHECKING:
@@ -59,7 +50,7 @@ def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False)
     code (alignkit.errors).
     """
     check_without_torch(recipe, safe)
-    objective = build_objective(recipe.objective, recipe.origin, safe=safe)
+    objective = objective_of(recipe, safe=safe)
     return _run(recipe, objective, None, resume, safe, [], {})[1]
 
 
@@ -113,15 +104,11 @@ def _run(
         check_unsigned_result(recipe)
         check_recorded_recipe(recipe, resume)
 
-    check_engine(recipe, objective)
-    check_ahead(recipe, objective.plan)
-    check_allocation(recipe, objective.plan)
-    check_teacher(recipe, objective)
-    check_growing_share(recipe, objective.plan)
+    check_streams(recipe, objective)
     if task is None:
         task = resolve_task(recipe)
-    check_appraisal(recipe, objective, task)
-    check_turns(recipe, objective, task)
+    for part, own in parts_of_run(recipe, objective):
+        check_with_torch(part, own, task)
 
     accelerator = make_accelerator(recipe)
     run = RunFolder(recipe.output_dir, writes=accelerator.is_main_process)
@@ -314,9 +301,12 @@ def _load_pair(
 def load_data(context: "RunContext") -> "JobData":
     """The rows or prompts that the plan learns from, as the loop takes them."""
     from alignkit.batches import FAMILIES
+    from alignkit.objectives.streams import Streams
     from alignkit.runs.job_data import fixed_data, sampled_data
     from alignkit.runs.preference_data import preference_data
 
+    if isinstance(context.objective, Streams):
+        return streams_data(context)
     if context.plan.outputs:
         return preference_data(context)
     if FAMILIES[context.plan.data].sampled:
@@ -360,7 +350,7 @@ def build_job(
         card=model_card(recipe, context.objective, data.notes),
         callbacks=callbacks(context),
         compute_metrics=compute_metrics(context, data.evaluation is not None),
-        notes=[*data.notes, *unused_sections(recipe, context.objective), *notes],
+        notes=[*data.notes, *unused_by_all(recipe, context.objective), *notes],
     )
 
 

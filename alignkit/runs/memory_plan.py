@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from alignkit.config.model import ModelConfig
-from alignkit.config.objective import build_objective
 from alignkit.config.recipe import Recipe
+from alignkit.config.streams import objective_of
 from alignkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def plan_memory(recipe: Recipe, gpus: int, *, device: str = "cuda") -> MemoryPla
             f"--gpus {gpus}: train.batch_size {recipe.train.batch_size} is smaller, so some GPUs "
             f"would have no row; set train.batch_size={gpus} or more"
         )
-    plan = build_objective(recipe.objective, recipe.origin).plan
+    plan = objective_of(recipe).plan
     budget = recipe.train.micro_batch_tokens
     tokens = MICRO_BATCH if budget == "auto" else budget
     length = min(recipe.data.max_length, tokens)

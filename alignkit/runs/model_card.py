@@ -13,6 +13,7 @@ from alignkit.config.escaping import fenced, markdown_cell, markdown_line
 from alignkit.config.hub import HUB_NAME
 from alignkit.config.recipe import Recipe, dump_recipe
 from alignkit.objectives.base import Objective, Weighted
+from alignkit.objectives.streams import Streams
 
 
 def model_card(
@@ -80,6 +81,8 @@ def _on_the_hub(name: str) -> bool:
 
 
 def _parts(objective: Objective) -> Sequence[tuple[Objective, float]]:
+    if isinstance(objective, Streams):
+        return [(stream.objective, stream.weight) for stream in objective.streams]
     return objective.parts if isinstance(objective, Weighted) else [(objective, 1.0)]
 
 

@@ -58,7 +58,8 @@ def check_peft(settings: Mapping[str, Any], place: str) -> None:
 
 def _code(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """What errors call a field -> `module:name` or `file.py:name` in it."""
-    for keys, part in parts_of(recipe.objective):
+    parts = [part for keys, section in recipe.objectives() for part in parts_of(section, keys)]
+    for keys, part in parts:
         if "import" in part:
             at = recipe.origin.at((*keys, "import"))
             yield f"{at}: {'.'.join(keys)}.import", part["import"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from alignkit.config.recipe import Recipe, load_recipe
 from alignkit.config.train import known_goal
 from alignkit.errors import AlignkitError, CheckpointError, DataError
+from alignkit.runs.streams import contexts_of, held_out_metric
 
 if TYPE_CHECKING:
     from alignkit.runs.context import RunContext
@@ -158,7 +159,6 @@ def check_unsigned_result(recipe: Recipe) -> None:
 
 def measured_autos(context: "RunContext") -> dict[str, dict[str, Any]]:
     """Section -> field -> what its `auto` turned out to be on this machine and with this model."""
-    from alignkit.batches import FAMILIES
     from alignkit.policies.packing import default_budget, kernel_of
 
     pair = context.pair
@@ -169,9 +169,7 @@ def measured_autos(context: "RunContext") -> dict[str, dict[str, Any]]:
     router = getattr(getattr(pair, "base", None), "router", None)  # reward models have none
     metric = context.recipe.train.metric
     if metric == "auto":
-        metric = "reward" if FAMILIES[context.plan.data].sampled else "loss"
-        first = next(iter(context.recipe.data.held_out_sources()), "")
-        metric = f"eval_{first}_{metric}" if first else f"eval_{metric}"
+        metric = _first_metric(context)
 
     return {
         "model": {
@@ -190,6 +188,16 @@ def measured_autos(context: "RunContext") -> dict[str, dict[str, Any]]:
             "metric_goal": context.recipe.train.goal_of(metric),
         },
     }
+
+
+def _first_metric(context: "RunContext") -> str:
+    """What is watched of the first held-out set: of streams, those of the first that has one."""
+    measured = next(
+        (part for part in contexts_of(context) if part.recipe.data.held_out_sources()), context
+    )
+    metric = held_out_metric(measured)
+    first = next(iter(context.recipe.data.held_out_sources()), "")
+    return f"eval_{first}_{metric}" if first else f"eval_{metric}"
 
 
 def _start_time() -> str:

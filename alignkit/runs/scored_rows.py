@@ -39,7 +39,7 @@ def scored_where_visited(
 
 def scored(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[Bundle]:
     """The bundles with everything that the plan wants to know of them beforehand."""
-    if context.pair.reference_kind == "cached":
+    if context.pair.reference_kind == "cached" and "reference" in context.plan.anchors:
         bundles = _with_reference(context, bundles)
     bundles = with_teacher(context, bundles)
     for name, text in context.plan.prefixes.items():

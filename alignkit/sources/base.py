@@ -9,6 +9,9 @@ from torch import Tensor
 from alignkit.batches import Bundle
 from alignkit.errors import NumericsError
 
+# What a step learns from: bundles, or of several streams the bundles of each.
+Collected = Sequence[Bundle] | Sequence[Sequence[Bundle]]
+
 
 class Source(Protocol):
     """Where the bundles of an optimiser step come from.
@@ -19,7 +22,7 @@ class Source(Protocol):
 
     metrics: dict[str, float]
 
-    def collect(self, step: int, half: int) -> Sequence[Bundle]:
+    def collect(self, step: int, half: int) -> Collected:
         """This rank's bundles of optimiser step `step`, counted from 0.
 
         `half` is 1 for the second collection of an extragradient step, else 0.

@@ -25,6 +25,9 @@ from alignkit.sources.scoring import Answers, scores_of
 # (positions of prompts in the order, their samples) -> scored bundles, None without a score
 Score = Callable[[Sequence[int], Sequence[Sequence[Sample]]], list[Bundle | None]]
 
+# bundles -> the norm of each completion's gradient
+Norms = Callable[[Sequence[Bundle]], list[list[float]]]
+
 
 def sample_budgets(
     pass_rates: Sequence[float],
@@ -42,8 +45,8 @@ def sample_budgets(
     with p or G of 0 gets no more than `least`. At alpha 0 they minimise sum of G^2 / (p n), the
     variance of the step's gradient. Integers by the largest residual; their sum is `total`.
 
-    ConfigError where `total` is less than `least` for each, and for a rate outside [0, 1]. Source:
-    GVM, Yao et al. 2025, arXiv:2505.02391.
+    ConfigError where `total` is less than `least` for each, for a rate outside [0, 1], and for a norm
+    that is negative or not finite. Source: GVM, Yao et al. 2025, arXiv:2505.02391.
     """
     if total < least * len(pass_rates):
         raise ConfigError(
@@ -53,6 +56,8 @@ def sample_budgets(
         raise ConfigError(f"pass rates should be between 0 and 1; got {list(pass_rates)}")
 
     sizes = [1.0] * len(pass_rates) if norms is None else list(norms)
+    if not all(0 <= size < math.inf for size in sizes):
+        raise ConfigError(f"norms of gradients should be finite and not negative; got {sizes}")
     weights = [
         size / math.sqrt(rate + alpha / rate ** (beta - 1)) if rate > 0 else 0.0
         for rate, size in zip(pass_rates, sizes, strict=True)
@@ -86,6 +91,7 @@ class Allocation:
     config: AllocateConfig
     mean: int  # completions per prompt
     room: int  # most new tokens of a completion
+    norms: Norms | None = None  # None: all gradients count as alike
 
     def completed(
         self,
@@ -113,14 +119,17 @@ class Allocation:
         accelerator: Accelerator,
     ) -> tuple[dict[int, int], dict[str, float]]:
         """Completions of each of this rank's prompts, by position, from the scores of all ranks."""
-        own = [(p, self._pass_rate(row)) for p, row in zip(positions, bundles, strict=True)]
-        everyone = sorted(gather_object(own))
-        rates = [rate for _, rate in everyone]
+        with raise_on_all_ranks(accelerator):
+            sizes = self._gradients(bundles)
+        rated = map(self._pass_rate, bundles)
+        everyone = sorted(gather_object(list(zip(positions, rated, sizes, strict=True))))
+        rates = [rate for _, rate, _ in everyone]
         counts = sample_budgets(
             rates,
             self.mean * len(rates),
             alpha=self.config.alpha,
             beta=self.config.power,
+            norms=[size for _, _, size in everyone],
             least=self.config.pilot,
         )
         metrics = {
@@ -128,12 +137,37 @@ class Allocation:
             "rollout/never_passed": sum(rate == 0 for rate in rates) / len(rates),
             "rollout/most_completions": float(max(counts)),
         }
-        by_position = {position: count for (position, _), count in zip(everyone, counts)}
+        by_position = {position: count for (position, _, _), count in zip(everyone, counts)}
         return by_position, metrics
 
     def _pass_rate(self, bundles: Sequence[Bundle]) -> float:
         scores = scores_of(bundles)
         return 0.0 if scores is None else float((scores > self.config.threshold).double().mean())
+
+    def _gradients(self, bundles: Sequence[Sequence[Bundle]]) -> list[float]:
+        """The mean norm of the gradients of each prompt's accepted pilots; 1 where all count alike,
+        0 for a prompt without one.
+        """
+        if self.norms is None:
+            return [1.0] * len(bundles)
+        accepted = [[part for b in row if (part := self._accepted(b))] for row in bundles]
+        norms = iter(self.norms([bundle for row in accepted for bundle in row]))
+        by_prompt = [[norm for _ in row for norm in next(norms)] for row in accepted]
+        return [sum(row) / len(row) if row else 0.0 for row in by_prompt]
+
+    def _accepted(self, bundle: Bundle) -> Bundle | None:
+        """The completions with a score above the threshold, without what is known of them."""
+        scores = bundle.rows["score"].tolist()
+        kept = [k for k, score in enumerate(scores) if score > self.config.threshold]
+        if not kept:
+            return None
+        return replace(
+            bundle,
+            completions=[bundle.completions[k] for k in kept],
+            masks=[bundle.masks[k] for k in kept],
+            rows={},
+            tokens={},
+        )
 
     def _rest(self, pilot: Request, counts: dict[int, int], sampler: Sampler) -> list[list[Sample]]:
         """What is left to be drawn: the samples that one draw of all of them would have given, since

@@ -9,14 +9,14 @@ from alignkit.training.reduction import Metrics
 Set = TypeVar("Set")
 
 
-def metrics_of_sets(measure: Callable[[Set], Metrics], sets: Mapping[str, Set]) -> Metrics:
-    """`measure` of each set, as NAME_metric. One set that has no name stands under "", and its
-    metrics keep their names.
+def metrics_of_sets(measure: Callable[[str, Set], Metrics], sets: Mapping[str, Set]) -> Metrics:
+    """`measure` of each name and set, as NAME_metric. One set that has no name stands under "", and
+    its metrics keep their names.
     """
     return {
         f"{name}_{metric}" if name else metric: value
         for name, held_out in sets.items()
-        for metric, value in measure(held_out).items()
+        for metric, value in measure(name, held_out).items()
     }
 
 
@@ -25,5 +25,5 @@ def measured_on(measures: Mapping[str, Callable[[], Metrics]]) -> Callable[[], M
     return partial(metrics_of_sets, _call, measures) if measures else None
 
 
-def _call(measure: Callable[[], Metrics]) -> Metrics:
+def _call(name: str, measure: Callable[[], Metrics]) -> Metrics:
     return measure()

@@ -5,16 +5,17 @@ It knows plans, bundles and terms; it never learns which objective it runs.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 
-from alignkit.batches import Bundle
 from alignkit.distributed.errors import raise_on_all_ranks
 from alignkit.errors import CheckpointError, ConfigError, NumericsError, ResourceError
 from alignkit.policies.dtensors import local
+from alignkit.sources.base import Collected
+from alignkit.sources.streams import StreamSource
 from alignkit.training import checkpoint, shared_checkpoint
 from alignkit.training.callbacks import Callbacks
 from alignkit.training.computed_metrics import evaluated
@@ -24,10 +25,11 @@ from alignkit.training.held_out_sets import metrics_of_sets
 from alignkit.training.job import Job, Result
 from alignkit.training.optimizer import learning_rate, make_optimizer
 from alignkit.training.progress import TrainProgress
-from alignkit.training.reduction import Metrics, Reducer
+from alignkit.training.reduction import Metrics
 from alignkit.training.shared_model import save_shared_model
 from alignkit.training.signals import Interrupted, Signals
 from alignkit.training.snapshot import Counters, Snapshot, seed_everything
+from alignkit.training.streams import reducer_of
 from alignkit.training.updates import UPDATES
 
 log = logging.getLogger("alignkit")
@@ -54,13 +56,7 @@ class _Loop:
         self.optimizer = self.pair.prepare(
             self.accelerator, make, sharded=self.config.shard, mesh=self.config.mesh
         )
-        self.reducer = Reducer(
-            job.objective,
-            self.pair,
-            self.accelerator,
-            job.micro_batch_tokens,
-            self.config.max_grad_norm,
-        )
+        self.reducer = reducer_of(job)
         self.update = UPDATES[job.objective.plan.update]
 
         # The weight average that model/ gets in place of the last weights; empty without one.
@@ -147,7 +143,7 @@ class _Loop:
 
         self.counters.tokens = self.reducer.tokens
         self.counters.elapsed = time.monotonic() - self.began
-        return {
+        row = {
             "step": step + 1,
             "time": round(self.counters.elapsed, 3),
             **metrics,
@@ -155,6 +151,9 @@ class _Loop:
             "tokens": self.counters.tokens,
             **self.job.source.metrics,
         }
+        if isinstance(self.job.source, StreamSource):
+            self.job.source.observe(row)
+        return row
 
     def _update_or_skip(self, step: int) -> Metrics:
         """Update the policy. A step that is not finite is left out and counted, as long as
@@ -162,7 +161,7 @@ class _Loop:
         """
         halves = iter(range(2))
 
-        def collect() -> Sequence[Bundle]:
+        def collect() -> Collected:
             return self.job.source.collect(step, next(halves))
 
         try:
@@ -259,8 +258,9 @@ class _Loop:
         if self.job.evaluation is not None:
             given = self.job.evaluation
             sets = given if isinstance(given, Mapping) else {"": given}
+            compute = self.job.compute_metrics
             metrics = metrics_of_sets(
-                partial(evaluated, self.reducer, self.job.compute_metrics), sets
+                lambda name, rows: evaluated(self.reducer.of(name), compute, rows), sets
             )
         if self.job.measure:
             metrics |= self.job.measure()

@@ -41,8 +41,8 @@ class Sums:
     metrics: dict[str, Tensor] = field(default_factory=dict)  # name -> [sum, elements], float64
 
     @classmethod
-    def zero(cls, device: torch.device) -> "Sums":
-        return cls(torch.zeros((), device=device, dtype=torch.float64), Guard(device))
+    def zero(cls, device: torch.device, guard: Guard) -> "Sums":
+        return cls(torch.zeros((), device=device, dtype=torch.float64), guard)
 
     def add(self, out: LossTerms, bundles: Sequence[Bundle], counted: bool = True) -> None:
         for name, values in out.metrics.items():
@@ -53,6 +53,17 @@ class Sums:
             self.metrics[name] = previous + entry if counted else previous
         if counted:
             self.guard.watch_terms(out, bundles)
+
+
+@dataclass
+class Part:
+    """The rows of a step that one objective learns from."""
+
+    counts: dict[str, float]  # over all processes
+    chunks: list[tuple[list[Bundle], bool]]  # micro-batches; False: counts nothing
+    everywhere: bool  # whether every process has a row
+    sums: Sums
+    leaves: list[TokenLogps] | None  # of coupled objectives: the loss's gradient
 
 
 # What is handed the micro-batches of an evaluation.
@@ -94,9 +105,12 @@ class Reducer:
             try:
                 return self._backward(bundles)
             except torch.OutOfMemoryError as error:
-                self._halve(bundles, error)
+                self.halve(bundles, error)
 
-    def _halve(self, bundles: Sequence[Bundle], error: torch.OutOfMemoryError) -> None:
+    def halve(self, bundles: Sequence[Bundle], error: torch.OutOfMemoryError) -> None:
+        """Make micro-batches smaller and forget the step's gradient. ResourceError where `backward`
+        says so.
+        """
         chunks = self.pair.micro_batches(bundles, self.budget)
         if self.accelerator.num_processes > 1 or len(chunks) == len(bundles):
             raise ResourceError(
@@ -116,32 +130,61 @@ class Reducer:
             parameter.grad = None
 
     def _backward(self, bundles: Sequence[Bundle]) -> Metrics:
-        counts = self._counts(bundles)
-        chunks, everywhere = self._chunks(bundles)
-        sums = Sums.zero(self.pair.device)
-        leaves = self._coupled(chunks, counts, sums) if self.plan.coupled else None
-        for i, (chunk, counted) in enumerate(chunks):
-            last = i == len(chunks) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.pair.module):
-                seen = self.pair.forward(chunk, self.plan)
-                # another rank has more micro-batches: take part in the synchronisation with a zero
-                if not counted:
-                    loss = _zero(seen)
-                elif leaves is not None:
-                    assert isinstance(seen, TokenLogps)  # no coupled objective learns from outputs
-                    loss = _pull_back(seen, leaves[i])
-                else:
-                    loss = self._loss(chunk, seen, counts, sums)
-                if counted:
-                    loss = loss + self._auxiliary(seen, counts, sums)
-                self.accelerator.backward(loss * self.accelerator.num_processes)
-            sums.tokens += sum(b.n_tokens for b in chunk) if counted else 0
-        parameters = list(self.pair.parameters())
-        norm = float(self.accelerator.clip_grad_norm_(parameters, self.clip or float("inf")))
-        metrics, broken, computed = self._reduce(sums, everywhere)
-        sums.guard.check(metrics["loss"], norm, broken, self.accelerator)
+        part = self.prepare(bundles, Guard(self.pair.device))
+        for number in range(len(part.chunks)):
+            self.descend(part, number, is_last=number == len(part.chunks) - 1)
+        norm = self.clipped()
+        metrics, broken, computed = self.reduce(part)
+        part.sums.guard.check(metrics["loss"], norm, broken, self.accelerator)
         self.tokens += computed
         return {**metrics, "grad_norm": norm}
+
+    def of(self, name: str) -> "Reducer":
+        """The reducer of the held-out rows of that name: of streams each has its own."""
+        return self
+
+    def prepare(self, bundles: Sequence[Bundle], guard: Guard) -> Part:
+        """The bundles of a step, cut into micro-batches, with the counts of all processes."""
+        counts = self._counts(bundles)
+        chunks, everywhere = self._chunks(bundles)
+        sums = Sums.zero(self.pair.device, guard)
+        leaves = self._coupled(chunks, counts, sums) if self.plan.coupled else None
+        return Part(counts, chunks, everywhere, sums, leaves)
+
+    def descend(
+        self, part: Part, number: int, *, is_last: bool, weight: float = 1.0, whole: bool = False
+    ) -> None:
+        """Add the gradient of weight * loss of a micro-batch. In the last one of a step the processes
+        exchange their gradients; `whole` says that others before it may have used more parameters.
+        """
+        chunk, counted = part.chunks[number]
+        with nullcontext() if is_last else self.accelerator.no_sync(self.pair.module):
+            seen = self.pair.forward(chunk, self.plan)
+            # another rank has more micro-batches: take part in the synchronisation with a zero
+            if not counted:
+                loss = _zero(seen)
+            elif part.leaves is not None:
+                assert isinstance(seen, TokenLogps)  # no coupled objective learns from outputs
+                loss = _pull_back(seen, part.leaves[number])
+            else:
+                loss = self._loss(chunk, seen, part.counts, part.sums)
+            if counted:
+                loss = loss + self._auxiliary(seen, part.counts, part.sums)
+            if whole and is_last:
+                loss = loss + _zero(seen)
+            self.accelerator.backward(loss * (weight * self.accelerator.num_processes))
+        part.sums.tokens += sum(b.n_tokens for b in chunk) if counted else 0
+
+    def clipped(self) -> float:
+        """The norm of the step's gradient, which is clipped."""
+        parameters = list(self.pair.parameters())
+        return float(self.accelerator.clip_grad_norm_(parameters, self.clip or float("inf")))
+
+    def reduce(self, part: Part) -> tuple[Metrics, float, int]:
+        """Over all ranks: the step's loss and metrics, the rows that are not finite, the tokens
+        computed.
+        """
+        return self._reduce(part.sums, part.everywhere)
 
     @torch.no_grad()
     def evaluate(self, bundles: Sequence[Bundle], see: See = _forget) -> Metrics:
@@ -150,7 +193,7 @@ class Reducer:
         """
         counts = self._counts(bundles)
         chunks, everywhere = self._chunks(bundles)
-        sums = Sums.zero(self.pair.device)
+        sums = Sums.zero(self.pair.device, Guard(self.pair.device))
         if self.plan.coupled:
             self._coupled(chunks, counts, sums, see)
         else:
@@ -217,10 +260,12 @@ class Reducer:
         sizes = self.accelerator.gather(torch.tensor([len(chunks)], device=self.pair.device))
         most = int(sizes.max())
         everywhere = bool(sizes.min())
-        stored = list(bundles[0].tokens) if bundles else []
+        # One number for each token, or several: a stored teacher's most likely tokens.
+        stored = [(k, v[0].shape[1:]) for k, v in bundles[0].tokens.items()] if bundles else []
         # a small evaluation or minibatch leaves a rank without rows
         stored = stored if everywhere else gather_object(stored)
-        filling = replace(stand_in(), tokens={name: [torch.zeros(1)] for name in stored})
+        tokens = {name: [torch.zeros(1, *shape)] for name, shape in stored}
+        filling = replace(stand_in(), tokens=tokens)
         return chunks + [([filling], False)] * (most - len(chunks)), everywhere
 
     def _coupled(

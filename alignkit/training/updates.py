@@ -1,19 +1,20 @@
 """How one iteration moves the parameters: a gradient step, or an extragradient step.
 
 `backward(bundles)` leaves the step's clipped gradient in the parameters and returns its metrics;
-`collect()` gives the bundles of this rank, sampled from the policy as it is when called.
+`collect()` gives the bundles of this rank, sampled from the policy as it is when called; of several
+streams, the bundles of each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from alignkit.batches import Bundle
 from alignkit.policies.pair import PolicyPair
 
 Metrics = dict[str, float]
-Collect = Callable[[], Sequence[Bundle]]
-Backward = Callable[[Sequence[Bundle]], Metrics]
+Collect = Callable[[], Any]
+Backward = Callable[[Any], Metrics]
 
 
 def gradient(

@@ -4,10 +4,17 @@ what is refused.
 
 import pytest
 import torch
-from tiny_models import random_bundles, separate_logps, tiny_model, write_model
+from tiny_models import (
+    VOCAB,
+    random_bundles,
+    separate_logps,
+    tiny_model,
+    write_model,
+    write_padded,
+)
 from transformers import AutoModelForCausalLM
 
-from alignkit.batches import Draw, Plan
+from alignkit.batches import Bundle, Draw, Plan
 from alignkit.config.model import ModelConfig, ReferenceConfig
 from alignkit.config.teacher import TeacherConfig
 from alignkit.errors import ModelError
@@ -17,7 +24,7 @@ from alignkit.policies.load import load_pair
 from alignkit.policies.teacher import add_teacher
 from alignkit.rollout.hf import HFSampler
 
-TOKENS = 61
+TOKENS = VOCAB
 LAWS = Plan("sequence", {"divergence": teacher_statistic(divergence="jsd")}, ("teacher",))
 
 
@@ -26,19 +33,6 @@ def with_teacher(student, teacher, plan=LAWS):
     pair = load_pair(model, ReferenceConfig(), None, plan, fixed_data=True)
     add_teacher(pair, TeacherConfig(name_or_path=str(teacher)), model)
     return pair
-
-
-def write_padded(folder, seed, vocab):
-    """A model whose embedding has more rows than the tokenizer; it makes the further ones unlikely."""
-    write_model(folder, seed=seed, vocab=vocab, tokens=TOKENS)
-    model = tiny_model("llama", seed, vocab)
-    with torch.no_grad():
-        # The first channel stays large and positive, so that a head can lower a logit everywhere.
-        model.model.embed_tokens.weight[:, 0] = 30.0
-        model.lm_head.weight[:, 0] = 0.0
-        model.lm_head.weight[TOKENS:, 0] = -30.0
-    model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
@@ -89,6 +83,78 @@ def test_a_token_that_only_the_policy_has_is_an_error(tmp_path):
     for plan in (LAWS, Plan("sequence", anchors=("teacher",))):
         with pytest.raises(ModelError, match=r"has the token 70, which the teacher does not have"):
             pair.logps(bundles, plan)
+
+
+def law(network, ids, shared):
+    """The next token's law over the tokens that both models have."""
+    with torch.no_grad():
+        return network(ids[None]).logits[0, -1, :shared].softmax(-1)
+
+
+@pytest.mark.parametrize(("own", "theirs"), [(TOKENS, 72), (72, TOKENS)])
+@pytest.mark.parametrize(
+    "draw", [Draw(4000, top=5), Draw(4000, source="teacher")], ids=["proposes", "alone"]
+)
+def test_a_padded_teacher_draws_what_the_policy_can_read(tmp_path, own, theirs, draw):
+    """Proposing and sampling alone: the law over the shared tokens, also where padding is likely."""
+    student = write_padded(tmp_path / "s", 1, own)
+    teacher = write_padded(tmp_path / "t", 2, theirs)
+    plan = Plan("rollout", anchors=(), samples=(draw,))
+    pair = with_teacher(tmp_path / "s", tmp_path / "t", plan)
+    with torch.no_grad():  # from here on the padding of each is likely
+        for module in (pair.base, pair.anchors["teacher"].module):
+            module.model.lm_head.weight[TOKENS:, 0] = 0.0
+
+    prompt = torch.tensor([3, 4])
+    proposed, judged = law(student, prompt, TOKENS), law(teacher, prompt, TOKENS)
+    within = torch.zeros_like(judged).scatter(-1, judged.topk(5).indices, 1.0)
+    mixed = proposed * within + (1 - (proposed * within).sum()) * judged
+    expected = judged if draw.top is None else mixed
+
+    sampler = HFSampler(pair, max_new_tokens=1, seed=1)
+    (samples,) = sampler.sample([prompt], draw, step=0, prompt_ids=[0])
+    tokens = torch.tensor([int(s.ids[0]) for s in samples])
+    assert int(tokens.max()) < TOKENS
+    counts = torch.bincount(tokens, minlength=TOKENS)[:TOKENS] / len(tokens)
+    assert float((counts - expected).abs().sum()) < 0.1
+    logps = torch.stack([s.logps[0] for s in samples])
+    torch.testing.assert_close(logps, expected.log()[tokens].float(), rtol=0, atol=1e-4)
+
+    scored = Bundle(prompt, [s.ids for s in samples[:8]], [torch.ones(1, dtype=torch.bool)] * 8)
+    assert pair.logps([scored], LAWS).extras["divergence"].isfinite().all()
+
+
+def test_tied_embeddings_of_unequal_padding(tmp_path):
+    """A teacher and a student whose heads are their embeddings."""
+    networks = []
+    for name, seed, vocab in (("s", 1, 64), ("t", 2, 72)):
+        write_model(tmp_path / name, seed=seed, vocab=vocab, tokens=TOKENS)
+        network = tiny_model("llama", seed, vocab)
+        network.config.tie_word_embeddings = True
+        network.tie_weights()
+        with torch.no_grad():  # the first channel is large everywhere and lowers the padding
+            network.model.embed_tokens.weight[:, 0] = 30.0
+            network.model.embed_tokens.weight[TOKENS:] = 0.0
+            network.model.embed_tokens.weight[TOKENS:, 0] = -30.0
+        network.save_pretrained(tmp_path / name)
+        networks.append(AutoModelForCausalLM.from_pretrained(tmp_path / name).eval())
+
+    pair, bundles = with_teacher(tmp_path / "s", tmp_path / "t"), random_bundles(1, vocab=TOKENS)
+    assert pair.base.model.lm_head.weight is pair.base.model.model.embed_tokens.weight
+    expected = []
+    for network in networks:
+        whole = []
+        separate_logps(network, bundles, lambda lp, ids, kept=whole: kept.append(lp) or lp[:, 0])
+        expected.append(torch.cat([lp[:, :64].log_softmax(-1) for lp in whole]).detach())
+    every = torch.cat([m for bundle in bundles for m in bundle.masks])
+    found = pair.logps(bundles, LAWS)
+    divergence = distillation_loss(*expected, divergence="jsd")
+    torch.testing.assert_close(
+        found.extras["divergence"][found.mask], divergence[every], rtol=0, atol=2e-5
+    )
+    found.extras["divergence"].sum().backward()
+    gradient = pair.base.model.model.embed_tokens.weight.grad
+    assert gradient[:TOKENS].abs().max() > 1e-4  # once, for both uses
 
 
 def test_teachers_that_do_not_fit(tmp_path):

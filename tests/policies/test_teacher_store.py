@@ -6,7 +6,14 @@ import resource
 
 import pytest
 import torch
-from tiny_models import VOCAB, random_bundles, separate_logps, tiny_model, write_model
+from tiny_models import (
+    VOCAB,
+    random_bundles,
+    separate_logps,
+    tiny_model,
+    write_model,
+    write_padded,
+)
 
 from alignkit.batches import Plan
 from alignkit.config.model import ModelConfig, ReferenceConfig
@@ -82,6 +89,40 @@ def test_all_tokens_but_one_are_the_whole_law(pair):
         for b in (bundles, with_stored_teacher(pair, bundles, VOCAB - 1))
     ]
     torch.testing.assert_close(*ranked, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stored_on_disk", [False, True])
+def test_a_policy_with_more_padding_than_the_teacher(tmp_path, stored_on_disk):
+    """Both laws are of the tokens that both have, as with a live teacher: in the last bucket too."""
+    write_padded(tmp_path / "s", 1, 72)
+    teacher = write_padded(tmp_path / "t", 2, VOCAB)
+    model = ModelConfig(name_or_path=str(tmp_path / "s"))
+    pair = load_pair(model, ReferenceConfig(), None, LAWS, fixed_data=True)
+    store = tmp_path / "store" if stored_on_disk else None
+    section = TeacherConfig(name_or_path=str(tmp_path / "t"), top=5, store=store and str(store))
+    bundles = random_bundles(3, vocab=VOCAB)
+    rows = stored_by(pair, bundles, section, model)
+    for _ in range(2):  # made, and read
+        release_teacher(pair)
+        with torch.no_grad():  # from here on the padding is likely
+            pair.base.model.lm_head.weight[VOCAB:, 0] = 0.0
+        found = pair.logps(rows, LAWS)
+
+        laws = []
+        for network in (pair.base.model, teacher):
+            kept = []
+            separate_logps(network, bundles, lambda lp, ids, kept=kept: kept.append(lp) or lp[:, 0])
+            laws.append(torch.cat(kept).detach()[:, :VOCAB].log_softmax(-1))
+        policy, wanted = laws
+        ids = wanted.topk(5).indices
+        every = torch.cat([m for bundle in bundles for m in bundle.masks])
+        for name in NAMES:
+            expected = distillation_loss(coarse(policy, ids), coarse(wanted, ids), divergence=name)
+            own = found.extras[name][found.mask]
+            torch.testing.assert_close(own, expected[every], rtol=0, atol=2e-5)
+        if stored_on_disk:
+            pair.anchors["teacher"].vocabulary = None
+            rows = stored_by(pair, bundles, section, model)
 
 
 def test_the_gradient_goes_through_both_parts(pair):

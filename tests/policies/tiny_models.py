@@ -154,3 +154,16 @@ def write_model(
     PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder)
     tiny_model(name, seed, vocab, **changes).save_pretrained(folder)
     return str(folder)
+
+
+def write_padded(folder, seed, vocab):
+    """A model whose embedding has more rows than the tokenizer; it makes the further ones unlikely."""
+    write_model(folder, seed=seed, vocab=vocab, tokens=VOCAB)
+    model = tiny_model("llama", seed, vocab)
+    with torch.no_grad():
+        # The first channel stays large and positive, so that a head can lower a logit everywhere.
+        model.model.embed_tokens.weight[:, 0] = 30.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[VOCAB:, 0] = -30.0
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).eval()

@@ -83,7 +83,8 @@ class Strange:
 
     def step(self, text):
         results = {"pair": ("x", 1.0), "text": (b"x", 1.0, True), "reward": ("x", object(), True),
-                   "nan": ("x", float("nan"), True)}
+                   "nan": ("x", float("nan"), True), "digits": ("x", "1.0", True),
+                   "done": ("x", 1.0, "no"), "nothing": ("x", 1.0, None)}
         return results.get(self.what, ("fine", 0.5, True))
 
 def double(x: int) -> int:
@@ -219,6 +220,9 @@ def test_a_tool_that_is_not_there_and_arguments_that_do_not_fit_are_failures():
     assert results[1]["content"] == "{'error': 'Tool sub not found.'}"
 
 
+UNDONE = "step: TypeError: step says with a {} whether it is done"
+
+
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
@@ -226,6 +230,9 @@ def test_a_tool_that_is_not_there_and_arguments_that_do_not_fit_are_failures():
         ("pair", "step: TypeError: step returned a tuple; it should return (text, reward, done)"),
         ("text", "step: TypeError: step returned a bytes; text or None is allowed"),
         ("reward", "step: TypeError: step gave the reward a object; a number is allowed"),
+        ("digits", "step: TypeError: step gave the reward a str; a number is allowed"),
+        ("done", f"{UNDONE.format('str')}; True or False is allowed"),
+        ("nothing", f"{UNDONE.format('NoneType')}; True or False is allowed"),
         ("nan", "step: ValueError: step gave the reward nan; a finite number is allowed"),
     ],
 )

@@ -2,6 +2,7 @@
 evaluation, epochs, the card.
 """
 
+import json
 from datetime import timedelta
 
 import pytest
@@ -206,24 +207,33 @@ def test_trackers_get_every_row(world, tmp_path, monkeypatch):
     ]
 
 
-EMBEDDED = [
-    name for name in sorted(shipped_recipes()) if load_recipe(name).data.train.startswith("task:")
-]
+EMBEDDED = [name for name in sorted(shipped_recipes()) if load_recipe(name).data.task_source()]
+
+
+def in_a_size_for_tests(train):
+    """`data.train` of a recipe on the small world of its task."""
+    if isinstance(train, str):
+        return train.removesuffix("_small") + "_small"
+    streams = [stream.model_dump(exclude_none=True) for stream in train]
+    tasks = ("source", "eval")
+    small = [{k: f"{v}_small" if k in tasks else v for k, v in s.items()} for s in streams]
+    return json.dumps(small)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_every_shipped_recipe_runs_on_its_task(name, tmp_path):
-    # the same world in a size for tests
-    task = load_recipe(name).data.train.removesuffix("_small") + "_small"
+    data = load_recipe(name).data
+    task = data.task_source().removesuffix("_small") + "_small"
     small = [
         "train.steps=2",
         "train.batch_size=4",
         "train.log_samples_every=2",
         "train.epochs=null",
     ]
-    small += [f"data.eval={task}"] if load_recipe(name).data.eval else []
-    recipe = load_recipe(name, [f"data.train={task}", f"output_dir={tmp_path / name}", *small])
+    small += [f"data.eval={task}"] if data.eval else []
+    small.append(f"data.train={in_a_size_for_tests(data.train)}")
+    recipe = load_recipe(name, [f"output_dir={tmp_path / name}", *small])
     result = run_recipe(recipe)
     assert result.step == 2
     writes = not build_objective(

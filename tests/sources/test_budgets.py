@@ -2,10 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
+from accelerate import Accelerator
 from online_world import budgeted_job, online_job
 from world import save_model
 
@@ -16,6 +18,7 @@ from alignkit.errors import ConfigError
 from alignkit.files import read_jsonl
 from alignkit.objectives.online.kl_ppo import KLPPO
 from alignkit.objectives.online.raft import RAFT
+from alignkit.policies.gradient_norms import head_gradient_norms
 from alignkit.rollout.protocol import Sample
 from alignkit.sources.budgets import Allocation, alike, sample_budgets
 from alignkit.training.loop import train
@@ -47,6 +50,64 @@ def test_at_alpha_zero_the_variance_is_least():
     minimum = sum(g / math.sqrt(p) for g, p in zip(norms, rates)) ** 2 / total
     assert variance(many) == pytest.approx(minimum, rel=1e-5)
     assert minimum <= best
+
+
+def head_gradient(pair, prompt, ids):
+    """By autograd: the norm of the gradient of a completion's log-prob in the head's weight."""
+    model = pair.base.model
+    row = torch.cat([prompt, ids])
+    logits = model(row[None]).logits[0, len(prompt) - 1 : -1] / pair.base.temperature
+    logps = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).sum()
+    (by_weight,) = torch.autograd.grad(logps, model.lm_head.weight)
+    return float(by_weight.norm())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_norms_in_the_head_are_autograds(model, tmp_path, temperature):
+    job = online_job(model, tmp_path, RAFT(threshold=0.5))
+    job.pair.base.double().temperature = temperature
+    bundles = [
+        Bundle(torch.tensor([1, 5]), [torch.tensor(ids) for ids in rows], masks(rows))
+        for rows in ([[3, 4, 5], [3, 4, 9, 2]], [[7]], [[8, 8], [2], [11, 12, 2]])
+    ]
+    expected = [
+        [head_gradient(job.pair, bundle.prompt, ids) for ids in bundle.completions]
+        for bundle in bundles
+    ]
+    for budget in (4096, 8):
+        found = head_gradient_norms(job.pair, bundles, budget)
+        assert [len(row) for row in found] == [2, 1, 3]
+        for row, other in zip(found, expected):
+            assert row == pytest.approx(other, abs=1e-10, rel=0)
+
+
+def masks(rows):
+    return [torch.ones(len(ids), dtype=torch.bool) for ids in rows]
+
+
+def test_prompts_with_large_gradients_get_more(model, tmp_path):
+    """Pilots that pass alike, of which those of one prompt have ten times the gradient."""
+    asked = []
+
+    def norms(bundles):
+        asked.extend(bundles)
+        return [[10.0 if b.uid == "0" else 1.0] * len(b.completions) for b in bundles]
+
+    config = AllocateConfig(pilot=2, threshold=0.5, alpha=0.0, norm="head")
+    rows = [
+        [replace(bundle(2), uid=str(n), rows={"score": torch.tensor(scores)})]
+        for n, scores in enumerate([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    ]
+    allocation = Allocation(config, mean=8, room=6, norms=norms)
+    counts, _ = allocation._counts([5, 6, 7], rows, Accelerator(cpu=True))
+    assert counts == {5: 20, 6: 2, 7: 2}  # 22 : 2.2, the pilot at least
+    assert [len(b.completions) for b in asked] == [1, 1]  # accepted ones alone
+    alike_counts, _ = replace(allocation, norms=None)._counts(
+        [5, 6, 7], rows, Accelerator(cpu=True)
+    )
+    assert alike_counts == {5: 11, 6: 11, 7: 2}
+    with pytest.raises(ConfigError, match="finite and not negative"):
+        sample_budgets([0.5], 7, norms=[math.nan])
 
 
 def test_prompts_that_never_pass_get_the_pilot_alone():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_dataset import bundle
 
 from alignkit.batches import Plan
-from alignkit.data.mixture import rows_per_epoch
+from alignkit.config.row_sources import rows_by_share
 from alignkit.sources.dataset import DatasetSource, MixedOrder
 
 SHARES = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
@@ -20,7 +20,7 @@ SHARES = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
 
 @given(shares=SHARES, total=st.integers(0, 200))
 def test_an_epoch_is_divided_to_less_than_one_row(shares, total):
-    counts = rows_per_epoch(shares, total)
+    counts = rows_by_share(shares, total)
     assert sum(counts) == total
     for share, count in zip(shares, counts):
         exact = Fraction(share) * total / sum(map(Fraction, shares))
@@ -38,7 +38,7 @@ def test_an_epoch_is_divided_to_less_than_one_row(shares, total):
     ],
 )
 def test_shares_by_hand(shares, total, counts):
-    assert rows_per_epoch(shares, total) == counts
+    assert rows_by_share(shares, total) == counts
 
 
 @st.composite
