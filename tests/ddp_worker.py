@@ -42,6 +42,7 @@ from alignkit.objectives.self_play.nash_md import NashMD
 from alignkit.objectives.streams import Reweigh
 from alignkit.policies.dtensors import full
 from alignkit.policies.teacher import add_teacher
+from alignkit.policies.teacher_store import release_teacher, with_stored_teacher
 from alignkit.training.held_out_reward import HeldOut
 from alignkit.training.loop import train
 
@@ -102,6 +103,17 @@ def distilled(model, out, accelerator, **settings):
         steps=4,
         **settings,
     )
+
+
+def stored(model, out, accelerator, **settings):
+    """As `distilled`, from a teacher's most likely tokens."""
+    job = distilled(model, out, accelerator, **settings)
+    folder = out.parent / f"{out.name}-teacher"
+    teacher = TeacherConfig(name_or_path=str(folder), top=5)
+    source = ModelConfig(name_or_path=str(model))
+    job.source.bundles = with_stored_teacher(job.pair, job.source.bundles, teacher, source)
+    release_teacher(job.pair)
+    return job
 
 
 def adapted(model, out, accelerator, **settings):
@@ -203,6 +215,7 @@ CASES = {
     "rpg": (rpg, {"optimizer": "sgd", "learning_rate": 0.1}),
     "dropped": (dropped, {"optimizer": "sgd", "learning_rate": 0.1}),
     "distill": (distilled, {**SGD, "budget": 24}),
+    "stored": (stored, {**SGD, "budget": 24}),
     "opd": (on_policy, {"optimizer": "sgd", "learning_rate": 0.1}),
     "dph": (rehearsed, {"optimizer": "sgd", "learning_rate": 0.1}),
     "streams": (streams, {"optimizer": "sgd", "learning_rate": 0.1, "budget": 24}),

@@ -120,14 +120,14 @@ def check_streams(sources: list[TrainSource]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"two streams are called {twice!r}; give them names, {{name: ...}}")
-    check_set_names(dict.fromkeys(names))
+    check_set_names(dict.fromkeys(names), "a stream")
 
 
-def check_set_names(names: Mapping[str, object]) -> None:
+def check_set_names(names: Mapping[str, object], what: str = "held-out rows") -> None:
     """ValueError where a name cannot stand in the name of a metric."""
     for name in names:
         if not SET_NAME.fullmatch(name):
             raise ValueError(
-                f"{name!r} is no name for rows, as it has to stand in names such as eval_NAME_loss; "
+                f"{name!r} is no name for {what}, which stands in names such as eval_NAME_loss; "
                 "use letters, digits, dots, hyphens and single underscores"
             )

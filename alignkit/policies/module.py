@@ -191,7 +191,9 @@ class PolicyModule(nn.Module):
             partition=partition,
         )
         if self.value_head is not None:
-            results["values"] = self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
+            results["values"] = self.value_head(hidden.to(self.value_head.weight.dtype))[
+                :, 0
+            ].clone()
         if self.bin_head is not None:
             embedded = causal_lm(self.model).get_input_embeddings()(rows.labels)
             bins = self.bin_head(hidden, embedded)

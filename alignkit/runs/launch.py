@@ -27,7 +27,7 @@ from alignkit.runs.resume import (
     told_apart,
     with_resolved_autos,
 )
-from alignkit.runs.streams import check_streams, parts_of_run, streams_data, unused_by_all
+from alignkit.runs.streams import check_streams, parts_of_run, unused_by_all
 from alignkit.tasks import DEFAULT_TASK, Task, resolve
 
 if TYPE_CHECKING:
@@ -304,9 +304,10 @@ def load_data(context: "RunContext") -> "JobData":
     from alignkit.objectives.streams import Streams
     from alignkit.runs.job_data import fixed_data, sampled_data
     from alignkit.runs.preference_data import preference_data
+    from alignkit.runs.streams_data import streams_data
 
     if isinstance(context.objective, Streams):
-        return streams_data(context)
+        return streams_data(context, load_data)
     if context.plan.outputs:
         return preference_data(context)
     if FAMILIES[context.plan.data].sampled:

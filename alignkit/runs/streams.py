@@ -2,25 +2,19 @@
 of them train one model.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from alignkit.config.objective import DEFAULT_OBJECTIVE
 from alignkit.config.recipe import Recipe
 from alignkit.config.row_sources import rows_by_share
 from alignkit.config.streams import share_of
-from alignkit.errors import ConfigError, DataError
+from alignkit.errors import ConfigError
 from alignkit.runs.checks import unused_sections
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from alignkit.batches import Bundle
     from alignkit.objectives.base import Objective
     from alignkit.runs.context import RunContext
-    from alignkit.runs.job_data import JobData
-    from alignkit.training.reduction import Metrics
 
 SEED_STEP = 15_485_863  # between the seeds of two streams, which see different noise
 
@@ -105,101 +99,8 @@ def unused_by_all(recipe: Recipe, objective: "Objective") -> list[str]:
     return notes
 
 
-def streams_data(context: "RunContext") -> "JobData":
-    """The data of all streams as one source."""
-    from alignkit.objectives.streams import Reweigh, Streams
-    from alignkit.runs.job_data import JobData
-    from alignkit.sources.streams import StreamSource
-
-    assert isinstance(context.objective, Streams)
-    streams = context.objective.streams
-    parts = [
-        _data_of(stream.name, own)
-        for stream, own in zip(streams, contexts_of(context), strict=True)
-    ]
-    named = {stream.name: part for stream, part in zip(streams, parts)}
-
-    section = context.recipe.data.reweigh
-    reweigh = None if section is None else Reweigh(section.window, section.temperature)
-    formats = {part.format for part in parts}
-    return JobData(
-        source=StreamSource(streams, [part.source for part in parts], reweigh),
-        rows=sum(part.rows for part in parts),
-        format=formats.pop() if len(formats) == 1 else "auto",
-        identity={"streams": _identity(context, named)},
-        notes=[f"{name}: {line}" for name, part in named.items() for line in part.notes],
-        samples=parts[0].samples,
-        evaluation=_evaluation(named),
-        measure=_measure(named),
-        observe=_observe(parts),
-    )
-
-
-def _data_of(name: str, context: "RunContext") -> "JobData":
-    """The data of one stream. Errors say which one it is."""
-    from alignkit.runs.launch import load_data
-
-    rows = context.recipe.train.batch_size
-    if rows < context.processes:
-        raise ConfigError(
-            f"data.train: stream `{name}` has {rows} rows in each step, fewer than the "
-            f"{context.processes} processes; raise train.batch_size or its share"
-        )
-    watched = f"eval_{name}_{held_out_metric(context)}"
-    train = context.recipe.train.model_copy(update={"metric": watched})
-    try:
-        return load_data(
-            replace(context, recipe=context.recipe.model_copy(update={"train": train}))
-        )
-    except DataError as error:
-        raise DataError(f"stream `{name}`: {error}") from error
-
-
 def held_out_metric(context: "RunContext") -> str:
     """What is measured of held-out rows: the reward of what is sampled, else the loss."""
     from alignkit.batches import FAMILIES
 
     return "reward" if FAMILIES[context.plan.data].sampled else "loss"
-
-
-def _identity(context: "RunContext", named: "Mapping[str, JobData]") -> list[dict[str, Any]]:
-    """What a checkpoint must match of each stream."""
-    recipes = recipes_of(context.recipe)
-    return [
-        {
-            "name": name,
-            "objective": recipe.objective,
-            "share": share_of(source),
-            **part.identity,
-        }
-        for (name, part), recipe, source in zip(
-            named.items(), recipes, context.recipe.data.sources(), strict=True
-        )
-    ]
-
-
-def _evaluation(named: "Mapping[str, JobData]") -> "dict[str, Sequence[Bundle]] | None":
-    """This rank's held-out bundles of the streams that have some."""
-    sets = {
-        name: bundles
-        for name, part in named.items()
-        for bundles in (part.evaluation or {}).values()
-    }
-    return sets or None
-
-
-def _measure(named: "Mapping[str, JobData]") -> "Callable[[], Metrics] | None":
-    from alignkit.training.held_out_sets import measured_on
-
-    return measured_on({name: p.measure for name, p in named.items() if p.measure is not None})
-
-
-def _observe(parts: "Sequence[JobData]") -> "Callable[[Metrics], None] | None":
-    """Tells every stream that asks for it of an evaluation."""
-    observers = [part.observe for part in parts if part.observe is not None]
-
-    def observe(metrics: "Metrics") -> None:
-        for observer in observers:
-            observer(metrics)
-
-    return observe if observers else None

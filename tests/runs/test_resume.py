@@ -248,4 +248,5 @@ def test_fields_that_decide_about_rows_leave_older_checkpoints_valid():
         "on_bad_row",
         "control",
         "step_separator",
+        "reweigh",
     }
