@@ -56,7 +56,8 @@ def with_stored_teacher(
     if teacher.store is None:
         _load(pair, teacher, model)
         module = pair.anchors["teacher"].module
-        pair.anchors["teacher"].vocabulary = module and module.vocabulary
+        if module is not None:
+            pair.anchors["teacher"].vocabulary = module.vocabulary
         return _filled(bundles, _scored(pair, bundles, teacher.top))
 
     keys = [row_key(bundle) for bundle in bundles]

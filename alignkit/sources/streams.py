@@ -34,7 +34,7 @@ class StreamSource:
 
     def collect(self, step: int, half: int = 0) -> list[Sequence[Bundle]]:
         """This rank's bundles of each stream."""
-        parts = [source.collect(step, half) for source in self.sources]
+        parts: list[Any] = [source.collect(step, half) for source in self.sources]
         self.metrics = {
             f"{stream.name}/{metric}": value
             for stream, source in zip(self.streams, self.sources)
