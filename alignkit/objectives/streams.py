@@ -121,6 +121,7 @@ NEEDS: dict[str, Callable[[Sequence[Plan]], Any]] = {
     "bins": _bins,
     "epochs": _largest("epochs"),
     "minibatches": _largest("minibatches"),
+    "credit_reads_policy": _any("credit_reads_policy"),
     "coupled": _any("coupled"),
     "mismatched": _any("mismatched"),
     "update": _agreed("update"),

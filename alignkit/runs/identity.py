@@ -38,8 +38,8 @@ def hashes_of_inputs(context: RunContext) -> dict[str, Hashes]:
                 "weights": weights,
                 "code": {
                     field: code_hash(spec)
-                    for found in (_objectives(context), *map(_code, parts))
-                    for field, spec in found
+                    for pairs in (_objectives(context), *map(_code, parts))
+                    for field, spec in pairs
                 },
             }
     return broadcast_object_list([hashes])[0]

@@ -158,13 +158,13 @@ class Allocation:
     def _accepted(self, bundle: Bundle) -> Bundle | None:
         """The completions with a score above the threshold, without what is known of them."""
         scores = bundle.rows["score"].tolist()
-        kept = [k for k, score in enumerate(scores) if score > self.config.threshold]
-        if not kept:
+        passed = [k for k, score in enumerate(scores) if score > self.config.threshold]
+        if not passed:
             return None
         return replace(
             bundle,
-            completions=[bundle.completions[k] for k in kept],
-            masks=[bundle.masks[k] for k in kept],
+            completions=[bundle.completions[k] for k in passed],
+            masks=[bundle.masks[k] for k in passed],
             rows={},
             tokens={},
         )

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import fields
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from alignkit.objectives.preference.dpo import DPO
 from alignkit.objectives.preference.sft import SFT
 from alignkit.objectives.reward.reward_model import PlackettLuce
 from alignkit.objectives.self_play.egpo import EGPO
-from alignkit.objectives.streams import Reweigh, Stream, Streams
+from alignkit.objectives.streams import NEEDS, Reweigh, Stream, Streams
+from alignkit.plan import Plan
 from alignkit.training.loop import train
 from alignkit.training.streams import reducer_of
 
@@ -112,6 +114,7 @@ def test_streams_that_cannot_share_a_model_are_refused():
     assert together.values
     assert together.data == "rollout"
     assert together.anchors == ("reference",)
+    assert NEEDS.keys() == {field.name for field in fields(Plan)}, "a new field needs a rule"
 
 
 def observed(reweigh, *signals):
