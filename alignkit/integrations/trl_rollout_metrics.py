@@ -2,7 +2,7 @@
 has taken their place. Imports no trl.
 """
 
-from typing import Literal
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -39,15 +39,13 @@ def policy_loss(terms: LossTerms, losses: list[Tensor]) -> Tensor:
 
 
 def clipped_shares(
-    objective: Objective,
-    tokens: TokenLogps,
-    metrics: dict[str, Tensor],
-    side: Literal["low", "high"],
+    objective: Objective, tokens: TokenLogps, metrics: Mapping[str, Tensor], side: str
 ) -> Tensor | None:
-    """The share of each completion's tokens that is clipped on this side, [N], nan in one without a
-    token; 0 or 1 where the ratio is one per completion. None where the objective clips nothing.
+    """The share of each completion's tokens that is clipped on a side, "low" or "high": [N], nan in
+    a completion without a token; 0 or 1 where the ratio is one per completion. None where the
+    objective clips nothing.
     """
     values = metrics.get(f"clip_ratio/{side}_mean")
-    if values is None or isinstance(objective, GSPO):
+    if values is None or values.numel() != tokens.mask.sum() or isinstance(objective, GSPO):
         return values
     return masked_sum(placed(values, tokens.mask), tokens.mask) / tokens.mask.sum(-1)

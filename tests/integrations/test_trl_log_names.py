@@ -15,6 +15,7 @@ from alignkit.objectives.online.dr_grpo import DrGRPO
 from alignkit.objectives.online.grpo import GRPO
 from alignkit.objectives.online.gspo import GSPO
 from alignkit.objectives.online.luspo import LUSPO
+from alignkit.objectives.online.rpg import RPG
 from alignkit.objectives.online.sapo import SAPO
 from alignkit.objectives.online.vespo import VESPO
 
@@ -150,3 +151,11 @@ def test_accumulation_averages_the_micro_batches(model, tmp_path):
     for expected, row in zip(theirs[:2], ours[:2], strict=True):
         for name in names:
             assert row[name] == pytest.approx(expected[name], rel=1e-5, abs=2e-6), name
+
+
+def test_another_objective_with_one_ratio_per_completion(model, tmp_path):
+    """RPG's theorem is about completions: low_mean is their share, and low_min 0 or 1."""
+    objective = RPG(anchor="behavior", beta=0.01, clip_low=0.01, clip_high=0.01)
+    row = run(as_trl_trainer(objective, GRPOTrainer), model, tmp_path, {})[1]
+    assert row["clip_ratio/low_mean"] in (0.25, 0.5, 0.75)
+    assert (row["clip_ratio/low_min"], row["clip_ratio/high_max"]) == (0, 1)
