@@ -11,7 +11,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from alignkit.batches import Bundle
 from alignkit.cli.main import main
@@ -47,6 +53,18 @@ def save_model(folder: Path, seed: int = 0) -> Path:
         eos_token="</s>",
         unk_token="<pad>",
     ).save_pretrained(folder)
+    return folder
+
+
+def save_reward_model(folder: Path, tokenizer_of: Path, seed: int = 0) -> Path:
+    """A random reward model (1 layer, width 16) with the tokenizer of another model."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0, num_labels=1,
+        initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
     return folder
 
 

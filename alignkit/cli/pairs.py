@@ -36,6 +36,14 @@ Active = Annotated[
         "disagree most.",
     ),
 ]
+Student = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="A reward model that proposes the pairs, its best completions against its worst; the "
+        "reward labels them.",
+    ),
+]
 To = Annotated[Path, typer.Option(help="The file to write, JSON lines.")]
 MethodName = Annotated[str, typer.Option(help=f"How pairs are made: {', '.join(METHODS)}.")]
 Samples = Annotated[int, typer.Option(min=2, help="Completions per prompt.")]
@@ -61,6 +69,7 @@ def pairs(
     seed: Seed = 0,
     safe: Safe = False,
     active: Active = None,
+    student: Student = None,
 ) -> None:
     """Make preference pairs: sample from a model, score, label, write a file to train on."""
     if method not in METHODS:
@@ -84,6 +93,7 @@ def pairs(
         seed=seed,
         safe=safe,
         active=active or (),
+        student=student,
     )
     for name, count in make_pairs(request, to).items():
         typer.echo(f"{count:8} {name}")

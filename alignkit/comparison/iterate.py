@@ -5,7 +5,7 @@
     iterate(load_recipe("iterative_dpo"))
 
 The recipe's output_dir holds `round-K` (ordinary run folders), `pairs/round-K.jsonl` where the rounds
-make their own, `eval.json` and `report.html`. The same call goes on where an interrupted one stopped:
+make their own, `student-K` where a student learns from them, `eval.json` and `report.html`. The same call goes on where an interrupted one stopped:
 a finished round is not trained again, a started one goes on from its newest checkpoint, and more rounds
 follow those that there are. Rounds are runs of a comparison (`run_state`), tied to the content of what
 they were made from; the report is that of `alignkit eval`.
@@ -24,6 +24,7 @@ from alignkit.comparison.folder import check_folder, mark_folder
 from alignkit.comparison.grid import Point
 from alignkit.comparison.run_state import folder_of, read_run_state, stale_runs
 from alignkit.comparison.single_run import train_point
+from alignkit.comparison.student import check_student, student_before, student_run
 from alignkit.config.escaping import plain
 from alignkit.config.iterate import IterateConfig
 from alignkit.config.objective import build_objective
@@ -77,7 +78,8 @@ def iterate(
         check_folder(folder, "iteration")  # once more, now that no other process can write to it
         for point in points:
             _check_pairs(recipe, point)
-            _check_round(recipe, point, objective)
+            for run, of in _runs_of(recipe, point, objective):
+                _check_run(recipe, run, of)
         mark_folder(folder, "iteration")
         with writing(folder / "recipe.yaml"):
             write_text(folder / "recipe.yaml", dump_recipe(recipe))
@@ -124,6 +126,7 @@ def check_iterable(recipe: Recipe, safe: bool = False) -> None:
             f"{recipe.origin.at(('data', 'train'))}: `data.train` is a list; name the prompts of the "
             "pairs with iterate.pairs.prompts=FILE"
         )
+    check_student(recipe, safe)
     if not (section.prompts or data.eval or _task_named(recipe)):
         raise ConfigError(
             f"{recipe.origin.name}: nothing says which prompts the report measures on; set "
@@ -230,22 +233,36 @@ def _model_name(recipe: Recipe) -> str:
 def _train_round(
     recipe: Recipe, point: Point, objective: "Objective", safe: bool, console: Console
 ) -> None:
-    """Make the round's pairs and train it, as far as that is not done yet."""
+    """Make the round's pairs and train on them, as far as that is not done yet."""
     if section_of(recipe).pairs:
         _make_pairs(recipe, point, safe, console)
 
-    # Its model and rows exist only now.
-    point = _check_round(recipe, point, objective)
-    if read_run_state(point).status == "finished":
-        console.print(f"{point.name} is finished and not repeated", highlight=False)
-        return
-    console.print(f"{point.name}: training", highlight=False)
-    train_point(point, safe)
+    for run, of in _runs_of(recipe, point, objective):
+        # Its model and rows exist only now.
+        run = _check_run(recipe, run, of)
+        if read_run_state(run).status == "finished":
+            console.print(f"{run.name} is finished and not repeated", highlight=False)
+            continue
+        console.print(f"{run.name}: training", highlight=False)
+        train_point(run, safe)
 
 
-def _check_round(recipe: Recipe, point: Point, objective: "Objective") -> Point:
-    """The point with its inputs. CheckpointError or ConfigError where the round's folder holds what
-    was made from others.
+def _runs_of(
+    recipe: Recipe, point: Point, objective: "Objective"
+) -> list[tuple[Point, "Objective"]]:
+    """The round's own run, and the one in which a student learns its labels, each with what it
+    trains.
+    """
+    runs = [(point, objective)]
+    student = student_run(recipe, point)
+    if student is not None:
+        runs.append((student, build_objective(student.recipe.objective, student.recipe.origin)))
+    return runs
+
+
+def _check_run(recipe: Recipe, point: Point, objective: "Objective") -> Point:
+    """The point with its inputs. CheckpointError or ConfigError where its folder holds what was made
+    from others.
     """
     point = with_inputs(point, objective)
     for name, reason in stale_runs([point]).items():
@@ -285,6 +302,7 @@ def _make_pairs(recipe: Recipe, point: Point, safe: bool, console: Console) -> N
         temperature=section.temperature,
         seed=point.seed,
         safe=safe,
+        student=student_before(recipe, int(point.swept["round"])),
     )
     counts = make_pairs(request, file)
     listed = ", ".join(f"{count} {name}" for name, count in counts.items())
@@ -301,13 +319,16 @@ def _origin_of_pairs(recipe: Recipe, point: Point) -> dict[str, Any]:
     """What decides the pairs of a round: its settings, and hashes of the model, prompts and code."""
     section = section_of(recipe).pairs
     assert section is not None
+    number = int(point.swept["round"])
     pairs = section.model_dump(mode="json")
-    beta = section.beta_of(int(point.swept["round"]))
+    beta = section.beta_of(number)
+    student = section.student and {"model": student_before(recipe, number)}
+    made = {**pairs, "prompts": _prompts_of(recipe), "beta": [beta], "student": student}
     settings = {
         "model": {"name_or_path": _model_name(point.recipe)},
         "rewards": [reward.model_dump(mode="json") for reward in recipe.rewards],
         "rollout": {"max_new_tokens": recipe.rollout.max_new_tokens},
-        "iterate": {"pairs": {**pairs, "prompts": _prompts_of(recipe), "beta": [beta]}},
+        "iterate": {"pairs": made},
         "train": {"seed": point.seed},
     }
     return {"settings": settings, "inputs": inputs_of(settings)}

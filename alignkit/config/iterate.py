@@ -13,9 +13,25 @@ from pydantic import (
 )
 
 from alignkit.config.section import Section
+from alignkit.config.train import TrainConfig
 
 PairMethod = Literal["bradley_terry", "best_worst", "rejection", "tree"]
 MOST_ROUNDS = 100
+
+
+class StudentConfig(Section):
+    """A small reward model that proposes each round's pairs, for the recipe's `rewards` to label, and
+    that learns from the labels (TS-Align, Zhang et al. 2024, arXiv:2405.20215).
+    """
+
+    model: Annotated[str, Field(min_length=1)] = Field(
+        description="the reward model of the first round: a folder or hub name"
+    )
+    train: TrainConfig | None = Field(
+        None,
+        description="how it is trained on the labels of a round, which the next one begins with; "
+        "null: it stays as it is",
+    )
 
 
 class RoundPairsConfig(Section):
@@ -38,6 +54,11 @@ class RoundPairsConfig(Section):
         "smaller than the last, goes to the last of them in stages, as the models follow",
     )
     temperature: PositiveFloat = Field(1.0, description="of the sampling")
+    student: StudentConfig | None = Field(
+        None,
+        description="bradley_terry: a reward model that proposes the pairs, its best completions "
+        "against its worst; the recipe's rewards are asked about these alone",
+    )
 
     @field_validator("beta", mode="before")
     @classmethod
@@ -49,6 +70,11 @@ class RoundPairsConfig(Section):
         if self.method == "tree" and (self.samples < 4 or self.samples % 2):
             raise ValueError(
                 f"the method tree with {self.samples} samples; an even number from 4 on"
+            )
+        if self.student is not None and self.method != "bradley_terry":
+            raise ValueError(
+                f"a student proposes the pairs, and the method {self.method} would choose them "
+                "otherwise; take bradley_terry"
             )
         for one, other in pairwise(self.beta):
             if other >= one:

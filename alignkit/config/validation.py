@@ -139,6 +139,8 @@ def _nearest_elsewhere(model: type[BaseModel], data: Mapping[str, Any], place: K
         if isinstance(value, dict):
             known += [f"{section}.{field}" for field in value]
 
+    # Of several fields of one name the one nearest to the top is meant.
+    known.sort(key=lambda name: -name.count("."))
     by_last_key = {name.rpartition(".")[2]: name for name in known if name != ".".join(place)}
     close = difflib.get_close_matches(place[-1], by_last_key, n=1, cutoff=0.8)
     return f" Did you mean `{by_last_key[close[0]]}`?" if close else ""

@@ -20,7 +20,8 @@ from alignkit.data.prompts import Prompt
 from alignkit.errors import ConfigError, DataError
 from alignkit.rewards.call import RewardCall, Score, call_reward
 from alignkit.rewards.ensemble import most_disputed
-from alignkit.rewards.load import load_ensemble, load_rewards
+from alignkit.rewards.load import load_ensemble, load_reward_model, load_rewards
+from alignkit.rewards.model import RewardModel
 from alignkit.rollout.text import as_reply, decode, decode_after
 from alignkit.runs.sampled_answers import sample_answers
 from alignkit.tasks import Task
@@ -54,13 +55,22 @@ class PairRequest:
     safe: bool = False
     # Reward models; the reward is asked about those pairs alone on which they disagree most.
     active: Sequence[str] = ()
+    # A reward model; the reward is asked about pairs of its best and worst completions alone.
+    student: str | None = None
 
     def __post_init__(self) -> None:
+        if self.student is not None and (self.active or self.method != "bradley_terry"):
+            other = "--active" if self.active else f"the method {self.method}"
+            raise ConfigError(
+                f"pairs: a student proposes the pairs, and {other} would choose them otherwise; take "
+                "the method bradley_terry, without --active"
+            )
         if self.active and (len(self.active) < 2 or self.method != "bradley_terry"):
             raise ConfigError(
                 f"pairs: --active with {len(self.active)} reward models and the method "
                 f"{self.method}; give it at least twice, with bradley_terry"
             )
+
         if self.method == "tree" and (self.samples < 4 or self.samples % 2):
             raise ConfigError(
                 f"pairs: the method tree with {self.samples} samples; give an even number of at least 4"
@@ -113,6 +123,7 @@ def make_pairs(request: PairRequest, to: Path) -> Counter[str]:
 
 def _answers(request: PairRequest, counts: Counter[str]) -> list[Answers]:
     """Every prompt with its sampled and scored completions."""
+    student = _student(request)
     answers = sample_answers(request, forks=request.method == "tree")
     texts = [
         [_text(answers.tokenizer, prompt, sample.ids) for sample in samples]
@@ -133,6 +144,8 @@ def _answers(request: PairRequest, counts: Counter[str]) -> list[Answers]:
     asked: Sequence[Sequence[int]] = [range(len(row)) for row in texts]
     if request.active:
         asked = _disputed(request, answers.prompts, texts, replies)
+    elif student is not None:
+        asked = _proposed(student, request.pairs, answers.prompts, texts, replies)
 
     # Only completions of the pairs that are asked about are scored.
     scores = call_reward(reward, answers.prompts, *_at(asked, replies, answers.ids))
@@ -171,6 +184,35 @@ def _disputed(
     return asked
 
 
+def _student(request: PairRequest) -> RewardModel | None:
+    """The reward model that proposes pairs, where there is one."""
+    if request.student is None:
+        return None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_reward_model(request.student, device=device)
+
+
+def _proposed(
+    student: RewardModel,
+    pairs: int,
+    prompts: Sequence[Prompt],
+    texts: Sequence[Sequence[str]],
+    replies: Sequence[Sequence[Any]],
+) -> list[list[int]]:
+    """The places of the completions of each prompt's pairs that the student proposes: the highest
+    score before the lowest, the second highest before the second lowest, at most `pairs` of them.
+    """
+    asked = []
+    for prompt, row, completions in zip(prompts, texts, replies):
+        scores = student([prompt.text] * len(completions), completions)
+        usable = [place for place, text in enumerate(row) if text.strip()]
+        order = sorted(usable, key=scores.__getitem__)
+        both = zip(order[::-1], order[: len(order) // 2])
+        proposed = [pair for pair in both if row[pair[0]] != row[pair[1]]]
+        asked.append([place for pair in proposed[:pairs] for place in pair])
+    return asked
+
+
 def _text(tokenizer: Any, prompt: Prompt, ids: Tensor) -> str:
     """A completion as it is written to the file, where a plain prompt is followed by it directly."""
     if isinstance(prompt.text, str):
@@ -200,9 +242,11 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """The pairs as rows of the file; what is left out on the way is counted."""
     generator = Generator().manual_seed(request.seed)
+    proposed = request.student is not None
+    two_by_two = request.method == "tree" or bool(request.active) or proposed
     rows: list[dict[str, Any]] = []
     for answer in answers:
-        usable = _usable(answer, two_by_two=request.method == "tree" or bool(request.active))
+        usable = _usable(answer, two_by_two=two_by_two)
         counts["empty or without a score"] += len(answer.texts) - len(usable)
 
         picks: list[Pick] = []
@@ -216,6 +260,9 @@ def _rows(
             if chosen == rejected:
                 counts["pairs of equal texts left out"] += 1
                 continue
+            # In a student's pairs the completion that it holds for the better one comes first.
+            if proposed and better > worse:
+                counts["pairs labelled against the student"] += 1
             rows.append(
                 {
                     "prompt": answer.prompt.text,

@@ -4,9 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
-from world import VOCAB, run, save_model, write_rows
+from world import run, save_model, save_reward_model, write_rows
 
 from alignkit.errors import ConfigError
 from alignkit.rewards import load_reward_model, load_rewards
@@ -15,16 +13,6 @@ from alignkit.rewards.ensemble import Ensemble, most_disputed
 
 def says(*scores):
     return lambda prompts, completions, **_: list(scores)
-
-
-def save_reward(folder, tokenizer, seed):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "pad_token_id": 0, "num_labels": 1, "initializer_range": 0.3}
-    LlamaForSequenceClassification(LlamaConfig(vocab_size=VOCAB, **sizes, **heads)).save_pretrained(
-        folder
-    )
-    tokenizer.save_pretrained(folder)
 
 
 def test_mean_less_deviation_by_hand():
@@ -54,9 +42,8 @@ def test_the_most_disputed_pair_is_found_by_differences():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ensemble")
     save_model(folder / "lm")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "lm")
     for seed in (1, 2):
-        save_reward(folder / f"reward-{seed}", tokenizer, seed)
+        save_reward_model(folder / f"reward-{seed}", folder / "lm", seed)
     write_rows(folder / "prompts.jsonl", [{"prompt": f"w{i}"} for i in range(3, 7)])
     (folder / "judge.py").write_text(
         "def score(prompts, completions, **_):\n"
