@@ -117,6 +117,11 @@ class DataConfig(Section):
         description="sft on labelled completions: {desirable: TEXT, undesirable: TEXT} go before the "
         "prompts as a system text",
     )
+    rewrite: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="sft on pairs: learn to rewrite either answer of a pair into the chosen one, asked "
+        "by this text behind the answer",
+    )
     step_separator: str = Field(
         "\n", description="what ends every step of rows with labelled steps (completions, labels)"
     )

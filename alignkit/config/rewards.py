@@ -14,7 +14,7 @@ from pydantic import (
 
 from alignkit.config.section import Section
 
-KINDS = ("function", "model", "ensemble", "verifier", "length", "format")
+KINDS = ("function", "model", "ensemble", "rewriter", "verifier", "length", "format")
 
 
 class LengthReward(Section):
@@ -33,8 +33,8 @@ class LengthReward(Section):
 
 
 class RewardConfig(Section):
-    """A reward: exactly one of function, model, ensemble, verifier, length and format, with its
-    weight.
+    """A reward: exactly one of function, model, ensemble, rewriter, verifier, length and format,
+    with its weight.
     """
 
     function: str | None = Field(
@@ -57,6 +57,14 @@ class RewardConfig(Section):
     pessimism: NonNegativeFloat = Field(
         0.0,
         description="ensemble: so many standard deviations of the models are taken off their mean",
+    )
+    rewriter: str | None = Field(
+        None,
+        description="a language model trained by `data.rewrite`: it rewards the tokens that it would "
+        "write itself",
+    )
+    ask: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="rewriter: the text that asks for a rewrite, as in its `data.rewrite`"
     )
     verifier: str | None = Field(
         None,
@@ -116,11 +124,13 @@ class RewardConfig(Section):
             raise ValueError(f"pessimism is for an ensemble, and this reward is a {self.kind}")
         if self.steps is not None and self.model is None:
             raise ValueError(f"steps are for a model, and this reward is a {self.kind}")
+        if (self.ask is None) != (self.rewriter is None):
+            raise ValueError("a rewriter and the text that asks it, `ask`, go together")
         if self.credit == "to_go" and self.function is None:
             raise ValueError(f"credit to_go is for a function, and this reward is a {self.kind}")
         return self
 
     @property
     def kind(self) -> str:
-        """Which of function, model, ensemble, verifier, length and format it is."""
+        """Which of function, model, ensemble, rewriter, verifier, length and format it is."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)

@@ -54,6 +54,7 @@ SETTINGS = {
     "truncate",
     "append_eos",
     "control",
+    "rewrite",
     "step_separator",
     "split_special_tokens",
 }

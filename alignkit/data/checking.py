@@ -15,6 +15,7 @@ from alignkit.data.file_formats import Row
 from alignkit.data.formats import conversation_column, detect_format
 from alignkit.data.read import Rows, renamed
 from alignkit.data.report import Report
+from alignkit.data.rewrites import rewrites
 from alignkit.data.steps import COLUMNS as STEP_COLUMNS
 from alignkit.data.steps import stepwise
 from alignkit.data.verdicts import BadRow
@@ -120,6 +121,8 @@ def _with_format(rows: Rows, config: DataConfig, family: str | None) -> tuple[Ro
         rows = stepwise(rows, config.step_separator)
     if config.control is not None:
         rows = controlled(rows, config.control, family)
+    if config.rewrite is not None:
+        return rewrites(rows, config.rewrite, family), "completion"
     return rows, detect_format(rows.columns, config.format, family, rows.where)
 
 

@@ -44,7 +44,7 @@ def _controlled(row: Row, control: ControlConfig) -> Row:
     try:
         good = label_of(values.get("label"))
     except BadRow as bad:
-        return replace(row, values=None, problem=str(bad))
+        return replace(row, values=None, problem=bad.detail, verdict=bad.verdict)
 
     texts = [control.desirable if good else control.undesirable, values.get("system")]
     system = "\n\n".join(text for text in texts if isinstance(text, str) and text.strip())

@@ -66,7 +66,7 @@ def make_example(
     paragraph of a text. Raises BadRow with the verdict.
     """
     if row.values is None:
-        raise BadRow("unreadable", row.problem)
+        raise BadRow(row.verdict, row.problem)
 
     values, verdicts = translated(row.values)
     for column in COLUMNS[format]:

@@ -50,12 +50,15 @@ COMPRESSIONS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row. `values` is None where it could not be read; then `problem` says why."""
+    """One row. `values` is None where it cannot be used; then `problem` says why, and `verdict` (a key
+    of `verdicts.VERDICTS`) what kind of fault that is.
+    """
 
     number: int  # the line of a JSONL file, the position from 1 elsewhere
     values: Mapping[str, Any] | None
     problem: str = ""
     place: str = ""  # file and line, where the rows come from several files
+    verdict: str = "unreadable"
 
 
 def data_suffix(path: Path) -> str:

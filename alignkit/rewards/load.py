@@ -9,9 +9,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from alignkit.config.model import ModelConfig
 from alignkit.config.plugins import load_object
 from alignkit.config.rewards import RewardConfig
 from alignkit.errors import ConfigError, ModelError
+from alignkit.policies.load import load_frozen
 from alignkit.policies.load_scorer import quiet_loading
 from alignkit.policies.reward_head import has_reward_head, put_reward_head
 from alignkit.policies.weights import check_files
@@ -19,6 +21,7 @@ from alignkit.rewards.combine import Part, Reward
 from alignkit.rewards.ensemble import Ensemble
 from alignkit.rewards.functions import FormatMatch, FunctionReward, LengthPenalty
 from alignkit.rewards.model import RewardModel
+from alignkit.rewards.rewriter import Rewriter
 from alignkit.rewards.steps import StepRewards
 from alignkit.rewards.verifier import Verifier
 
@@ -58,6 +61,8 @@ def load_rewards(
             call = load_ensemble(
                 entry.ensemble, entry.pessimism, device=device, template_time=template_time
             )
+        elif entry.rewriter is not None:
+            call = load_rewriter(entry, device=device, template_time=template_time)
         else:
             call = _call(entry, name, f"rewards.{number}", safe)
         to_go = entry.credit == "to_go"
@@ -77,6 +82,17 @@ def load_ensemble(
         load_reward_model(name, device=device, template_time=template_time) for name in names
     ]
     return Ensemble(members, pessimism)
+
+
+def load_rewriter(
+    entry: RewardConfig, *, device: Any = "cpu", template_time: str = "auto"
+) -> Rewriter:
+    """The rewriter that the entry names. Raises ModelError."""
+    assert entry.rewriter is not None
+    assert entry.ask is not None
+    section = ModelConfig(name_or_path=entry.rewriter, revision=entry.revision)
+    model, tokenizer = load_frozen(section, "rewards.rewriter", device=device)
+    return Rewriter(model, tokenizer, entry.ask, template_time=template_time)
 
 
 def load_reward_model(
@@ -160,7 +176,8 @@ def _name(entry: RewardConfig) -> str:
     """What metrics and errors call it: the function's name, the model folder's, or the kind."""
     if entry.function or entry.verifier:
         return (entry.function or entry.verifier or "").rpartition(":")[2]
-    return entry.model.rstrip("/").rpartition("/")[2] if entry.model else entry.kind
+    named = entry.model or entry.rewriter
+    return named.rstrip("/").rpartition("/")[2] if named else entry.kind
 
 
 def _call(entry: RewardConfig, name: str, field: str, safe: bool) -> Callable[..., Any]:

@@ -237,6 +237,12 @@ def check_turns(recipe: Recipe, objective: "Objective", task: Task | None) -> No
                 f"{place}: `credit: to_go` is for single answers; the rewards of an episode's turns "
                 "come from its environment: leave it out"
             )
+        if reward.rewriter is not None:
+            place = recipe.origin.at(("rewards", str(number), "rewriter"))
+            raise ConfigError(
+                f"{place}: a rewriter reads single answers, and not episodes of several turns: leave "
+                "it out"
+            )
     if recipe.rollout.mask_truncated:
         place = recipe.origin.at(("rollout", "mask_truncated"))
         raise ConfigError(

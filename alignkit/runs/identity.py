@@ -66,6 +66,8 @@ def _models(context: RunContext) -> Iterator[tuple[str, tuple[str, str | None]]]
             yield f"{field}.model", (reward.model, reward.revision)
         for number, member in enumerate(reward.ensemble or ()):
             yield f"{field}.ensemble.{number}", (member, None)
+        if reward.rewriter is not None:
+            yield f"{field}.rewriter", (reward.rewriter, reward.revision)
     judge = context.recipe.judge
     if _asks_judge(context) and judge is not None and judge.model is not None:
         yield "judge.model", (judge.model, None)

@@ -23,7 +23,7 @@ from alignkit.tasks import DEFAULT_TASK, resolve
 
 # What a field of a recipe names, wherever it stands in it.
 CODE = ("function", "verifier", "import", "environment", "tools")
-MODEL = ("name_or_path", "path", "kind", "model")
+MODEL = ("name_or_path", "path", "kind", "model", "ensemble", "rewriter")
 DATA = ("train", "eval", "prompts", "source")
 FILE = ("chat_template",)
 PARTS = ("train", "split", "subset", "eval_split", "eval_subset")
