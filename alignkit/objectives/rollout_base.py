@@ -98,9 +98,9 @@ class RolloutObjective(Objective):
         if values.dim() == 1:
             if tokens.cut:
                 raise ConfigError(
-                    "objective: it weighs whole completions, and a chat template that rewrites "
-                    "history has cut an episode into several; set rollout.rewritten to refuse and "
-                    "take another template, or an objective with credit per token"
+                    "objective: it weighs whole completions, and an episode was cut into several, by "
+                    "a chat template that rewrites history or by its environment's `context`; take "
+                    "another template or environment, or an objective with credit per token"
                 )
             return Term(name, values, "rows", weight)
         if self.aggregation == "token_mean":

@@ -8,10 +8,12 @@ be inherited. One instance is made, reset and used again for episode after episo
         def search(self, query: str) -> str: ...  # every other public method is a tool
         def get_reward(self) -> float: ...  # optional: once, when the episode has ended
 
-Three further methods are optional and are no tools. Worlds without tool calls have
-`step(text) -> (text, reward, done)`, which is asked after every turn. `state() -> str` says in which
-state the next turn is taken, so that turns of different episodes can be compared. `seed(number)` is
-called before `reset`; all episodes of one prompt get the same number.
+Four further methods are optional and are no tools. Worlds without tool calls have
+`step(text) -> (text, reward, done)`, which is asked after every turn, and may have
+`context() -> str | None`, which is asked after it: what the next turn reads behind the prompt in place
+of all that was said, None for all of it. `state() -> str` says in which state the next turn is taken,
+so that turns of different episodes can be compared. `seed(number)` is called before `reset`; all
+episodes of one prompt get the same number.
 
 This module runs where the user's code runs. It imports neither torch nor transformers, except to
 write down the schemas of tools.
@@ -25,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-RESERVED = ("reset", "get_reward", "step", "state", "seed")
+RESERVED = ("reset", "get_reward", "step", "context", "state", "seed")
 TEXT = 2000  # characters of an exception's text
 
 Question = Mapping[str, Any]
@@ -95,7 +97,7 @@ class Instance:
         what it may not. An exception in a tool is an answer: the policy reads it.
 
         reset   "row", "seed"  -> "text", "state"
-        step    "text"         -> "text", "reward", "done", "state"
+        step    "text"         -> "text", "reward", "done", "context", "state"
         tools   "calls"        -> "results", a list of {"content", "failed"}; "state"
         reward                 -> "reward"
         """
@@ -119,11 +121,24 @@ class Instance:
         if not isinstance(result, tuple) or len(result) != 3:
             raise TypeError(f"step returned {_kind(result)}; it should return (text, reward, done)")
         text, reward, done = result
+        words = _text(text, "step") or ""
+        finished = _flag(done, "step")
+        context = None if finished else self._context()
+        if words and context is not None:
+            raise ValueError(
+                "step returned words and context() what is read in their place; give one of them"
+            )
         return {
-            "text": _text(text, "step") or "",
+            "text": words,
             "reward": _number(reward, "step"),
-            "done": _flag(done, "step"),
+            "done": finished,
+            "context": context,
         }
+
+    def _context(self) -> str | None:
+        if not hasattr(self.environment, "context"):
+            return None
+        return _text(_waited(self.environment.context()), "context")
 
     def _tools(self, question: Question) -> Answer:
         return {"results": [self._called(call) for call in question["calls"]]}

@@ -139,7 +139,13 @@ def checked(question: Question, answer: Any) -> Answer:
         return {"failed": str(answer["failed"])}
     forms: dict[str, dict[str, Callable[[Any], bool]]] = {
         "reset": {"text": _is_text, "state": _is_text},
-        "step": {"text": _is_text, "reward": _is_number, "done": _is_bool, "state": _is_text},
+        "step": {
+            "text": _is_text,
+            "reward": _is_number,
+            "done": _is_bool,
+            "context": _is_text,
+            "state": _is_text,
+        },
         "tools": {"results": _are_results, "state": _is_text},
         "reward": {"reward": _is_number},
     }

@@ -2,8 +2,8 @@
 
 An episode is one sequence of tokens. Those that the policy has drawn are its own and are trained
 on; those that the environment adds are foreign: they are attended to, nothing else. Where a chat
-template rewrites history, the sequence ends and a new one begins: an episode then has several
-segments, each with its own context.
+template rewrites history, or the environment says what is read in its place, the sequence ends and a
+new one begins: an episode then has several segments, each with its own context.
 """
 
 from collections.abc import Sequence
@@ -82,6 +82,9 @@ class Play:
     opened: Any = None  # the prompt with what the environment has added
     failed: str | None = None
     state: str | None = None  # in which the next turn is taken
+    instead: str | None = None  # what it reads behind the prompt in place of all that was said
+    begun: Any = None  # what the present context began with, in the prompt's form
+    since: int = 0  # the first message that was said in it
 
     context: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     first: int = 0  # tokens of the first context
@@ -141,6 +144,9 @@ class Play:
                 for call, result in zip(self.pending_calls, answer["results"])
             ]
         self.rewards[-1] += answer["reward"]
+        self.instead = answer["context"]
+        if self.instead is not None:
+            return [{"role": "user", "content": self.instead}]
         return [] if answer["done"] else [{"role": "user", "content": answer["text"] or ""}]
 
     def hear(self, foreign: Tensor) -> None:

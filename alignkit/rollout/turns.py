@@ -110,7 +110,7 @@ class TurnSampler:
                     f"different texts, {texts[play.row]!r} and {text!r}; draw what differs from "
                     "the number that `seed` is given"
                 )
-            play.opened = self.renderer.opened(play.given.text, text)
+            play.opened = play.begun = self.renderer.opened(play.given.text, text)
             # A prompt to which nothing is added stays as the data made it.
             as_given = text is None and not self.tools
             play.start(play.given.ids if as_given else self.renderer.start(play.opened))
@@ -188,11 +188,11 @@ class TurnSampler:
         """Add the environment's messages, unless they leave no room for another turn: an episode
         never ends in foreign tokens.
         """
-        if self.renderer.rewrites:
-            added = self.renderer.start([*play.opened, *play.messages, *messages])
-            if not self._fits(play, added):
+        context = self._new_context(play, messages)
+        if context is not None:
+            if not self._fits(play, context):
                 return False
-            play.rewritten(added)
+            play.rewritten(context)
         else:
             added = self.renderer.follow(messages)
             if not self._fits(play, torch.cat([play.read, added])):
@@ -200,6 +200,17 @@ class TurnSampler:
             play.hear(added)
         play.messages += messages
         return True
+
+    def _new_context(self, play: Play, messages: Sequence[Message]) -> Tensor | None:
+        """What the next turn reads where it does not go on from what was read; None where it does."""
+        if play.instead is not None:
+            play.begun = self.renderer.opened(play.opened, play.instead)
+            play.since = len(play.messages) + len(messages)
+            # With nothing in place of what was said, it is what the first turn has read.
+            return self.renderer.start(play.begun) if play.instead else play.context
+        if self.renderer.rewrites:
+            return self.renderer.start([*play.begun, *play.messages[play.since :], *messages])
+        return None
 
     def _fits(self, play: Play, read: Tensor) -> bool:
         return len(read) < min(self.max_new_tokens + play.first, self.context)

@@ -193,7 +193,7 @@ def test_an_episode_whose_environment_fails_is_set_aside_with_the_reason(models)
     assert all(not e.segments and e.reward == 0 for e in failed)
 
 
-def chats(models, template, **settings):
+def chats(models, template, environment=Echo, **settings):
     models.tokenizer.chat_template = template
     try:
         renderer = ChatRenderer(models.tokenizer, DataConfig(), stops=[EOS])
@@ -201,9 +201,9 @@ def chats(models, template, **settings):
         for prompt in given:
             prompt.text = [{"role": "user", "content": prompt.text}]
             prompt.ids = renderer.start(prompt.text)
-        return renderer, player(models, Echo, renderer=renderer, cap=100, **settings).episodes(
-            given, Draw(4), step=5, prompt_ids=range(3)
-        )
+        return renderer, player(
+            models, environment, renderer=renderer, cap=100, **settings
+        ).episodes(given, Draw(4), step=5, prompt_ids=range(3))
     finally:
         models.tokenizer.chat_template = None
 
@@ -242,6 +242,56 @@ def test_a_template_that_rewrites_history_gives_segments_in_the_contexts_they_we
                 logprobs = models.network(whole[None]).logits[0, :-1].log_softmax(-1)
             wanted = logprobs.gather(-1, whole[1:, None])[len(segment.prompt) - 1 :, 0]
             assert (segment.logps - wanted).abs().max() < 1e-5
+
+
+class Forgetting(Echo):
+    """Before the third turn everything that was said is replaced by w11; the fourth goes on from it."""
+
+    def step(self, text):
+        words, reward, done = super().step(text)
+        return "" if self.turn == 2 else words, reward, done
+
+    def context(self):
+        return " w11" if self.turn == 2 else None
+
+
+def test_an_environment_may_say_what_is_read_in_place_of_what_was_said(models):
+    """Also under a template that rewrites history, where it is the beginning of the later turns."""
+    whole = [e for row in play(models, Forgetting, count=12) for e in row if e.turns == 4]
+    assert whole
+    for episode in whole:
+        first, second = episode.segments
+        assert second.prompt.tolist() == [*first.prompt.tolist(), 11]
+        assert first.turns.unique().tolist() == [-1, 0, 1]
+        assert second.turns.unique().tolist() == [-1, 2, 3]
+        assert (second.turns == -1).equal(~second.mask)
+        tokens = torch.cat([second.prompt, second.ids])
+        with torch.no_grad():
+            logprobs = models.network(tokens[None]).logits[0, :-1].log_softmax(-1)
+        wanted = logprobs.gather(-1, tokens[1:, None])[len(second.prompt) - 1 :, 0]
+        assert (second.logps - wanted)[second.mask].abs().max() < 1e-5
+
+    renderer, rows = chats(models, FORGETFUL, Forgetting)
+    assert renderer.rewrites
+    whole = [e for row in rows for e in row if e.turns == 4]
+    assert whole
+    for episode in whole:
+        first, _, third, fourth = (segment.prompt.tolist() for segment in episode.segments)
+        begun = [*first[:-2], 11, EOS, 4]
+        heard = models.tokenizer.encode(episode.messages[5]["content"])
+        assert third == begun
+        assert fourth == [*begun, 9, EOS, 3, *heard, EOS, 4]
+
+
+def test_words_beside_what_is_read_in_their_place_are_refused(models):
+    class Both(Echo):
+        def context(self):
+            return " w11"
+
+    episodes = [e for row in play(models, Both) for e in row]
+    failed = [e.failed for e in episodes if e.failed]
+    assert failed
+    assert all("give one of them" in reason for reason in failed)
 
 
 def test_a_template_without_tools_is_refused(models):
