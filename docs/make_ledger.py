@@ -23,7 +23,7 @@ OPEN = "not yet"
 HEAD = """# The ledger
 
 These are the published methods that alignkit is about. {built} of {total} are built: {objectives} as an objective or a setting of one, {commands} by
-a command or a field of a recipe, {functions} as a function to call. {reasons} are left out for a reason, and for {open} only the work is missing.
+a command or a field of a recipe, {functions} as a function to call. {reasons} are left out for a reason{open}.
 Each built one names the test that holds it against something known: a closed form, an enumeration, a limit, a worked example.
 `alignkit verify` checks the objectives beside it. Where nothing else is said, a name in the column of what runs it is an objective.
 
@@ -101,7 +101,7 @@ def make_page() -> str:
         commands=kinds["command"],
         functions=kinds["function"],
         reasons=kinds["reason"],
-        open=kinds["open"],
+        open=f", and for {kinds['open']} only the work is missing" if kinds["open"] else "",
     )
     lines = [head]
 

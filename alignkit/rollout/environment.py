@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-RESERVED = ("reset", "get_reward", "step", "context", "state", "seed")
+RESERVED = ("reset", "get_reward", "step", "state", "seed")
 TEXT = 2000  # characters of an exception's text
 
 Question = Mapping[str, Any]
