@@ -34,7 +34,10 @@ def load_object(spec: str, *, what: str, safe: bool = False) -> object:
     try:
         return getattr(module, name)
     except AttributeError:
-        public = ", ".join(n for n in vars(module) if not n.startswith("_"))
+        named = vars(module).items()  # without what it imports
+        public = ", ".join(
+            n for n, value in named if not n.startswith("_") and not isinstance(value, ModuleType)
+        )
         raise ConfigError(f"{what}: {source} has no `{name}`; it has: {public}") from None
 
 

@@ -20,6 +20,7 @@ from alignkit.distributed.confinement import (
     volunteer_for_out_of_memory,
 )
 from alignkit.distributed.worker_pool import Lines
+from alignkit.errors import AlignkitError
 
 LONGEST_QUESTION = 1 << 34  # bytes: questions come from the run, which sets its own limits
 
@@ -89,6 +90,11 @@ def load(specs: Iterable[str], *, what: str) -> list[Any]:
     """The objects at `module:name` or `file.py:name`; the run has announced their code already."""
     with contextlib.redirect_stderr(io.StringIO()):
         return [load_object(spec, what=what) for spec in specs]
+
+
+def said_by(error: Exception) -> str:
+    """What to tell of code that could not be loaded: alignkit's own errors say it all."""
+    return str(error) if isinstance(error, AlignkitError) else f"{type(error).__name__}: {error}"
 
 
 def let_in_code(specs: Sequence[str], limits: Limits) -> list[str]:

@@ -51,7 +51,7 @@ class World:
             seed=sampler.seed,
         )
         rows = player.episodes(prompts, draw, step=0, prompt_ids=range(len(prompts)))
-        warn_of_failures(rows)
+        warn_of_failures(prompts, rows)
         return rows
 
 

@@ -95,7 +95,8 @@ class Verifier:
             self._idle.put(worker)
         self._warn(worker)
         if "broken" in answer:
-            raise ConfigError(f"rewards.verifier: {self.spec} cannot be loaded: {answer['broken']}")
+            why = answer["broken"].removeprefix("rewards.verifier: ")
+            raise ConfigError(f"rewards.verifier: {self.spec} cannot be loaded: {why}")
         return answer
 
     def _warn(self, worker: Worker) -> None:

@@ -13,7 +13,15 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-from alignkit.distributed.apart import Limits, Wires, begin, let_in_code, load, silent
+from alignkit.distributed.apart import (
+    Limits,
+    Wires,
+    begin,
+    let_in_code,
+    load,
+    said_by,
+    silent,
+)
 from alignkit.distributed.confinement import confine, end_all
 from alignkit.distributed.worker_pool import Ended, Lines, NoLine
 
@@ -37,7 +45,7 @@ def main(settings: Settings) -> None:
     try:
         (function,) = load([settings.spec], what="rewards.verifier")
     except Exception as error:
-        wires.send({"broken": f"{type(error).__name__}: {error}"})
+        wires.send({"broken": said_by(error)})
         return
     wires.send({"ready": True, "closed": let_in_code([settings.spec], settings)})
 

@@ -21,10 +21,12 @@ from alignkit.distributed.apart import (
     begin,
     let_in_code,
     load,
+    said_by,
     silent,
 )
 from alignkit.distributed.confinement import confine, end_all, end_child, parents_of_all
 from alignkit.distributed.worker_pool import Lines, NoLine, wait_for, write_line
+from alignkit.errors import ConfigError
 from alignkit.rollout.environment import Answer, Instance, Question, reseed
 
 _LONGEST_ANSWER = 1 << 17  # bytes of one place: the text of a turn
@@ -61,7 +63,7 @@ def main(settings: Settings) -> None:
         closed = let_in_code([settings.environment or "", *settings.tools], settings)
         about = host.about()
     except Exception as error:
-        wires.send({"broken": f"{type(error).__name__}: {error}"})
+        wires.send({"broken": said_by(error)})
         end_all(None, settings.user)
         return
     wires.send({"ready": True, "closed": closed, "about": about})
@@ -97,7 +99,7 @@ class Host:
         answer = self._asked({-1: {"do": "about"}}, _DESCRIBING)[-1]
         self._end(-1)
         if "failed" in answer:
-            raise RuntimeError(answer["failed"])
+            raise ConfigError(answer["failed"].removeprefix("about: "))
         return answer
 
     def ask(self, calls: Sequence[tuple[int, Question]]) -> list[Answer]:

@@ -121,7 +121,9 @@ class WorkerEnvironments:
     def _asked(self, calls: Calls) -> list[Answer]:
         answer = self._host.ask({"calls": list(calls)}, self.timeout + _GRACE)
         if "broken" in answer:
-            raise ConfigError(f"rollout.environment cannot be used: {answer['broken']}")
+            why = answer["broken"]
+            named = why.startswith("rollout.")  # which field it is about
+            raise ConfigError(why if named else f"rollout.environment cannot be used: {why}")
         if "answers" not in answer:
             return [{"failed": f"the host of the environments: {answer['failed']}"} for _ in calls]
         return list(answer["answers"])

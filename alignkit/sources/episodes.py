@@ -1,6 +1,7 @@
 """Episodes as bundles, and the figures that describe them."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from alignkit.rewards.call import RewardCall, call_reward
 from alignkit.rollout.episodes import Episode, Segment
 
 MOST_EPISODES = 1 << 20  # of one prompt
+LISTED_REASONS = 3  # why episodes failed, in one line of the log
 
 log = logging.getLogger("alignkit")
 
@@ -131,13 +133,29 @@ def episode_columns(rows: Sequence[Sequence[Any]], tools: bool) -> dict[str, lis
     return columns
 
 
-def warn_of_failures(rows: Sequence[Sequence[Episode]]) -> None:
-    """One line in the log for the episodes of a rollout that were set aside, with a reason."""
-    reasons = [episode.failed for row in rows for episode in row if episode.failed is not None]
-    if reasons:
-        log.warning(
-            "%d of %d episodes failed and were set aside; the first one: %s",
-            len(reasons),
-            sum(map(len, rows)),
-            reasons[0],
-        )
+def warn_of_failures(prompts: Sequence[Any], rows: Sequence[Sequence[Episode]]) -> None:
+    """One line in the log for the episodes that were set aside, P x K of these prompts: the most
+    frequent reasons, each with the row where it came first.
+    """
+    first: dict[str, str] = {}
+    reasons: Counter[str] = Counter()
+    for prompt, row in zip(prompts, rows, strict=True):
+        for episode in row:
+            if episode.failed is not None:
+                reasons[episode.failed] += 1
+                first.setdefault(episode.failed, prompt.uid)
+    if not reasons:
+        return
+
+    listed = [
+        f"{reason} ({count}, first in {first[reason]})"
+        for reason, count in reasons.most_common(LISTED_REASONS)
+    ]
+    further = len(reasons) - len(listed)
+    log.warning(
+        "%d of %d episodes failed and were set aside: %s%s",
+        reasons.total(),
+        sum(map(len, rows)),
+        "; ".join(listed),
+        f"; and {further} other reasons" if further else "",
+    )

@@ -79,7 +79,7 @@ class Scoring:
         plus, where there is a reward, what that makes of its messages. Episodes that failed are set
         aside. `groups` are the numbers of the prompts in the rollout.
         """
-        warn_of_failures(rows)
+        warn_of_failures(prompts, rows)
         played = [[episode for episode in row if episode.failed is None] for row in rows]
         given: list[list[float | None]] = [[0.0 for _ in row] for row in played]
         if self.reward is not None:

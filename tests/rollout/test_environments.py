@@ -254,14 +254,20 @@ def test_tools_may_be_coroutines(file):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("class Shop:\n    pass\n", "no method `reset`"),
-        ("class Other:\n    pass\n", "has no `Shop`"),
+        (
+            "class Shop:\n    pass\n",
+            "cannot be used: TypeError: Shop has no method `reset`; an environment needs one",
+        ),
+        ("import os\nclass Other:\n    pass\n", "has no `Shop`; it has: Other"),
+        ("x = 1 / 0\n", "cannot be used: ZeroDivisionError: division by zero"),
     ],
 )
 def test_an_environment_that_cannot_be_used_is_refused_at_the_start(tmp_path, text, reason):
     (tmp_path / "shop.py").write_text(text)
-    with pytest.raises(ConfigError, match=reason):
+    with pytest.raises(ConfigError) as error:
         WorkerEnvironments(f"{tmp_path / 'shop.py'}:Shop")
+    assert str(error.value).startswith("rollout.environment")
+    assert str(error.value).endswith(reason)
 
 
 def test_a_tool_that_is_not_described_is_refused():

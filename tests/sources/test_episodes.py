@@ -132,8 +132,8 @@ def test_failed_episodes_are_set_aside_and_counted(model, tmp_path, caplog):
     failed = round(source.metrics["episodes/failed"] * 16)
     assert 0 < failed < 16
     assert left == 16 - failed
-    assert f"{failed} of 16 episodes failed and were set aside" in caplog.text
-    assert "step: RuntimeError: no sevens" in caplog.text
+    assert f"{failed} of 16 episodes failed and were " in caplog.text
+    assert f"set aside: step: RuntimeError: no sevens ({failed}, first in random:" in caplog.text
 
 
 def test_a_step_without_an_episode_left_is_an_error(model, tmp_path):
