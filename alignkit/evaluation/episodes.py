@@ -11,6 +11,7 @@ import torch
 from alignkit.batches import Bundle, Draw
 from alignkit.config.data import DataConfig
 from alignkit.data.prompts import Prompt
+from alignkit.evaluation.measurements import BoolArray
 from alignkit.metrics.intervals import Array
 from alignkit.policies.module import context_length
 from alignkit.policies.pair import PolicyPair
@@ -77,15 +78,23 @@ def turn_by_turn(rows: Rows) -> list[list[str]]:
     return [["\n".join(told(episode)) for episode in row] for row in rows]
 
 
+def failures(rows: Rows) -> BoolArray:
+    """Which episodes failed [P, K]."""
+    return np.array([[episode.failed is not None for episode in row] for row in rows])
+
+
 def counts(rows: Rows) -> dict[str, Array]:
-    """Numbers of each episode [P, K], under the names that `Measured` has for them."""
+    """Numbers of each episode [P, K], under the names that `Measured` has for them; nan where one
+    failed.
+    """
     every = {
         "turns": [[e.turns for e in row] for row in rows],
         "read": [[e.tokens for e in row] for row in rows],
         "calls": [[e.calls for e in row] for row in rows],
         "failures": [[e.failures for e in row] for row in rows],
     }
-    return {name: np.array(values, dtype=float) for name, values in every.items()}
+    unknown = failures(rows)
+    return {name: np.where(unknown, np.nan, values) for name, values in every.items()}
 
 
 def scores(

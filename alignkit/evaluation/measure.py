@@ -24,6 +24,7 @@ from alignkit.errors import ModelError
 from alignkit.evaluation.episodes import (
     World,
     counts,
+    failures,
     own_tokens,
     scores,
     segments_of,
@@ -164,15 +165,19 @@ class Yardstick:
         sampler = HFSampler(pair, max_new_tokens=self.max_new_tokens, seed=self.seed)
         rows = world.play(pair, sampler, self.prompts, Draw(self.samples, source))
         bundles, episode_of = segments_of(rows)
+        # Of an episode that failed nothing is known: zeros would pull every mean down.
+        failed = failures(rows)
 
         arrays = {}
         sums = scored(pair, bundles, REVERSE if source == "policy" else LIVE)
         for sum_name, values in sums.items():
             of_episodes = np.zeros(len(rows) * self.samples)
             np.add.at(of_episodes, episode_of, values)
-            arrays[sum_name] = of_episodes.reshape(len(rows), self.samples)
+            arrays[sum_name] = np.where(
+                failed, np.nan, of_episodes.reshape(len(rows), self.samples)
+            )
         if source == "reference":
-            zero = np.zeros_like(arrays["reference_logp"])
+            zero = 0 * arrays["reference_logp"]
             arrays |= {"logp": arrays["reference_logp"], "kl": zero}
 
         return Measured(
@@ -180,7 +185,8 @@ class Yardstick:
             prompts=[row[0].prompt for row in rows],
             texts=turn_by_turn(rows),
             tokens=own_tokens(rows),
-            ended=np.array([[episode.ended for episode in row] for row in rows]),
+            ended=np.where(failed, np.nan, [[episode.ended for episode in row] for row in rows]),
+            failed=failed.astype(float),
             score=scores(rows, self.prompts, self.reward, world.environments),
             **counts(rows),
             **arrays,

@@ -28,6 +28,7 @@ ARRAYS = (
     "read",
     "calls",
     "failures",
+    "failed",
 )
 
 
@@ -62,6 +63,7 @@ class Measured:
     read: Array | None = None  # all tokens after the prompt
     calls: Array | None = None  # of tools
     failures: Array | None = None  # calls that were answered by an error
+    failed: Array | None = None  # 1 where an episode has no result; its other figures are nan
 
     def __post_init__(self) -> None:
         for name in ARRAYS:
@@ -78,8 +80,9 @@ class Measured:
 
     @property
     def lengths(self) -> Array:
-        """Tokens of each completion [P, K], the end token included."""
-        return np.array([[len(ids) for ids in row] for row in self.tokens], dtype=float)
+        """Tokens of each completion [P, K], the end token included; nan for an episode that failed."""
+        lengths = np.array([[len(ids) for ids in row] for row in self.tokens], dtype=float)
+        return lengths if self.failed is None else np.where(self.failed == 1, np.nan, lengths)
 
     @property
     def distinct(self) -> dict[int, Array]:
@@ -104,6 +107,7 @@ class Measured:
             else self.reward_calls,
             "episodes/turns": self.turns,
             "episodes/length": self.read,
+            "episodes/failed": self.failed,
             "tools/call_frequency": self.calls,
         }
         means = {
@@ -179,7 +183,7 @@ def wins(
 def _ratio(numerators: Array, denominators: Array) -> Array:
     """Of the sums over each prompt's completions: [P, K] x2 -> [P], nan where there is nothing."""
     with np.errstate(invalid="ignore"):
-        return np.asarray(numerators.sum(1) / denominators.sum(1))
+        return np.asarray(np.nansum(numerators, 1) / np.nansum(denominators, 1))
 
 
 def _flat(texts: list[list[str]]) -> list[str]:

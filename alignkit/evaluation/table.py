@@ -24,6 +24,7 @@ FIGURES = {
     "distinct_2": "distinct-2",
     "episodes/turns": "turns per episode",
     "episodes/length": "tokens of an episode, the world's included",
+    "episodes/failed": "share of episodes that failed",
     "tools/call_frequency": "tool calls per episode",
     "tools/failure_frequency": "share of calls that failed",
 }

@@ -159,15 +159,17 @@ def mean_interval(
 def standard_error(values: ArrayLike) -> float:
     """Standard error of the mean of `values` [P, K], K samples of each of P prompts.
 
-    The prompts are fixed: only the spread of the samples within a prompt counts, so it is nan where
-    K is 1.
+    The prompts are fixed: only the spread of the samples within a prompt counts. Samples that are
+    nan are not known; prompts of which fewer than two are known say nothing, and it is nan where
+    none says anything.
     """
     samples = np.asarray(values, dtype=float)
-    prompts, count = samples.shape
-    if count < 2:
+    known = (~np.isnan(samples)).sum(1)
+    samples, known = samples[known > 1], known[known > 1]
+    if not len(known):
         return float("nan")
-    variances = samples.var(axis=1, ddof=1) / count  # of each prompt's mean
-    return float(np.sqrt(variances.sum()) / prompts)
+    variances = np.nanvar(samples, axis=1, ddof=1) / known  # of each prompt's mean
+    return float(np.sqrt(variances.sum()) / len(known))
 
 
 def sampling_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:

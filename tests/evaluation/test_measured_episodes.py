@@ -122,7 +122,17 @@ def test_eval_plays_the_episodes_of_the_runs_environment(trained, tmp_path, caps
     assert 1 < means["episodes/turns"]["value"] <= 3
     assert means["episodes/length"]["value"] > means["length"]["value"]
     assert means["tools/call_frequency"]["value"] == 0
-    assert "turns per episode" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "turns per episode" in said.out
+    assert "share of episodes that failed" in said.out
+    assert (
+        "2 of 14 episodes failed and were set aside: step: RuntimeError: no (2, first in"
+        in said.err
+    )
+
+    # They do not pull the means down: of the others nobody has drawn less than a token.
+    assert means["episodes/failed"]["value"] == pytest.approx(1 / 7)
+    assert means["episodes/turns"]["low"] >= 1
 
     shown = [row["completions"]["rpg"] for row in results["samples"]]
     assert "world      w7" in shown[0]["text"]

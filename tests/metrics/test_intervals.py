@@ -113,6 +113,8 @@ def test_standard_error_counts_the_spread_within_prompts_alone():
         (6 - 0.5 * 1.9599639845, 6 + 0.5 * 1.9599639845), abs=1e-9
     )
     assert np.isnan(standard_error(np.ones((3, 1))))
+    unknown = np.array([[1.0, np.nan, 3.0], [10.0, 10.0, np.nan], [np.nan, np.nan, 4.0]])
+    assert standard_error(unknown) == pytest.approx(0.5, abs=1e-15)
 
 
 @pytest.mark.parametrize(("wins", "n"), [(0, 7), (3, 7), (30, 41), (41, 41)])
