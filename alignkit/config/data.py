@@ -76,13 +76,17 @@ class DataConfig(Section):
         description="held-out rows, from the same kinds of source; or several sets: a mapping of "
         "names to sources or {source, split, subset, columns, max_rows}",
     )
-    split: str = Field("train", description="which split to read where a dataset has several")
+    split: str = Field(
+        "train",
+        description="which split to read where a dataset has several, or a part of it: train[:90%]",
+    )
     subset: str | None = Field(
         None, description="which configuration to read where a hub dataset has several"
     )
     eval_split: str | None = Field(
         None,
-        description="split for `eval`; null: validation, test or eval, else `split` of another set",
+        description="split for `eval`, or a part of one such as train[90%:]; null: validation, test or "
+        "eval, else `split` of another set",
     )
     eval_subset: str | None = Field(None, description="configuration for `eval`; null: `subset`")
     format: Literal[
@@ -185,6 +189,30 @@ class DataConfig(Section):
         if isinstance(value, dict):
             check_set_names(value)
         return value
+
+    @field_validator("eval_split", mode="before")
+    @classmethod
+    def _names_a_split(cls, value: object) -> object:
+        """A share of the rows, as other tools take it, is no split."""
+        try:
+            share = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            return value
+        raise ValueError(
+            f"{share:g} is a number; to hold out a part of the rows, name the same source twice: "
+            "data.eval=SOURCE data.split=train[:90%] data.eval_split=train[90%:]"
+        )
+
+    @model_validator(mode="after")
+    def _held_out_of_something(self) -> Self:
+        """What is said of held-out rows is not left unread."""
+        for field in ("eval_split", "eval_subset"):
+            if self.eval is None and getattr(self, field) is not None:
+                raise ValueError(
+                    f"{field} is of the held-out rows, and there are none; set data.eval to their "
+                    "source, which may be that of data.train"
+                )
+        return self
 
     @field_validator("train")
     @classmethod

@@ -74,8 +74,8 @@ def data_suffix(path: Path) -> str:
 def read_file(path: Path, splits: Sequence[str]) -> Iterable[Row]:
     """The rows of `path`; `splits` names the parts of a JSON object to take, the first that exists.
 
-    Raises DataError for a file that cannot be read as what its name says, OSError for one that
-    cannot be opened.
+    Raises DataError for a file that cannot be read as what its name says, and for one without splits
+    of which another one than `train` is asked; OSError for one that cannot be opened.
     """
     suffix = data_suffix(path)
     compression = path.suffix.lower() if path.suffix.lower() != suffix else ""
@@ -87,6 +87,8 @@ def read_file(path: Path, splits: Sequence[str]) -> Iterable[Row]:
             f"all but Parquet may be compressed ({', '.join(COMPRESSIONS)})"
         )
 
+    if suffix != ".json":
+        _refuse_split(path, splits)
     if suffix == ".parquet":
         return numbered(_read_parquet(path))
     if suffix in (".csv", ".tsv"):
@@ -246,6 +248,7 @@ def _read_json(path: Path, splits: Sequence[str]) -> Iterator[Row]:
         raise DataError(f"{path}: not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # JSON lines under a .json name, as the hub has them
+            _refuse_split(path, splits)
             yield from read_jsonl(path)
             return
         raise DataError(f"{path}:{error.lineno}: {error.msg} at column {error.colno}") from None
@@ -258,12 +261,23 @@ def _read_json(path: Path, splits: Sequence[str]) -> Iterator[Row]:
         if name is None and _holds_splits(value):
             raise no_such_split(path, splits, list(value))
         value = [value] if name is None else value[name]
+    else:
+        _refuse_split(path, splits)
     if not isinstance(value, list):
         raise DataError(
             f"{path}: expected a JSON list of rows, "
             f"or an object with such a list under `{splits[0]}` or `data`"
         )
     yield from numbered(value)
+
+
+def _refuse_split(path: Path, splits: Sequence[str]) -> None:
+    """Raises DataError where one split is asked of a file that has none."""
+    if len(splits) == 1 and splits[0] != "train":
+        raise DataError(
+            f"{path}: no split `{splits[0]}`, since the file has no splits; leave it out, or take a "
+            "part of the rows as train[:90%]"
+        )
 
 
 def _holds_splits(value: Mapping[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from alignkit.data.file_formats import (
     numbered,
     read_file,
 )
+from alignkit.data.slices import Slice, without_slice
 from alignkit.errors import ConfigError, DataError, first_line
 from alignkit.files import sha256_of_file
 
@@ -186,20 +187,38 @@ def _read_named(source: str | Path, part: _Part) -> Rows:
             f"data: {name} is made by the command line; in Python pass the task's rows as `source`"
         )
 
+    # The library cuts what it reads itself; files and saved sets are cut here.
     path = Path(source).expanduser()
+    splits, cut = without_slice(part.splits)
+    whole = replace(part, splits=splits)
     if path.is_file():
-        return _of_file(path, part)
+        return _cut(_of_file(path, whole), cut)
     if has_magic(name) and not path.exists():
-        return _of_files(path, part)
-    if path.is_dir():
-        split, dataset = _read_folder(path, part)
+        return _cut(_of_files(path, whole), cut)
+    if path.is_dir() and not _is_saved(path):  # a folder of data files
+        split, dataset = _read_hub(str(path), part)
         return _of_dataset(path.name, f"{path} split {split}", dataset)
+    if path.is_dir():
+        split, dataset = _read_folder(path, whole)
+        return _cut(_of_dataset(path.name, f"{path} split {split}", dataset), cut)
 
     # Hub names look like paths; what can only be a path is not looked up on the hub.
     if data_suffix(path) in SUFFIXES or path.is_absolute() or name.startswith((".", "~")):
         raise _no_such_path(path)
     split, dataset = _read_hub(name, part)
     return _of_dataset(name, f"dataset {name} split {split}", dataset)
+
+
+def _cut(rows: Rows, cut: Slice | None) -> Rows:
+    """A part of the rows; None: all."""
+    if cut is None:
+        return rows
+
+    def content() -> Any:
+        whole = rows.content()
+        return None if whole is None else [whole, cut.start, cut.stop]
+
+    return replace(rows, rows=Stream(lambda: cut.of(rows.rows)), content=content)
 
 
 def _of_file(path: Path, part: _Part) -> Rows:
@@ -262,13 +281,16 @@ def _no_such_path(path: Path) -> DataError:
     return DataError(f"data: there is no file or folder {path}{hint}")
 
 
+def _is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` has written the folder."""
+    marks = ("dataset_info.json", "dataset_dict.json", "state.json")
+    return any((path / mark).exists() for mark in marks)
+
+
 def _read_folder(path: Path, part: _Part) -> tuple[str, Any]:
     """The name of the split that was read, and its rows."""
     import datasets
 
-    marks = ("dataset_info.json", "dataset_dict.json", "state.json")  # save_to_disk writes one
-    if not any((path / mark).exists() for mark in marks):
-        return _read_hub(str(path), part)  # a folder of data files
     try:
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:

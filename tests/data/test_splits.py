@@ -4,6 +4,7 @@ import json
 
 import datasets
 import pytest
+from pydantic import ValidationError
 
 from alignkit.config.data import DataConfig
 from alignkit.data.load import check_held_out, load_bundles, load_prompts
@@ -112,3 +113,65 @@ def test_the_same_rows_on_both_sides_are_refused_and_shared_ones_are_counted(kin
         notes = check_held_out(training, load([*rows_of("z"), rows[0]]), "there")
         assert notes == ["there: 1 of 3 held-out rows are trained on too"]
         assert check_held_out(training, load(rows_of("z")), "there") == []
+
+
+LINES = [{"prompt": f"hello {i}", "chosen": " a", "rejected": " b"} for i in range(15)]
+
+
+def numbers(config, *, evaluation=False):
+    rows = read_rows(config, held_out(config) if evaluation else None)
+    return [int(row.values["prompt"].split()[1]) for row in rows.rows]
+
+
+@pytest.fixture(params=["jsonl", "json", "saved", "glob"])
+def fifteen(request, tmp_path):
+    """The source of `LINES`."""
+    lines = [json.dumps(line) + "\n" for line in LINES]
+    path = tmp_path / f"rows.{request.param}"
+    if request.param == "saved":
+        both = {"train": datasets.Dataset.from_list(LINES)}
+        datasets.DatasetDict(both).save_to_disk(str(path))
+    elif request.param == "json":
+        path.write_text(json.dumps(LINES))
+    elif request.param == "glob":
+        (tmp_path / "part-1.jsonl").write_text("".join(lines[:4]))
+        (tmp_path / "part-2.jsonl").write_text("".join(lines[4:]))
+        path = tmp_path / "part-*.jsonl"
+    else:
+        path.write_text("".join(lines))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "split",
+    ["train[:90%]", "train[90%:]", "train[3:5]", "train[-10%:]", "train[-2:]", "train[:]"],
+)
+def test_parts_of_rows_are_those_of_datasets(fifteen, tmp_path, split):
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    same = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "same.jsonl"), split=split, cache_dir=str(tmp_path)
+    )
+    expected = [int(row["prompt"].split()[1]) for row in same]
+    assert numbers(DataConfig(train=fifteen, split=split)) == expected
+
+
+def test_a_file_is_trained_on_and_held_out_in_parts(fifteen):
+    parts = {"split": "train[:80%]", "eval_split": "train[80%:]"}
+    config = DataConfig(train=fifteen, eval=fifteen, **parts)
+    trained, held = numbers(config), numbers(config, evaluation=True)
+    assert trained + held == list(range(15))
+    assert len(held) == 3
+    contents = [read_rows(config, source).content() for source in (None, held_out(config))]
+    assert contents[0] != contents[1]
+
+
+def test_a_split_is_not_left_unread(fifteen):
+    with pytest.raises(DataError, match="no split `dev`"):
+        numbers(DataConfig(train=fifteen, split="dev"))
+    with pytest.raises(DataError, match="no split `dev`"):
+        numbers(DataConfig(train=fifteen, split="dev[:50%]"))
+    with pytest.raises(ValidationError, match="eval_split is of the held-out rows, and there are"):
+        DataConfig(train=fifteen, eval_split="test")
+    for share in (0.1, "0.1"):
+        with pytest.raises(ValidationError, match=r"0\.1 is a number; to hold out a part"):
+            DataConfig(train=fifteen, eval=fifteen, eval_split=share)
