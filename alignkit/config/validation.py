@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from alignkit.config.other_names import called_here, said_here
 from alignkit.config.text import Keys, Origin
 from alignkit.errors import ConfigError
 
@@ -112,7 +113,8 @@ def _describe(
     # pydantic lists a Literal's values in quotes, as in "'cosine', 'linear' or 'constant'"
     expected = [f.get("ctx", {}).get("expected", "") for f in faults]
     allowed = [word for text in expected for word in re.findall(r"'([^']*)'", text)]
-    hint = nearest(fault["input"], allowed) if isinstance(fault["input"], str) else ""
+    value = fault["input"]
+    hint = said_here(value) or (nearest(value, allowed) if isinstance(value, str) else "")
     return f"`{name}` is {given}; it should be {' or '.join(wanted)}.{hint}"
 
 
@@ -120,7 +122,9 @@ def _unknown(model: type[BaseModel], data: Mapping[str, Any], keys: Keys, place:
     """The sentence for a field or section that does not exist."""
     fields = [field for inner in _models_at(model, place[:-1]) for field in inner.model_fields]
     given = place[-1]
-    hint = nearest(given, fields)
+    hint = called_here(given) or nearest(given, fields)
+    if ":" in given:
+        hint = " YAML needs a space after a colon: {name: value}."
     if not hint and not keys:
         hint = _nearest_elsewhere(model, data, place)
 

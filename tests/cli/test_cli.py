@@ -332,7 +332,7 @@ def test_recipes_are_listed_shown_and_copied(capsys, tmp_path, monkeypatch):
 
 def test_other_exceptions_keep_their_traceback(tmp_path, world, monkeypatch):
     monkeypatch.chdir(world)
-    (tmp_path / "bad.py").write_text("raise ZeroDivisionError('mine')\n")
+    (tmp_path / "bad.py").write_text("raise ZeroDivisionError('mine')\nX = 1\n")
     with pytest.raises(ZeroDivisionError, match="mine"):
         main(
             [

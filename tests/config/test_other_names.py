@@ -1,0 +1,52 @@
+"""Who writes a setting as another tool calls it is told what it is called here."""
+
+import re
+
+import pytest
+
+from alignkit.config.objective_fields import fields_of
+from alignkit.config.other_names import FIELDS, VALUES
+from alignkit.config.recipe import Recipe, load_recipe
+from alignkit.config.validation import field_names
+from alignkit.errors import ConfigError
+from alignkit.objectives import OBJECTIVES
+
+OURS = {*field_names(Recipe)} | {
+    f"objective.{field}" for name in OBJECTIVES for field in fields_of(name).model_fields
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_hint_names_a_field_of_a_recipe(name):
+    named = re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)[`=]", FIELDS[name])
+    beside = {"objective.name", "model.adapter.peft.use_dora", "model.adapter.peft.use_rslora"}
+    beside |= {"model.adapter.peft.modules_to_save", "max_rows", "weight"}
+    assert set(named) <= OURS | beside
+    assert named or "not needed" in FIELDS[name] or "--resume" in FIELDS[name]
+    assert f"train.{name}" not in OURS
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.num_train_epochs=1", "In alignkit it is `train.epochs`"),
+        ("train.per_device_train_batch_size=4", "In alignkit it is `train.batch_size`, rows per"),
+        ("num_generations=4", "In alignkit it is `rollout.completions`."),
+        ("model.load_in_4bit=true", "In alignkit it is `model.quantize=4bit`."),
+        ("model.adapter.lora_alpha=16", "In alignkit it is `model.adapter.alpha`."),
+        ("objective.loss_type=ipo", "In alignkit it is `objective.name`"),
+        ("train.optimizer=adamw_torch", "In alignkit it is `adamw`."),
+        ("train.schedule=constant_with_warmup", "In alignkit it is `constant`, with train.warmup"),
+        ("rewards=[{function:mine.py:score}]", "YAML needs a space after a colon"),
+        ("train.stepz=1", "Did you mean `steps`?"),
+    ],
+)
+def test_a_message_says_what_it_is_called_here(override, words):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("dpo", [override])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_our_own_values_are_not_among_theirs():
+    assert not {"adamw", "adamw_8bit", "cosine", "constant", "wsd", "bfloat16"} & VALUES.keys()
