@@ -113,8 +113,8 @@ def _describe(
     # pydantic lists a Literal's values in quotes, as in "'cosine', 'linear' or 'constant'"
     expected = [f.get("ctx", {}).get("expected", "") for f in faults]
     allowed = [word for text in expected for word in re.findall(r"'([^']*)'", text)]
-    value = fault["input"]
-    hint = said_here(value) or (nearest(value, allowed) if isinstance(value, str) else "")
+    word = fault["input"]
+    hint = said_here(word) or (nearest(word, allowed) if isinstance(word, str) else "")
     return f"`{name}` is {given}; it should be {' or '.join(wanted)}.{hint}"
 
 

@@ -26,10 +26,10 @@ class Slice:
 
 def without_slice(splits: Sequence[str]) -> tuple[tuple[str, ...], Slice | None]:
     """The splits' names, and which part of the only one is asked for; None: all of it."""
-    found = SLICE.fullmatch(splits[0]) if len(splits) == 1 else None
-    if found is None:
+    match = SLICE.fullmatch(splits[0]) if len(splits) == 1 else None
+    if match is None:
         return tuple(splits), None
-    name, start, stop = found.groups(default="")
+    name, start, stop = match.groups(default="")
     return (name,), Slice(start, stop)
 
 
