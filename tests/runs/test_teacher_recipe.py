@@ -4,7 +4,10 @@ import json
 import shutil
 
 import pytest
-from world import pair_rows, save_model, write_rows
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from world import VOCAB, pair_rows, save_model, write_rows
 
 from alignkit.config import load_recipe
 from alignkit.errors import ConfigError, ModelError, ResourceError
@@ -20,7 +23,11 @@ def world(tmp_path_factory):
     save_model(folder / "teacher", seed=1)
     rows = [{"prompt": r["prompt"], "completion": " " + r["chosen"]} for r in pair_rows(10)]
     write_rows(folder / "rows.jsonl", rows)
+    write_rows(folder / "held_out.jsonl", [{"prompt": "w9", "completion": " w10 w11"}])
     write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
+    (folder / "worth.py").write_text(
+        "def worth(completions, **_):\n    return [float('w5' in text) for text in completions]\n"
+    )
     return folder
 
 
@@ -55,6 +62,80 @@ def test_given_own_and_mixed_answers_train(world, tmp_path, rows, overrides):
     assert len(written) == 3
     assert all(row["loss"] > 0 and row["grad_norm"] > 0 for row in written)
     assert ("rollout/own_share" in written[0]) == ("objective.share=0.5" in overrides)
+
+
+@torch.no_grad()
+def padded(folder, rows=0):
+    """The model with so many further rows of its embedding and head, which it makes unlikely."""
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    # The first channel stays large and positive, so that a head can lower a logit everywhere.
+    network.model.embed_tokens.weight[:, 0] = 30.0
+    network.lm_head.weight[:, 0] = 0.0
+    if rows:
+        network.resize_token_embeddings(VOCAB + rows, mean_resizing=False)
+        network.lm_head.weight[VOCAB:] = 0.0
+        network.lm_head.weight[VOCAB:, 0] = -30.0
+    network.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def padded_world(world, tmp_path_factory):
+    """Students and teachers with the same weights, padded and not, and an adapter on each teacher."""
+    folder = tmp_path_factory.mktemp("padded")
+    shutil.copytree(world, folder, dirs_exist_ok=True)
+    for name in ("student", "teacher"):
+        shutil.copytree(folder / name, folder / f"{name}-padded")
+        padded(folder / name)
+        padded(folder / f"{name}-padded", rows=9)
+
+    for name in ("teacher", "teacher-padded"):
+        torch.manual_seed(11)
+        base = AutoModelForCausalLM.from_pretrained(folder / name)
+        settings = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        get_peft_model(base, settings).save_pretrained(folder / f"{name}-adapter")
+    return folder
+
+
+REPLAY = ["objective.share=0.5", "objective.share_growth=0.3", "objective.replay=4"]
+REPLAY += ["train.eval_every=1", "objective.share_tolerance=0"]
+OPTIONS = {
+    "replayed": (REPLAY, "rows.jsonl", ""),
+    "proposed": (["objective.share=1", "objective.teacher_top=3"], "prompts.jsonl", ""),
+    "replayed proposals": ([*REPLAY, "objective.teacher_top=3"], "rows.jsonl", ""),
+    "stored": (["objective.share=0", "teacher.top=5", "teacher.store=STORE"], "rows.jsonl", ""),
+    "adapter": (["objective.share=0.5"], "rows.jsonl", "-adapter"),
+    "stored adapter": (["objective.share=0", "teacher.top=5"], "rows.jsonl", "-adapter"),
+    "kdrl": (["objective={name: kdrl, kd_weight: 0.1}"], "prompts.jsonl", ""),
+    "minillm": (["objective={name: minillm}"], "prompts.jsonl", ""),
+    "opd": (["objective={name: opd}"], "prompts.jsonl", ""),
+}
+
+
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in OPTIONS if name != "proposed"]
+
+
+@pytest.mark.parametrize("option", ["proposed", *LONG])
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_padding_of_one_embedding_changes_nothing(padded_world, tmp_path, option, which):
+    """The losses are those of the same models without padding."""
+    overrides, rows, kind = OPTIONS[option]
+    losses = []
+    for pad in ("", "-padded"):
+        names = {"teacher": "teacher", "student": "student"} | {which: f"{which}{pad}"}
+        given = [text.replace("STORE", str(tmp_path / f"store{pad}")) for text in overrides]
+        given += (
+            [f"data.eval={padded_world / 'held_out.jsonl'}"]
+            if "train.eval_every=1" in given
+            else []
+        )
+        given += ["rewards=[{function: " + f"{padded_world}/worth.py:worth" + "}]"]
+        given += [f"model.name_or_path={padded_world / names['student']}"]
+        given += [f"teacher.name_or_path={padded_world / (names['teacher'] + kind)}"]
+        given.append("data.max_length=32")
+        run_recipe(recipe(padded_world, tmp_path / f"run{pad}", *given, rows=rows))
+        losses.append([row["loss"] for row in read_jsonl(tmp_path / f"run{pad}" / "metrics.jsonl")])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert len(set(losses[0])) == 3
 
 
 def test_what_a_recipe_cannot_ask_for(world, tmp_path):
