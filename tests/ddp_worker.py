@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
-from world import make_job, pairs
+from world import make_job, pad_vocabulary, pairs, save_model
 
 from alignkit.config.model import ModelConfig
 from alignkit.config.teacher import TeacherConfig
@@ -120,9 +120,22 @@ def adapted(model, out, accelerator, **settings):
     """As `distilled`; the teacher is an adapter's folder."""
     job = distilled(model, out, accelerator, **settings)
     folder = out.parent / f"{out.name}-adapter"
-    if accelerator.is_main_process:
-        save_adapter(model, folder)
-    accelerator.wait_for_everyone()
+    return taught_by(job, model, folder, lambda: save_adapter(model, folder))
+
+
+def proposing(model, out, accelerator, **settings):
+    """The policy proposes tokens to a teacher whose vocabulary is padded."""
+    objective = Distill(share=1.0, teacher_top=4, divergence="reverse_kl")
+    job = online_job(model, out, objective, accelerator=accelerator, steps=4, **settings)
+    folder = out.parent / f"{out.name}-padded"
+    return taught_by(job, model, folder, lambda: pad_vocabulary(save_model(folder, seed=7), 9))
+
+
+def taught_by(job, model, folder, write):
+    """The job with another teacher, which the first process writes."""
+    if job.accelerator.is_main_process:
+        write()
+    job.accelerator.wait_for_everyone()
     if job.pair.shards is not None:
         job.pair.shards.forget(job.pair.anchors["teacher"].module)
     source = ModelConfig(name_or_path=str(model))
@@ -227,6 +240,7 @@ CASES = {
     "fsdp_turns": (turns, {"shard": True, "optimizer": "sgd", "learning_rate": 0.1}),
     "fsdp_distill": (distilled, {"shard": True, "budget": 24}),
     "fsdp_adapter_teacher": (adapted, {"shard": True, "budget": 24}),
+    "fsdp_proposing": (proposing, {"shard": True, "optimizer": "sgd", "learning_rate": 0.1}),
     "fsdp_opd": (on_policy, {"shard": True, "optimizer": "sgd", "learning_rate": 0.1}),
     "fsdp_dph": (rehearsed, {"shard": True, "optimizer": "sgd", "learning_rate": 0.1}),
     "fsdp_fdpg": (proposed, {"shard": True, "optimizer": "sgd", "learning_rate": 0.1}),

@@ -68,6 +68,20 @@ def save_reward_model(folder: Path, tokenizer_of: Path, seed: int = 0) -> Path:
     return folder
 
 
+@torch.no_grad()
+def pad_vocabulary(folder: Path, rows: int) -> None:
+    """Give the model so many further rows of its embedding and head, which it makes unlikely."""
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    # The first channel stays large and positive, so that a head can lower a logit everywhere.
+    network.model.embed_tokens.weight[:, 0] = 30.0
+    network.lm_head.weight[:, 0] = 0.0
+    if rows:
+        network.resize_token_embeddings(VOCAB + rows, mean_resizing=False)
+        network.lm_head.weight[VOCAB:] = 0.0
+        network.lm_head.weight[VOCAB:, 0] = -30.0
+    network.save_pretrained(folder)
+
+
 def write_rows(file: Path, rows: Iterable[Mapping]) -> Path:
     """Rows as JSON lines."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -8,7 +8,6 @@ import torch
 
 from alignkit.batches import Bundle
 from alignkit.errors import ModelError, first_line
-from alignkit.policies.head import Head
 from alignkit.policies.layout import Layout, Rows, build_rows
 from alignkit.policies.module import PolicyModule, causal_lm
 
@@ -125,6 +124,9 @@ def mass_beyond(module: PolicyModule, vocabulary: int, bundle: Bundle) -> float:
     position of the bundle's completions.
     """
     rows = build_rows([bundle], "padded", next(module.parameters()).device)
-    hidden = module(rows, hidden_only=True)["hidden"]
-    every_token = Head.of(causal_lm(module.model)).logprobs(hidden)
-    return float(every_token[:, vocabulary:].exp().sum(-1).max())
+    # By the model's own forward, since the head of a sharded one is whole in there alone. What pads
+    # a row stands behind its tokens, which do not see it.
+    seen = torch.ones_like(rows.input_ids)
+    logits = causal_lm(module.model)(input_ids=rows.input_ids, attention_mask=seen).logits
+    laws = logits.flatten(0, 1)[rows.sources].float().softmax(-1)
+    return float(laws[:, vocabulary:].sum(-1).max())

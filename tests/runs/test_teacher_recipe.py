@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from world import VOCAB, pair_rows, save_model, write_rows
+from world import pad_vocabulary, pair_rows, save_model, write_rows
 
 from alignkit.config import load_recipe
 from alignkit.errors import ConfigError, ModelError, ResourceError
@@ -64,20 +64,6 @@ def test_given_own_and_mixed_answers_train(world, tmp_path, rows, overrides):
     assert ("rollout/own_share" in written[0]) == ("objective.share=0.5" in overrides)
 
 
-@torch.no_grad()
-def padded(folder, rows=0):
-    """The model with so many further rows of its embedding and head, which it makes unlikely."""
-    network = AutoModelForCausalLM.from_pretrained(folder)
-    # The first channel stays large and positive, so that a head can lower a logit everywhere.
-    network.model.embed_tokens.weight[:, 0] = 30.0
-    network.lm_head.weight[:, 0] = 0.0
-    if rows:
-        network.resize_token_embeddings(VOCAB + rows, mean_resizing=False)
-        network.lm_head.weight[VOCAB:] = 0.0
-        network.lm_head.weight[VOCAB:, 0] = -30.0
-    network.save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def padded_world(world, tmp_path_factory):
     """Students and teachers with the same weights, padded and not, and an adapter on each teacher."""
@@ -85,8 +71,8 @@ def padded_world(world, tmp_path_factory):
     shutil.copytree(world, folder, dirs_exist_ok=True)
     for name in ("student", "teacher"):
         shutil.copytree(folder / name, folder / f"{name}-padded")
-        padded(folder / name)
-        padded(folder / f"{name}-padded", rows=9)
+        pad_vocabulary(folder / name, 0)
+        pad_vocabulary(folder / f"{name}-padded", 9)
 
     for name in ("teacher", "teacher-padded"):
         torch.manual_seed(11)
