@@ -71,7 +71,7 @@ def save_reward_model(folder: Path, tokenizer_of: Path, seed: int = 0) -> Path:
 @torch.no_grad()
 def pad_vocabulary(folder: Path, rows: int) -> None:
     """Give the model so many further rows of its embedding and head, which it makes unlikely."""
-    network = AutoModelForCausalLM.from_pretrained(folder)
+    network = LlamaForCausalLM.from_pretrained(folder)
     # The first channel stays large and positive, so that a head can lower a logit everywhere.
     network.model.embed_tokens.weight[:, 0] = 30.0
     network.lm_head.weight[:, 0] = 0.0
