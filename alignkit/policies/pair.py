@@ -177,7 +177,7 @@ class PolicyPair:
             anchor = self.anchors.get(name)
             if anchor is not None and anchor.module is not None:
                 anchor.check_labels(name, rows.labels, self.vocab_size)
-            if name == plan.read_by_statistics:
+            if plan.statistics and name == plan.read_by_statistics:
                 continue
             if all(name in bundle.tokens for bundle in bundles):
                 by_name[name] = self._stored(bundles, name, rows)
@@ -197,7 +197,7 @@ class PolicyPair:
         only lends its hidden states: the policy's head computes its log-probs chunk by chunk beside
         the policy's own.
         """
-        name = plan.read_by_statistics
+        name = plan.read_by_statistics if plan.statistics else None
         if name is None:
             return None
         anchor = self.anchors.get(name)
