@@ -109,8 +109,9 @@ class Client:
         both versions.
         """
         self._ask("POST", "/pause?mode=keep")
-        # Until the new weights are all there, the server holds no version.
-        self.rename(f"incomplete {version}")
+        # Until the new weights are all there, the server holds no version, and nothing that would be
+        # taken for these weights where this breaks off.
+        self.rename("incomplete")
         asked = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         try:
             self._ask("POST", "/collective_rpc", asked)

@@ -277,6 +277,29 @@ def test_weights_are_sent_again_to_a_server_that_lost_them(folder, engine):
         assert worst_difference(pair, draw(sampler)) < 1e-5
 
 
+def test_a_transfer_that_breaks_in_the_middle_is_no_version_and_is_made_again(folder, engine, url):
+    pair = pair_of(folder)
+    moved(pair)
+    sampler, load = sampler_of(pair, url), engine.load
+
+    def breaking(folder):
+        with torch.no_grad():
+            engine.model.lm_head.weight.zero_()  # half of it is there
+        raise ConnectionResetError
+
+    engine.load = breaking
+    with pytest.raises(ResourceError, match=r"no sampling server answers at .*--resume auto"):
+        sampler.sync()
+    assert engine.version == "incomplete"
+    with pytest.raises(ResourceError, match=r"no sampling server answers at .*--resume auto"):
+        draw(sampler)
+
+    engine.load = load
+    again = sampler_of(pair, url)
+    again.sync()
+    assert worst_difference(pair, draw(again)) < 1e-5
+
+
 def test_a_process_that_does_not_push_takes_the_version_of_its_server(folder, engine, url):
     pushing = sampler_of(pair_of(folder), url)
     config = RolloutConfig(url=url, max_new_tokens=6)
