@@ -26,7 +26,7 @@ from alignkit.config.teacher import TeacherConfig
 from alignkit.config.train import TrainConfig
 from alignkit.policies.load import load_pair
 from alignkit.policies.load_scorer import load_scorer
-from alignkit.policies.sharding import Shards, make_mesh
+from alignkit.policies.sharding import make_shards
 from alignkit.policies.teacher import add_teacher
 from alignkit.sources.dataset import DatasetSource
 from alignkit.training.job import Job
@@ -174,9 +174,7 @@ def make_job(
             device="cpu",
             fixed_data=True,
             seed=train.seed,
-            shards=Shards(make_mesh("cpu", accelerator.num_processes, train.mesh))
-            if several
-            else None,
+            shards=make_shards("cpu", accelerator.num_processes, train) if several else None,
         )
     if "teacher" in plan.anchors:
         folder = out.parent / f"{out.name}-teacher"
@@ -193,7 +191,9 @@ def make_job(
         world=accelerator.num_processes,
     )
     run = RunFolder(out, writes=accelerator.is_main_process)
-    identity = {"config": train.model_dump(mode="json", exclude={"save_every", "keep", "mesh"})}
+    identity = {
+        "config": train.model_dump(mode="json", exclude={"save_every", "keep", "mesh", "offload"})
+    }
     return Job(
         objective,
         pair,

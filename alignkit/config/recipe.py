@@ -171,6 +171,12 @@ def _check_across_fields(recipe: Recipe, at: Callable[..., str]) -> None:
             f"{at('reference', 'kind')}: `reference.kind` is `{kind}`, neither a kind nor a path.{hint}"
         )
 
+    mesh = recipe.train.mesh
+    if mesh is not None and mesh.tensor > 1 and recipe.model.adapter is not None:
+        raise ConfigError(
+            f"{at('train', 'mesh', 'tensor')}: `train.mesh.tensor` is {mesh.tensor}, and a model with "
+            "an adapter cannot be cut by its tp_plan; leave `tensor` out, or `model.adapter`"
+        )
     _check_splits_of_tasks(recipe, at)
     if recipe.data.has_streams:
         _check_streams(recipe, at)

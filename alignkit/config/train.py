@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from alignkit.config.section import Section
+from alignkit.errors import ConfigError
 
 Moment = Annotated[float, Field(ge=0, lt=1)]
 Goal = Literal["min", "max"]
@@ -42,12 +43,32 @@ def known_goal(metric: str) -> Goal | None:
 
 
 class MeshConfig(Section):
-    """How the processes of `train.shard` stand: `replicate` groups, each with a whole model that is
-    spread over the `shard` processes of the group.
+    """How the processes of `train.shard` stand: `replicate` times a whole model is spread over
+    `shard` times `tensor` processes, of which the `tensor` ones compute each forward together.
     """
 
     replicate: PositiveInt = Field(1, description="groups that each hold the model")
-    shard: PositiveInt = Field(description="processes over which a group spreads it")
+    shard: PositiveInt | None = Field(
+        None, description="processes over which a group spreads it; null: all that are left"
+    )
+    tensor: PositiveInt = Field(
+        1,
+        description="processes that compute with parts of each matrix, by the model's tp_plan",
+    )
+
+    def shape(self, processes: int) -> dict[str, int]:
+        """The size of each dimension of the mesh. ConfigError unless it holds all processes."""
+        others = self.replicate * self.tensor
+        shard = self.shard or max(1, processes // others)
+        if others * shard == processes:
+            return {"replicate": self.replicate, "shard": shard, "tensor": self.tensor}
+
+        sizes = {"replicate": self.replicate, "shard": self.shard, "tensor": self.tensor}
+        given = ", ".join(f"{name}: {size}" for name, size in sizes.items() if size is not None)
+        raise ConfigError(
+            f"train.mesh: {{{given}}} does not divide the run's {processes} processes; replicate "
+            "times shard times tensor must be their number"
+        )
 
 
 class ResetConfig(Section):
@@ -127,8 +148,17 @@ class TrainConfig(Section):
     )
     mesh: MeshConfig | None = Field(
         None,
-        description="`{replicate, shard}` of train.shard, such as machines and the GPUs of each; "
-        "null: one shard per process",
+        description="`{replicate, shard, tensor}` of train.shard, such as machines and the GPUs of "
+        "each; null: one shard per process",
+    )
+    reduce_dtype: Literal["auto", "float32"] = Field(
+        "auto",
+        description="dtype in which train.shard sums gradients over processes; "
+        "auto: that of the weights",
+    )
+    offload: bool = Field(
+        False,
+        description="keep the optimiser's state in the CPU's memory between steps; changes no result",
     )
     eval_every: NonNegativeInt = Field(100, description="steps between evaluations; 0 = never")
     save_every: NonNegativeInt = Field(
@@ -200,9 +230,27 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _mesh_is_of_shards(self) -> Self:
+    def _belongs_to_shards(self) -> Self:
         if self.mesh is not None and not self.shard:
             raise ValueError("train.mesh says how shards stand; set train.shard=true as well")
+        if self.reduce_dtype != "auto" and not self.shard:
+            raise ValueError(
+                f"reduce_dtype {self.reduce_dtype} is how shards' gradients are summed; set "
+                "train.shard=true as well, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _state_can_be_offloaded(self) -> Self:
+        reasons = {
+            "sgd": "keeps no state",
+            "adamw_8bit": "keeps its state where its own kernels need it",
+        }
+        if self.offload and self.optimizer in reasons:
+            raise ValueError(
+                f"offload moves the optimiser's state, and optimizer {self.optimizer} "
+                f"{reasons[self.optimizer]}; leave offload out, or use optimizer: adamw"
+            )
         return self
 
     @model_validator(mode="after")

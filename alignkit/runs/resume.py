@@ -40,6 +40,7 @@ FREE: dict[str, set[str] | None] = {  # None: the whole section
         "keep",
         "shard",
         "mesh",
+        "offload",
         "max_skipped_steps",
         "process_timeout",
         "callbacks",

@@ -9,6 +9,7 @@ from torch import nn
 
 from alignkit.config.train import TrainConfig
 from alignkit.errors import ConfigError
+from alignkit.training.offload import Offloaded
 
 Groups = list[dict[str, Any]]
 
@@ -16,9 +17,17 @@ Groups = list[dict[str, Any]]
 def make_optimizer(
     config: TrainConfig, parameters: Sequence[nn.Parameter], module: nn.Module | None = None
 ) -> torch.optim.Optimizer:
-    """The optimiser that `train.optimizer` names, over `parameters`. Muon asks `module`, which they
-    belong to, which of them are embeddings or the head. ConfigError where there is nothing for Muon.
+    """The optimiser that `train.optimizer` names, over `parameters`; with `train.offload`, its state
+    waits in the CPU's memory. Muon asks `module`, which they belong to, which of them are embeddings
+    or the head. ConfigError where there is nothing for Muon.
     """
+    rule = _rule(config, parameters, module)
+    return Offloaded(rule) if config.offload else rule
+
+
+def _rule(
+    config: TrainConfig, parameters: Sequence[nn.Parameter], module: nn.Module | None
+) -> torch.optim.Optimizer:
     # Weight decay pulls matrices towards zero and leaves vectors (norms and biases) alone.
     matrices = [p for p in parameters if p.dim() > 1]
     vectors = [p for p in parameters if p.dim() <= 1]
