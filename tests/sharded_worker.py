@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from accelerate import Accelerator
-from ddp_worker import dpo, kto, rpg, run_case
+from ddp_worker import distilled, dpo, kto, rpg, run_case
 
 from alignkit.distributed.launcher import end
 
@@ -18,6 +18,7 @@ CASES = {
     "kto_lora": (kto, {**SHARDED, **LORA}),
     "rpg": (rpg, {**SHARDED, "learning_rate": 0.1}),
     "rpg_lora": (rpg, {**SHARDED, **LORA, "learning_rate": 0.1}),
+    "distill": (distilled, {**SHARDED, "budget": 24}),
     "adamw": (dpo, {"shard": True, "save_every": 2, "ema_decay": 0.5, "reference": "ema"}),
 }
 
@@ -40,8 +41,8 @@ if __name__ == "__main__":
     model, out, names = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     more = {}
     if len(sys.argv) > 4:
-        replicate, shard = map(int, sys.argv[4].split("x"))
-        more["mesh"] = {"replicate": replicate, "shard": shard}
+        sizes = (size.split("=") for size in sys.argv[4].split(","))
+        more["mesh"] = {name: int(size) for name, size in sizes}
     for name in names.split(","):
         resume = "auto" if (out / name).exists() else None
         run(name, model, out, resume, **more)

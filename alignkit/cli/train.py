@@ -38,12 +38,15 @@ def train(
     """Train a model by a recipe."""
     from alignkit.config.recipe import load_recipe
     from alignkit.distributed.launcher import launch, machines_of
-    from alignkit.runs.launch import check_without_torch, resolve_task, run_recipe
+    from alignkit.runs.checks import check_mesh, check_without_torch
+    from alignkit.runs.launch import resolve_task, run_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     check_without_torch(loaded, safe)
 
     several = machines_of(machines, first)
+    if not several:
+        check_mesh(loaded, processes)
     if processes > 1 or several:
         resolve_task(loaded)  # once, before there are several processes
         arguments = ["train", recipe, *(overrides or [])]

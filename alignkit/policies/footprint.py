@@ -26,6 +26,7 @@ from alignkit.policies.adapters import add_adapter
 from alignkit.policies.layout import Rows, build_rows
 from alignkit.policies.live import DTYPES, config_without_dropout
 from alignkit.policies.module import PolicyModule, causal_lm
+from alignkit.policies.tensor_parallel import check_plan
 
 AUTO: Any = AutoModelForCausalLM
 
@@ -40,27 +41,35 @@ class Footprint:
     block_trained: int
     rest: int  # parameters outside of all blocks: embedding, head and last norm
     rest_trained: int
+    tied: bool  # whether the head's weight is the embedding's
+    layers: int
+    width: int  # of hidden states
+    # What follows is a process's share where several compute together.
     saved: int  # bytes that the forward of one micro-batch leaves for its backward
     workspace: int  # bytes that come and go on top of these
     cache: int  # bytes of keys and values of one token while sampling, in the compute dtype
 
 
 def footprint(
-    model: ModelConfig, *, tokens: int, length: int, dtype: str = "bfloat16"
+    model: ModelConfig, *, tokens: int, length: int, dtype: str = "bfloat16", tensor: int = 1
 ) -> Footprint:
     """The footprint of training `model` on micro-batches of `tokens` tokens in rows of `length`.
 
-    `dtype` is that of the computation: bfloat16 is autocast over weights in `model.dtype`. No
-    weights are read. Raises ModelError for a model whose config cannot be read.
+    `dtype` is that of the computation: bfloat16 is autocast over weights in `model.dtype`. So many
+    as `tensor` processes compute the micro-batches of all of them together. No weights are read.
+    Raises ModelError for a model whose config cannot be read, or that cannot be cut.
     """
     config = _config(model)
     whole = _module(config, model)
+    if tensor > 1:
+        check_plan(causal_lm(whole.model), tensor)
     blocks = _blocks(whole)
     block = max(blocks, key=_count, default=whole)
     layers = config.get_text_config().num_hidden_layers
 
-    one, _ = _step(_cut(config, 1), model, tokens, length, dtype)
-    two, workspace = _step(_cut(config, 2), model, tokens, length, dtype)
+    computed = tokens * tensor
+    one, _ = _step(_cut(config, 1, tensor), model, computed, length, dtype)
+    two, workspace = _step(_cut(config, 2, tensor), model, computed, length, dtype)
     parameters = _count(whole)
     trained = _count(whole, trained=True)
 
@@ -71,6 +80,9 @@ def footprint(
         block_trained=_count(block, trained=True),
         rest=parameters - sum(map(_count, blocks)),
         rest_trained=trained - sum(_count(one, trained=True) for one in blocks),
+        tied=bool(config.get_text_config().tie_word_embeddings),
+        layers=layers,
+        width=config.get_text_config().hidden_size,
         saved=one + (layers - 1) * (two - one),
         workspace=workspace,
         cache=_cache(config) * DTYPES[dtype].itemsize,
@@ -93,13 +105,19 @@ def _config(model: ModelConfig) -> Any:
     return config
 
 
-def _cut(config: Any, layers: int) -> Any:
-    """The config of the same model with fewer layers."""
+def _cut(config: Any, layers: int, tensor: int = 1) -> Any:
+    """The config of the same model with fewer layers, of which a process computes its part."""
     short = copy.deepcopy(config)
     text = short.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
+    if tensor > 1:
+        text.head_dim = getattr(text, "head_dim", None) or (
+            text.hidden_size // text.num_attention_heads
+        )
+        for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            setattr(text, field, getattr(text, field) // tensor)
     return short
 
 

@@ -4,7 +4,7 @@ Policy parameters are touched nowhere else, so that DDP and FSDP see every use o
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from alignkit.batches import Statistic
 from alignkit.errors import DataError, ModelError
@@ -20,6 +21,7 @@ from alignkit.policies.head import AnchorLaws, Head, head_figures
 from alignkit.policies.layout import Rows, attention_mask, build_rows, stand_in
 from alignkit.policies.packing import FLEX, packing_of, take_runs
 from alignkit.policies.router import Router
+from alignkit.policies.tensor_parallel import whole_copy
 
 
 def causal_lm(model: Any) -> Any:
@@ -93,6 +95,21 @@ def layer_windows(config: Any) -> dict[str, int | None]:
     return {name: limited.get(name) for name in dict.fromkeys(types)}
 
 
+class Tail(nn.Module):
+    """What a network computes of hidden states, with the parts that it needs for it: a unit of
+    shards, which are put together for this alone. `finish` is the network's own method.
+    """
+
+    def __init__(self, finish: Callable[..., dict[str, Any]], parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.finish = finish
+
+    def forward(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """See `PolicyModule.finish`."""
+        return self.finish(*arguments, **options)
+
+
 class PolicyModule(nn.Module):
     """A causal LM (with its adapters) and, where the plan asks for
     it, a value head on its last hidden states.
@@ -110,6 +127,7 @@ class PolicyModule(nn.Module):
         self.positions = position_table(causal_lm(model))
         self.temperature = 1.0  # divides the logits: log-probs are those of samples drawn at it
         self.router: Router | None = None  # set where its auxiliary loss is trained on
+        self.tail: Tail | None = None  # where it is spread over processes
         self.value_head: nn.Linear | None = None
         self.rewards = False  # whether the values are rewards of whole texts, saved with the model
         self.bin_head: BinHead | None = None
@@ -173,19 +191,47 @@ class PolicyModule(nn.Module):
         balanced = self.router is not None and torch.is_grad_enabled() and not hidden_only
         output = self._run(rows, **({"output_router_logits": True} if balanced else {}))
         hidden: Tensor = output.last_hidden_state.flatten(0, 1)[rows.sources]
+        finish = self.finish if self.tail is None else self.tail
+        results = finish(
+            hidden,
+            rows,
+            statistics or {},
+            anchor,
+            hidden_only=hidden_only,
+            entropy=entropy,
+            partition=partition,
+        )
+        if self.router is not None and balanced:
+            results["aux_loss"] = self.router.loss(output.router_logits, rows).expand(len(hidden))
+        return results
+
+    def finish(
+        self,
+        hidden: Tensor,
+        rows: Rows,
+        statistics: Mapping[str, Statistic],
+        anchor: AnchorLaws | None,
+        *,
+        hidden_only: bool,
+        entropy: bool,
+        partition: bool,
+    ) -> dict[str, Any]:
+        """What `forward` returns, of the hidden states [M, H] at the trained tokens."""
         if hidden_only:
             # The head of an anchor's shards is whole in here alone, and is used later.
             head = self.head
             is_anchor = not any(p.requires_grad for p in self.parameters())
             if is_anchor and isinstance(self, FSDPModule):
-                head = replace(head, module=copy.deepcopy(head.module))
+                is_divided = any(isinstance(p, DTensor) for p in head.module.parameters())
+                copied = whole_copy if is_divided else copy.deepcopy
+                head = replace(head, module=copied(head.module))
             return {"hidden": hidden, "head": head}
 
         results = head_figures(
             self.head,
             hidden,
             rows.labels,
-            statistics or {},
+            statistics,
             anchor,
             entropy=entropy,
             partition=partition,
@@ -198,8 +244,6 @@ class PolicyModule(nn.Module):
             embedded = causal_lm(self.model).get_input_embeddings()(rows.labels)
             bins = self.bin_head(hidden, embedded)
             results |= {BIN.format(number): law for number, law in enumerate(bins.unbind(-1))}
-        if self.router is not None and balanced:
-            results["aux_loss"] = self.router.loss(output.router_logits, rows).expand(len(hidden))
         return results
 
     def touch(self) -> None:

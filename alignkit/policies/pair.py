@@ -13,11 +13,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from alignkit.batches import Bundle, Outputs, Plan, TokenLogps, whole_lengths
-from alignkit.config.train import MeshConfig
+from alignkit.config.train import TrainConfig
 from alignkit.errors import CheckpointError, ModelError
 from alignkit.policies.dtensors import like
 from alignkit.policies.export import save_heads, save_model, with_fields
@@ -29,9 +28,10 @@ from alignkit.policies.reference import Anchor
 from alignkit.policies.rewinding import rewound
 from alignkit.policies.seen_states import SeenStates
 from alignkit.policies.sharded_export import save_sharded
-from alignkit.policies.sharding import Shards, check_launch, check_sharded, make_mesh
+from alignkit.policies.sharding import Shards, check_launch, check_sharded, make_shards
 from alignkit.policies.slices import StoredTensors
 from alignkit.policies.stored_laws import IDS, StoredLaws
+from alignkit.policies.tensor_parallel import Own
 
 SCORING_BUDGET = 8192  # tokens per forward without gradient
 RESCORED = 4  # bundles whose stored log-probs are compared with live ones
@@ -73,8 +73,7 @@ class PolicyPair:
     @property
     def vocab_size(self) -> int:
         """Rows of the head: V."""
-        size: int = causal_lm(self.base.model).config.get_text_config().vocab_size
-        return size
+        return int(causal_lm(self.base.model).config.get_text_config().vocab_size)
 
     @property
     def reference_kind(self) -> str:
@@ -90,25 +89,25 @@ class PolicyPair:
         accelerator: Any,
         make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
         *,
-        sharded: bool = False,
-        mesh: MeshConfig | None = None,
+        train: TrainConfig | None = None,
     ) -> torch.optim.Optimizer:
         """Spread the policy over the processes, move the anchors to its device, and return the
         optimiser of its parameters.
 
-        `sharded` means torch's own `fully_shard`, over a `mesh`; otherwise accelerate wraps the
-        policy in what it was launched for. ConfigError where that was shards and none were made.
+        With `train.shard` that is torch's own `fully_shard`; otherwise accelerate wraps the policy
+        in what it was launched for. ConfigError where that was shards and none were made.
         """
         self._autocast = accelerator.autocast
-        for anchor in self.anchors.values():
-            if anchor.module is not None:
-                anchor.module.to(accelerator.device)
+        for anchor in self._networks[1:]:
+            anchor.to(accelerator.device)
         check_launch(accelerator)
 
-        if sharded and accelerator.num_processes > 1:
-            if self.shards is None:
-                kind = accelerator.device.type
-                self._spread(make_mesh(kind, accelerator.num_processes, mesh))
+        processes = accelerator.num_processes
+        if train is not None and train.shard and processes > 1:
+            if self.shards is None:  # the models were loaded whole
+                self.shards = make_shards(accelerator.device.type, processes, train)
+                for network in self._networks:
+                    self.shards.place(network, lambda: None)
             optimizer = make_optimizer(self.parameters())
             return cast(torch.optim.Optimizer, accelerator.prepare(optimizer))
 
@@ -116,13 +115,10 @@ class PolicyPair:
         check_sharded(self.base)
         return optimizer
 
-    def _spread(self, mesh: DeviceMesh) -> None:
-        """Shard the models of a pair that was loaded whole."""
-        self.shards = Shards(mesh)
-        own = [anchor.module for anchor in self.anchors.values() if anchor.module is not None]
-        for module in (self.base, *own):
-            self.shards.spread(module)
-            self.shards.start(module)
+    @property
+    def _networks(self) -> list[PolicyModule]:
+        """The policy, and the anchors that are models of their own."""
+        return [self.base, *(a.module for a in self.anchors.values() if a.module is not None)]
 
     def together(self) -> AbstractContextManager[None]:
         """Inside the block each process may call sharded models as often as it likes, without
@@ -144,6 +140,7 @@ class PolicyPair:
         more before the next step. Extras: "entropy" (detached), "values",
         "log_partition", the statistics, and with a gradient "aux_loss" of a mixture of experts.
         """
+        bundles, own = self._joined(bundles)
         rows = self._rows(bundles)
         known = self._known(bundles, plan, rows, anchors=anchors)
         laws = self._laws(bundles, plan, rows, again) if anchors else None
@@ -157,14 +154,20 @@ class PolicyPair:
         by_name = dict(known.anchors)
         if laws is not None:
             by_name[plan.anchors[0]] = extras.pop("anchor")
-        return replace(known, policy=extras.pop("policy"), anchors=by_name, extras=extras)
+        return own(replace(known, policy=extras.pop("policy"), anchors=by_name, extras=extras))
 
     def known_logps(self, bundles: Sequence[Bundle], plan: Plan) -> TokenLogps:
         """What is known of the N completions without asking the policy: the sampler's log-probs
         and those of the plan's anchors, without one that statistics read. The policy's own are NaN,
         so that nobody takes them for an answer.
         """
-        return self._known(bundles, plan, self._rows(bundles), anchors=True)
+        bundles, own = self._joined(bundles)
+        return own(self._known(bundles, plan, self._rows(bundles), anchors=True))
+
+    def _joined(self, bundles: Sequence[Bundle]) -> tuple[Sequence[Bundle], Own]:
+        """What is computed in one forward with these bundles, and what takes their part of it."""
+        group = None if self.shards is None else self.shards.group
+        return (bundles, lambda tokens: tokens) if group is None else group.joined(bundles)
 
     def _known(
         self, bundles: Sequence[Bundle], plan: Plan, rows: Rows, *, anchors: bool
@@ -209,10 +212,7 @@ class PolicyPair:
     @property
     def packing(self) -> float | None:
         """The `packing` of `build_rows`: the policy's, if every anchor can take packed rows too."""
-        others = [a.module for a in self.anchors.values() if a.module is not None]
-        if not all(module.packing for module in [self.base, *others]):
-            return None
-        return self.base.packing
+        return self.base.packing if all(each.packing for each in self._networks) else None
 
     def _rows(self, bundles: Sequence[Bundle]) -> Rows:
         return build_rows(bundles, self.layout, self.device, packing=self.packing)

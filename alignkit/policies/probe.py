@@ -57,7 +57,8 @@ def check_head(module: PolicyModule, bundle: Bundle) -> None:
     rows = probe_rows(module, bundle)
     lm = causal_lm(module.model)
     try:
-        logits = lm(input_ids=rows.input_ids, attention_mask=torch.ones_like(rows.input_ids)).logits
+        mask = torch.ones_like(rows.input_ids)
+        logits = lm(input_ids=rows.input_ids, attention_mask=mask, use_cache=False).logits
         logps = module(rows)["policy"].float()
     except torch.OutOfMemoryError:
         raise

@@ -7,6 +7,7 @@ forward is therefore a collective operation, in which all processes take part;
 """
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,28 +19,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from alignkit.config.train import MeshConfig
-from alignkit.errors import ConfigError
+from alignkit.config.train import MeshConfig, TrainConfig
+from alignkit.errors import ConfigError, ModelError
 from alignkit.policies.dtensors import local
-from alignkit.policies.module import PolicyModule, causal_lm, frozen
+from alignkit.policies.gathering import GatheredInPlace
+from alignkit.policies.module import PolicyModule, Tail, causal_lm, frozen
+from alignkit.policies.tensor_parallel import Group, divide
 
+TENSOR = "tensor"  # the dimension of the mesh whose processes compute together
 Network = PolicyModule | Any  # or a ScoreModule, which is made of the same parts
 
 
 class Shards:
     """The processes that hold the shards, and the networks that are spread over them.
 
-    mesh  the processes; with two dimensions, each row holds a whole model
+    mesh    all processes, as `make_mesh` has them stand
+    group   those that compute a forward together with this one; None: each computes its own
+
+    Gradients are summed over processes in `reduce_dtype`, or in the weights' own where it is None.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: DeviceMesh, reduce_dtype: torch.dtype | None = None) -> None:
+        names = mesh.mesh_dim_names or ()
         self.mesh = mesh
+        self.group: Group | None = None
+        if TENSOR in names:
+            self.mesh = mesh[tuple(name for name in names if name != TENSOR)]
+            self.group = Group(mesh[TENSOR], self._is_apart)
+            # It says at length that two collectives take longer than one.
+            logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+        self._precision = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
         self._networks: list[Network] = []
         self._together = False
         self._inside = False  # inside the forward of a network
+        self._sampling = 0  # inside so many calls of models without their wrapper
+
+    def _is_apart(self) -> bool:
+        """Whether processes call networks for themselves, with rows that the others do not know."""
+        return self._together or self._sampling > 0
 
     def place(self, module: Network, fill: Callable[[], None]) -> None:
         """Shard a module, let `fill` give the shards their content, and make it ready."""
@@ -57,19 +77,45 @@ class Shards:
         if any(p.is_meta for p in module.parameters()):
             module.__dict__["blueprint"] = copy.deepcopy(module)
 
-        for unit in (*_blocks(module), *_embedding(module)):
-            fully_shard(unit, mesh=self.mesh, reshard_after_forward=True)
+        if self.group is not None:
+            if hasattr(module.model, "peft_config"):
+                raise ModelError(
+                    "train.mesh.tensor: a model with an adapter cannot be cut by its tp_plan; merge "
+                    "the adapter first, or leave `tensor` out"
+                )
+            if not isinstance(module, PolicyModule):
+                raise ConfigError(
+                    "train.mesh.tensor: reward and preference models cannot be cut; leave it out, "
+                    "and let `shard` spread the model over more processes"
+                )
+            divide(module, causal_lm(module.model), self.group)
+
+        tail = _tail(module)
+        for unit in (*_blocks(module), *_embedding(module), *tail):
+            self._shard(unit)
 
         # The root is sharded again after its forward too, against torch's default: what a forward
         # without gradient left whole would be stale after the next update.
-        fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+        self._shard(module, {p for part in tail for p in part.parameters()})
 
         # The order in which backward gathers units is fixed here. Torch would record it from the
         # forwards, which may differ between processes when they sample in between. The last unit
         # of a backward has nothing to gather but itself.
-        order = [module, *_blocks(module)[::-1], *_embedding(module)]
+        order = [module, *tail, *_blocks(module)[::-1], *_embedding(module)]
         for later, earlier in pairwise([*order, order[-1]]):
             later.set_modules_to_backward_prefetch([earlier])
+
+    def _shard(self, unit: nn.Module, others: set[nn.Parameter] | None = None) -> None:
+        """Shard what is not sharded yet; `others` belong to the tail, which stands elsewhere too."""
+        fully_shard(
+            unit,
+            mesh=self.mesh,
+            reshard_after_forward=True,
+            mp_policy=self._precision,
+            ignored_params=others,
+        )
+        if self.mesh.device_type == "cpu":
+            cast(FSDPModule, unit).set_custom_all_gather(cast(Any, GatheredInPlace()))
 
     def start(self, module: Network) -> None:
         """Make a network that is spread, and whose weights are there, ready to be called. All
@@ -85,6 +131,7 @@ class Shards:
         def before_inner(*_: object) -> None:
             nonlocal depth
             depth += 1
+            self._sampling += 1
             if depth == 1:
                 self._meet(number)
                 cast(FSDPModule, module).unshard()
@@ -92,14 +139,22 @@ class Shards:
         def after_inner(*_: object) -> None:
             nonlocal depth
             depth -= 1
+            self._sampling -= 1
             if depth == 0:
                 _resharded(module)
+
+        def before_head(*_: object) -> None:
+            if depth:
+                cast(FSDPModule, module.tail).unshard()
 
         # The model inside may be called by itself, as samplers do, with peft's wrapper or without.
         module.register_forward_pre_hook(before, prepend=True)
         for inner in {module.model, causal_lm(module.model)}:
             inner.register_forward_pre_hook(before_inner, prepend=True)
             inner.register_forward_hook(after_inner, always_call=True)
+
+        if getattr(module, "tail", None) is not None:
+            _head(module).register_forward_pre_hook(before_head, prepend=True)
 
         # FSDP2 takes the first module that is called for its root.
         with torch.no_grad():
@@ -159,12 +214,31 @@ def _blocks(module: Network) -> list[Any]:
 
 def _embedding(module: Network) -> list[Any]:
     """The input embedding, unless its weight serves as the head's too."""
-    language_model = causal_lm(module.model)
-    embedding = language_model.get_input_embeddings()
-    others = [m for m in language_model.modules() if m is not embedding]
+    embedding = causal_lm(module.model).get_input_embeddings()
+    return [] if _is_shared(module, embedding) else [embedding]
+
+
+def _head(module: Network) -> Any:
+    return causal_lm(module.model).get_output_embeddings()
+
+
+def _tail(module: Network) -> list[Any]:
+    """The head, and the module's own heads, as one unit; none where the head's weight is that of
+    the embedding.
+    """
+    if not isinstance(module, PolicyModule) or _is_shared(module, _head(module)):
+        return []
+    others = [part for part in (module.value_head, module.bin_head) if part is not None]
+    module.tail = Tail(module.finish, [_head(module), *others])
+    return [module.tail]
+
+
+def _is_shared(module: Network, part: nn.Module) -> bool:
+    """Whether a weight of `part` is used elsewhere in the language model too."""
+    inside = set(part.modules())
+    others = [m for m in causal_lm(module.model).modules() if m not in inside]
     elsewhere = {id(p) for m in others for p in m.parameters(recurse=False)}
-    is_shared = any(id(p) in elsewhere for p in embedding.parameters(recurse=False))
-    return [] if is_shared else [embedding]
+    return any(id(p) in elsewhere for p in part.parameters())
 
 
 def _resharded(module: nn.Module) -> None:
@@ -257,6 +331,12 @@ def frozen_copy(module: PolicyModule, shards: Shards | None) -> PolicyModule:
     return twin
 
 
+def make_shards(device_type: str, processes: int, train: TrainConfig) -> Shards:
+    """The shards that a recipe's `train` section describes. ConfigError."""
+    reduce_dtype = torch.float32 if train.reduce_dtype == "float32" else None
+    return Shards(make_mesh(device_type, processes, train.mesh), reduce_dtype)
+
+
 def make_mesh(device_type: str, processes: int, wanted: MeshConfig | None = None) -> DeviceMesh:
     """All processes, each with a shard of its own, or as `train.mesh` wants them to stand.
 
@@ -264,14 +344,9 @@ def make_mesh(device_type: str, processes: int, wanted: MeshConfig | None = None
     """
     if wanted is None:
         return init_device_mesh(device_type, (processes,), mesh_dim_names=("shard",))
-    if wanted.replicate * wanted.shard != processes:
-        raise ConfigError(
-            f"train.mesh: {wanted.replicate} groups of {wanted.shard} are "
-            f"{wanted.replicate * wanted.shard} processes, the run has {processes}; replicate times "
-            "shard must be their number"
-        )
-    shape = (wanted.replicate, wanted.shard)
-    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    shape = wanted.shape(processes)
+    names = {name: size for name, size in shape.items() if size > 1 or name == "shard"}
+    return init_device_mesh(device_type, tuple(names.values()), mesh_dim_names=tuple(names))
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -49,6 +49,7 @@ def check_without_torch(recipe: Recipe, safe: bool = False) -> None:
             f"{place}: `rollout.{field}` would run code that the recipe names, and --safe forbids it"
         )
 
+    check_mesh(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     check_named(recipe, safe)
     _check_sources(recipe)
     _check_splits(recipe.data)
@@ -110,6 +111,17 @@ def check_with_torch(recipe: Recipe, objective: "Objective", task: Task | None) 
     check_growing_share(recipe, objective.plan)
     check_appraisal(recipe, objective, task)
     check_turns(recipe, objective, task)
+
+
+def check_mesh(recipe: Recipe, processes: int) -> None:
+    """Check that the mesh holds all processes of a run. ConfigError."""
+    mesh = recipe.train.mesh
+    if mesh is None or processes == 1:  # one process goes on with what several began
+        return
+    try:
+        mesh.shape(processes)
+    except ConfigError as error:
+        raise ConfigError(f"{recipe.origin.at(('train', 'mesh'))}: {error}") from error
 
 
 def check_engine(recipe: Recipe, objective: "Objective") -> None:

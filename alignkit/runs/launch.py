@@ -249,7 +249,7 @@ def _load_pair(
     from alignkit.batches import FAMILIES
     from alignkit.policies.load import load_pair
     from alignkit.policies.load_scorer import load_scorer
-    from alignkit.policies.sharding import Shards, make_mesh
+    from alignkit.policies.sharding import make_shards
     from alignkit.runs.teacher import load_teacher
 
     plan = objective.plan
@@ -264,7 +264,7 @@ def _load_pair(
     shards = None
     if recipe.train.shard and accelerator.num_processes > 1 and live is None and not plan.outputs:
         processes = accelerator.num_processes
-        shards = Shards(make_mesh(accelerator.device.type, processes, recipe.train.mesh))
+        shards = make_shards(accelerator.device.type, processes, recipe.train)
 
     if plan.outputs:
         if live is not None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 GB = 10**9
 MICRO_BATCH = 16384  # tokens, where the recipe leaves them to a GPU
+OFFLOADED_AT_ONCE = 256 * 2**20  # bytes of parameters; see alignkit.training.offload
 HEAD_CHUNKS = 4 * (64 - 8) * 2**20  # a GPU's head works on 64 MiB at a time, a CPU's on 8
 SAMPLING_TOKENS = 65536  # prompt and completion tokens that are sampled at once
 # Numbers of the optimiser's state for each trained number. Adafactor keeps a row and a column of a
@@ -32,6 +33,7 @@ REMEDIES = (
     "model.gradient_checkpointing=true",
     "train.micro_batch_tokens=4096",
     "train.micro_batch_tokens=2048",
+    "train.offload=true",
     "model.adapter.r=16",
     "model.dtype=bfloat16",
 )
@@ -76,6 +78,7 @@ def plan_memory(recipe: Recipe, gpus: int, *, device: str = "cuda") -> MemoryPla
         tokens=min(tokens, math.ceil(rows) * length),
         length=length,
         dtype=compute,
+        tensor=_mesh(recipe, gpus)["tensor"],
     )
     memory = _memory(recipe, plan, print_of, gpus, micro_batches, device)
     return MemoryPlan(
@@ -101,8 +104,9 @@ def remedies(
     chosen: dict[str, str] = {}  # by field
     for remedy in REMEDIES:
         before = load_recipe(recipe_name, [*overrides, *chosen.values()])
-        after = load_recipe(recipe_name, [*overrides, *chosen.values(), remedy])
-        if after == before or _is_undone(before, remedy):
+        if _is_undone(before, remedy):
+            continue
+        if load_recipe(recipe_name, [*overrides, *chosen.values(), remedy]) == before:
             continue
 
         chosen[remedy.partition("=")[0]] = remedy
@@ -114,8 +118,12 @@ def remedies(
 
 
 def _is_undone(recipe: Recipe, remedy: str) -> bool:
-    """Whether a remedy would take more than the recipe's own setting."""
+    """Whether a remedy would take more than the recipe's own setting, or does not go with it."""
     field, _, value = remedy.partition("=")
+    if field == "train.offload":
+        return recipe.train.optimizer in ("sgd", "adamw_8bit")
+    if field == "model.adapter.r" and recipe.train.mesh is not None:
+        return recipe.model.adapter is not None or recipe.train.mesh.tensor > 1
     budget = recipe.train.micro_batch_tokens
     if field == "train.micro_batch_tokens":
         return budget != "auto" and budget <= int(value)
@@ -151,24 +159,29 @@ def _memory(
     size = BYTES[recipe.model.dtype]
     # An adapter is trained in float32 over weights of any dtype.
     trained_size = 4 if recipe.model.adapter is not None else size
-    share = gpus if recipe.train.shard else 1
+    mesh = _mesh(recipe, gpus)
+    share = mesh["shard"] * mesh["tensor"]
     moments = MOMENTS[recipe.train.optimizer]
+
+    # State that waits on the CPU comes to the GPU a part at a time.
+    state = moments * trained_size * of.trained / share
+    if recipe.train.offload:
+        state = min(state, moments * OFFLOADED_AT_ONCE)
 
     frozen = of.parameters - of.trained
     memory = {
         "weights": (size * frozen + trained_size * of.trained) / share,
         "gradients": trained_size * of.trained / share,
-        "moments of the optimiser": moments * trained_size * of.trained / share,
+        "moments of the optimiser": state,
         "anchors": size * of.parameters * _copies(recipe, plan) / share,
         "activations": of.saved,
         "while a layer or a part of the head is computed": of.workspace
         + (HEAD_CHUNKS if device == "cuda" else 0),
     }
     if recipe.train.shard and gpus > 1:
-        # The next block is gathered while one computes; the rest stays whole to the end.
-        memory["blocks that are gathered"] = size * (2 * of.block + of.rest) + trained_size * (
-            of.block_trained + of.rest_trained
-        )
+        memory["blocks that are gathered"] = (
+            size * _gathered(of) + trained_size * _gathered_gradient(of)
+        ) / mesh["tensor"]
     elif gpus > 1:
         memory["buckets of gradients (DDP)"] = trained_size * of.trained
 
@@ -178,6 +191,28 @@ def _memory(
             memory["gradients"], memory["activations"]
         )
     return memory
+
+
+def _gathered(of: "Footprint") -> float:
+    """Parameters that are whole at once: the next unit is gathered while one computes. Embedding
+    and head are units of their own, but where they are one weight, it stays whole to the end.
+    """
+    return 2 * of.block + of.rest if of.tied else max(2 * of.block, of.block + of.rest / 2)
+
+
+def _gathered_gradient(of: "Footprint") -> float:
+    if of.tied:
+        return of.block_trained + of.rest_trained
+    return max(of.block_trained, of.rest_trained / 2)
+
+
+def _mesh(recipe: Recipe, gpus: int) -> dict[str, int]:
+    """How the GPUs stand. ConfigError where they cannot stand like this."""
+    if not recipe.train.shard:
+        return {"replicate": gpus, "shard": 1, "tensor": 1}
+    if recipe.train.mesh is None:
+        return {"replicate": 1, "shard": gpus, "tensor": 1}
+    return recipe.train.mesh.shape(gpus)
 
 
 def _larger(gradients: float, activations: float) -> tuple[float, float]:
@@ -203,17 +238,33 @@ def _traffic(
     """Bytes that each GPU sends per step: rings pass on (N - 1) / N of what they carry."""
     size = BYTES[recipe.model.dtype]
     trained_size = 4 if recipe.model.adapter is not None else size
-    ring = (gpus - 1) / gpus
     if not recipe.train.shard:
+        ring = (gpus - 1) / gpus
         return {"sum of the gradients, once per step": 2 * trained_size * of.trained * ring}
 
+    mesh = _mesh(recipe, gpus)
+    ring = (mesh["shard"] - 1) / mesh["shard"] / mesh["tensor"]
     gathers = 2 + _copies(recipe, plan)
-    return {
+    traffic = {
         "weights, gathered for forward, backward and anchors": (
             size * of.parameters * ring * gathers * micro_batches
         ),
         "gradients, scattered": trained_size * of.trained * ring * micro_batches,
     }
+    if mesh["replicate"] > 1:
+        part = of.trained / (mesh["shard"] * mesh["tensor"])
+        among = 2 * (mesh["replicate"] - 1) / mesh["replicate"]
+        traffic["gradients, summed over the replicas"] = trained_size * part * among * micro_batches
+    if mesh["tensor"] > 1:
+        # Attention and MLP of a layer sum their outputs in each forward, their inputs in backward.
+        forwards = 1 + recipe.model.gradient_checkpointing + _copies(recipe, plan)
+        among = 2 * (mesh["tensor"] - 1) / mesh["tensor"]
+        rows = _rows_per_step(recipe, plan, gpus) * mesh["tensor"]
+        numbers = rows * recipe.data.max_length * of.width * of.layers
+        traffic["hidden states, summed by those that compute together"] = (
+            2 * (forwards + 1) * among * numbers * (4 if recipe.train.dtype == "float32" else 2)
+        )
+    return traffic
 
 
 def _sampling(recipe: Recipe, plan: "Plan", of: "Footprint", gpus: int) -> float:

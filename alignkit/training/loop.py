@@ -53,9 +53,7 @@ class _Loop:
 
         # The modules are prepared before anything holds on to a parameter of theirs.
         make = partial(make_optimizer, self.config, module=self.pair.module)
-        self.optimizer = self.pair.prepare(
-            self.accelerator, make, sharded=self.config.shard, mesh=self.config.mesh
-        )
+        self.optimizer = self.pair.prepare(self.accelerator, make, train=self.config)
         self.reducer = reducer_of(job)
         self.update = UPDATES[job.objective.plan.update]
 

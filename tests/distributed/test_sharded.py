@@ -110,7 +110,7 @@ def test_a_checkpoint_of_four_goes_on_bit_by_bit_on_four(model, four, tmp_path):
     assert [difference(four, tmp_path, case) for case in RESUMED] == [0, 0]
 
 
-@pytest.mark.parametrize("mesh", [(2,), (4, "2x2")])
+@pytest.mark.parametrize("mesh", [(2,), (4, "replicate=2,shard=2")])
 def test_a_checkpoint_of_four_goes_on_on_other_meshes(model, four, tmp_path, mesh):
     processes, *shape = mesh
     on(processes, model, taken_up(four, tmp_path), RESUMED, *shape)
@@ -128,9 +128,9 @@ def test_a_checkpoint_of_four_goes_on_on_one(model, four, tmp_path):
 
 
 def test_a_checkpoint_of_a_mesh_goes_on_on_four_and_of_one_on_a_mesh(model, one, tmp_path):
-    on(4, model, taken_up(one, tmp_path / "mesh", ["dpo"]), ["dpo"], "2x2")
+    on(4, model, taken_up(one, tmp_path / "mesh", ["dpo"]), ["dpo"], "replicate=2,shard=2")
     assert difference(one, tmp_path / "mesh", "dpo") < 1e-6
 
-    source = on(4, model, tmp_path / "whole", ["dpo"], "2x2")
+    source = on(4, model, tmp_path / "whole", ["dpo"], "replicate=2,shard=2")
     on(4, model, taken_up(source, tmp_path / "four", ["dpo"]), ["dpo"])
     assert difference(source, tmp_path / "four", "dpo") < 1e-6

@@ -107,6 +107,39 @@ def test_seventy_billion_parameters_fit_on_paper(settings, gpus):
     assert plan.peak < 80 * GB
 
 
+def test_a_mesh_divides_weights_and_says_what_it_sends(tmp_path):
+    """Two processes that compute together hold half of every matrix, as two shards do."""
+    model = f"model.name_or_path={save_model(tmp_path)}"
+
+    def plan(*settings):
+        recipe = load_recipe("dpo", [model, "train.shard=true", "train.batch_size=8", *settings])
+        return plan_memory(recipe, 4)
+
+    flat, both, twice = (
+        plan(*settings)
+        for settings in ([], ["train.mesh.tensor=2"], ["train.mesh={replicate: 2, shard: 2}"])
+    )
+    assert both.memory["weights"] == flat.memory["weights"] == twice.memory["weights"] / 2
+    gathered = "weights, gathered for forward, backward and anchors"
+    assert both.traffic[gathered] == pytest.approx(flat.traffic[gathered] / 3)
+    assert both.traffic["hidden states, summed by those that compute together"] > 0
+    assert twice.traffic["gradients, summed over the replicas"] > 0
+
+    # On half of each matrix, the rows of both: what is cut takes as much, what is not twice.
+    assert flat.footprint.saved < both.footprint.saved < 2 * flat.footprint.saved
+
+
+def test_offloaded_state_takes_the_room_of_a_step_alone(tmp_path):
+    folder = Path(__file__).parents[2] / "docs" / "scale_models" / "qwen3-8b"
+    shared = [f"model.name_or_path={folder}", "model.gradient_checkpointing=true"]
+    kept, moved = (
+        plan_memory(load_recipe("dpo", [*shared, f"train.offload={value}"]), 1)
+        for value in ("false", "true")
+    )
+    assert kept.memory["moments of the optimiser"] == 8 * kept.footprint.trained
+    assert moved.memory["moments of the optimiser"] == 2 * 256 * 2**20
+
+
 def test_the_tables_of_the_documentation_are_what_is_worked_out():
     """One cell, for time; `python docs/make_scale.py` writes all of them."""
     docs = Path(__file__).parents[2] / "docs"
@@ -129,10 +162,13 @@ def test_what_does_not_fit_is_told_with_the_setting_that_makes_it_fit(tmp_path, 
     [
         (["train.batch_size=16", "--gpus", "32"], 2, "is smaller, so some GPUs would have no row"),
         (["model.name_or_path=./nowhere"], 4, "there is no folder ./nowhere"),
+        (["train.mesh.shard=3", "--gpus", "4"], 2, "does not divide the run's 4 processes"),
+        (["train.mesh.tensor=4", "--gpus", "4"], 4, "does not divide the 2 of num_key_value_heads"),
     ],
 )
 def test_a_plan_that_cannot_be_made_is_one_sentence(tmp_path, capsys, settings, code, sentence):
-    assert run("plan", "dpo", f"model.name_or_path={save_model(tmp_path)}", *settings) == code
+    model = f"model.name_or_path={save_model(tmp_path)}"
+    assert run("plan", "dpo", model, "train.shard=true", *settings) == code
     error = capsys.readouterr().err
     assert sentence in error
     assert "Traceback" not in error
