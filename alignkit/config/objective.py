@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, PositiveFloat
 
 from alignkit.config.objective_fields import fields_of
+from alignkit.config.other_names import objective_here
 from alignkit.config.plugins import load_object
 from alignkit.config.text import Keys, Origin
 from alignkit.config.validation import nearest, validated
@@ -107,7 +108,7 @@ def check_part(part: Part, origin: Origin, keys: Keys) -> None:
         raise ConfigError(f"{at}: `{where}.{given[0]}` is {value!r}; it should be text")
     if given == ["name"] and value not in OBJECTIVES:
         raise ConfigError(
-            f"{at}: there is no objective `{value}`.{nearest(value, OBJECTIVES)} "
+            f"{at}: there is no objective `{value}`.{objective_here(value) or nearest(value, OBJECTIVES)} "
             f"Allowed: {', '.join(OBJECTIVES)}"
         )
 

@@ -102,11 +102,33 @@ VALUES = {
     "bf16": "`bfloat16`",
     "fp32": "`float32`",
 }
+# Their name of a loss -> our objective.
+LOSSES = {
+    "sigmoid": "`dpo`",
+    "robust": "`robust_dpo`",
+    "kto_pair": "`kto`",
+    "apo_zero_unpaired": "`kto`, with objective.form=apo_zero_unpaired",
+    "aot_unpaired": "`aot`, with objective.form=unpaired",
+    "aot_pair": "`aot`",
+    "bnpo": "`grpo`, with objective.aggregation=token_mean",
+    "ppo": "`kl_ppo`",
+    "dft": "`sft`, with objective.form=dft",
+    "nll": "`sft`",
+    "reward": "`reward_model`",
+    "gkd": "`distill`",
+    "wpo": "`dpo`, with objective.weighting=wpo",
+}
 
 
 def called_here(name: object) -> str:
     """ " In alignkit it is `x`.", or nothing for a name that no other tool has."""
     known = FIELDS.get(name) if isinstance(name, str) else None
+    return f" In alignkit it is {known}." if known else ""
+
+
+def objective_here(name: str) -> str:
+    """The same for a loss."""
+    known = LOSSES.get(name)
     return f" In alignkit it is {known}." if known else ""
 
 

@@ -115,6 +115,8 @@ def _describe(
     allowed = [word for text in expected for word in re.findall(r"'([^']*)'", text)]
     word = fault["input"]
     hint = said_here(word) or (nearest(word, allowed) if isinstance(word, str) else "")
+    if fault["type"] == "list_type" and isinstance(word, str):
+        hint = f" Write [{word}]." if word.isidentifier() else f' Write ["{word}"].'
     return f"`{name}` is {given}; it should be {' or '.join(wanted)}.{hint}"
 
 

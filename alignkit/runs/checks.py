@@ -2,6 +2,7 @@
 
 import os
 from glob import has_magic
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,9 +51,24 @@ def check_without_torch(recipe: Recipe, safe: bool = False) -> None:
         )
 
     check_mesh(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    _check_trackers(recipe)
     check_named(recipe, safe)
     _check_sources(recipe)
     _check_splits(recipe.data)
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    """ConfigError for trackers whose package is not there."""
+    missing = sorted(
+        tracker
+        for tracker in set(recipe.trackers) - {"all"}
+        if not any(find_spec(name) for name in (tracker, f"{tracker}X"))  # tensorboardX is one too
+    )
+    if missing:
+        place = recipe.origin.at(("trackers",))
+        raise ConfigError(
+            f"{place}: `trackers`: {', '.join(missing)} is not installed; install it or leave it out"
+        )
 
 
 def _named_code(spec: str | None) -> list[str]:

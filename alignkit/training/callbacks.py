@@ -23,13 +23,21 @@ class Callbacks:
             return
 
         # With this comes peft, which a run without callbacks and adapters has no use for.
-        from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
+        from transformers.trainer_callback import (
+            CallbackHandler,
+            DefaultFlowCallback,
+            TrainerControl,
+            TrainerState,
+        )
 
         pair = job.pair
         model = pair.base.model if isinstance(pair, PolicyPair) else pair.module
+        # Without the default flow transformers warns; the loop decides by itself when to log, to
+        # evaluate and to save, so it is taken out again.
         self.handler = CallbackHandler(  # type: ignore[no-untyped-call]
-            list(self.callbacks), model, pair.tokenizer, optimizer, None
+            [DefaultFlowCallback, *self.callbacks], model, pair.tokenizer, optimizer, None
         )
+        self.handler.remove_callback(DefaultFlowCallback)  # type: ignore[no-untyped-call]
         self.state = TrainerState(
             max_steps=job.steps,
             is_world_process_zero=job.accelerator.is_main_process,

@@ -32,6 +32,7 @@ TYPOS = {
     "train dpo model.name_or_path=./nope": "there is no folder ./nope",
     "train dpo data.train=nope.jsonl": "no file or folder nope.jsonl",
     "train dpo train.optimizer=adamm": "Did you mean `adamw`?",
+    "train dpo trackers=[swanlab]": "swanlab is not installed; install it or leave it out",
     "train rpg rollout.temperature=0": "greater than 0",
     "train dpo model.quantize=8bit": "quantize 8bit",  # needs a package, or an adapter
     "train dpo model.adapter.peft={'peft_type':LOHAA}": "Did you mean `LOHA`?",

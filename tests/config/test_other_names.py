@@ -5,7 +5,7 @@ import re
 import pytest
 
 from alignkit.config.objective_fields import fields_of
-from alignkit.config.other_names import FIELDS, VALUES
+from alignkit.config.other_names import FIELDS, LOSSES, VALUES
 from alignkit.config.recipe import Recipe, load_recipe
 from alignkit.config.validation import field_names
 from alignkit.errors import ConfigError
@@ -38,6 +38,9 @@ def test_every_hint_names_a_field_of_a_recipe(name):
         ("train.optimizer=adamw_torch", "In alignkit it is `adamw`."),
         ("train.schedule=constant_with_warmup", "In alignkit it is `constant`, with train.warmup"),
         ("rewards=[{function:mine.py:score}]", "YAML needs a space after a colon"),
+        ("trackers=wandb", "it should be a list. Write [wandb]."),
+        ("rollout.stop=.", 'it should be a list. Write ["."].'),
+        ("objective.name=sigmoid", "there is no objective `sigmoid`. In alignkit it is `dpo`."),
         ("train.stepz=1", "Did you mean `steps`?"),
     ],
 )
@@ -49,4 +52,6 @@ def test_a_message_says_what_it_is_called_here(override, words):
 
 
 def test_our_own_values_are_not_among_theirs():
+    assert not LOSSES.keys() & OBJECTIVES.keys()
+    assert {re.search(r"`(\w+)`", words)[1] for words in LOSSES.values()} <= OBJECTIVES.keys()
     assert not {"adamw", "adamw_8bit", "cosine", "constant", "wsd", "bfloat16"} & VALUES.keys()
