@@ -118,6 +118,25 @@ LOSSES = {
     "gkd": "`distill`",
     "wpo": "`dpo`, with objective.weighting=wpo",
 }
+# Their argument of a trainer -> ours of `alignkit.train`.
+ARGUMENTS = {
+    "train_dataset": "`data`",
+    "dataset": "`data`",
+    "eval_dataset": "`eval_data`",
+    "reward": "`rewards`",
+    "reward_funcs": "`rewards`",
+    "processing_class": "`tokenizer`",
+    "peft_config": "`model={'adapter': {...}}`, or a peft model as `model`",
+    "ref_model": "`reference={'kind': PATH}`",
+    "resume_from_checkpoint": "`resume`",
+    "args": "the fields themselves, such as steps=300",
+}
+
+
+def argument_here(name: str) -> str:
+    """As `called_here`, for an argument of `alignkit.train`."""
+    known = ARGUMENTS.get(name)
+    return f" In alignkit it is {known}." if known else called_here(name)
 
 
 def called_here(name: object) -> str:

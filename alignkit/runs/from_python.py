@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignkit.config.other_names import called_here
+from alignkit.config.other_names import argument_here
 from alignkit.config.recipe import Recipe, recipe_of
 from alignkit.config.row_sources import TrainSource
 from alignkit.config.section import Section
@@ -216,7 +216,7 @@ def _sections(settings: Mapping[str, Any]) -> dict[str, Any]:
             examples = " or ".join(f"{section}={{{name!r}: ...}}" for section in where)
             raise ConfigError(f"{name} is a field of {' and '.join(where)}; write {examples}")
         if not where:
-            hint = called_here(name) or nearest(name, [*owners, *NAMED_SECTIONS])
+            hint = argument_here(name) or nearest(name, [*owners, *NAMED_SECTIONS])
             raise ConfigError(
                 f"train has no argument `{name}`.{hint} Fields of {', '.join(SECTIONS)} may be given "
                 "by name"

@@ -1,15 +1,17 @@
 """Who writes a setting as another tool calls it is told what it is called here."""
 
 import re
+from inspect import signature
 
 import pytest
 
 from alignkit.config.objective_fields import fields_of
-from alignkit.config.other_names import FIELDS, LOSSES, VALUES
+from alignkit.config.other_names import ARGUMENTS, FIELDS, LOSSES, VALUES
 from alignkit.config.recipe import Recipe, load_recipe
 from alignkit.config.validation import field_names
 from alignkit.errors import ConfigError
 from alignkit.objectives import OBJECTIVES
+from alignkit.runs.from_python import _sections, train
 
 OURS = {*field_names(Recipe)} | {
     f"objective.{field}" for name in OBJECTIVES for field in fields_of(name).model_fields
@@ -49,6 +51,14 @@ def test_a_message_says_what_it_is_called_here(override, words):
         load_recipe("dpo", [override])
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*ARGUMENTS, "report_to"])
+def test_arguments_of_other_trainers_are_named_in_python(name):
+    with pytest.raises(ConfigError, match=f"no argument `{name}`. In alignkit it is ") as caught:
+        _sections({name: 1})
+    named = re.search(r"it is `(\w+)", str(caught.value))
+    assert name == "args" or named[1] in {*signature(train).parameters, "reference", "trackers"}
 
 
 def test_our_own_values_are_not_among_theirs():
