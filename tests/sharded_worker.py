@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from accelerate import Accelerator
-from ddp_worker import distilled, dpo, kto, rpg, run_case
+from ddp_worker import distilled, dpo, kto, rpg, run_case, turns
 
 from alignkit.distributed.launcher import end
 
@@ -18,6 +18,7 @@ CASES = {
     "kto_lora": (kto, {**SHARDED, **LORA}),
     "rpg": (rpg, {**SHARDED, "learning_rate": 0.1}),
     "rpg_lora": (rpg, {**SHARDED, **LORA, "learning_rate": 0.1}),
+    "turns": (turns, {**SHARDED, "learning_rate": 0.1}),
     "distill": (distilled, {**SHARDED, "budget": 24}),
     "adamw": (dpo, {"shard": True, "save_every": 2, "ema_decay": 0.5, "reference": "ema"}),
 }

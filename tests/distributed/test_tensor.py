@@ -11,7 +11,7 @@ from world import save_model
 
 pytestmark = pytest.mark.long
 
-CASES = ["dpo", "kto", "rpg", "adamw", "distill"]
+CASES = ["dpo", "kto", "rpg", "adamw", "distill", "turns"]
 MESHES = {
     "alone": (2, "tensor=2"),
     "shards": (4, "tensor=2,shard=2"),
