@@ -152,6 +152,10 @@ def check_adapter(path: str) -> None:
         )
 
 
+def _holds_model(folder: Path) -> bool:
+    return any((folder / file).exists() for file in ("config.json", "adapter_config.json"))
+
+
 def check_source(name: str, field: str = "model.name_or_path") -> None:
     """ModelError for a path that holds no model; names on the hub are left to the hub."""
     path = Path(name).expanduser()
@@ -161,11 +165,10 @@ def check_source(name: str, field: str = "model.name_or_path") -> None:
         )
 
     if path.is_dir():
-        if not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
-            raise ModelError(
-                f"{field}: the folder {name} holds no config.json; give a folder written by "
-                "save_pretrained"
-            )
+        if not _holds_model(path):
+            inside = path / "model"
+            place = inside if _holds_model(inside) else "a folder written by save_pretrained"
+            raise ModelError(f"{field}: the folder {name} holds no config.json; give {place}")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
             f"{field}: there is no folder {name}; check the path, or give a hub name such as "

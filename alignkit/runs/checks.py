@@ -12,6 +12,7 @@ from alignkit.config.row_sources import RowSource
 from alignkit.config.validation import nearest
 from alignkit.data.file_formats import SUFFIXES, data_suffix
 from alignkit.data.read import HeldOut, open_source, read_rows
+from alignkit.data.template import given_template
 from alignkit.errors import ConfigError
 from alignkit.runs.live import PREFIX
 from alignkit.runs.named import check_named
@@ -52,6 +53,7 @@ def check_without_torch(recipe: Recipe, safe: bool = False) -> None:
 
     check_mesh(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     _check_trackers(recipe)
+    given_template(recipe.data)  # refuses a path that leads nowhere
     check_named(recipe, safe)
     _check_sources(recipe)
     _check_splits(recipe.data)

@@ -32,6 +32,8 @@ TYPOS = {
     "train dpo model.name_or_path=./nope": "there is no folder ./nope",
     "train dpo data.train=nope.jsonl": "no file or folder nope.jsonl",
     "train dpo train.optimizer=adamm": "Did you mean `adamw`?",
+    "train dpo data.chat_template=nope.jinja": "nope.jinja is neither a Jinja template nor a file",
+    "train dpo model.name_or_path=run": "the folder run holds no config.json; give run/model",
     "train dpo trackers=[swanlab]": "swanlab is not installed; install it or leave it out",
     "train rpg rollout.temperature=0": "greater than 0",
     "train dpo model.quantize=8bit": "quantize 8bit",  # needs a package, or an adapter
@@ -57,6 +59,8 @@ TYPOS = {
 
 def test_a_typo_needs_no_torch(tmp_path):
     (tmp_path / "mine.py").write_text("def score(prompts, completions):\n    ...\n\n\nLIMIT = 3\n")
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
     script = (
         "import json, sys\n"
         "from typer.testing import CliRunner\n"
