@@ -48,9 +48,9 @@ if __name__ == "__main__":
         dist.all_gather(parts, value.contiguous())
         own[name] = torch.stack(parts)
     found = {"own": own}
-    for dtype in ("auto", "float32"):
+    for name, dtype in (("weights", None), ("float32", "float32")):
         shards = make_shards("cpu", processes, TrainConfig(shard=True, reduce_dtype=dtype))
-        found[dtype] = gradient(model, rank, shards)
+        found[name] = gradient(model, rank, shards)
 
     if accelerator.is_main_process:
         for name, tensors in found.items():

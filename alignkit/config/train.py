@@ -151,10 +151,10 @@ class TrainConfig(Section):
         description="`{replicate, shard, tensor}` of train.shard, such as machines and the GPUs of "
         "each; null: one shard per process",
     )
-    reduce_dtype: Literal["auto", "float32"] = Field(
-        "auto",
+    reduce_dtype: Literal["float32"] | None = Field(
+        None,
         description="dtype in which train.shard sums gradients over processes; "
-        "auto: that of the weights",
+        "null: that of the weights",
     )
     offload: bool = Field(
         False,
@@ -233,7 +233,7 @@ class TrainConfig(Section):
     def _belongs_to_shards(self) -> Self:
         if self.mesh is not None and not self.shard:
             raise ValueError("train.mesh says how shards stand; set train.shard=true as well")
-        if self.reduce_dtype != "auto" and not self.shard:
+        if self.reduce_dtype is not None and not self.shard:
             raise ValueError(
                 f"reduce_dtype {self.reduce_dtype} is how shards' gradients are summed; set "
                 "train.shard=true as well, or leave it out"

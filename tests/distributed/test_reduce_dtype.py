@@ -20,12 +20,12 @@ def test_the_mean_is_that_of_float32_bit_by_bit(tmp_path):
     code, said = run_to_its_end(command)
     assert code == 0, said[-3000:]
 
-    own, auto, summed = (
-        load_file(tmp_path / f"{name}.safetensors") for name in ("own", "auto", "float32")
+    own, plain, summed = (
+        load_file(tmp_path / f"{name}.safetensors") for name in ("own", "weights", "float32")
     )
-    assert own.keys() == auto.keys() == summed.keys()
+    assert own.keys() == plain.keys() == summed.keys()
     for name, parts in own.items():
         mean = parts.float().mean(0).to(torch.bfloat16)
         assert summed[name].dtype == torch.bfloat16
         assert torch.equal(summed[name], mean), name
-    assert any(not torch.equal(auto[name], value) for name, value in summed.items())
+    assert any(not torch.equal(plain[name], value) for name, value in summed.items())
