@@ -2,12 +2,21 @@
 weights, checkpoints. Beside shards and whole replicas too.
 """
 
+import sys
+
 import pytest
 import sharded_worker
 import torch
 from test_sharded import check_same_losses, difference, on, taken_up
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from world import save_model
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from two_processes import run_to_its_end
+from world import VOCAB, pair_rows, save_model, write_rows
 
 pytestmark = pytest.mark.long
 
@@ -101,3 +110,20 @@ def test_norms_between_heads_and_what_is_tied(tmp_path, tied):
     for case in cases:
         check_same_losses(tmp_path / "one", several, case)
         assert difference(tmp_path / "one", several, case) < 1e-6
+
+
+def test_a_model_without_a_plan_ends_the_command_with_a_sentence(tmp_path):
+    model = save_model(tmp_path / "model")  # its tokenizer
+    config = GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=128)
+    config.bos_token_id = config.eos_token_id = 2
+    GPT2LMHeadModel(config).save_pretrained(model)
+    rows = write_rows(tmp_path / "pairs.jsonl", pair_rows(6))
+
+    settings = [f"model.name_or_path={model}", f"data.train={rows}", "data.eval=null"]
+    mesh = ["train.shard=true", "train.mesh.tensor=2", f"output_dir={tmp_path / 'run'}"]
+    command = ["-m", "alignkit", "train", "dpo", *settings, *mesh, "--processes", "2"]
+    code, said = run_to_its_end([sys.executable, *command])
+    assert code == 4, said
+    assert "train.mesh.tensor: transformers has no tp_plan for GPT2LMHeadModel; leave" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
