@@ -3,6 +3,7 @@ norms, and everything that TRL logs.
 """
 
 import inspect
+from dataclasses import fields
 
 import pytest
 import torch
@@ -242,6 +243,8 @@ def test_a_refusal_names_what_to_use_instead(model, tmp_path, objective, setting
     base, config = (
         (DPOTrainer, DPOConfig) if isinstance(objective, DPO) else (GRPOTrainer, GRPOConfig)
     )
+    if not settings.keys() <= {field.name for field in fields(config)}:
+        pytest.skip("this release of TRL has no such setting")
     arguments = {"model": str(model), "train_dataset": Dataset.from_list(PAIRS)}
     if base is GRPOTrainer:
         arguments["reward_funcs"] = letters
