@@ -2,14 +2,14 @@
 
 import importlib
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import pytest
 import torch
 from datasets import Dataset
 from pydantic import PositiveFloat
 from transformers import TrainingArguments
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOTrainer
 from trl_world import COMMON, PAIRS, curve, dpo_trainer, grpo_trainer
 
 from alignkit import integrations
@@ -18,22 +18,16 @@ from alignkit.errors import ConfigError, DataError
 from alignkit.integrations import trl_checks as checks
 from alignkit.integrations.trl import as_trl_trainer
 from alignkit.objectives.base import PairObjective, Weighted
-from alignkit.objectives.online.cispo import CISPO
 from alignkit.objectives.online.dapo import DAPO
-from alignkit.objectives.online.dr_grpo import DrGRPO
 from alignkit.objectives.online.grpo import GRPO
-from alignkit.objectives.online.gspo import GSPO
 from alignkit.objectives.online.kl_ppo import KLPPO
-from alignkit.objectives.online.luspo import LUSPO
 from alignkit.objectives.online.rloo import RLOO
 from alignkit.objectives.online.rpg import RPG
 from alignkit.objectives.preference.aot import AOT
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.objectives.preference.ipo import IPO
 from alignkit.objectives.preference.kto import KTO
-from alignkit.objectives.preference.lddpo import LDDPO
 from alignkit.objectives.preference.radpo import RaDPO
-from alignkit.objectives.preference.robust import RobustDPO
 from alignkit.objectives.preference.sft import SFT
 from alignkit.objectives.preference.simpo import SimPO
 from alignkit.objectives.self_play.nash_md import NashMD
@@ -201,63 +195,6 @@ def test_arguments_of_preference_training(model, tmp_path, objective, settings, 
 def test_arguments_of_online_training(model, tmp_path, objective, settings, message):
     with pytest.raises(ConfigError, match=message):
         grpo_trainer(as_trl_trainer(objective, GRPOTrainer), model, tmp_path, **settings)
-
-
-def skip_unknown(online, settings):
-    if not settings.keys() <= {field.name for field in fields(GRPOConfig if online else DPOConfig)}:
-        pytest.skip("this release of TRL has no such setting")
-
-
-# Arguments that say what the objective does anyway: a script may keep them.
-SAME = [
-    (DPO(weighting="wpo"), {"loss_type": "sigmoid", "use_weighting": True}),
-    (IPO(tau=0.1, form="mean"), {"loss_type": "ipo"}),
-    (LDDPO(alpha=0.5), {"ld_alpha": 0.5}),
-    (RobustDPO(label_smoothing=0.1), {"loss_type": "robust", "label_smoothing": 0.1}),
-    (DAPO(drop_constant=False), {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28}),
-    (DrGRPO(length=5), {"loss_type": "dr_grpo", "scale_rewards": "none"}),
-    (CISPO(clip_high=3.0), {"loss_type": "cispo", "epsilon_high": 4.0}),
-    (GRPO(beta=0, entropy_weight=0.1, dual_clip=3.0), {"entropy_coef": 0.1, "delta": 3.0}),
-    (LUSPO(), {"loss_type": "luspo", "importance_sampling_level": "sequence"}),
-]
-
-
-@pytest.mark.parametrize(("objective", "settings"), SAME, ids=lambda case: type(case).__name__)
-def test_arguments_that_say_the_same_are_taken(model, tmp_path, recwarn, objective, settings):
-    online = objective.plan.data == "rollout"
-    skip_unknown(online, settings)
-    make, base = (grpo_trainer, GRPOTrainer) if online else (dpo_trainer, DPOTrainer)
-    make(as_trl_trainer(objective, base), model, tmp_path, **settings)
-    assert not [w for w in recwarn if "completion length" in str(w.message)]
-
-
-@pytest.mark.parametrize(
-    ("objective", "settings"),
-    [
-        (IPO(tau=0.1), {"loss_type": "ipo"}),
-        (LDDPO(alpha=0.5), {"ld_alpha": 0.4}),
-        (DAPO(drop_constant=False), {"epsilon_high": 0.3}),
-        (CISPO(clip_high=3.0), {"epsilon_high": 3.0}),
-        (GRPO(beta=0, entropy_weight=0.1), {"entropy_coef": 0.2}),
-        (GRPO(beta=0), {"importance_sampling_level": "sequence"}),
-    ],
-)
-def test_arguments_that_say_something_else_are_not(model, tmp_path, objective, settings):
-    online = objective.plan.data == "rollout"
-    make, base = (grpo_trainer, GRPOTrainer) if online else (dpo_trainer, DPOTrainer)
-    skip_unknown(online, settings)
-    with pytest.raises(ConfigError, match="would change nothing"):
-        make(as_trl_trainer(objective, base), model, tmp_path, **settings)
-
-
-@pytest.mark.parametrize(("loss_type", "warned"), [("dapo", True), ("grpo", False)])
-def test_a_loss_that_weighs_lengths_is_announced(model, tmp_path, recwarn, loss_type, warned):
-    """TRL's default loss type with a ratio per completion is not GSPO."""
-    settings = {"importance_sampling_level": "sequence", "loss_type": loss_type}
-    grpo_trainer(as_trl_trainer(GSPO(), GRPOTrainer), model, tmp_path, **settings)
-    messages = [str(w.message) for w in recwarn if "completion length" in str(w.message)]
-    assert len(messages) == warned
-    assert all("LUSPO weighs lengths" in message for message in messages)
 
 
 def test_one_beta_one_scaling_and_other_wrong_arguments(model, tmp_path):
