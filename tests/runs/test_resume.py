@@ -249,4 +249,5 @@ def test_fields_that_decide_about_rows_leave_older_checkpoints_valid():
         "control",
         "step_separator",
         "reweigh",
+        "rewrite",
     }
