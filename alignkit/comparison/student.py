@@ -9,7 +9,7 @@ from typing import Any
 from alignkit.comparison.grid import Point
 from alignkit.config.data import DataConfig
 from alignkit.config.iterate import StudentConfig
-from alignkit.config.model import check_source
+from alignkit.config.model import check_reward_model
 from alignkit.config.recipe import Recipe, recipe_of
 from alignkit.config.train import TrainConfig
 from alignkit.errors import ConfigError
@@ -58,7 +58,7 @@ def check_student(recipe: Recipe, safe: bool) -> None:
     if section is None:
         return
     field = ".".join((*KEYS, "model"))
-    check_source(section.model, field)
+    check_reward_model(section.model, field)
     if section.train is None:
         return
 

@@ -1,5 +1,6 @@
 """The recipe's `model`, `reference` and `target` sections. Imports pydantic alone."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,6 +14,7 @@ from alignkit.errors import ModelError
 # those of the data; and kinds whose training needs calls between the steps.
 SHIFTING = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT")
 SCHEDULED = ("ADALORA", "XLORA", "POLY", "ADAPTION_PROMPT")
+REWARD_HEAD = "reward_head.safetensors"  # beside the language model that it was trained on
 
 
 class AdapterConfig(Section):
@@ -173,4 +175,24 @@ def check_source(name: str, field: str = "model.name_or_path") -> None:
         raise ModelError(
             f"{field}: there is no folder {name}; check the path, or give a hub name such as "
             "Qwen/Qwen3-0.6B"
+        )
+
+
+def check_reward_model(name: str, field: str) -> None:
+    """As `check_source`; and ModelError for a folder that holds a language model without a head for
+    rewards, which would get one of random numbers.
+    """
+    check_source(name, field)
+    folder = Path(name).expanduser()
+    file = folder / "config.json"
+    if not file.is_file() or (folder / REWARD_HEAD).exists():
+        return
+    try:
+        architectures = json.loads(file.read_text(encoding="utf-8")).get("architectures") or [""]
+    except (ValueError, AttributeError):  # said by the loader, in its words
+        return
+    if str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")):
+        raise ModelError(
+            f"{field}: {name} is a language model, and no reward model; `alignkit train reward_model` "
+            "makes one of it"
         )

@@ -116,6 +116,11 @@ def check_streams(sources: list[TrainSource]) -> None:
     if any(stream.share is None for stream in streams):
         raise ValueError("streams need shares; give every source one, such as share: 1")
 
+    nameless = next((stream for stream in streams if not stream.stream_name), None)
+    if nameless is not None:
+        raise ValueError(
+            f"the objective of {nameless.source} has no name; give it one, such as {{name: sft}}"
+        )
     names = [stream.stream_name for stream in streams]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

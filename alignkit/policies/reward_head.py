@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from alignkit.config.model import REWARD_HEAD
 from alignkit.errors import ModelError
 from alignkit.policies.dtensors import full
 
-FILE = "reward_head.safetensors"  # beside the model that it was trained on
+FILE = REWARD_HEAD
 
 
 def save_reward_head(head: nn.Linear, folder: Path | str, *, writes: bool = True) -> None:

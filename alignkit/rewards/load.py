@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from alignkit.config.model import ModelConfig
+from alignkit.config.model import ModelConfig, check_reward_model
 from alignkit.config.plugins import load_object
 from alignkit.config.rewards import RewardConfig
 from alignkit.errors import ConfigError, ModelError
@@ -101,16 +101,19 @@ def load_reward_model(
     revision: str | None = None,
     device: Any = "cpu",
     template_time: str = "auto",
+    field: str = "rewards.model",
 ) -> RewardModel:
-    """A sequence-classification model with one output, and its tokenizer. Raises ModelError. Runs
-    no code of the model's. Its chat template prints `template_time` (auto: the machine's clock).
+    """A sequence-classification model with one output, and its tokenizer. Raises ModelError, which
+    names `field`. Runs no code of the model's. Its chat template prints `template_time` (auto: the
+    machine's clock).
     """
-    model, tokenizer = load_classifier(name_or_path, revision=revision, device=device)
+    check_reward_model(name_or_path, field)
+    model, tokenizer = load_classifier(name_or_path, revision=revision, device=device, field=field)
     kind = getattr(model.config, "alignkit_outputs", "reward")
     if model.config.num_labels != 1 or kind != "reward":
         what = "is a `judge`" if kind != "reward" else "is no reward model"
         raise ModelError(
-            f"rewards.model: {name_or_path} has {model.config.num_labels} outputs and {what}; "
+            f"{field}: {name_or_path} has {model.config.num_labels} outputs and {what}; "
             "a reward model has num_labels=1"
         )
     return RewardModel(model, tokenizer, template_time=template_time)

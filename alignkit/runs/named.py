@@ -5,7 +5,7 @@ imported: that a path leads somewhere.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from alignkit.config.model import check_adapter, check_source
+from alignkit.config.model import check_adapter, check_reward_model, check_source
 from alignkit.config.objective import parts_of
 from alignkit.config.peft_fields import peft_kinds
 from alignkit.config.plugins import check_spec
@@ -30,9 +30,10 @@ def check_named(recipe: Recipe, safe: bool) -> None:
         if not spec.startswith(PREFIX):
             check_spec(spec, what=what, safe=safe)
 
-    for what, name in _models(recipe):
-        if not name.startswith((PREFIX, "task:")) and name != "task":
-            check_source(name, what)
+    for check, named in ((check_source, _models), (check_reward_model, _reward_models)):
+        for what, name in named(recipe):
+            if not name.startswith((PREFIX, "task:")) and name != "task":
+                check(name, what)
 
 
 def check_peft(settings: Mapping[str, Any], place: str) -> None:
@@ -94,12 +95,19 @@ def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "teacher.name_or_path", recipe.teacher.name_or_path
 
     for field, reward in _rewards(recipe):
+        if reward.rewriter is not None:
+            yield f"{field}.rewriter", reward.rewriter
+    if recipe.judge is not None and recipe.judge.model is not None:
+        yield "judge.model", recipe.judge.model
+
+
+def _reward_models(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Field -> path or hub name of a reward model in it."""
+    for field, reward in _rewards(recipe):
         if reward.model is not None:
             yield f"{field}.model", reward.model
         for name in reward.ensemble or []:
             yield f"{field}.ensemble", name
-    if recipe.judge is not None and recipe.judge.model is not None:
-        yield "judge.model", recipe.judge.model
 
 
 def _rewards(recipe: Recipe) -> Iterator[tuple[str, RewardConfig]]:

@@ -189,7 +189,7 @@ def _student(request: PairRequest) -> RewardModel | None:
     if request.student is None:
         return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_reward_model(request.student, device=device)
+    return load_reward_model(request.student, device=device, field="student")
 
 
 def _proposed(

@@ -64,18 +64,30 @@ def not_compared(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> l
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Every leaf in which two nested mappings differ, as "name: old -> new"."""
+    """Every leaf in which two nested mappings differ, as "name: old -> new". Entries of lists of
+    mappings are named by their numbers, where the lists are of one length.
+    """
     differences = []
     for key in sorted({*old, *new}):
         before = old.get(key)
         after = new.get(key)
         name = f"{prefix}{key}"
 
+        entries = _numbered(before)
+        if entries and len(entries) == len(_numbered(after)):
+            before, after = entries, _numbered(after)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             differences += compare(before, after, f"{name}.")
         elif before != after:
             differences.append(f"{name}: {before} -> {after}")
     return differences
+
+
+def _numbered(value: Any) -> dict[str, Any]:
+    """The entries of a list of mappings by their numbers; nothing for all else."""
+    if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
+        return {}
+    return {str(number): entry for number, entry in enumerate(value)}
 
 
 def _as_recorded(

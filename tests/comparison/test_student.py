@@ -147,6 +147,9 @@ def test_the_student_learns_the_labels_of_each_round(world, capsys):
     [
         ([STUDENT, "iterate.pairs.method=best_worst"], "the method best_worst would choose them"),
         (["iterate.pairs.student.model=./none"], "there is no folder ./none"),
+        (["iterate.pairs.student.model=model"], "student.model: model is a language model, and no"),
+        (["rewards=[{model: model}]"], "rewards.0.model: model is a language model, and no reward"),
+        (["rewards=[{rewriter: ./none, ask: better}]"], "rewards.0.rewriter: there is no folder"),
         ([STUDENT, "iterate.pairs.student.train={steps: null}"], "are both null"),
         ([STUDENT, "iterate.pairs.student.train={stepz: 1}"], "stepz"),
         (["iterate.pairs.student.train={steps: 1}"], "iterate.pairs.student.model"),

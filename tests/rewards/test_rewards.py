@@ -351,7 +351,7 @@ def test_a_reward_model_scores_texts_alone_and_in_batches_alike(tmp_path):
 def test_models_that_are_no_reward_models(tmp_path):
     with pytest.raises(ModelError, match="has 2 outputs"):
         load_reward_model(str(save_reward_model(tmp_path / "two", outputs=2)))
-    with pytest.raises(ModelError, match="could not be loaded"):
+    with pytest.raises(ModelError, match="there is no folder"):
         load_reward_model(str(tmp_path / "absent"))
 
 

@@ -97,6 +97,7 @@ REFUSED = {
     "objective: {name: sft}, share: 1 | objective: {name: stf}, share: 1": "Did you mean `sft`",
     "objective: {name: sft}, share: 1 | objective: {name: dpo, betaa: 1}, share: 1": "Did you mean `beta`",
     "objective: {name: sft}, share: 9 | objective: {name: dpo}, share: 1": "`dpo` is no row of a step of 4",
+    "objective: {name: sft}, share: 1 | objective: {}, share: 1": "told.jsonl has no name; give it one",
     "share: 1, name: a | share: 1": "only streams have",
     "objective: {name: sft}, share: 1, name: a b | objective: {name: dpo}, share: 1": "'a b' is no name",
 }  # fmt: skip

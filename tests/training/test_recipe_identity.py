@@ -9,7 +9,7 @@ import pytest
 
 from alignkit.config.recipe import load_recipe
 from alignkit.runs.resume import identity_of
-from alignkit.training.identity import differences_between, is_longer_run
+from alignkit.training.identity import compare, differences_between, is_longer_run
 
 # What `alignkit train dpo train.steps=20` wrote before the tree of folders was made.
 EARLIER = json.loads((Path(__file__).parent / "identity_of_earlier_version.json").read_text())
@@ -51,6 +51,17 @@ def test_a_checkpoint_of_an_earlier_version_belongs_to_the_same_run_today():
 def test_what_is_not_at_its_default_tells_two_runs_apart(override, words):
     assert differences_between(EARLIER, identity(override)) == [words]
     assert not is_longer_run(EARLIER, identity(override, "train.steps=30"))
+
+
+def test_entries_of_lists_are_named_by_their_numbers():
+    old = {"rewards": [{"function": "a.py:f", "weight": 1.0}, {"model": "m"}], "stop": ["a"]}
+    new = {"rewards": [{"function": "a.py:f", "weight": 2.0}, {"model": "n"}], "stop": ["b"]}
+    assert compare(old, new) == [
+        "rewards.0.weight: 1.0 -> 2.0",
+        "rewards.1.model: m -> n",
+        "stop: ['a'] -> ['b']",
+    ]
+    assert compare(old, {**old, "rewards": []}) == [f"rewards: {old['rewards']} -> []"]
 
 
 def without(nested, path):
