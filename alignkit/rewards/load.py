@@ -138,15 +138,23 @@ def load_classifier(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
         with quiet_loading() if with_head else nullcontext():
-            model = AutoModelForSequenceClassification.from_pretrained(
-                name_or_path, revision=revision, **outputs
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                name_or_path, revision=revision, output_loading_info=True, **outputs
             )
     except Exception as error:  # loaders raise anything, from OSError to SafetensorError
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"{field}: {name_or_path} could not be loaded: {reason}") from error
 
+    # What a checkpoint lacks, transformers makes up at random and only reports.
+    made_up = sorted(report["missing_keys"])
     if with_head:
         put_reward_head(model, name_or_path)
+        made_up = [name for name in made_up if name.startswith(f"{model.base_model_prefix}.")]
+    if made_up:
+        raise ModelError(
+            f"{field}: {name_or_path} has no weights for {', '.join(made_up[:3])}, which would be "
+            "random numbers; give a model that was trained to score texts"
+        )
 
     # The classifier reads the last token that is not padding, so it must know its padding.
     config = model.config.get_text_config()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
@@ -353,6 +354,14 @@ def test_models_that_are_no_reward_models(tmp_path):
         load_reward_model(str(save_reward_model(tmp_path / "two", outputs=2)))
     with pytest.raises(ModelError, match="there is no folder"):
         load_reward_model(str(tmp_path / "absent"))
+
+    # A head that is not in the file would be random, and all scores with it.
+    headless = save_reward_model(tmp_path / "headless")
+    weights = load_file(headless / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, headless / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"has no weights for score\.weight, .* random"):
+        load_reward_model(str(headless))
 
 
 def test_a_reward_may_set_signals_with_a_limit_and_without():
