@@ -35,6 +35,7 @@ from alignkit.policies.adapters import (
 from alignkit.policies.export import dtype_to_save
 from alignkit.policies.layout import Layout
 from alignkit.policies.live import DTYPES, adopt, config_without_dropout
+from alignkit.policies.made_up import check_made_up
 from alignkit.policies.meta import Weights, as_if_loaded, without_weights
 from alignkit.policies.module import PolicyModule, causal_lm, frozen
 from alignkit.policies.pair import PolicyPair
@@ -66,9 +67,15 @@ def load_model(
         auto: Any = AutoModelForSequenceClassification if outputs else AutoModelForCausalLM
         options = _options(model, dtype)
         few_bits = quantized(model, device, options["dtype"])
-        loaded = auto.from_pretrained(
-            model.name_or_path, config=config, revision=model.revision, **options, **few_bits
+        loaded, report = auto.from_pretrained(
+            model.name_or_path,
+            config=config,
+            revision=model.revision,
+            output_loading_info=True,
+            **options,
+            **few_bits,
         )
+    check_made_up(loaded, report, model.name_or_path, field, head=not outputs)
     if not outputs:
         _check_writes(loaded, model, field)
     keep_differentiable(loaded)

@@ -15,6 +15,7 @@ from alignkit.config.rewards import RewardConfig
 from alignkit.errors import ConfigError, ModelError
 from alignkit.policies.load import load_frozen
 from alignkit.policies.load_scorer import quiet_loading
+from alignkit.policies.made_up import check_made_up
 from alignkit.policies.reward_head import has_reward_head, put_reward_head
 from alignkit.policies.weights import check_files
 from alignkit.rewards.combine import Part, Reward
@@ -145,16 +146,9 @@ def load_classifier(
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"{field}: {name_or_path} could not be loaded: {reason}") from error
 
-    # What a checkpoint lacks, transformers makes up at random and only reports.
-    made_up = sorted(report["missing_keys"])
+    check_made_up(model, report, name_or_path, field, head=not with_head)
     if with_head:
         put_reward_head(model, name_or_path)
-        made_up = [name for name in made_up if name.startswith(f"{model.base_model_prefix}.")]
-    if made_up:
-        raise ModelError(
-            f"{field}: {name_or_path} has no weights for {', '.join(made_up[:3])}, which would be "
-            "random numbers; give a model that was trained to score texts"
-        )
 
     # The classifier reads the last token that is not padding, so it must know its padding.
     config = model.config.get_text_config()

@@ -3,9 +3,11 @@ decides.
 """
 
 import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import SHAPE, VOCAB, random_bundles, separate_logps, tiny_model, write_model
 from tokenizers import Tokenizer, models
 from transformers import MllamaForCausalLM, MllamaTextConfig, PreTrainedTokenizerFast
@@ -79,6 +81,17 @@ def test_damaged_weights_are_one_sentence(tmp_path):
     with pytest.raises(ModelError, match="could not be loaded") as caught:
         load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_the_folder_lacks_are_not_made_up(tmp_path):
+    """transformers fills them with random numbers and only reports it."""
+    write_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (gone,) = (name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))
+    del weights[gone]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"has no weights for {re.escape(gone)}, which would be"):
+        load(tmp_path)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
