@@ -339,9 +339,7 @@ class PolicyPair:
             anchor.after_step(step, self.base)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Live tensors that a checkpoint covers: trainable parameters and moving anchors, shards
-        where they are sharded.
-        """
+        """What a checkpoint covers: trainable parameters and moving anchors, live, or their shards."""
         tensors: dict[str, Tensor] = {
             name: p for name, p in self.base.named_parameters() if p.requires_grad
         }
