@@ -2,6 +2,7 @@
 orphans. Each is tried with what this machine offers and with what weaker machines have.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -41,28 +42,38 @@ for descriptor in range(1, 64):
         except OSError:
             pass
 """
+LIMIT = 0.5  # seconds for a completion: an attack is let run until then
 NAMESPACE = (*isolation.user_namespace(), *isolation._NEW_PROCESSES)
+WEAKER = {
+    "namespace": isolation.Isolation("namespace", NAMESPACE),
+    "bubblewrap": isolation.Isolation("bubblewrap", isolation._BUBBLEWRAP),
+    "user without namespaces": isolation.Isolation("user", (), 61184 + os.getpid() % 4336),
+    "none": isolation.Isolation("none"),
+}
 
 
-@pytest.fixture(params=["offered", "namespace", "bubblewrap", "user without namespaces", "none"])
-def kind(request, monkeypatch):
-    """What this machine offers, or a weaker kind in its place."""
-    weaker = {
-        "namespace": isolation.Isolation("namespace", NAMESPACE),
-        "bubblewrap": isolation.Isolation("bubblewrap", isolation._BUBBLEWRAP),
-        "user without namespaces": isolation.Isolation("user", (), 61184 + os.getpid() % 4336),
-        "none": isolation.Isolation("none"),
-    }
-    if request.param == "offered":
-        return isolation.choose().kind
-    chosen = weaker[request.param]
+def lacking(chosen: isolation.Isolation) -> str:
+    """What this machine would need for one of the weaker kinds; empty where it has it."""
     if chosen.prefix and not isolation._works(chosen.prefix):
-        pytest.skip(f"needs {chosen.prefix[0]} and user namespaces")
+        return f"needs {chosen.prefix[0]} and user namespaces"
     if chosen.kind == "user" and isolation.choose().kind != "user":
-        pytest.skip("needs root")
-    monkeypatch.setattr(verifiers, "choose", lambda: chosen)
-    monkeypatch.setattr(verifiers, "hide_process", lambda: None)  # not for good, in a test process
-    return chosen.kind
+        return "needs root"
+    return ""
+
+
+@pytest.fixture(scope="module", params=["offered", *WEAKER])
+def kind(request):
+    """What this machine offers, or a weaker kind in its place."""
+    if request.param == "offered":
+        yield isolation.choose().kind
+        return
+    chosen = WEAKER[request.param]
+    if needs := lacking(chosen):
+        pytest.skip(needs)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(verifiers, "choose", lambda: chosen)
+        patched.setattr(verifiers, "hide_process", lambda: None)  # not for good, in a test process
+        yield chosen.kind
 
 
 @pytest.fixture
@@ -72,12 +83,24 @@ def spec(tmp_path) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def attacked(kind, tmp_path_factory):
+    """One verifier for all attacks of a kind: none may harm what comes after it."""
+    file = tmp_path_factory.mktemp("shared") / "attacked.py"
+    file.write_text(CODE)
+    verifier = Verifier(f"{file}:inside", timeout=LIMIT, failed=FAILED, workers=1, memory_mb=512)
+    assert scores(verifier, GOOD) == [0.75]
+    yield verifier, file
+    verifier.close()
+    assert processes(file) == []
+
+
 @pytest.fixture
 def make(spec, kind):
     made = []
 
     def verifier(name="inside", **fields):
-        fields = {"timeout": 1.0, "failed": FAILED, "workers": 1, **fields}
+        fields = {"timeout": LIMIT, "failed": FAILED, "workers": 1, **fields}
         made.append(Verifier(f"{spec}:{name}", **fields))
         return made[-1]
 
@@ -112,9 +135,10 @@ def scores(verifier, *completions):
     return verifier(["p"] * len(completions), list(completions))
 
 
-def test_forged_lines_cost_their_completion_and_shift_no_other(make):
+def test_forged_lines_cost_their_completion_and_shift_no_other(attacked):
+    verifier, _ = attacked
     forged = LIES + "score = 0.0"
-    assert scores(make(), GOOD, forged, "score = 0.25", forged, GOOD) == [
+    assert scores(verifier, GOOD, forged, "score = 0.25", forged, GOOD) == [
         0.75, FAILED, 0.25, FAILED, 0.75
     ]  # fmt: skip
 
@@ -151,32 +175,33 @@ import os, time
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
-        time.sleep(0.3)
+        time.sleep(0.1)
         {LIES.strip().replace(chr(10), chr(10) + "        ")}
         os._exit(0)
     os._exit(0)
 score = 0.5
 """
-    slow = "import time; time.sleep(0.6); score = 0.25"
+    slow = "import time; time.sleep(0.3); score = 0.25"
     assert scores(make(timeout=5.0), late, slow, GOOD) == [0.5, 0.25, 0.75]
 
 
-def test_a_sleeper_without_alarm_then_a_long_question(make):
+def test_a_sleeper_without_alarm_then_a_long_question(attacked):
+    verifier, _ = attacked
     sleeper = "import signal, time; signal.alarm(0); time.sleep(60)"
     long = "score = 0.75  #" + "x" * 300_000
     began = time.monotonic()
-    assert scores(make(), sleeper, long, sleeper, long) == [FAILED, 0.75, FAILED, 0.75]
+    assert scores(verifier, sleeper, long) == [FAILED, 0.75]
     assert time.monotonic() - began < 20
 
 
-def test_a_worker_that_hangs_itself_is_replaced_in_time(make, monkeypatch):
-    monkeypatch.setattr(worker_pool, "_END", 0.5)
-    verifier = make()
+def test_a_worker_that_hangs_itself_is_replaced_in_time(attacked, monkeypatch):
+    monkeypatch.setattr(worker_pool, "_END", 0.1)
+    verifier, _ = attacked
     assert scores(verifier, GOOD) == [0.75]
     worker = verifier.workers[0]
     os.killpg(worker.child.pid, signal.SIGSTOP)
     began = time.monotonic()
-    answer = worker.ask({"prompt": "p", "completion": "x" * 500_000, "columns": {}}, 1.0)
+    answer = worker.ask({"prompt": "p", "completion": "x" * 500_000, "columns": {}}, 0.2)
     assert answer == {"failed": "its question was not read in time"}
     assert time.monotonic() - began < 10
     assert scores(verifier, GOOD) == [0.75]
@@ -187,7 +212,6 @@ BOMBS = {
     "sessions": "import os, time\nfor _ in range(20):\n  if os.fork() == 0:\n    os.setsid()\n"
     "    os.fork(); time.sleep(60)\ntime.sleep(60)",
     "memory": "b = []\nwhile True: b.append(bytearray(1 << 26))",
-    "output": "import os\nwhile True:\n  os.write(1, b'x' * 65536); os.write(2, b'y' * 65536)",
     "answers": "import os\nwhile True:\n  for d in range(3, 64):\n    try:\n"
     "      os.write(d, b'x' * 65536)\n    except OSError:\n      pass",
     "exit": "raise SystemExit(0)",
@@ -195,21 +219,27 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_bombs_cost_one_score(make, spec, capfd, bomb):
-    verifier = make(memory_mb=512)
+def test_bombs_cost_one_score(attacked, bomb):
+    verifier, file = attacked
     before = scores(verifier, GOOD)
-    worker_alone = len(processes(spec))
+    worker_alone = len(processes(file))
     began = time.monotonic()
     assert scores(verifier, BOMBS[bomb], GOOD) == [FAILED, 0.75]
     assert time.monotonic() - began < 20
     assert before == [0.75]
-    assert len(processes(spec)) == worker_alone
+    assert len(processes(file)) == worker_alone
+
+
+def test_output_goes_nowhere(make, capfd):
+    prints = "import os\nwhile True:\n  os.write(1, b'x' * 65536); os.write(2, b'y' * 65536)"
+    assert scores(make(), prints, GOOD) == [FAILED, 0.75]
     out = capfd.readouterr()
     assert "xxx" not in out.out + out.err
     assert "yyy" not in out.out + out.err
 
 
-def test_no_file_grows_beyond_the_limit(make):
+def test_no_file_grows_beyond_the_limit(attacked):
+    verifier, _ = attacked
     grows = """
 import os
 path = f'/tmp/alignkit-grows-{os.getpid()}-{os.urandom(4).hex()}'
@@ -220,7 +250,7 @@ try:
 except OSError:
     score = 0.5
 """
-    assert scores(make(memory_mb=512), grows) == [0.5]
+    assert scores(verifier, grows) == [0.5]
 
 
 def test_secrets_of_the_run_are_out_of_reach(make, monkeypatch, kind):
@@ -245,7 +275,8 @@ for process in [str(os.getppid()), *filter(str.isdigit, os.listdir('/proc'))]:
         secret_holder.wait()
 
 
-def test_signals_reach_neither_the_run_nor_the_worker(make, kind):
+def test_signals_reach_neither_the_run_nor_the_worker(attacked, kind):
+    verifier, _ = attacked
     if kind == "none":
         pytest.skip("nothing keeps signals away there, as docs/reliability.md says")
     victim = subprocess.Popen(["sleep", "60"])
@@ -260,7 +291,7 @@ for process in (os.getppid(), {os.getpid()}, {victim.pid}, 1, -1):
 score = 0.5
 """
     try:
-        assert scores(make(), kills, GOOD) == [0.5, 0.75]
+        assert scores(verifier, kills, GOOD) == [0.5, 0.75]
         assert victim.poll() is None
     finally:
         victim.kill()
@@ -290,54 +321,63 @@ def test_orphans_in_sessions_of_their_own_end_with_their_completion(make, spec):
 
 
 RUN = """
-import sys
+import json, sys, threading
 from alignkit.distributed import isolation
 from alignkit.rewards import verifier as verifiers
-if sys.argv[2] != "offered":
-    kind, prefix, user = eval(sys.argv[2])
-    verifiers.choose = lambda: isolation.Isolation(kind, prefix, user)
-v = verifiers.Verifier(sys.argv[1] + ":inside", timeout=60, workers=1)
-print("ready", flush=True)
-print(v(["p"], [sys.stdin.read()]), flush=True)
+completion, kinds = json.load(sys.stdin)
+for spec, chosen in kinds:
+    if chosen:
+        verifiers.choose = lambda: isolation.Isolation(*chosen)
+    v = verifiers.Verifier(spec + ":inside", timeout=60, workers=1)
+    call = lambda v=v: print(v(["p"], [completion]), flush=True)
+    threading.Thread(target=call).start()
 """
 
 
-def start_run(spec, completion, **environment):
-    chosen = verifiers.choose()
+def start_run(completion, kinds, **environment):
+    """A run whose verifiers, one for each of `kinds`, judge the completion at the same time. `kinds`:
+    a verifier's file -> its isolation, None for what the machine offers.
+    """
+    chosen = [(str(spec), one and (one.kind, one.prefix, one.user)) for spec, one in kinds.items()]
     run = subprocess.Popen(
-        [sys.executable, "-c", RUN, str(spec), repr((chosen.kind, chosen.prefix, chosen.user))],
+        [sys.executable, "-c", RUN],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
     )
-    assert run.stdout.readline() == "ready\n"
-    run.stdin.write(completion)
+    run.stdin.write(json.dumps((completion, chosen)))
     run.stdin.close()
     return run
 
 
-def test_a_run_that_is_killed_leaves_no_process(make, spec):
-    run = start_run(spec, ORPHANS + "\ntime.sleep(60)")
+def test_a_run_that_is_killed_leaves_no_process(tmp_path):
+    """Every kind that this machine has, in one run."""
+    kinds = {"offered": None} | {name: one for name, one in WEAKER.items() if not lacking(one)}
+    specs = {}
+    for number, one in enumerate(kinds.values()):
+        spec = tmp_path / f"attacked{number}.py"
+        spec.write_text(CODE)
+        specs[spec] = one
+    run = start_run(ORPHANS + "\ntime.sleep(60)", specs)
 
     # Two looks that see the same: the parents of the orphans live for a moment only.
-    until = time.monotonic() + 60
-    before, now = [], processes(spec)
-    while (len(now) < 5 or now != before) and time.monotonic() < until:
+    until = time.monotonic() + 120
+    before, now = [], [processes(spec) for spec in specs]
+    while (min(map(len, now)) < 5 or now != before) and time.monotonic() < until:
         time.sleep(0.2)
-        before, now = now, processes(spec)
-    assert len(now) >= 5
+        before, now = now, [processes(spec) for spec in specs]
+    assert min(map(len, now)) >= 5
 
     run.kill()
     run.wait()
-    assert gone(spec)
+    assert [name for name, spec in zip(kinds, specs) if not gone(spec)] == []
 
 
-def test_without_isolation_the_run_hides_its_secrets_and_says_so(spec, monkeypatch):
+def test_without_isolation_the_run_hides_its_secrets_and_says_so(spec):
     if os.geteuid() == 0:
         pytest.skip("root reads everything, unless another user runs the code")
-    monkeypatch.setattr(verifiers, "choose", lambda: isolation.Isolation("none"))
     looks = """
 import os
 score = 0.0
@@ -347,6 +387,6 @@ for process in filter(str.isdigit, os.listdir('/proc')):
     except OSError:
         pass
 """
-    run = start_run(spec, looks, TOKEN="sk-SECRET")
+    run = start_run(looks, {spec: isolation.Isolation("none")}, TOKEN="sk-SECRET")
     assert run.stdout.read() == "[0.0]\n"
     assert "offers neither another user nor process namespaces" in run.stderr.read()
