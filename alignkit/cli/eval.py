@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from alignkit.cli.lasting_imports import lasting_imports
 from alignkit.cli.options import AllowPrivateJudge, Safe, Seed
 from alignkit.errors import ConfigError
 
@@ -165,7 +166,8 @@ def _measure(request: "Request", to: Path, html: Path | None) -> None:
 
     # What is wrong with the request is said before torch is imported, which takes seconds.
     request = checked(request)
-    from alignkit.evaluation.evaluate import evaluate_to_file
+    with lasting_imports():
+        from alignkit.evaluation.evaluate import evaluate_to_file
 
     evaluate_to_file(request, to, html)
     typer.echo(f"the figures are in {to}" + (f", the page is {html}" if html else ""))

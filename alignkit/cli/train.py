@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from alignkit.cli.lasting_imports import lasting_imports
 from alignkit.cli.options import AllowPrivateJudge, Overrides, RecipeName, Safe
 
 
@@ -37,6 +38,7 @@ def train(
 ) -> None:
     """Train a model by a recipe."""
     from alignkit.config.recipe import load_recipe
+    from alignkit.config.streams import objective_of
     from alignkit.distributed.launcher import launch, machines_of
     from alignkit.runs.checks import check_mesh, check_without_torch
     from alignkit.runs.launch import resolve_task, run_recipe
@@ -58,6 +60,12 @@ def train(
             arguments.append("--safe")
         raise typer.Exit(launch(processes, arguments, several))
 
-    result = run_recipe(loaded, resume, safe=safe)
+    with lasting_imports():
+        # Before the rest, which takes longer: what it refuses is said sooner.
+        objective = objective_of(loaded, safe=safe)
+        import alignkit.runs.job_data
+        import alignkit.training.loop  # noqa: F401
+
+    result = run_recipe(loaded, resume, safe=safe, objective=objective)
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"{result.step} steps done; the model is in {Path(loaded.output_dir) / 'model'}")

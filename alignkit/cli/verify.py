@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from alignkit.cli.lasting_imports import lasting_imports
+
 
 def verify(
     objectives: Annotated[
@@ -25,6 +27,7 @@ def verify(
         if name not in OBJECTIVES and ":" not in name:
             raise unknown_objective(name)
 
-    from alignkit.testing import verify as verify_objectives
+    with lasting_imports():
+        from alignkit.testing import verify as verify_objectives
 
     raise typer.Exit(verify_objectives(objectives or [], safe=safe))

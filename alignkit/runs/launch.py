@@ -43,14 +43,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("alignkit")
 
 
-def run_recipe(recipe: Recipe, resume: str | None = None, *, safe: bool = False) -> "Result":
+def run_recipe(
+    recipe: Recipe,
+    resume: str | None = None,
+    *,
+    safe: bool = False,
+    objective: "Objective | None" = None,
+) -> "Result":
     """Run a recipe to its end in this process. `resume` is None, "auto" or a checkpoint folder.
 
-    `safe` refuses everything by which a recipe could run code of its own. Errors carry their exit
-    code (alignkit.errors).
+    `safe` refuses everything by which a recipe could run code of its own. `objective` is the
+    recipe's, where the caller has built it already. Errors carry their exit code (alignkit.errors).
     """
     check_without_torch(recipe, safe)
-    objective = objective_of(recipe, safe=safe)
+    if objective is None:
+        objective = objective_of(recipe, safe=safe)
     return _run(recipe, objective, None, resume, safe, [], {})[1]
 
 
