@@ -87,8 +87,9 @@ class BranchingLayer(RoomyLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As `RoomyLayer`; keys are `BranchKeys` once there are branches."""
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        """As `RoomyLayer`, in float32 at least; keys are `BranchKeys` once there are branches."""
+        wide = torch.promote_types(key_states.dtype, torch.float32)
+        keys, values = super().update(key_states.to(wide), value_states.to(wide), *args, **kwargs)
         if self.prompt is not None:
             keys = keys.as_subclass(BranchKeys)
             keys.prompt = self.prompt
@@ -146,12 +147,29 @@ def attend(
     the SDPA kernel of transformers.
 
     `attention_mask` is boolean [R, 1, 1, L] or None, `position_bias` [.., heads or 1, 1, L] is
-    added to the scores; L counts the prompt's tokens and the completion's.
+    added to the scores; L counts the prompt's tokens and the completion's. Scores and weights are
+    in the keys' dtype, also where the queries are in half precision.
     """
     if not isinstance(key, BranchKeys):
         options |= {"scaling": scaling, "position_bias": position_bias}
+        key, value = key.to(query.dtype), value.to(query.dtype)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    with torch.autocast(query.device.type, enabled=False):
+        mixed = _attend_branches(
+            query.to(key.dtype), key, value, attention_mask, scaling, position_bias
+        )
+    return mixed.to(query.dtype), None
 
+
+def _attend_branches(
+    query: Tensor,
+    key: BranchKeys,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    position_bias: Tensor | None,
+) -> Tensor:
+    """What `attend` gives with `BranchKeys`, all in one dtype: [R, 1, heads, D]."""
     prompt = key.prompt
     own_keys = key.as_subclass(Tensor)
     rows, heads, _, width = query.shape
@@ -171,7 +189,7 @@ def attend(
     weights = scores.softmax(-1).reshape(rows, key_heads, heads // key_heads, -1)
     on_prompt, on_own = weights.split([prompt.keys.shape[2], own_keys.shape[2]], -1)
     mixed = prompt.single(prompt.grouped(on_prompt) @ prompt.values) + on_own @ value
-    return mixed.reshape(rows, 1, heads, -1), None
+    return mixed.reshape(rows, 1, heads, -1)
 
 
 AttentionInterface.register(KERNEL, attend)
@@ -179,15 +197,10 @@ AttentionMaskInterface.register(KERNEL, sdpa_mask)
 
 
 def can_branch(model: Any) -> bool:
-    """Whether a transformers model takes `BranchKeys` while `branching`, and gains by it.
-
-    Not in half precision, where the scores above would be rounded; the SDPA kernel keeps them in
-    float32.
-    """
-    exact = model.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    """Whether a transformers model takes `BranchKeys` while `branching`, and gains by it."""
     wide = model.config.get_text_config().hidden_size >= NARROW
     on_cpu = model.device.type == "cpu" and kernel_of(model.config) == "sdpa"
-    return bool(exact and wide and on_cpu and model._can_set_attn_implementation())
+    return bool(wide and on_cpu and model._can_set_attn_implementation())
 
 
 @contextmanager

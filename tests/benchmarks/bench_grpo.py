@@ -1,13 +1,14 @@
 """A whole GRPO step, sampling included: alignkit's run and TRL's trainer, in turn, in one process.
 
     python tests/benchmarks/bench_grpo.py [--prompts 16] [--completions 8] [--new 128] [--steps 4]
-    [--size 15M] [--settings 2x4 ...]
+    [--size 15M] [--dtype float32] [--settings 2x4 ...]
 
 GSM8K questions, no KL, one update per rollout, sampling by transformers on both sides. TRL samples
 a step's completions in one batch and updates on them whole or in quarters, with gradient
 checkpointing off and on. Before each setting of TRL, alignkit runs as many steps. The table goes to
 stdout as Markdown. What both sides learn from is compared at the first step, where their weights
-are the same: the mean reward of their samples and the norm of the gradient.
+are the same: the mean reward of their samples and the norm of the gradient. In bfloat16 both sides
+compute by autocast over float32 weights.
 """
 
 import argparse
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="the first one is warm-up")
     parser.add_argument("--size", default="15M", choices=SHAPES)
     parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     asked = parser.parse_args()
     disable_progress_bar()
@@ -72,7 +74,7 @@ def report(folder: Path, asked: argparse.Namespace) -> None:
         )
     print(
         f"\nA GRPO step, {asked.prompts} prompts x {asked.completions} completions of at most "
-        f"{asked.new} tokens, {asked.size}, vocabulary {asked.vocab}, float32, {machine}, "
+        f"{asked.new} tokens, {asked.size}, vocabulary {asked.vocab}, {asked.dtype}, {machine}, "
         f"medians of {asked.steps - 1} steps\n"
     )
     print(
@@ -98,6 +100,7 @@ def run_alignkit(
         schedule="constant",
         completions=asked.completions,
         max_new_tokens=asked.new,
+        dtype=asked.dtype,
     )
     frame = run.metrics
     seconds = [after - before for before, after in pairwise([0.0, *frame["time"]])]
@@ -130,7 +133,7 @@ def run_trl(
         beta=0.0,
         loss_type="grpo",
         gradient_checkpointing=checkpointing,
-        bf16=False,
+        bf16=asked.dtype == "bfloat16",
         use_cpu=not GPU,
         report_to="none",
         save_strategy="no",
