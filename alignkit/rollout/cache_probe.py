@@ -38,6 +38,7 @@ def sampling_model(models: Models, name: str, weight: float) -> CachedModel:
         if network in _chosen:
             return _chosen[network](models, name, weight)
 
+        tolerance = _tolerance(model)
         prompts, continuations = _rows(model)
         try:
             expected = [
@@ -54,7 +55,6 @@ def sampling_model(models: Models, name: str, weight: float) -> CachedModel:
     if not all(bool(torch.isfinite(logps).all()) for logps in expected):
         return CachedModel(models, name, weight)
 
-    tolerance = _tolerance(model)
     reasons = []
     for kind in (CachedModel, UncachedModel):
         reason = _disagrees(kind(models, name, weight), prompts, continuations, expected, tolerance)
@@ -111,8 +111,9 @@ def _agree_when_kept(model: nn.Module, first: CachedModel, second: CachedModel) 
 
 
 def _tolerance(model: Any) -> float:
-    """By how much log-probs may differ."""
-    half = model.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled()
+    """By how much log-probs may differ; to be asked where the model's autocast is on."""
+    autocast = torch.is_autocast_enabled(model.device.type)
+    half = model.dtype in (torch.bfloat16, torch.float16) or autocast
     return HALF_TOLERANCE if half else HEAD_TOLERANCE
 
 

@@ -100,7 +100,7 @@ def run_alignkit(
         schedule="constant",
         completions=asked.completions,
         max_new_tokens=asked.new,
-        dtype=asked.dtype,
+        train={"dtype": asked.dtype},
     )
     frame = run.metrics
     seconds = [after - before for before, after in pairwise([0.0, *frame["time"]])]

@@ -2,7 +2,9 @@
 be sampled from.
 """
 
+import functools
 import logging
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,35 @@ def test_a_model_whose_rows_depend_on_each_other_is_refused():
             PROMPTS, Draw(2), step=0, prompt_ids=range(4)
         )
     assert e.value.exit_code == 4
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_rounding_of_autocast_is_no_wrong_cache(monkeypatch, autocast):
+    """What bfloat16 rounds off is more than float32 may differ by; a CPU's autocast counts too,
+    which a pair enters with its model.
+    """
+    model = small_model(vocab=30, seed=8)
+    models = models_of(model)
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def rounding(input_ids, use_cache=None, **arguments):
+        output = forward(input_ids, use_cache=use_cache, **arguments)
+        if use_cache:
+            output.logits = output.logits + 0.02 * (torch.arange(30) % 2)
+        return output
+
+    model.forward = rounding
+    entered = models.model
+
+    @contextmanager
+    def in_autocast(name="policy"):
+        with entered(name) as inner, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            yield inner
+
+    monkeypatch.setattr(models, "model", in_autocast)
+    kind = type(sampling_model(models, "policy", 1.0))
+    assert kind is (CachedModel if autocast else UncachedModel)
 
 
 def test_a_model_is_tried_once():
