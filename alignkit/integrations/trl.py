@@ -25,8 +25,8 @@ from alignkit.integrations.trl_checks import (
     checked_pair_arguments,
     checked_rollout_arguments,
     wants_reference,
-    warn_of_lengths,
     warn_of_other_forms,
+    warn_of_ratios,
 )
 from alignkit.integrations.trl_distillation import Distilled, check_distilled
 from alignkit.integrations.trl_rollout_metrics import clipped_shares, kl_per_token, policy_loss
@@ -208,7 +208,7 @@ class _Groups(Adapter):
     def _checked(self, config: Any) -> Any:
         name = type(self).__name__
         checked = super()._checked(config)
-        warn_of_lengths(config, self.objective, name)
+        warn_of_ratios(config, self.objective, name)
         checked, self._factor = checked_rollout_arguments(checked, self.objective, name)
         return checked
 

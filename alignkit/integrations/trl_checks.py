@@ -4,6 +4,7 @@ Imports no trl; every refusal is one sentence.
 """
 
 import copy
+import logging
 import os
 import re
 import warnings
@@ -20,13 +21,16 @@ from alignkit.integrations.trl_settings import (
     BY_LENGTH,
     OWN_LOSS,
     TOKEN_SUMS,
+    has_one_ratio,
     instead,
+    per_sequence,
     says_the_same,
 )
 from alignkit.objectives.base import Objective, Weighted
 from alignkit.objectives.preference.ipo import IPO
 
 SUPPORTED = "trl>=0.29.1,<2, not 1.15.0 on a machine without a GPU"
+TRL_LOG = "trl.trainer.grpo_trainer"  # where GRPOTrainer logs its own warnings
 ANY_VERSION = "ALIGNKIT_ANY_TRL"  # environment: try an untested version
 
 
@@ -118,17 +122,35 @@ def warn_of_other_forms(objective: Objective) -> None:
         )
 
 
-def warn_of_lengths(config: Any, objective: Objective, name: str) -> None:
-    """Warn of arguments with which TRL's own loss counts long completions more, where the
-    objective, which has one importance ratio for each completion too, counts all of them alike.
+def warn_of_ratios(config: Any, objective: Objective, name: str) -> None:
+    """Warn, in the log in which TRL does, of arguments about importance ratios that do not say what
+    the objective does, or say what its paper does not mean.
     """
-    per_sequence = getattr(config, "importance_sampling_level", "token") == "sequence"
-    if per_sequence and config.loss_type in TOKEN_SUMS and type(objective).__name__ == "GSPO":
-        warnings.warn(
-            f"{name}: {BY_LENGTH.format(config.loss_type)}; GSPO counts every completion alike, as "
-            "in its paper (LUSPO weighs lengths); loss_type='grpo' in the arguments says so",
-            stacklevel=4,
+    loss_type = config.loss_type
+    label = type(objective).__name__
+    advice = ""
+    if per_sequence(config) and loss_type in TOKEN_SUMS and label == "GSPO":
+        advice = (
+            f"{BY_LENGTH.format(loss_type)} in TRL's own loss; GSPO counts every completion alike, "
+            f"as in its paper: set loss_type='grpo', or use an objective with ratio='sequence'"
         )
+    elif per_sequence(config) and loss_type in TOKEN_SUMS and has_one_ratio(objective):
+        advice = (
+            f"{BY_LENGTH.format(loss_type)}, and so does {label}(ratio='sequence'); in GSPO, with "
+            "loss_type='grpo', every completion counts alike"
+        )
+    elif per_sequence(config) and label == "VESPO":
+        advice = (
+            "importance_sampling_level='sequence' changes nothing with loss_type='vespo', whose "
+            "weights are of whole completions anyway; leave it out"
+        )
+    elif loss_type == "luspo" and label == "LUSPO" and not per_sequence(config):
+        advice = (
+            "LUSPO has one importance ratio for each completion, as in its paper; with "
+            "loss_type='luspo' importance_sampling_level='sequence' says so"
+        )
+    if advice and config.process_index == 0:
+        logging.getLogger(TRL_LOG).warning("%s: %s", name, advice)
 
 
 def advantage_rule(objective: Objective, size: int) -> tuple[str, float]:

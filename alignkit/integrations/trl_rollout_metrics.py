@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from alignkit.batches import LossTerms, TokenLogps
+from alignkit.integrations.trl_settings import has_one_ratio
 from alignkit.integrations.trl_tensors import placed
 from alignkit.kl import LOSS_ESTIMATORS
 from alignkit.objectives.base import Objective
 from alignkit.objectives.exploration import ENTROPY_TERM
-from alignkit.objectives.online.gspo import GSPO
 from alignkit.tensors import masked_sum
 
 
@@ -46,6 +46,6 @@ def clipped_shares(
     objective clips nothing.
     """
     values = metrics.get(f"clip_ratio/{side}_mean")
-    if values is None or values.numel() != tokens.mask.sum() or isinstance(objective, GSPO):
+    if values is None or values.numel() != tokens.mask.sum() or has_one_ratio(objective):
         return values
     return masked_sum(placed(values, tokens.mask), tokens.mask) / tokens.mask.sum(-1)

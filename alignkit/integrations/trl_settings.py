@@ -31,7 +31,9 @@ OWN_LOSS = {
     "epsilon": Setting("the objective's clip_low and clip_high", "clip_low"),
     "epsilon_high": Setting("the objective's clip_high", "clip_high"),
     "delta": Setting("the objective's dual_clip", "dual_clip"),
-    "importance_sampling_level": Setting("GSPO"),
+    "importance_sampling_level": Setting(
+        "GSPO, or ratio='sequence' of GRPO, its relatives or CISPO"
+    ),
     "top_entropy_quantile": Setting(),
     "entropy_coef": Setting("the objective's entropy_weight", "entropy_weight"),
     "use_adaptive_entropy": Setting(),
@@ -73,14 +75,26 @@ LOSS_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     "vespo": ("VESPO", {}),
 }
 FORMS = ("form", "aggregation", "drop_constant")  # fields that make another loss of an objective
-# The objectives with one importance ratio for each completion.
-PER_SEQUENCE = ("GSPO", "LUSPO")
+# The objectives with one importance ratio for each completion, whatever the level: VESPO's loss in
+# TRL does not read it.
+PER_SEQUENCE = ("GSPO", "LUSPO", "VESPO")
 # The losses that TRL sums over tokens.
 TOKEN_SUMS = ("bnpo", "dr_grpo", "dapo", "cispo")
 BY_LENGTH = (
-    "with importance_sampling_level='sequence' TRL's loss_type={!r} weights each sequence by its "
+    "with importance_sampling_level='sequence' loss_type={!r} weights each sequence by its "
     "completion length"
 )
+
+
+def per_sequence(config: Any) -> bool:
+    """Whether the arguments ask for one importance ratio for each completion."""
+    return getattr(config, "importance_sampling_level", "token") == "sequence"
+
+
+def has_one_ratio(objective: Objective) -> bool:
+    """Whether the objective has one importance ratio for each completion."""
+    of_its_own = type(objective).__name__ in PER_SEQUENCE
+    return of_its_own or getattr(objective, "ratio", "token") == "sequence"
 
 
 def says_the_same(setting: str, config: Any, objective: Objective) -> bool:
@@ -99,7 +113,7 @@ def says_the_same(setting: str, config: Any, objective: Objective) -> bool:
     special = {
         "ld_alpha": name == "LDDPO" and value == getattr(objective, "alpha", None),
         "use_weighting": value and getattr(objective, "weighting", None) == "wpo",
-        "importance_sampling_level": value == "sequence" and name in PER_SEQUENCE,
+        "importance_sampling_level": value == "sequence" and has_one_ratio(objective),
         "use_bias_correction_kl": value == (getattr(objective, "kl", None) == "k3_weighted"),
     }
     if setting in special:
@@ -111,8 +125,7 @@ def says_the_same(setting: str, config: Any, objective: Objective) -> bool:
 def _is_loss_type(loss_type: str, config: Any, objective: Objective) -> bool:
     """Whether the objective is TRL's loss of that name under the arguments."""
     name, fields = LOSS_TYPES.get(loss_type, ("", {}))
-    per_sequence = getattr(config, "importance_sampling_level", "token") == "sequence"
-    if loss_type == "grpo" and per_sequence:
+    if loss_type == "grpo" and per_sequence(config) and not hasattr(objective, "ratio"):
         name = "GSPO"
     if name != type(objective).__name__:
         return False
@@ -134,10 +147,7 @@ def instead(setting: str, config: Any) -> str:
     value = getattr(config, setting)
     if setting == "loss_type":
         names = value if isinstance(value, list) else [value]
-        if getattr(config, "importance_sampling_level", "token") == "sequence":
-            place = _per_sequence(names)
-        else:
-            place = _objectives(names, config)
+        place = _per_sequence(names, config) if per_sequence(config) else _objectives(names, config)
     else:
         place = OWN_LOSS[setting].instead
     if not place:
@@ -149,26 +159,28 @@ def _objectives(loss_types: Sequence[str], config: Any) -> str:
     """The objectives with these losses; empty where one of them has none."""
     if not all(name in LOSS_TYPES for name in loss_types):
         return ""
-    places = []
-    for loss_type in loss_types:
-        name, fields = LOSS_TYPES[loss_type]
-        if loss_type == "dr_grpo":
-            fields = {"length": config.max_completion_length}
-        written = ", ".join(f"{field}={value!r}" for field, value in fields.items())
-        places.append(f"{name}({written})" if written else name)
-    place = " and ".join(places)
-    if len(places) > 1:
+    place = " and ".join(_written(loss_type, config) for loss_type in loss_types)
+    if len(loss_types) > 1:
         return f"a Weighted list of {place} (alignkit.objectives.base.Weighted)"
     return place
 
 
-def _per_sequence(loss_types: Sequence[str]) -> str:
+def _written(loss_type: str, config: Any, **further: Any) -> str:
+    """The objective with this loss, as Python writes it; `further` are fields of it."""
+    name, fields = LOSS_TYPES[loss_type]
+    if loss_type == "dr_grpo":
+        fields = {"length": config.max_completion_length}
+    written = ", ".join(f"{field}={value!r}" for field, value in {**fields, **further}.items())
+    return f"{name}({written})" if written else name
+
+
+def _per_sequence(loss_types: Sequence[str], config: Any) -> str:
     """The objectives with these losses and one importance ratio for each completion."""
-    if loss_types == ["luspo"]:
-        return "LUSPO"
-    if loss_types[0] in TOKEN_SUMS:
+    loss_type = loss_types[0]
+    if loss_type in TOKEN_SUMS:
         return (
-            "GSPO, where every completion counts alike, or LUSPO, where its length weighs "
-            f"({BY_LENGTH.format(loss_types[0])})"
+            f"{_written(loss_type, config, ratio='sequence')}, where its length weighs a "
+            f"completion ({BY_LENGTH.format(loss_type)}), or GSPO with loss_type='grpo', where "
+            "every completion counts alike"
         )
-    return "GSPO" if loss_types == ["grpo"] else ""
+    return {"luspo": "LUSPO", "grpo": "GSPO", "vespo": "VESPO"}.get(loss_type, "")

@@ -96,12 +96,7 @@ class RolloutObjective(Objective):
         objectives, not scalings of one.
         """
         if values.dim() == 1:
-            if tokens.cut:
-                raise ConfigError(
-                    "objective: it weighs whole completions, and an episode was cut into several, by "
-                    "a chat template that rewrites history or by its environment's `context`; take "
-                    "another template or environment, or an objective with credit per token"
-                )
+            check_whole(tokens)
             return Term(name, values, "rows", weight)
         if self.aggregation == "token_mean":
             trained = torch.where(tokens.mask, values, values.new_zeros(()))
@@ -246,6 +241,16 @@ def filled(
             "call the objective's `credit` on the global rollout first"
         )
     return list(results.values())
+
+
+def check_whole(tokens: TokenLogps) -> None:
+    """Raise ConfigError where an episode was cut into several rows."""
+    if tokens.cut:
+        raise ConfigError(
+            "objective: it weighs whole completions, and an episode was cut into several, by "
+            "a chat template that rewrites history or by its environment's `context`; take "
+            "another template or environment, or an objective with credit per token"
+        )
 
 
 def advantages_of(batch: RolloutBatch) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alignkit.errors import ConfigError
 from alignkit.kl import LOSS_ESTIMATORS, clamp_log_ratio, importance
-from alignkit.tensors import check_same_shape
+from alignkit.tensors import check_same_shape, masked_mean
 
 Divergence = Literal["forward_kl", "reverse_kl", "forward_ukl", "reverse_ukl"]
 Estimator = Literal["differentiable", "reinforce"]
@@ -61,18 +61,31 @@ def grpo_loss(
     clip_low: float | None = None,
     clip_high: float | None = None,
     dual_clip: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Clipped surrogate + beta * KL estimate per token: [N, T] x 4 -> [N, T]. `beta` is one number,
     or one per token [N, T].
+
+    With a `mask` [N, T] the importance ratio of a token is the geometric mean over the tokens of its
+    completion; it gets the gradient of its own ratio, and so its own credit (GSPO-token, Zheng et
+    al. 2025, arXiv:2507.18071, section 4.3). A weighted KL then has that mean as its weight.
 
     What the penalty's gradient is depends on `kl` (`alignkit.kl`): k3, as published, is the forward
     KL's; k3_weighted the reverse KL's. Shao et al. 2024, arXiv:2402.03300, eq. 3; weighted:
     DeepSeek-V3.2, arXiv:2512.02556.
     """
     check_same_shape(policy_logps=policy_logps, reference_logps=reference_logps)
+    own = policy_logps
+    whole = policy_logps
+    sampled = behavior_logps.detach()
+    if mask is not None:
+        whole = shared_mean(policy_logps, mask)
+        sampled = shared_mean(sampled, mask)
+        own = policy_logps + (whole - policy_logps).detach()
+
     surrogate = ppo_loss(
-        policy_logps,
-        behavior_logps,
+        own,
+        sampled,
         advantages,
         clip_low=clip_low,
         clip_high=clip_high,
@@ -80,8 +93,12 @@ def grpo_loss(
     )
     estimate = LOSS_ESTIMATORS[kl][0]
     log_ratio = policy_logps - reference_logps.detach()
-    log_importance = policy_logps - behavior_logps.detach()
-    return surrogate + beta * estimate(log_ratio, log_importance)
+    return surrogate + beta * estimate(log_ratio, whole - sampled)
+
+
+def shared_mean(logps: Tensor, mask: Tensor) -> Tensor:
+    """The mean over the tokens of a completion, at each of its places: [N, T] x 2 -> [N, T]."""
+    return masked_mean(logps, mask).unsqueeze(-1).expand_as(logps)
 
 
 def value_loss(

@@ -72,6 +72,16 @@ CASES = {
         },
         ("policy_loss", "clip_ratio/low_min", "clip_ratio/high_mean"),
     ),
+    "dapo per completion": (
+        DAPO(drop_constant=False, ratio="sequence", **TIGHT),
+        {"loss_type": "dapo", **NARROW, **SEQUENCE},
+        ("clip_ratio/high_mean", "clip_ratio/low_min", "clip_ratio/region_mean"),
+    ),
+    "cispo per completion": (
+        CISPO(ratio="sequence", clip_high=0.001),
+        {"loss_type": "cispo", "epsilon_high": 1.001, **SEQUENCE},
+        ("cispo_clip_ratio",),
+    ),
     "luspo": (
         LUSPO(entropy_weight=0.5, **TIGHT),
         {"loss_type": "luspo", "entropy_coef": 0.5, **NARROW, **SEQUENCE},

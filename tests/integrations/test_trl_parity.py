@@ -94,31 +94,41 @@ def test_grpo_equals_trls_own(model, tmp_path, record_property, accumulation, be
     assert found < LIMIT
 
 
+NARROW = {"clip_low": 0.01, "clip_high": 0.02}
+PER_COMPLETION = {"importance_sampling_level": "sequence", "epsilon": 0.01, "epsilon_high": 0.02}
 # The objective, and TRL's settings for the same loss.
 ROLLOUT_LOSSES = [
     (SAPO(temperature_negative=1.5), {"loss_type": "sapo", "sapo_temperature_neg": 1.5}),
-    (
-        LUSPO(clip_low=0.01, clip_high=0.02),
-        {
-            "loss_type": "luspo",
-            "importance_sampling_level": "sequence",
-            "epsilon": 0.01,
-            "epsilon_high": 0.02,
-        },
-    ),
+    (LUSPO(**NARROW), {"loss_type": "luspo", **PER_COMPLETION}),
     (VESPO(), {"loss_type": "vespo"}),
     (DrGRPO(length=5), {"loss_type": "dr_grpo", "scale_rewards": "none"}),
     (DAPO(drop_constant=False), {"loss_type": "dapo", "epsilon_high": 0.28}),
     (CISPO(clip_high=3.0), {"loss_type": "cispo", "epsilon_high": 4.0}),
     (GRPO(beta=0, aggregation="token_mean"), {"loss_type": "bnpo"}),
+    (GSPO(**NARROW), {"loss_type": "grpo", **PER_COMPLETION}),
     (
-        GSPO(clip_low=0.01, clip_high=0.02),
-        {
-            "loss_type": "grpo",
-            "importance_sampling_level": "sequence",
-            "epsilon": 0.01,
-            "epsilon_high": 0.02,
-        },
+        GRPO(beta=0, ratio="sequence", aggregation="token_mean", **NARROW),
+        {"loss_type": "bnpo", **PER_COMPLETION},
+    ),
+    (
+        DrGRPO(length=5, ratio="sequence", **NARROW),
+        {"loss_type": "dr_grpo", "scale_rewards": "none", **PER_COMPLETION},
+    ),
+    (
+        DAPO(drop_constant=False, ratio="sequence", dual_clip=1.05, **NARROW),
+        {"loss_type": "dapo", "delta": 1.05, **PER_COMPLETION},
+    ),
+    (
+        CISPO(ratio="sequence", clip_high=0.02),
+        {"loss_type": "cispo", **PER_COMPLETION, "epsilon_high": 1.02},
+    ),
+    (
+        GRPO(beta=0.1, ratio="sequence", **NARROW),
+        {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": True, **PER_COMPLETION},
+    ),
+    (
+        GRPO(beta=0.1, ratio="sequence", kl="k3", aggregation="token_mean", **NARROW),
+        {"loss_type": "bnpo", "beta": 0.1, "use_bias_correction_kl": False, **PER_COMPLETION},
     ),
     (GRPO(beta=0, entropy_weight=0.3), {"loss_type": "grpo", "entropy_coef": 0.3}),
     (

@@ -231,7 +231,7 @@ def test_online_scripts(model, tmp_path, name):
         (
             GSPO(),
             {"loss_type": "dr_grpo", "importance_sampling_level": "sequence"},
-            "use GSPO, where every completion counts alike, or LUSPO.*'dr_grpo' weights each",
+            r"use DrGRPO\(length=\d+, ratio='sequence'\).*'dr_grpo' weights each.* or GSPO with",
         ),
         (GRPO(beta=0), {"entropy_coef": 0.1}, "use the objective's entropy_weight"),
         (GRPO(beta=0), {"loss_type": "luspo"}, "instead of loss_type use LUSPO"),

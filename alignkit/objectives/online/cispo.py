@@ -8,10 +8,11 @@ from pydantic import Field
 from torch import Tensor
 
 from alignkit.batches import LossTerms, Plan, RolloutBatch
-from alignkit.kl import importance
+from alignkit.kl import clamp_log_ratio
 from alignkit.objectives.base import Objective
-from alignkit.objectives.exploration import ExploringGroup
-from alignkit.objectives.rollout_base import ClipWidth, advantages_of, ratio_metrics
+from alignkit.objectives.ratios import RatioGroup
+from alignkit.objectives.rollout_base import ClipWidth, ratio_metrics
+from alignkit.objectives.surrogates import shared_mean
 from alignkit.tensors import check_same_shape
 
 
@@ -22,22 +23,27 @@ def cispo_loss(
     *,
     clip_low: float | None = None,
     clip_high: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """-clip(w, 1 - clip_low, 1 + clip_high) A log pi, the weight without gradient, per token: [...]
     x 3 -> [...].
 
-    None switches a bound off. MiniMax-M1 2025, arXiv:2506.13585, eq. 4 and 5.
+    None switches a bound off. With a `mask` [N, T] w is the geometric mean over the tokens of a
+    completion. MiniMax-M1 2025, arXiv:2506.13585, eq. 4 and 5.
     """
     check_same_shape(
         policy_logps=policy_logps, behavior_logps=behavior_logps, advantages=advantages
     )
     low = -torch.inf if clip_low is None else 1 - clip_low
     high = torch.inf if clip_high is None else 1 + clip_high
-    weight = importance(policy_logps, behavior_logps).clamp(low, high)
+    log_importance = policy_logps - behavior_logps
+    if mask is not None:
+        log_importance = shared_mean(log_importance, mask)
+    weight = clamp_log_ratio(log_importance).exp().clamp(low, high)
     return -(weight * advantages).detach() * policy_logps
 
 
-class CISPO(ExploringGroup):
+class CISPO(RatioGroup):
     """CISPO (MiniMax-M1 2025, arXiv:2506.13585). Bounds are distances from 1, as elsewhere here."""
 
     paper: ClassVar[str] = "MiniMax-M1 2025, arXiv:2506.13585, eq. 4 and 5"
@@ -72,12 +78,14 @@ class CISPO(ExploringGroup):
         logps = tokens.policy
         old = tokens.get("behavior")
         advantages, masked = self.teaching_advantages(batch)
-        values = cispo_loss(logps, old, advantages, **self.clip)
+        values = cispo_loss(logps, old, advantages, mask=self.ratio_mask(tokens), **self.clip)
 
         # The clip takes no gradient away here: TRL's name for where it holds a weight down.
-        ratio = importance(logps, old)
+        ratio, advantages = self.ratios(batch)
         metrics = {**ratio_metrics(tokens, ratio), **masked}
         if self.clip_high is not None:
-            held = (ratio > 1 + self.clip_high) & (advantages_of(batch) > 0)
-            metrics["cispo_clip_ratio"] = held[tokens.mask].to(ratio.dtype)
+            held = (ratio > 1 + self.clip_high) & (advantages > 0)
+            if held.dim() == 2:
+                held = held[tokens.mask]
+            metrics["cispo_clip_ratio"] = held.to(ratio.dtype)
         return LossTerms([self.term("cispo", values, tokens), *self.entropy_terms(tokens)], metrics)

@@ -7,15 +7,15 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from alignkit.batches import LossTerms, Plan, RolloutBatch
-from alignkit.kl import LOSS_ESTIMATORS, Direction, importance
+from alignkit.kl import LOSS_ESTIMATORS, Direction
 from alignkit.objectives.base import Objective
-from alignkit.objectives.exploration import ExploringGroup
-from alignkit.objectives.rollout_base import Aggregation, Credit, DualClip, advantages_of
+from alignkit.objectives.ratios import RatioGroup
+from alignkit.objectives.rollout_base import Aggregation, Credit, DualClip
 from alignkit.objectives.surrogates import KLEstimator, grpo_loss
 from alignkit.tensors import masked_sum
 
 
-class GRPO(ExploringGroup):
+class GRPO(RatioGroup):
     """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300). No value head: the
     group is the baseline.
     """
@@ -49,6 +49,8 @@ class GRPO(ExploringGroup):
     def kl_gradient(self) -> tuple[Credit, Direction] | None:
         if not self.beta or self.entropy_weight:  # with the entropy's gradient it is neither
             return None
+        if self.ratio == "sequence" and self.kl in ("k1_weighted", "k3_weighted"):
+            return None  # the weight's gradient is shared by all tokens
         return "token", LOSS_ESTIMATORS[self.kl][1]
 
     @property
@@ -63,6 +65,7 @@ class GRPO(ExploringGroup):
             cls(kl="k3"),
             cls(kl="k2"),
             cls(entropy_weight=0.1, off_policy_threshold=0.3),
+            cls(ratio="sequence", aggregation="token_mean"),
             cls(beta=0, scale_by_std=False, aggregation="constant", length=4, **wide),
         ]
 
@@ -84,11 +87,11 @@ class GRPO(ExploringGroup):
             beta=self.kl_weight(batch),
             kl=self.kl,
             dual_clip=self.dual_clip,
+            mask=self.ratio_mask(tokens),
             **self.clip,
         )
 
-        ratios = self.metrics(tokens, importance(logps, old), advantages_of(batch))
-        metrics = {**ratios, **masked}
+        metrics = {**self.metrics(tokens, *self.ratios(batch)), **masked}
         if self.beta:
             penalty = LOSS_ESTIMATORS[self.kl][0](logps - reference, logps - old).detach()
             metrics[f"kl/policy_reference_{self.kl}"] = masked_sum(penalty, tokens.mask)

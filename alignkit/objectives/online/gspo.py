@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from alignkit.batches import LossTerms, Plan, RolloutBatch
-from alignkit.kl import importance
 from alignkit.objectives.base import Objective
 from alignkit.objectives.exploration import ExploringGroup
+from alignkit.objectives.ratios import completion_ratio
 from alignkit.objectives.rollout_base import ClipWidth, advantages_of, unspread
 from alignkit.objectives.surrogates import ppo_loss
 from alignkit.tensors import masked_mean
@@ -77,6 +77,6 @@ class GSPO(ExploringGroup):
         teaching, masked = self.teaching_advantages(batch)
         values = gspo_loss(logps, old, unspread(teaching, tokens), mask, **self.clip)
 
-        ratio = importance(masked_mean(logps, mask), masked_mean(old, mask))
-        clipped = self.metrics(tokens, ratio, unspread(advantages_of(batch), tokens))
+        own = unspread(advantages_of(batch), tokens)
+        clipped = self.metrics(tokens, completion_ratio(tokens), own)
         return values, {**clipped, **masked}

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alignkit import CISPO, DAPO, GRPO, GSPO, DrGRPO, ReinforcePlusPlus
+from alignkit import CISPO, DAPO, GRPO, GSPO, LUSPO, DrGRPO, ReinforcePlusPlus
 from alignkit.batches import RolloutBatch, TokenLogps
 from alignkit.credit import whiten
-from alignkit.errors import ShapeError
-from alignkit.losses import cispo_loss, gspo_loss
+from alignkit.errors import ConfigError, ShapeError
+from alignkit.losses import cispo_loss, grpo_loss, gspo_loss
 from alignkit.objectives.online.dapo import overlong_penalty
 from alignkit.oracles.gradients import (
     Population,
@@ -175,6 +175,84 @@ def test_gspo_with_one_token_completions_is_grpo():
         (term,) = objective.loss(credited).terms
         values.append(term.values)
     torch.testing.assert_close(*values, atol=1e-15, rtol=0)
+
+
+# ---------------------------------------------------------------- one ratio for each completion
+
+
+def drifted_rollout(scores=(1.0, -2.0)):
+    """Two completions of 3 and 2 tokens, away from the policy that sampled them."""
+    noise = torch.Generator().manual_seed(4)
+    policy, old = -3 * torch.rand(2, 2, 3, dtype=F64, generator=noise)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    tokens = TokenLogps(policy.requires_grad_(), {"reference": old - 0.3}, mask, old)
+    return RolloutBatch(tokens, torch.tensor(scores, dtype=F64), torch.zeros(2, dtype=torch.long))
+
+
+def loss_and_gradient(objective, batch):
+    """The sum of a rollout's loss, divided as the loop divides it, and its gradient [N, T]."""
+    credited, _ = objective.credit(batch, {})
+    counts = {"rows": 2, "tokens": batch.tokens.mask.sum()}
+    terms = objective.loss(credited).terms
+    loss = sum(term.weight * term.values.sum() / counts[term.unit] for term in terms)
+    return loss, torch.autograd.grad(loss, batch.tokens.policy)[0]
+
+
+WIDE = {"clip_low": None, "clip_high": None}
+
+
+@pytest.mark.parametrize("clip", [WIDE, {"clip_low": 1e-3, "clip_high": 1e-3}])
+def test_a_ratio_per_completion_is_gspo(clip):
+    """Averaged over completions GSPO itself, added up over tokens LUSPO, whatever the lengths."""
+    batch = drifted_rollout()
+    for whole, aggregation in ((GSPO(**clip), "sequence_mean"), (LUSPO(**clip), "sequence_sum")):
+        per_token = GRPO(beta=0, ratio="sequence", aggregation=aggregation, **clip)
+        found = loss_and_gradient(per_token, batch)
+        torch.testing.assert_close(found, loss_and_gradient(whole, batch), atol=1e-14, rtol=0)
+        own = loss_and_gradient(per_token.model_copy(update={"ratio": "token"}), batch)
+        assert (own[1] - found[1]).abs().max() > 1e-3
+
+
+def test_a_token_keeps_its_own_credit_under_its_completions_ratio():
+    """The ratio of (4, 1) is 2 at both tokens; an advantage of the first alone moves the first alone."""
+    policy = torch.tensor([[math.log(4.0), 0.0, 9.0]], dtype=F64, requires_grad=True)
+    zero = torch.zeros(1, 3, dtype=F64)
+    mask = torch.tensor([[True, True, False]])
+    credit = torch.tensor([[3.0, 0.0, 0.0]], dtype=F64)
+    loss = grpo_loss(policy, zero, zero, credit, beta=0.0, mask=mask)
+    assert loss[mask].tolist() == pytest.approx([-6.0, 0.0], abs=1e-12)
+    assert torch.autograd.grad(loss[mask].sum(), policy)[0][0].tolist() == pytest.approx(
+        [-6.0, 0.0, 0.0], abs=1e-12
+    )
+
+
+def test_the_kl_is_weighted_by_the_completions_ratio():
+    policy = torch.tensor([[math.log(4.0), 0.0]], dtype=F64)
+    zero = torch.zeros(1, 2, dtype=F64)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    loss = grpo_loss(policy, zero, zero, zero, beta=1.0, kl="k3_weighted", mask=mask)
+    own = 1 / 4 - 1 + math.log(4.0)  # k3 of the first token
+    assert loss[0].tolist() == pytest.approx([2 * own, 0.0], abs=1e-12)
+
+
+def test_cispos_weight_may_be_the_completions():
+    policy = torch.tensor([[math.log(4.0), 0.0]], dtype=F64, requires_grad=True)
+    zero = torch.zeros(1, 2, dtype=F64)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    for high, weight in ((None, 2.0), (0.5, 1.5)):
+        loss = cispo_loss(policy, zero, zero + 1, clip_high=high, mask=mask)
+        assert torch.autograd.grad(loss.sum(), policy)[0].tolist()[0] == pytest.approx(
+            [-weight, -weight], abs=1e-12
+        )
+
+
+@pytest.mark.parametrize("objective", [GRPO(ratio="sequence"), CISPO(ratio="sequence")])
+def test_an_episode_that_was_cut_has_no_ratio_of_its_own(objective):
+    batch = drifted_rollout()
+    tokens = replace(batch.tokens, whole_lengths=torch.tensor([5, 2]))
+    credited, _ = objective.credit(replace(batch, tokens=tokens), {})
+    with pytest.raises(ConfigError, match="an episode was cut into several"):
+        objective.loss(credited)
 
 
 def test_dapo_leaves_out_groups_that_agree():
