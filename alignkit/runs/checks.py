@@ -1,6 +1,7 @@
 """What a launch checks before any model is loaded. Importing this imports no torch."""
 
 import os
+from collections.abc import Collection
 from glob import has_magic
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,7 @@ def check_without_torch(recipe: Recipe, safe: bool = False) -> None:
         )
 
     check_mesh(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    check_metric(recipe)
     _check_trackers(recipe)
     given_template(recipe.data)  # refuses a path that leads nowhere
     check_named(recipe, safe)
@@ -129,6 +131,31 @@ def check_with_torch(recipe: Recipe, objective: "Objective", task: Task | None) 
     check_growing_share(recipe, objective.plan)
     check_appraisal(recipe, objective, task)
     check_turns(recipe, objective, task)
+
+
+def check_metric(recipe: Recipe, former: Collection[str] = ()) -> None:
+    """Check that `train.metric` is of one of the held-out sets, where they have names, and of none
+    that there is no more: `former` are the names in the run that is resumed. ConfigError.
+    """
+    metric = recipe.train.metric
+    sets = recipe.data.held_out_sources()
+    if metric == "auto" or not sets:
+        return
+
+    def is_of(names: Collection[str]) -> bool:
+        return any(name and metric.startswith(f"eval_{name}_") for name in names)
+
+    if is_of(sets) or ("" in sets and not is_of(former)):
+        return
+    known = f"eval_{next(iter(sets))}_loss" if "" not in sets else "eval_loss"
+    there = (
+        f"there are {', '.join(sets)}" if "" not in sets else "the held-out rows have no name now"
+    )
+    place = recipe.origin.at(("train", "metric"))
+    raise ConfigError(
+        f"{place}: `train.metric` is `{metric}`, which is of no set of `data.eval`: {there}. Keep a set "
+        f"of the name that the metric has, or take another metric, such as {known}"
+    )
 
 
 def check_mesh(recipe: Recipe, processes: int) -> None:

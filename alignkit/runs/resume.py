@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from alignkit.config.recipe import Recipe, load_recipe
 from alignkit.config.train import known_goal
 from alignkit.errors import AlignkitError, CheckpointError, DataError
+from alignkit.runs.checks import check_metric
 from alignkit.runs.streams import contexts_of, held_out_metric
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ AUTOS = [
 
 def with_resolved_autos(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """The recipe with each `auto` replaced by what the run in its output_dir resolved it to, and a
-    sentence about every other difference from that run's recipe.
+    sentence about every other difference from that run's recipe. ConfigError where the run's metric
+    is of held-out rows that there are no more.
     """
     from alignkit.training.identity import compare
 
@@ -91,7 +93,11 @@ def with_resolved_autos(recipe: Recipe) -> tuple[Recipe, list[str]]:
         return recipe, []
 
     before = load_recipe(file)
+    if not before.data.held_out_sources():  # nothing was measured yet
+        train = before.train.model_copy(update={"metric": "auto", "metric_goal": "auto"})
+        before = before.model_copy(update={"train": train})
     recipe = fill_autos(recipe, before.model_dump())
+    check_metric(recipe, before.data.held_out_sources())
     changes = compare(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
     return recipe, [f"changed since this run began: {'; '.join(changes)}"] if changes else []
 
@@ -141,7 +147,7 @@ def check_unsigned_result(recipe: Recipe) -> None:
     """
     from alignkit.files import MANIFEST
     from alignkit.training import checkpoint
-    from alignkit.training.identity import compare
+    from alignkit.training.identity import differences_between
     from alignkit.training.run_folder import RunFolder
 
     run = RunFolder(recipe.output_dir)
@@ -150,7 +156,7 @@ def check_unsigned_result(recipe: Recipe) -> None:
     if not run.finished or is_signed or not file.is_file():
         return
 
-    changes = compare(identity_of(load_recipe(file)), identity_of(recipe))
+    changes = differences_between(identity_of(load_recipe(file)), identity_of(recipe))
     if changes:
         raise CheckpointError(
             f"{run.path} is finished and the result of another run: {'; '.join(changes)}. Undo the "
@@ -243,4 +249,9 @@ def identity_of(recipe: Recipe) -> dict[str, Any]:
         del identity["train"]["metric_goal"]
     if recipe.train.router_aux_loss in ("auto", 0):
         del identity["train"]["router_aux_loss"]
+
+    # Nothing is measured: rows that are held out from a resumption on may have another metric.
+    if not recipe.data.held_out_sources():
+        identity["train"].pop("metric_goal", None)
+        del identity["train"]["metric"]
     return identity

@@ -26,9 +26,24 @@ ADDED = {
 
 def differences_between(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Every field in which the identity `new` differs from `old`, as "name: old -> new"; what an
-    earlier version did not record in `old` counts where it is not at its default.
+    earlier version did not record in `old` counts where it is not at its default. What is watched of
+    held-out rows counts where both runs have such rows.
     """
-    return compare(old, _as_recorded(old, new, Recipe))
+    new = _as_recorded(old, new, Recipe)
+    if all("metric" in _train(identity) for identity in (old, new)):
+        return compare(old, new)
+    return compare(_without_metric(old), _without_metric(new))
+
+
+def _train(identity: Mapping[str, Any]) -> Mapping[str, Any]:
+    train = identity.get("train")
+    return train if isinstance(train, Mapping) else {}
+
+
+def _without_metric(identity: Mapping[str, Any]) -> dict[str, Any]:
+    watched = ("metric", "metric_goal")
+    kept = {name: value for name, value in _train(identity).items() if name not in watched}
+    return {**identity, "train": kept} if _train(identity) else dict(identity)
 
 
 def is_longer_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from world import make_job, pair_rows, pairs, save_model, write_rows
 
 from alignkit.config.recipe import load_recipe
-from alignkit.errors import CheckpointError, DataError, ResourceError
+from alignkit.errors import CheckpointError, ConfigError, DataError, ResourceError
 from alignkit.files import read_jsonl
 from alignkit.objectives.preference.dpo import DPO
 from alignkit.policies import slices
@@ -90,6 +90,27 @@ def test_a_checkpoint_that_is_not_there_is_named_and_leaves_no_folder(world, tmp
     with pytest.raises(CheckpointError, match=r"there is no checkpoint folder .*step-9"):
         run_recipe(recipe(world, tmp_path / "run"), str(tmp_path / "step-9"))
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_are_held_out_from_a_resumption_on_have_their_own_metric(world, tmp_path):
+    """The best so far starts empty, whatever the sets are called; one that is gone is refused."""
+    out = tmp_path / "run"
+    shutil.copytree(world / "run", out)
+    sets = f"data.eval={{near: {write_rows(tmp_path / 'near.jsonl', pair_rows(10)[8:])}}}"
+    more = ["train.eval_every=1", "train.steps=4"]
+    run_recipe(recipe(world, out, sets, *more), resume="auto")
+    assert load_recipe(out / "recipe.yaml").train.metric == "eval_near_loss"
+    rows = read_jsonl(out / "metrics.jsonl")
+    assert ["eval_near_loss" in row for row in rows] == [False, False, True, True]
+    assert checkpoint.best_step(out / "checkpoints") in (3, 4)
+
+    before = (out / "metrics.jsonl").read_bytes()
+    for other in (sets.replace("near:", "far:"), f"data.eval={tmp_path / 'near.jsonl'}"):
+        with pytest.raises(
+            ConfigError, match=r"`train.metric` is `eval_near_loss`, which is of no"
+        ):
+            run_recipe(recipe(world, out, other, *more, "train.steps=5"), resume="auto")
+    assert (out / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_tokenizer_in_the_same_place_is_refused(world, tmp_path):
