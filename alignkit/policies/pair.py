@@ -20,6 +20,7 @@ from alignkit.config.train import TrainConfig
 from alignkit.errors import CheckpointError, ModelError
 from alignkit.policies.dtensors import like
 from alignkit.policies.export import save_heads, save_model, with_fields
+from alignkit.policies.flat_logps import FlatLogps
 from alignkit.policies.head import AnchorLaws, AnchorStates
 from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches
 from alignkit.policies.lazy import changed
@@ -260,16 +261,14 @@ class PolicyPair:
             )
         return self.anchors[name].active(self.module, self.base)
 
-    def cached(
-        self, bundles: Sequence[Bundle], plan: Plan, progress: Callable[[int], None] | None = None
-    ) -> Sequence[Bundle]:
+    def cached(self, bundles: Sequence[Bundle], plan: Plan) -> Sequence[Bundle]:
         """The bundles with the reference's log-probs stored in `tokens["reference"]`; call it
         before the policy moves.
 
         A few bundles are scored a second time by themselves; the largest difference goes to
-        `notes`. `progress` is called with the number of bundles done.
+        `notes`.
         """
-        reference: dict[int, list[Tensor]] = {}  # by the bundle's place
+        reference = FlatLogps(bundles)
 
         def with_reference(place: int, bundle: Bundle) -> Bundle:
             return replace(bundle, tokens={**bundle.tokens, "reference": reference[place]})
@@ -277,9 +276,8 @@ class PolicyPair:
         with self.together():
             for group in self.micro_batches(bundles, SCORING_BUDGET):
                 scored = self._reference_tokens([bundles[i] for i in group])
-                reference |= zip(group, scored)
-                if progress is not None:
-                    progress(len(reference))
+                for place, logps in zip(group, scored):
+                    reference[place] = logps
 
             filled = changed(bundles, with_reference)
             worst = self.rescored(filled)
@@ -308,9 +306,7 @@ class PolicyPair:
         """The reference's log-probs of each completion of each bundle, K x [T_k]."""
         rows = self._rows(bundles)
         scored = iter(rows.scatter(self._score("reference", rows)).cpu())
-        return [
-            [next(scored)[: len(ids)].clone() for ids in bundle.completions] for bundle in bundles
-        ]
+        return [[next(scored)[: len(ids)] for ids in bundle.completions] for bundle in bundles]
 
     def rewound(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
         """Take steps inside the block that are undone at its end, bit for bit."""

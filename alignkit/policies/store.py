@@ -5,12 +5,14 @@ its token ids and masks, so neither the order of the rows nor the layout matters
 of the same data share the rows they have in common.
 """
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -196,24 +198,34 @@ def _read(file: Path) -> _Rows:
 
 def _with_more(stored: _Rows, keys: Sequence[bytes], scored: Sequence[Bundle]) -> _Rows:
     """The rows with those of `scored` bundles behind them, as far as they are new."""
-    new_keys = []
-    logps: list[Tensor] = []
-    counts = []
+    # Numbers in arrays that grow: there may be more rows than objects of their own fit in memory.
+    new_keys = bytearray()
+    counts = array("q")
+    lengths = array("q")
+    logps = array("f")
     for key, bundle in zip(keys, scored):
-        if key not in stored:
-            new_keys.append(list(key))
-            logps += bundle.tokens["reference"]
-            counts.append(len(bundle.tokens["reference"]))
+        if key in stored:
+            continue
+        new_keys += key
+        counts.append(len(bundle.completions))
+        for values in bundle.tokens["reference"]:
+            lengths.append(len(values))
+            logps.frombytes(values.numpy().tobytes())
     if not new_keys:
         return stored
 
     more = {
-        "keys": torch.tensor(new_keys, dtype=torch.uint8),
-        "completions": torch.tensor(counts),
-        "lengths": torch.tensor([len(row) for row in logps]),
-        "logps": torch.cat(logps),
+        "keys": np.frombuffer(new_keys, np.uint8).reshape(-1, 16),
+        "completions": np.frombuffer(counts, np.int64),
+        "lengths": np.frombuffer(lengths, np.int64),
+        "logps": np.frombuffer(logps, np.float32),
     }
-    return _Rows({name: torch.cat([old, more[name]]) for name, old in stored.content.items()})
+    return _Rows(
+        {
+            name: torch.cat([old, torch.from_numpy(more[name])])
+            for name, old in stored.content.items()
+        }
+    )
 
 
 def _write(file: Path, content: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
 
 from alignkit.batches import Bundle
 from alignkit.errors import ConfigError
@@ -67,13 +66,13 @@ def _with_reference(context: RunContext, bundles: Sequence[Bundle]) -> Sequence[
         return share
 
     # Rank r scored the bundles at places r, r + processes, r + 2 * processes, ...
-    reference: dict[int, list[Tensor]] = {}
-    shares = gather_object([[bundle.tokens["reference"] for bundle in share]])
-    for first, logps in enumerate(shares):
-        reference |= dict(zip(range(first, len(bundles), processes), logps))
+    # As arrays: a tensor that is a part of another one would be sent with all of it.
+    own = [[logps.numpy() for logps in bundle.tokens["reference"]] for bundle in share]
+    shares = gather_object([own])
 
     def filled(place: int, bundle: Bundle) -> Bundle:
-        return replace(bundle, tokens={**bundle.tokens, "reference": reference[place]})
+        reference = list(map(torch.from_numpy, shares[place % processes][place // processes]))
+        return replace(bundle, tokens={**bundle.tokens, "reference": reference})
 
     return changed(bundles, filled)
 

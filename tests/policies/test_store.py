@@ -2,6 +2,11 @@
 for bit.
 """
 
+import gc
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from world import pairs, save_model
@@ -102,3 +107,48 @@ def test_a_damaged_store_is_refused(folders, tmp_path, damage, difference):
 def _args(folder, bundles):
     pair, plan = load(folder)
     return pair, bundles, plan
+
+
+class Lazy(Sequence):
+    """Bundles that are made when they are asked for, as those of many rows are."""
+
+    def __init__(self, bundles):
+        self.bundles = bundles
+
+    def __len__(self):
+        return len(self.bundles)
+
+    def __getitem__(self, place):
+        one = self.bundles[place]
+        return Lazy(one) if isinstance(place, slice) else replace(one, rows=dict(one.rows))
+
+
+def tensors_kept(score, folder, rows):
+    """How many tensors are alive beside the rows while `score(pair, bundles, plan)` is."""
+    pair, plan = load(folder)
+    prompts = torch.cartesian_prod(torch.arange(3, 23), torch.arange(3, 23))[:rows]
+    (pattern,) = pairs(1)
+    bundles = Lazy([replace(pattern, prompt=prompt) for prompt in prompts])
+    before = tensors_alive()
+    filled = score(pair, bundles, plan)
+    return len(filled), tensors_alive() - before
+
+
+def tensors_alive():
+    gc.collect()
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("where", ["in memory", "in a new store", "in a filled store"])
+def test_what_is_kept_of_many_rows_are_few_tensors(folders, tmp_path, where):
+    kept = []
+    for rows in (50, 200):
+        score = PolicyPair.cached
+        if where != "in memory":
+            score = partial(cached_in, tmp_path / str(rows))
+        if where == "in a filled store":
+            tensors_kept(score, folders[0], rows)
+        number, tensors = tensors_kept(score, folders[0], rows)
+        assert number == rows
+        kept.append(tensors)
+    assert kept[1] == kept[0] < 20
