@@ -42,8 +42,8 @@ def _train(identity: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _without_metric(identity: Mapping[str, Any]) -> dict[str, Any]:
     watched = ("metric", "metric_goal")
-    kept = {name: value for name, value in _train(identity).items() if name not in watched}
-    return {**identity, "train": kept} if _train(identity) else dict(identity)
+    others = {name: value for name, value in _train(identity).items() if name not in watched}
+    return {**identity, "train": others} if _train(identity) else dict(identity)
 
 
 def is_longer_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
