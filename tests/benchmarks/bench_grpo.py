@@ -7,7 +7,9 @@ GSM8K questions, no KL, one update per rollout, sampling by transformers on both
 a step's completions in one batch and updates on them whole or in quarters, with gradient
 checkpointing off and on. Before each setting of TRL, alignkit runs as many steps. The table goes to
 stdout as Markdown. What both sides learn from is compared at the first step, where their weights
-are the same: the mean reward of their samples and the norm of the gradient. In bfloat16 both sides
+are the same: the mean reward of their samples and the norm of the gradient. "Floor": the matrix
+products that nobody can leave out, one forward of every token while sampling and a forward and a
+backward of it in the update, each shape timed on the machine before the sides run. In bfloat16 both sides
 compute by autocast over float32 weights.
 """
 
@@ -27,6 +29,7 @@ import alignkit
 from alignkit import GRPO
 
 RATE = 1e-5
+LONGEST = 1024  # tokens of a product whose time is taken, of which a step has many
 # name -> (completions of one forward as a share of the step's, gradient checkpointing)
 SETTINGS = {
     "no checkpointing, whole": (1, False),
@@ -63,12 +66,14 @@ def report(folder: Path, asked: argparse.Namespace) -> None:
     prompts = [{"prompt": row["prompt"]} for row in pairs(asked.prompts * asked.steps)]
     machine = torch.cuda.get_device_name() if GPU else f"{torch.get_num_threads()} threads"
     lines = []
+    least = floor(folder, prompts[: asked.prompts], asked)
     for number, setting in enumerate(asked.settings):
         ours = run_alignkit(folder, prompts, asked, folder.parent / f"run-{number}")
         theirs = run_trl(folder, prompts, asked, setting)
         mine, other = (statistics.median(side["seconds"][1:]) for side in (ours, theirs))
         lines.append(
             f"| {setting} | {mine:.2f} | {other:.2f} | {other / mine:.2f} "
+            f"| {least / mine:.2f} | {other / least:.2f} "
             f"| {ours['reward']:.4f} / {theirs['reward']:.4f} "
             f"| {ours['norm']:.3f} / {theirs['norm']:.3f} |"
         )
@@ -78,10 +83,47 @@ def report(folder: Path, asked: argparse.Namespace) -> None:
         f"medians of {asked.steps - 1} steps\n"
     )
     print(
-        "| TRL with | alignkit s | TRL s | ratio | mean reward, alignkit / TRL "
-        "| gradient norm |\n|---|---|---|---|---|---|"
+        "| TRL with | alignkit s | TRL s | ratio | floor / alignkit | TRL / floor "
+        "| mean reward, alignkit / TRL | gradient norm |\n|---|---|---|---|---|---|---|---|"
     )
     print("\n".join(lines))
+
+
+@torch.no_grad()
+def floor(folder: Path, prompts: list[dict], asked: argparse.Namespace) -> float:
+    """Seconds of the matrix products of a step in which every completion has all of its tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = asked.prompts * asked.completions
+    new = rows * asked.new
+    read = sum(len(tokenizer(row["prompt"])["input_ids"]) for row in prompts)
+
+    seconds = 0.0
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        tokens = new if module is model.get_output_embeddings() else read + new
+        weight = module.weight.detach().to(getattr(torch, asked.dtype))
+        parts = tokens // LONGEST
+        seconds += asked.new * _seconds(weight, rows, forward_only=True)
+        seconds += parts * _seconds(weight, LONGEST, forward_only=False)
+    return seconds
+
+
+def _seconds(weight: torch.Tensor, rows: int, *, forward_only: bool) -> float:
+    """Of the products of one linear layer with so many rows, the shortest of three times."""
+    x, g = (torch.ones(rows, size, dtype=weight.dtype) for size in reversed(weight.shape))
+    acts = [lambda: x @ weight.T]
+    if not forward_only:
+        acts += [lambda: g @ weight, lambda: g.T @ x]
+
+    times = []
+    for _ in range(3):
+        began = clock()
+        for act in acts:
+            act()
+        times.append(clock() - began)
+    return min(times)
 
 
 def run_alignkit(
