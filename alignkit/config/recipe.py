@@ -177,6 +177,14 @@ def _check_across_fields(recipe: Recipe, at: Callable[..., str]) -> None:
             f"{at('train', 'mesh', 'tensor')}: `train.mesh.tensor` is {mesh.tensor}, and a model with "
             "an adapter cannot be cut by its tp_plan; leave `tensor` out, or `model.adapter`"
         )
+
+    budgets = recipe.rollout.allocate
+    if budgets is not None and budgets.norm == "head" and recipe.train.shard:
+        raise ConfigError(
+            f"{at('rollout', 'allocate', 'norm')}: `rollout.allocate.norm: head` reads the head as a "
+            "whole, and `train.shard` spreads it over the processes; take norm: one"
+        )
+
     _check_splits_of_tasks(recipe, at)
     if recipe.data.has_streams:
         _check_streams(recipe, at)

@@ -225,12 +225,6 @@ def check_allocation(recipe: Recipe, plan: "Plan") -> None:
     """
     if recipe.rollout.allocate is None or not plan.samples:
         return
-    if recipe.rollout.allocate.norm == "head" and recipe.train.shard:
-        place = recipe.origin.at(("rollout", "allocate", "norm"))
-        raise ConfigError(
-            f"{place}: `rollout.allocate.norm: head` reads the head as a whole, and `train.shard` spreads "
-            "it over the processes; take norm: one"
-        )
     if plan.data == "rollout" and plan.feedback == "reward" and len(plan.samples) == 1:
         (draw,) = plan.samples
         if list(draw.models) == ["policy"] and draw.n is None and not plan.coupled:
