@@ -37,7 +37,7 @@ test-trl-matrix: $(STAMP)  ## the contract tests against the supported releases 
 
 test-vllm: $(STAMP)  ## the vLLM sampler against a real vLLM on this machine's CPU, in .venv-vllm (gigabytes the first time)
 	@$(BIN)/python tests/rollout/vllm_env.py
-	$(SINGLE) $(BIN)/python -m pytest -rs tests/rollout/test_real_vllm.py tests/rollout/test_vllm_episodes.py
+	$(SINGLE) $(BIN)/python -m pytest -rs tests/rollout/test_real_vllm.py tests/rollout/test_vllm_episodes.py tests/rollout/test_real_transfer.py
 
 gpu: $(STAMP)  ## what alignkit does on this machine's GPU, in at most 8 minutes: docs/results/gpu.md (tests/gpu/run.sh where there is no .venv)
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/gpu/measure.py

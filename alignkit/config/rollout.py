@@ -41,6 +41,11 @@ class RolloutConfig(Section):
         description="vllm: a folder that trainer and servers see under one path, for the weights; "
         "null: this machine's folder for temporary files",
     )
+    transfer: Literal["auto", "file", "nccl", "ipc"] = Field(
+        "auto",
+        description="vllm: how the weights get to the servers: nccl to GPUs of their own, ipc on the "
+        "trainer's GPUs, or a file; auto: what all servers were started for, else a file",
+    )
     engine: Literal["auto", "hf", "vllm"] = Field(
         "auto", description="what samples; auto: vllm where there is a url, else hf"
     )
@@ -158,6 +163,37 @@ class RolloutConfig(Section):
             )
         # Not by assignment, which would validate all over again.
         self.__dict__["engine"] = "vllm" if has_servers else "hf"
+        return self
+
+    @model_validator(mode="after")
+    def _transfer_fits(self) -> "RolloutConfig":
+        if self.transfer == "auto":
+            return self
+        if self.engine == "hf":
+            raise ValueError(
+                f"transfer {self.transfer} is a way to vLLM servers, and there is no url; leave it out"
+            )
+        if self.transfer == "file":
+            return self
+        if self.ahead:
+            raise ValueError(
+                f"transfer {self.transfer} sends the weights at once, and ahead keeps them until their "
+                "rollout is drawn; leave out one of ahead and transfer"
+            )
+        if self.weights_dir is not None:
+            raise ValueError(
+                f"transfer {self.transfer} writes no file; leave out one of weights_dir and transfer"
+            )
+        if self.transfer == "nccl" and self.colocate:
+            raise ValueError(
+                "transfer nccl is for servers with GPUs of their own, and colocate starts them on the "
+                "trainer's; use transfer: ipc"
+            )
+        if self.transfer == "ipc" and any(url.startswith("https:") for url in self.urls):
+            raise ValueError(
+                "transfer ipc is for servers on the trainer's own GPUs: give http://127.0.0.1:PORT, or "
+                "use transfer: nccl"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,24 +1,20 @@
-"""The policy's weights as files: one checkpoint for an engine that loads checkpoints, and the dtype
-of a model that is saved.
-"""
+"""The policy's weights as files, and the dtype in which they are saved."""
 
 import json
 import logging
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig
 
 from alignkit.config.model import ModelConfig
-from alignkit.errors import ModelError
 from alignkit.files import write_json
 from alignkit.policies.bins import save_bins
-from alignkit.policies.dtensors import full
 from alignkit.policies.reference import START_ADAPTER
 from alignkit.policies.reward_head import save_reward_head
 from alignkit.policies.weights import model_folder, weight_files
@@ -146,83 +142,3 @@ def note_dtype(folder: Path, dtype: torch.dtype) -> None:
         if isinstance(part, dict) and part.get("dtype"):
             part["dtype"] = config["dtype"]
     write_json(file, config, indent=2)
-
-
-@torch.no_grad()
-def write_weights(model: nn.Module, folder: Path, *, dtype: torch.dtype) -> Path:
-    """Write `folder`/model.safetensors under a checkpoint's names, in `dtype`; a LoRA adapter is
-    folded in. The model stays as it is, bit for bit.
-    """
-    base, _ = _unwrapped(model)
-    state: dict[str, Tensor] = {}
-    converted: dict[Hashable, Tensor] = {}  # tied weights stay tied
-
-    for name, key, value in _merged(model):
-        target_dtype = dtype if value.is_floating_point() else value.dtype
-        if key not in converted:
-            converted[key] = full(value).to("cpu", target_dtype)
-        state[name] = converted[key]
-
-    base.save_pretrained(folder, state_dict=state, max_shard_size="100TB")
-    return folder / "model.safetensors"
-
-
-@torch.no_grad()
-def take_part(model: nn.Module) -> None:
-    """Lend this process's shards to those that `write_weights`."""
-    seen: set[Hashable] = set()
-    for _, key, value in _merged(model):
-        if key not in seen:
-            seen.add(key)
-            full(value)
-
-
-def _merged(model: nn.Module) -> Iterator[tuple[str, Hashable, Tensor]]:
-    """Name and value of each tensor of a checkpoint, with LoRA's update added to it; between them
-    a key that tied ones share.
-    """
-    base, lora_layers = _unwrapped(model)
-    for name, value in _live(base).items():
-        if ".lora_" in name:
-            continue  # folded into the layer's own weight below
-        name = name.replace(".base_layer.", ".")
-        layer = lora_layers.get(name.removesuffix(".weight"))
-        key: Hashable = id(value) if layer is None else name
-        if layer is not None:
-            adapters = [a for a in layer.active_adapters if a in layer.lora_A]
-            value = value + sum(layer.get_delta_weight(adapter) for adapter in adapters)
-        yield name, key, value
-
-
-def _live(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a checkpoint as they are now, tied ones under each of their names."""
-    state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                state[f"{path}.{name}".lstrip(".")] = buffer
-    return state
-
-
-def _unwrapped(model: Any) -> tuple[Any, dict[str, Any]]:
-    """The causal language model itself, and its LoRA layers by name."""
-    if not hasattr(model, "peft_config"):
-        return model, {}
-    from peft.tuners.lora import LoraLayer
-
-    for name in model.active_adapters:
-        config = model.peft_config[name]
-        beyond_matrices = ("use_dora", "modules_to_save", "target_parameters")
-        if (
-            config.peft_type != "LORA"
-            or config.bias != "none"
-            or any(getattr(config, name, None) for name in beyond_matrices)
-        ):
-            raise ModelError(
-                "model.adapter: DoRA, biases, whole modules, single parameters and kinds other than "
-                "LORA cannot be folded into a server's weights"
-            )
-    base = model.get_base_model()
-    return base, {
-        name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)
-    }

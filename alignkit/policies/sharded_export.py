@@ -123,7 +123,7 @@ def plan_files(model: Any, shapes: Mapping[str, Tensor]) -> list[PlannedFile]:
     """Which file holds what; `shapes` are tensors without content under the model's names."""
     files = [PlannedFile("")]
     size = 0
-    for group in _groups(model, list(shapes)):
+    for group in converted_together(model, list(shapes)):
         made = revert_weight_conversion(model, {name: shapes[name] for name in group})
         own = sum(tensor.nbytes for tensor in made.values())
         if size and size + own > FILE_BYTES:
@@ -140,7 +140,7 @@ def plan_files(model: Any, shapes: Mapping[str, Tensor]) -> list[PlannedFile]:
     return files
 
 
-def _groups(model: Any, names: Sequence[str]) -> list[list[str]]:
+def converted_together(model: Any, names: Sequence[str]) -> list[list[str]]:
     """The names that are converted together, such as the projections of one stacked tensor."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
@@ -189,7 +189,7 @@ def write_file(
     failure: Exception | None = None
     opened: BinaryIO | None = None
     try:
-        opened = _begun(folder / file.name, file.shapes) if writes else None
+        opened = begun(folder / file.name, file.shapes) if writes else None
     except OSError as error:
         failure = error
 
@@ -199,7 +199,7 @@ def write_file(
             continue
         try:
             for value in revert_weight_conversion(model, content).values():
-                _append(opened, value)
+                append(opened, value)
         except OSError as error:
             failure = error
 
@@ -208,7 +208,7 @@ def write_file(
     return failure
 
 
-def _begun(path: Path, shapes: Mapping[str, Tensor]) -> BinaryIO:
+def begun(path: Path, shapes: Mapping[str, Tensor]) -> BinaryIO:
     """A safetensors file with its header, ready for the tensors' bytes in order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -228,6 +228,7 @@ def _begun(path: Path, shapes: Mapping[str, Tensor]) -> BinaryIO:
     return file
 
 
-def _append(file: BinaryIO, tensor: Tensor) -> None:
+def append(file: BinaryIO, tensor: Tensor) -> None:
+    """Write the bytes of the next tensor that the header of `begun` names."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     file.write(content.numpy().data)

@@ -21,6 +21,7 @@ from alignkit.errors import ConfigError, ModelError, ResourceError
 TOKEN_ENV = "ALIGNKIT_ROLLOUT_TOKEN"  # the environment variable with the server's --api-key
 WARN_EVERY = 20.0  # seconds between two warnings about a server that does not answer yet
 SMALL = 1 << 22  # bytes of an answer that holds no completions
+INCOMPLETE = "incomplete"  # the version of weights that are being replaced
 RESUME = "start it again, then go on with --resume auto"
 START = (
     "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --host 127.0.0.1 --port 8001 --enable-scale-out "
@@ -78,12 +79,15 @@ class Client:
                 time.sleep(min(1.0, patience / 10))
 
     def about(self) -> dict[str, Any]:
-        """vLLM's `model_config`: `model`, `dtype`, `max_model_len`, `logprobs_mode`, `hf_config`.
+        """vLLM's `model_config`: `model`, `dtype`, `max_model_len`, `logprobs_mode`, `hf_config`; and
+        `transfer`, the backend of its weight transfer or None, and `unpickles`, whether it takes
+        the handles of shared memory.
 
         ModelError for a server that was not started as it has to be.
         """
         info = self._ask("GET", "/server_info?config_format=json", missing=START)
-        config = info.get("vllm_config", {}).get("model_config")
+        whole = info.get("vllm_config", {})
+        config = whole.get("model_config")
         if not isinstance(config, dict):
             raise ModelError(
                 f"rollout.url: {self.url} is no vLLM server that alignkit knows; start one with "
@@ -96,7 +100,13 @@ class Client:
                 "the log-probs of what it samples from; start it with --logprobs-mode "
                 "processed_logprobs"
             )
-        return config
+        transfer = whole.get("weight_transfer_config") or {}
+        environment = info.get("vllm_env") or {}
+        return {
+            **config,
+            "transfer": transfer.get("backend"),
+            "unpickles": bool(environment.get("VLLM_ALLOW_INSECURE_SERIALIZATION")),
+        }
 
     def version(self) -> str:
         """The version of the weights that the server holds: what it was given last."""
@@ -108,25 +118,77 @@ class Client:
         Completions that are under way wait, and go on with the new weights; their answers name
         both versions.
         """
+        broken = self._pause()
+        asked = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        if broken:
+            self._take_in("/collective_rpc", asked)
+        self._take_in("/collective_rpc", asked)
+        self._resume_as(version)
+
+    def join(self, init: Mapping[str, Any]) -> None:
+        """Have the server's workers get ready for vLLM's weight transfer; what they are told depends
+        on its backend.
+        """
+        self._ask("POST", "/init_weight_transfer_engine", {"init_info": init}, missing=START)
+
+    def workers(self) -> int:
+        """The server's processes that hold weights."""
+        return int(self._ask("GET", "/get_world_size", missing=START)["world_size"])
+
+    def begin(self) -> None:
+        """Have the server wait for weights, which `update` brings and `finish` puts in force."""
+        start = "/start_weight_update"
+        if self._pause():
+            try:
+                self._ask("POST", start, missing=START)
+            except Unreachable:
+                raise
+            except ResourceError:
+                pass  # the update was not ended either
+            self._ask("POST", "/finish_weight_update")
+        self._ask("POST", start, missing=START)
+
+    def update(self, info: Mapping[str, Any]) -> None:
+        """Have the server take in some tensors; `info` depends on the backend."""
+        self._take_in("/update_weights", {"update_info": info})
+
+    def finish(self, version: str) -> None:
+        """All tensors are there: the server goes on with them, as `version`."""
+        self._take_in("/finish_weight_update", None)
+        self._resume_as(version)
+
+    def resume(self) -> None:
+        """Have the server go on with whatever weights it has."""
+        self._ask("POST", "/resume")
+
+    def _pause(self) -> bool:
+        """Whether an earlier update broke off. vLLM would count what came then as parts of the next
+        one, until an update is ended.
+        """
+        broken = self.version() == INCOMPLETE
         self._ask("POST", "/pause?mode=keep")
         # Until the new weights are all there, the server holds no version, and nothing that would be
         # taken for these weights where this breaks off.
-        self.rename("incomplete")
-        asked = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        self.rename(INCOMPLETE)
+        return broken
+
+    def _take_in(self, path: str, asked: Mapping[str, Any] | None) -> None:
+        """A request that makes the server load weights, which may not fit its model."""
         try:
-            self._ask("POST", "/collective_rpc", asked)
+            self._ask("POST", path, asked)
         except Unreachable:
             raise
         except ResourceError as error:
-            self._ask("POST", "/resume")  # whatever waits is answered, under no version
+            self.resume()  # whatever waits is answered, under no version
             raise ModelError(
                 f"rollout.url: the server at {self.url} refused the policy's weights: {error}"
             ) from error
 
+    def _resume_as(self, version: str) -> None:
         # What was computed with the old weights is forgotten before the new version is in force.
         self._ask("POST", "/reset_prefix_cache?reset_running_requests=true")
         self.rename(version)
-        self._ask("POST", "/resume")
+        self.resume()
 
     def rename(self, version: str) -> None:
         """Give the weights that the server holds another version."""

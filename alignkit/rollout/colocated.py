@@ -20,6 +20,7 @@ OPTIONS = [
     *("--logprobs-mode", "processed_logprobs"),
     *("--generation-config", "vllm"),
 ]
+IPC = ["--weight-transfer-config", '{"backend": "ipc"}']  # they read weights on the trainer's GPU
 
 # The servers of this process by address, with the files that they write their log to.
 _running: dict[str, subprocess.Popen[bytes]] = {}
@@ -53,6 +54,9 @@ def start_servers(config: RolloutConfig, models: Models, *, sleeps: bool) -> Non
         if sleeps:
             command += ["--enable-sleep-mode", "--gpu-memory-utilization", "0.4"]
             environment["CUDA_VISIBLE_DEVICES"] = str(number)
+            if config.transfer != "file" and not config.ahead:
+                command += IPC
+                environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 
         # A group of its own: vLLM's workers end with it.
         with log.open("wb") as output:

@@ -55,6 +55,7 @@ def make_sampler(
         )
 
     from alignkit.rollout.colocated import start_servers
+    from alignkit.rollout.transfer import check_gpu
     from alignkit.rollout.vllm import VLLMSampler
 
     # http means servers on this machine, to which its first process gives the weights.
@@ -64,6 +65,8 @@ def make_sampler(
         pushes = accelerator.is_main_process if elsewhere else accelerator.is_local_main_process
     sleeps = False
     if config.colocate:
+        with models.model("policy") as model:
+            check_gpu(config, next(model.parameters()).device)
         sleeps = accelerator is not None and accelerator.device.type == "cuda"
         if pushes:
             start_servers(config, models, sleeps=sleeps)

@@ -50,6 +50,10 @@ class Fleet:
         """
         with self._lock:
             self._lost.clear()
+        self.on_alive(act)
+
+    def on_alive(self, act: Callable[[Client], None]) -> None:
+        """Do something with every server that counts. Unreachable where none is left."""
 
         def attempt(index: int) -> None:
             try:
@@ -57,8 +61,9 @@ class Fleet:
             except Unreachable as error:
                 self._lose(index, error)
 
+        alive = [index for index in range(len(self.clients)) if index not in self._lost]
         with ThreadPoolExecutor(len(self.clients)) as pool:
-            list(pool.map(attempt, range(len(self.clients))))
+            list(pool.map(attempt, alive))
         if len(self._lost) == len(self.clients):
             raise next(iter(self._lost.values()))
 

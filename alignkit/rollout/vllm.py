@@ -2,10 +2,10 @@
 and every answer names the weights that its tokens were drawn with.
 """
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from alignkit.batches import Draw
 from alignkit.config.rollout import RolloutConfig
 from alignkit.errors import ConfigError, ModelError, NumericsError, ResourceError
-from alignkit.policies.export import take_part, write_weights
+from alignkit.policies.weight_stream import WeightStream, write_weights
 from alignkit.rollout.client import Client
 from alignkit.rollout.fleet import Fleet, Stale
 from alignkit.rollout.noise import row_keys
@@ -29,7 +29,9 @@ from alignkit.rollout.protocol import (
     check_request,
     stop_tokens,
 )
+from alignkit.rollout.transfer import Transfer, way_of
 
+log = logging.getLogger("alignkit")
 SEEDS = (1 << 62) - 1  # vLLM takes 63 bits, and adds a completion's number to its prompt's seed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BYTES_PER_TOKEN = 256  # of an answer: ids and log-probs in JSON
@@ -118,6 +120,7 @@ class VLLMSampler:
         self.updates = 0  # how many weights this process has given
         self.version = ""  # nothing pushed yet
         self.asleep = False
+        self.transfer = self._made_transfer()
 
     @property
     def max_length(self) -> int:
@@ -129,26 +132,31 @@ class VLLMSampler:
         there when it draws.
         """
         self.version = ""
-        self.use(self.take())
+        if self.transfer is None:
+            self.use(self.take())
+            return
+        self._wake()
+        with self.models.model("policy") as model:
+            stream = WeightStream(model, self.dtype)
+            self.updates += self.pushes
+            self.version = self.transfer.send(stream, self.updates)
 
     def take(self) -> "Weights | None":
         """The policy's present weights, written to a folder that the servers see; None in a process
         that does not push, which only takes part.
         """
         with self.models.model("policy") as model:
+            stream = WeightStream(model, self.dtype)
             if self.pushes:
-                return self._written(model)
-            take_part(model)  # its shards are needed where the weights are pushed
+                return self._written(stream)
+            stream.take_part()  # its shards are needed where the weights are pushed
             return None
 
-    def _written(self, model: Any) -> "Weights":
-        dtype = DTYPES[self.about[0]["dtype"]]
+    def _written(self, stream: WeightStream) -> "Weights":
         parent = self.config.weights_dir
         try:
             folder = tempfile.TemporaryDirectory(prefix="alignkit-weights-", dir=parent)
-            file = write_weights(model, Path(folder.name), dtype=dtype)
-            with file.open("rb") as source:
-                digest = _sha256(source)
+            digest = write_weights(stream, Path(folder.name))
         except OSError as error:
             raise ResourceError(
                 f"cannot write weights to {parent or tempfile.gettempdir()}: {error.strerror}; set "
@@ -161,12 +169,25 @@ class VLLMSampler:
         """Give the servers weights that were taken, which are deleted when nobody holds them."""
         if weights is None or weights.version == self.version:
             return
-        if self.asleep:
-            self.fleet.on_all(Client.wake)
-            self.asleep = False
+        self._wake()
         self.version = weights.version
         folder = Path(weights.folder.name)
         self.fleet.on_all(lambda client: _give(client, folder, weights.version))
+
+    def _made_transfer(self) -> Transfer | None:
+        """How weights get to the servers without a file; None: by a file."""
+        with self.models.model("policy") as model:
+            device = next(model.parameters()).device
+        way = way_of(self.config, self.about, device)
+        if way is None:
+            return None
+        log.info("the servers get the weights by %s", type(way).__name__)
+        return Transfer(self.fleet, way, pushes=self.pushes)
+
+    def _wake(self) -> None:
+        if self.asleep:
+            self.fleet.on_all(Client.wake)
+            self.asleep = False
 
     def rest(self) -> None:
         """Servers on the trainer's own GPUs free them until the next `sync`, which wakes them."""
@@ -321,6 +342,7 @@ class VLLMSampler:
                     f"{holds} in {about['dtype']}, and another server in {self.about[0]['dtype']}; "
                     "start all of them with the same --dtype"
                 )
+        self.dtype = DTYPES[self.about[0]["dtype"]]
 
 
 def _shape_of(config: Any) -> dict[str, Any]:
@@ -343,13 +365,6 @@ def _give(client: Client, folder: Path, version: str) -> None:
         client.load(folder, version)
     elif client.version() != version:
         client.rename(version)
-
-
-def _sha256(source: Any) -> str:
-    digest = sha256()
-    while block := source.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def check_draw(draw: Draw) -> None:

@@ -52,6 +52,7 @@ FREE: dict[str, set[str] | None] = {  # None: the whole section
         "colocate",
         "program",
         "weights_dir",
+        "transfer",
         "start_timeout",
         "timeout",
         "max_mismatch",

@@ -30,16 +30,16 @@ needs_vllm = pytest.mark.skipif(
 
 
 @contextmanager
-def vllm(model, port=0):
-    """A server process as the documentation starts it; its address."""
+def vllm(model, port=0, more=(), environment=None):
+    """A server process as the documentation starts it, with `more` options; its address."""
     if not port:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-    options = ["--port", str(port), "--dtype", "float32", "--enforce-eager", *OPTIONS]
+    options = ["--port", str(port), "--dtype", "float32", "--enforce-eager", *OPTIONS, *more]
     server = subprocess.Popen(
         [PYTHON.with_name("vllm"), "serve", str(model), *options],
-        env={**os.environ, **ON_A_CPU, "VLLM_SERVER_DEV_MODE": "1"},
+        env={**os.environ, **ON_A_CPU, "VLLM_SERVER_DEV_MODE": "1", **(environment or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
