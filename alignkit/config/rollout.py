@@ -175,6 +175,8 @@ class RolloutConfig(Section):
             )
         if self.transfer == "file":
             return self
+
+        # The others send tensors from a GPU, at once.
         if self.ahead:
             raise ValueError(
                 f"transfer {self.transfer} sends the weights at once, and ahead keeps them until their "
@@ -184,6 +186,7 @@ class RolloutConfig(Section):
             raise ValueError(
                 f"transfer {self.transfer} writes no file; leave out one of weights_dir and transfer"
             )
+
         if self.transfer == "nccl" and self.colocate:
             raise ValueError(
                 "transfer nccl is for servers with GPUs of their own, and colocate starts them on the "

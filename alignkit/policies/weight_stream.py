@@ -79,7 +79,8 @@ class WeightStream:
                 self._whole(name)
 
     def _whole(self, name: str) -> Tensor:
-        tensor, layer = self._tensors[name], self._layers.get(name)
+        tensor = self._tensors[name]
+        layer = self._layers.get(name)
         if layer is not None:
             adapters = [
                 a for a in layer.active_adapters if a in {*layer.lora_A, *layer.lora_embedding_A}

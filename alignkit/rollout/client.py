@@ -11,7 +11,7 @@ import logging
 import os
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -118,10 +118,9 @@ class Client:
         Completions that are under way wait, and go on with the new weights; their answers name
         both versions.
         """
-        broken = self._pause()
         asked = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        if broken:
-            self._take_in("/collective_rpc", asked)
+        if self._pause():
+            self._drop_parts(lambda: self._ask("POST", "/collective_rpc", asked))
         self._take_in("/collective_rpc", asked)
         self._resume_as(version)
 
@@ -144,8 +143,8 @@ class Client:
             except Unreachable:
                 raise
             except ResourceError:
-                pass  # the update was not ended either
-            self._ask("POST", "/finish_weight_update")
+                pass  # it counts the update as under way
+            self._drop_parts(lambda: self._ask("POST", "/finish_weight_update"))
         self._ask("POST", start, missing=START)
 
     def update(self, info: Mapping[str, Any]) -> None:
@@ -161,9 +160,22 @@ class Client:
         """Have the server go on with whatever weights it has."""
         self._ask("POST", "/resume")
 
+    def _drop_parts(self, end: Callable[[], object]) -> None:
+        """Have vLLM drop what an update that broke off has left, which it does when one ends."""
+        try:
+            end()
+        except Unreachable:
+            raise
+        except ResourceError as error:
+            self.resume()
+            raise ResourceError(
+                f"rollout.url: the server at {self.url} holds parts of weights that broke off, and "
+                f"cannot drop them: {error}. {RESUME.capitalize()}"
+            ) from error
+
     def _pause(self) -> bool:
         """Whether an earlier update broke off. vLLM would count what came then as parts of the next
-        one, until an update is ended.
+        one.
         """
         broken = self.version() == INCOMPLETE
         self._ask("POST", "/pause?mode=keep")

@@ -55,7 +55,7 @@ def make_sampler(
         )
 
     from alignkit.rollout.colocated import start_servers
-    from alignkit.rollout.transfer import check_gpu
+    from alignkit.rollout.transfer_ways import check_gpu
     from alignkit.rollout.vllm import VLLMSampler
 
     # http means servers on this machine, to which its first process gives the weights.

@@ -10,11 +10,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from alignkit.config.rollout import RolloutConfig
-from alignkit.errors import AlignkitError, ConfigError, ModelError, ResourceError
+from alignkit.errors import AlignkitError, ResourceError
 from alignkit.policies.weight_stream import Digest, WeightStream
 from alignkit.rollout.client import Client
 from alignkit.rollout.fleet import Fleet
@@ -75,7 +73,8 @@ class Transfer:
         failure: AlignkitError | None = None
         digest = Digest()
         self.way.begin(stream)
-        last, self.version = self.version, ""
+        last = self.version
+        self.version = ""
         if self.pushes:
             failure = self._tried(self.fleet.on_all, partial(self._begin, last=last))
 
@@ -123,7 +122,8 @@ def chunks(stream: WeightStream) -> Iterator[list[tuple[str, Tensor]]]:
     for name, tensor in stream:
         if chunk and (size + tensor.nbytes > CHUNK or size % tensor.element_size()):
             yield chunk
-            chunk, size = [], 0
+            chunk = []
+            size = 0
         chunk.append((name, tensor.contiguous()))
         size += tensor.nbytes
     if chunk:
@@ -137,55 +137,3 @@ def described(chunk: Chunk) -> dict[str, list[Any]]:
         "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in chunk],
         "shapes": [list(tensor.shape) for _, tensor in chunk],
     }
-
-
-def way_of(
-    config: RolloutConfig, about: Sequence[Mapping[str, Any]], device: torch.device
-) -> Way | None:
-    """How the weights of a policy on `device` get to servers that say this `about` themselves; None:
-    by a file. ConfigError, ModelError where the way that the recipe asks for cannot be had.
-    """
-    name = config.transfer
-    if name == "auto":
-        backends = {server["transfer"] for server in about}
-        name = backends.pop() if len(backends) == 1 else "file"
-        elsewhere = any(url.startswith("https:") for url in config.urls)
-        usable = name == "nccl" or (name == "ipc" and not elsewhere)
-        if not (usable and on_gpu(device)) or config.ahead:
-            name = "file"
-    if name == "file":
-        return None
-
-    check_gpu(config, device)
-    for url, server in zip(config.urls, about, strict=True):
-        if server["transfer"] != name:
-            raise ModelError(
-                f"rollout.transfer: the server at {url} was not started for {name}; start it with "
-                f'--weight-transfer-config \'{{"backend": "{name}"}}\', or set rollout.transfer=file'
-            )
-        if name == "ipc" and not server["unpickles"]:
-            raise ModelError(
-                f"rollout.transfer: the server at {url} does not take handles of shared memory; start "
-                "it with VLLM_ALLOW_INSECURE_SERIALIZATION=1, or set rollout.transfer=file"
-            )
-    if name == "ipc":
-        from alignkit.rollout.transfer_ipc import IPC
-
-        return IPC(device)
-    from alignkit.rollout.transfer_nccl import NCCL
-
-    return NCCL(device, config.timeout)
-
-
-def check_gpu(config: RolloutConfig, device: torch.device) -> None:
-    """ConfigError where tensors shall leave a GPU and the policy is on none."""
-    if config.transfer in ("nccl", "ipc") and not on_gpu(device):
-        raise ConfigError(
-            f"rollout.transfer: {config.transfer} takes the weights from the policy's GPU, and the "
-            f"policy is on the {device.type}; leave it out, or set rollout.transfer=file"
-        )
-
-
-def on_gpu(device: torch.device) -> bool:
-    """Whether tensors there can leave by NCCL or CUDA's shared memory."""
-    return device.type == "cuda"

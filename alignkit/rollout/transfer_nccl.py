@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alignkit.errors import AlignkitError, ConfigError, ResourceError, first_line
+from alignkit.errors import AlignkitError, ConfigError, ModelError, ResourceError, first_line
 from alignkit.policies.weight_stream import WeightStream
 from alignkit.rollout.client import RESUME, Client, Unreachable
 from alignkit.rollout.transfer import Chunk, described
@@ -54,12 +54,13 @@ class NCCL:
         self._drop(client)
         group = Group(1 + client.workers(), self.device, self.timeout)
         joined = in_background(group.join)
+
         try:
             name = base64.b64encode(group.unique_id(joined)).decode()
             place = {"rank_offset": 1, "world_size": group.size, "nccl_unique_id_b64": name}
             client.join({**place, "packed": False})
             joined.result(self.timeout)
-        except Unreachable:
+        except (Unreachable, ModelError):
             group.abort()
             raise
         except Exception as error:
@@ -77,12 +78,12 @@ class NCCL:
 
     def send(self, client: Client, info: Mapping[str, Any], chunk: Chunk) -> None:
         """Announce the tensors and broadcast them; a group in which that failed is not used again."""
-        told = in_background(lambda: client.update(info))
+        asked = in_background(lambda: client.update(info))
         try:
-            self._groups[client.url].broadcast([tensor for _, tensor in chunk], told)
+            self._groups[client.url].broadcast([tensor for _, tensor in chunk], asked)
         except Exception as error:  # NCCL's are RuntimeErrors of many kinds
             self._drop(client)
-            cause = _cause(error, told)
+            cause = _cause(error, asked)
             if isinstance(cause, AlignkitError):
                 raise cause from error
             raise Unreachable(
@@ -140,17 +141,17 @@ class Group:
             time.sleep(LOOK_EVERY)
         return self.store.get("0")
 
-    def broadcast(self, tensors: Sequence[Tensor], told: "Future[None]") -> None:
-        """Send tensors to all workers, which were `told` of them; returns when they have loaded
+    def broadcast(self, tensors: Sequence[Tensor], asked: "Future[None]") -> None:
+        """Send tensors to all workers, which the server was `asked` to take; returns when they have loaded
         them. What the server answers where it did not is raised.
         """
 
         def look() -> None:
-            if told.done():
-                told.result()
+            if asked.done():
+                asked.result()
 
         self._wait([self.backend.broadcast(tensor, 0) for tensor in tensors], look)
-        told.result(self.timeout)
+        asked.result(self.timeout)
 
     def _wait(self, works: Sequence[Any], look: Callable[[], None]) -> None:
         """Until all works are done; never longer than `timeout` without one."""
@@ -169,10 +170,10 @@ class Group:
             self.backend.abort()
 
 
-def _cause(error: Exception, told: "Future[None]") -> BaseException:
+def _cause(error: Exception, asked: "Future[None]") -> BaseException:
     """What the server says of a broadcast that failed, if it says something soon; else the failure."""
     with suppress(TimeoutError):
-        return told.exception(GRACE) or error
+        return asked.exception(GRACE) or error
     return error
 
 
@@ -182,7 +183,8 @@ def in_background(act: Callable[[], None]) -> "Future[None]":
 
     def run() -> None:
         try:
-            future.set_result(act())
+            act()
+            future.set_result(None)
         except BaseException as error:
             future.set_exception(error)
 

@@ -29,7 +29,8 @@ from alignkit.rollout.protocol import (
     check_request,
     stop_tokens,
 )
-from alignkit.rollout.transfer import Transfer, way_of
+from alignkit.rollout.transfer import Transfer
+from alignkit.rollout.transfer_ways import way_of
 
 log = logging.getLogger("alignkit")
 SEEDS = (1 << 62) - 1  # vLLM takes 63 bits, and adds a completion's number to its prompt's seed

@@ -36,6 +36,7 @@ TYPOS = {
     "train dpo model.name_or_path=run": "the folder run holds no config.json; give run/model",
     "train dpo trackers=[swanlab]": "swanlab is not installed; install it or leave it out",
     "train rpg rollout.temperature=0": "greater than 0",
+    "train rpg rollout.transfer=nccl": "there is no url; leave it out",
     "train raft train.shard=true rollout.allocate={'norm':head}": "reads the head as a whole",
     "train dpo model.quantize=8bit": "quantize 8bit",  # needs a package, or an adapter
     "train dpo model.adapter.peft={'peft_type':LOHAA}": "Did you mean `LOHA`?",

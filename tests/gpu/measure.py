@@ -3,8 +3,8 @@
     python tests/gpu/measure.py [--sizes 0.6B 1.7B] [--out docs/results/gpu.md]
 
 It checks that attention kernels and layouts agree, takes the fastest one, times DPO and GRPO steps,
-beside TRL where that is installed, and counts what makes the host wait inside a step. Without a GPU
-it runs the same code on tiny shapes (tests/gpu/test_gpu_script.py).
+beside TRL where that is installed, counts what makes the host wait inside a step, and sends weights to
+vLLM where that is installed. Without a GPU it runs the same code on tiny shapes (tests/gpu/test_gpu_script.py).
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from gpu_world import GPU, World, pairs_of
+from transfers import transfers
 from trl_step import trl_seconds
 
 from alignkit.errors import first_line
@@ -171,6 +172,7 @@ def report(sizes, count, length, repeats, with_trl=True):
                 beside.append((size, name, measured[0]))
     if with_trl:
         lines += ["", *beside_trl(beside, count, length, repeats, clock, left_out)]
+    lines += ["", *guarded(lambda: transfers(sizes[0], clock.left), left_out, "weights to vLLM")]
     if left_out:
         lines += ["", "Left out:", "", *(f"- {what}" for what in left_out)]
     return lines

@@ -32,6 +32,8 @@ def test_the_whole_page_is_written(tmp_path):
                 row for row in text.splitlines() if row.startswith(f"| tiny | {name} | {layout} |")
             ]
             assert line.endswith("| yes |"), line
+    for way in ("ipc", "nccl"):
+        assert f"- weights by {way}: not sent; it takes " in text
     for name in ("dpo", "grpo"):
         assert sum(text.count(f"| tiny | {name} | {kernel} (") for kernel in ("sdpa", "eager")) == 1
 

@@ -119,6 +119,8 @@ class Handler(BaseHTTPRequestHandler):
             except ConnectionError:  # as if it died: the connection ends without an answer
                 self.close_connection = True
                 return
+            except FileNotFoundError:  # a path that this release has not
+                status, answer = 404, {"detail": "Not Found"}
             except Exception as error:
                 status = 500
                 answer = {"error": {"message": f"{type(error).__name__}: {error}"}}

@@ -6,6 +6,8 @@ A real vLLM with the same stand-ins: test_real_transfer.py. The true ones: tests
 
 import ast
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from alignkit.config.model import AdapterConfig
 from alignkit.config.rollout import RolloutConfig
 from alignkit.errors import ConfigError, ModelError, ResourceError
 from alignkit.policies.weight_stream import WeightStream
-from alignkit.rollout import transfer
+from alignkit.rollout import colocated, transfer, transfer_ways
 
 WAYS = ["nccl", "ipc"]
 both = pytest.mark.parametrize("way", WAYS)
@@ -188,6 +190,23 @@ def test_a_group_that_cannot_be_made(folder):
             sampler.sync()
 
 
+@both
+def test_a_release_without_the_endpoints(folder, way):
+    engine = TransferEngine(folder, way)
+
+    def absent(**_):
+        raise FileNotFoundError
+
+    with serving(engine) as url:
+        sampler = sampler_of(pair_of(folder), url)
+        for step in ("start", "join"):
+            setattr(engine, step, absent)
+            with pytest.raises(
+                ModelError, match=r"has no /(start|init)_weight_.* has it from 0\.32"
+            ):
+                sampler.sync()
+
+
 def test_which_way_is_taken(folder, monkeypatch):
     """`auto` takes what all servers were started for; a way that is asked for has to be there."""
     pair = pair_of(folder)
@@ -219,7 +238,7 @@ def test_which_way_is_taken(folder, monkeypatch):
         with pytest.raises(ModelError, match="start it with VLLM_ALLOW_INSECURE_SERIALIZATION=1"):
             way(ipc)
 
-        monkeypatch.setattr(transfer, "on_gpu", lambda device: False)
+        monkeypatch.setattr(transfer_ways, "on_gpu", lambda device: False)
         assert way(nccl) is None
         with pytest.raises(
             ConfigError, match=r"takes the weights from the policy's GPU, .* on the cpu"
@@ -249,6 +268,29 @@ def test_a_torch_without_nccl(folder, monkeypatch):
 def test_the_section_refuses(fields, words):
     with pytest.raises(ValueError, match=words):
         RolloutConfig(**fields)
+
+
+@pytest.mark.parametrize(("sleeps", "transfer"), [(True, "auto"), (True, "file"), (False, "auto")])
+def test_servers_on_the_trainers_gpus_are_started_for_ipc(folder, monkeypatch, sleeps, transfer):
+    """`sleeps` is what they do on a GPU; nothing is started here."""
+    started = []
+
+    class Program:
+        def __init__(self, command, env, **_):
+            started.append((command, env))
+
+        def wait(self, seconds):
+            raise subprocess.TimeoutExpired("vllm", seconds)
+
+    monkeypatch.setattr(colocated, "_running", {})
+    monkeypatch.setattr(colocated.subprocess, "Popen", Program)
+    monkeypatch.setattr(colocated.atexit, "register", lambda *_: None)
+    config = RolloutConfig(colocate=True, program=sys.executable, transfer=transfer)
+    colocated.start_servers(config, pair_of(folder), sleeps=sleeps)
+    ((command, environment),) = started
+    by_ipc = sleeps and transfer == "auto"
+    assert (command[-2:] == ["--weight-transfer-config", '{"backend": "ipc"}']) == by_ipc
+    assert ("VLLM_ALLOW_INSECURE_SERIALIZATION" in environment) == by_ipc
 
 
 def test_chunks_hold_no_more_than_one_may_and_are_aligned(monkeypatch):

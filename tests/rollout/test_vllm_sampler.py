@@ -47,11 +47,8 @@ def pair_of(folder, **fields):
 
 
 def sampler_of(pair, url, seed=0, **fields):
-    return VLLMSampler(
-        pair,
-        RolloutConfig(url=url, max_new_tokens=6, start_timeout=60, timeout=60, **fields),
-        seed=seed,
-    )
+    fields = {"max_new_tokens": 6, "start_timeout": 60, "timeout": 60, **fields}
+    return VLLMSampler(pair, RolloutConfig(url=url, **fields), seed=seed)
 
 
 def draw(sampler, step=0, n=4, prompts=PROMPTS, ids=range(3)):

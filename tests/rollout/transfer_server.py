@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from small_server import TransformersEngine
 
-from alignkit.rollout import transfer, transfer_ipc, transfer_nccl
+from alignkit.rollout import transfer_ipc, transfer_nccl, transfer_ways
 
 SECONDS = timedelta(seconds=60)
 ID_BYTES = 128  # of an ncclUniqueId
@@ -47,7 +47,7 @@ def without_gpus(monkeypatch, folder):
         buffer = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
         return buffer, {"cpu": (path, size, None, None, None, None, 0)}
 
-    monkeypatch.setattr(transfer, "on_gpu", lambda device: True)
+    monkeypatch.setattr(transfer_ways, "on_gpu", lambda device: True)
     monkeypatch.setattr(transfer_nccl, "nccl_is_there", lambda: True)
     monkeypatch.setattr(transfer_nccl, "Group", GlooGroup)
     monkeypatch.setattr(transfer_ipc, "shared_buffer", mapped)
