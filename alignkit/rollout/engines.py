@@ -54,6 +54,13 @@ def make_sampler(
             seed=seed,
         )
 
+    return _on_servers(config, models, seed, accelerator)
+
+
+def _on_servers(
+    config: RolloutConfig, models: Models, seed: int, accelerator: "Accelerator | None"
+) -> Sampler:
+    """vLLM servers, started first where the run has to."""
     from alignkit.rollout.colocated import start_servers
     from alignkit.rollout.transfer_ways import check_gpu
     from alignkit.rollout.vllm import VLLMSampler
