@@ -50,7 +50,7 @@ SAME = [
 ]
 
 
-@pytest.mark.parametrize(("objective", "settings"), SAME, ids=lambda case: type(case).__name__)
+@pytest.mark.parametrize(("objective", "settings"), SAME, ids=[repr(case[0]) for case in SAME])
 def test_arguments_that_say_the_same_are_taken(model, tmp_path, caplog, objective, settings):
     online = objective.plan.data == "rollout"
     skip_unknown(online, settings)
@@ -94,7 +94,7 @@ ANNOUNCED = [
 
 
 @pytest.mark.parametrize(
-    ("objective", "loss_type", "advice"), ANNOUNCED, ids=lambda case: type(case).__name__
+    ("objective", "loss_type", "advice"), ANNOUNCED, ids=[repr(case[0]) for case in ANNOUNCED]
 )
 def test_a_loss_that_weighs_lengths_is_announced(
     model, tmp_path, caplog, objective, loss_type, advice
