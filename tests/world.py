@@ -33,6 +33,8 @@ from alignkit.training.job import Job
 from alignkit.training.run_folder import RunFolder
 
 VOCAB = 23
+# Of `train`: small batches, and nothing that only longer runs need.
+SHORT_RUN = {"batch_size": 4, "log_samples_every": 0, "warmup_steps": 0}
 
 
 def save_model(folder: Path, seed: int = 0) -> Path:

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from typing import Any
 from alignkit.config.plugins import load_object
 from alignkit.distributed.confinement import (
     adopt_orphans,
+    end_all,
     hide_process,
     let_in,
     volunteer_for_out_of_memory,
 )
-from alignkit.distributed.worker_pool import Lines
+from alignkit.distributed.worker_pool import Lines, NoLine
 from alignkit.errors import AlignkitError
 
 LONGEST_QUESTION = 1 << 34  # bytes: questions come from the run, which sets its own limits
@@ -77,6 +78,19 @@ def begin() -> Wires:
     hide_process()
     adopt_orphans()
     return wires
+
+
+def answer_all(
+    wires: Wires, answer: Callable[[dict[str, Any]], dict[str, Any]], user: int | None
+) -> None:
+    """Send the answer to each question, under the question's id, until the run has ended; then end
+    whatever is left of the processes that run as `user`.
+    """
+    with contextlib.suppress(NoLine):
+        while True:
+            question = json.loads(wires.questions.next(None))
+            wires.send({**answer(question), "id": question["id"]})
+    end_all(None, user)
 
 
 def silent() -> None:

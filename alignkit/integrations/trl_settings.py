@@ -48,31 +48,38 @@ OWN_LOSS = {
     "vespo_k_neg": Setting("VESPO(power_negative=...)", "power_negative"),
     "vespo_lambda_neg": Setting("VESPO(decay_negative=...)", "decay_negative"),
 }
-# Loss type of TRL -> the class with that loss, and the fields in which it differs from the default.
-LOSS_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "sigmoid": ("DPO", {}),
-    "hinge": ("Hinge", {}),
-    "ipo": ("IPO", {"form": "mean"}),
-    "exo_pair": ("EXOPair", {}),
-    "nca_pair": ("NCAPair", {}),
-    "robust": ("RobustDPO", {}),
-    "bco_pair": ("BCOPair", {}),
-    "sppo_hard": ("SPPOHard", {}),
-    "aot": ("AOT", {}),
-    "aot_unpaired": ("AOT", {"form": "unpaired"}),
-    "apo_zero": ("APOZero", {}),
-    "apo_down": ("APODown", {}),
-    "discopop": ("DiscoPOP", {}),
-    "sigmoid_norm": ("SigmoidNorm", {}),
-    "sft": ("SFT", {}),
-    "grpo": ("GRPO", {}),
-    "bnpo": ("GRPO", {"aggregation": "token_mean"}),
-    "dr_grpo": ("DrGRPO", {}),
-    "dapo": ("DAPO", {"drop_constant": False}),
-    "cispo": ("CISPO", {}),
-    "sapo": ("SAPO", {}),
-    "luspo": ("LUSPO", {}),
-    "vespo": ("VESPO", {}),
+# Loss type of TRL -> the class with that loss.
+LOSS_TYPES = {
+    "sigmoid": "DPO",
+    "hinge": "Hinge",
+    "ipo": "IPO",
+    "exo_pair": "EXOPair",
+    "nca_pair": "NCAPair",
+    "robust": "RobustDPO",
+    "bco_pair": "BCOPair",
+    "sppo_hard": "SPPOHard",
+    "aot": "AOT",
+    "aot_unpaired": "AOT",
+    "apo_zero": "APOZero",
+    "apo_down": "APODown",
+    "discopop": "DiscoPOP",
+    "sigmoid_norm": "SigmoidNorm",
+    "sft": "SFT",
+    "grpo": "GRPO",
+    "bnpo": "GRPO",
+    "dr_grpo": "DrGRPO",
+    "dapo": "DAPO",
+    "cispo": "CISPO",
+    "sapo": "SAPO",
+    "luspo": "LUSPO",
+    "vespo": "VESPO",
+}
+# The fields in which it differs from the class's defaults, where it does.
+LOSS_FIELDS: dict[str, dict[str, Any]] = {
+    "ipo": {"form": "mean"},
+    "aot_unpaired": {"form": "unpaired"},
+    "bnpo": {"aggregation": "token_mean"},
+    "dapo": {"drop_constant": False},
 }
 FORMS = ("form", "aggregation", "drop_constant")  # fields that make another loss of an objective
 # The objectives with one importance ratio for each completion, whatever the level: VESPO's loss in
@@ -124,7 +131,8 @@ def says_the_same(setting: str, config: Any, objective: Objective) -> bool:
 
 def _is_loss_type(loss_type: str, config: Any, objective: Objective) -> bool:
     """Whether the objective is TRL's loss of that name under the arguments."""
-    name, fields = LOSS_TYPES.get(loss_type, ("", {}))
+    name = LOSS_TYPES.get(loss_type, "")
+    fields = LOSS_FIELDS.get(loss_type, {})
     if loss_type == "grpo" and per_sequence(config) and not hasattr(objective, "ratio"):
         name = "GSPO"
     if name != type(objective).__name__:
@@ -167,7 +175,8 @@ def _objectives(loss_types: Sequence[str], config: Any) -> str:
 
 def _written(loss_type: str, config: Any, **further: Any) -> str:
     """The objective with this loss, as Python writes it; `further` are fields of it."""
-    name, fields = LOSS_TYPES[loss_type]
+    name = LOSS_TYPES[loss_type]
+    fields = LOSS_FIELDS.get(loss_type, {})
     if loss_type == "dr_grpo":
         fields = {"length": config.max_completion_length}
     written = ", ".join(f"{field}={value!r}" for field, value in {**fields, **further}.items())

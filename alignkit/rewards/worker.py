@@ -13,15 +13,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-from alignkit.distributed.apart import (
-    Limits,
-    Wires,
-    begin,
-    let_in_code,
-    load,
-    said_by,
-    silent,
-)
+from alignkit.distributed import apart
 from alignkit.distributed.confinement import confine, end_all
 from alignkit.distributed.worker_pool import Ended, Lines, NoLine
 
@@ -31,7 +23,7 @@ _TRACEBACK = 20_000  # characters of its traceback
 
 
 @dataclass(frozen=True)
-class Settings(Limits):
+class Settings(apart.Limits):
     """What the run asks for; an answer is that to one completion."""
 
     spec: str  # `module:name` or `file.py:name` of the verifier
@@ -41,25 +33,22 @@ def main(settings: Settings) -> None:
     """Answer {"id", "prompt", "completion", "columns"} by {"id"} and {"value"}, {"error",
     "traceback"} or {"failed"}, until the input ends.
     """
-    wires = begin()
+    wires = apart.begin()
     try:
-        (function,) = load([settings.spec], what="rewards.verifier")
+        (function,) = apart.load([settings.spec], what="rewards.verifier")
     except Exception as error:
-        wires.send({"broken": said_by(error)})
+        wires.send({"broken": apart.said_by(error)})
         return
-    wires.send({"ready": True, "closed": let_in_code([settings.spec], settings)})
+    wires.send({"ready": True, "closed": apart.let_in_code([settings.spec], settings)})
 
-    # Without a question to come the run is over, or was killed.
-    with contextlib.suppress(NoLine):
-        while True:
-            question = json.loads(wires.questions.next(None))
-            answer = _verified(function, question, settings, wires)
-            wires.send({**answer, "id": question["id"]})
-    end_all(None, settings.user)
+    def answer(question: dict[str, Any]) -> dict[str, Any]:
+        return _verified(function, question, settings, wires)
+
+    apart.answer_all(wires, answer, settings.user)
 
 
 def _verified(
-    function: Any, question: dict[str, Any], settings: Settings, wires: Wires
+    function: Any, question: dict[str, Any], settings: Settings, wires: apart.Wires
 ) -> dict[str, Any]:
     """The answer of a child, which ends with everything that it has started."""
     reading, writing = os.pipe()
@@ -97,7 +86,7 @@ def _verified(
 
 def _be_the_child(function: Any, question: dict[str, Any], settings: Settings, pipe: int) -> None:
     """Run the verifier on one completion and write its answer to `pipe`."""
-    silent()
+    apart.silent()
     try:
         confine(settings.user, settings.memory_mb, settings.taken)
     except (OSError, ValueError) as error:

@@ -5,7 +5,6 @@ No code of an episode runs in this process. A child that hangs, dies or writes a
 answer ends with everything that it has started; the others go on.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -14,16 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from alignkit.distributed.apart import (
-    LONGEST_QUESTION,
-    Limits,
-    Wires,
-    begin,
-    let_in_code,
-    load,
-    said_by,
-    silent,
-)
+from alignkit.distributed import apart
 from alignkit.distributed.confinement import confine, end_all, end_child, parents_of_all
 from alignkit.distributed.worker_pool import Lines, NoLine, wait_for, write_line
 from alignkit.errors import ConfigError
@@ -34,7 +24,7 @@ _DESCRIBING = 120.0  # seconds for the schemas of the tools, which transformers 
 
 
 @dataclass(frozen=True)
-class Settings(Limits):
+class Settings(apart.Limits):
     """What the run asks for."""
 
     environment: str | None  # `module:name` or `file.py:name` of a class
@@ -50,36 +40,35 @@ class Child:
     answers: Lines
 
 
-class RunEnded(Exception):
+class RunEnded(NoLine):
     """The run that asks has ended."""
 
 
 def main(settings: Settings) -> None:
     """Answer {"id", "calls"} by {"id", "answers"} until the input ends."""
-    wires = begin()
+    wires = apart.begin()
     host = Host(settings, wires)
     try:
         host.load()
-        closed = let_in_code([settings.environment or "", *settings.tools], settings)
+        closed = apart.let_in_code([settings.environment or "", *settings.tools], settings)
         about = host.about()
     except Exception as error:
-        wires.send({"broken": said_by(error)})
+        wires.send({"broken": apart.said_by(error)})
         end_all(None, settings.user)
         return
     wires.send({"ready": True, "closed": closed, "about": about})
 
-    with contextlib.suppress(NoLine, RunEnded):
-        while True:
-            question = json.loads(wires.questions.next(None))
-            answers = host.ask([(int(place), asked) for place, asked in question["calls"]])
-            wires.send({"answers": answers, "id": question["id"]})
-    end_all(None, settings.user)
+    def answer(question: dict[str, Any]) -> dict[str, Any]:
+        calls = [(int(place), asked) for place, asked in question["calls"]]
+        return {"answers": host.ask(calls)}
+
+    apart.answer_all(wires, answer, settings.user)
 
 
 class Host:
     """The children by place, each started when it is first asked."""
 
-    def __init__(self, settings: Settings, wires: Wires) -> None:
+    def __init__(self, settings: Settings, wires: apart.Wires) -> None:
         self.settings = settings
         self.wires = wires
         self.children: dict[int, Child] = {}
@@ -89,8 +78,8 @@ class Host:
     def load(self) -> None:
         """Import the environment and the tools."""
         if self.settings.environment is not None:
-            (self.factory,) = load([self.settings.environment], what="rollout.environment")
-        self.tools = load(self.settings.tools, what="rollout.tools")
+            (self.factory,) = apart.load([self.settings.environment], what="rollout.environment")
+        self.tools = apart.load(self.settings.tools, what="rollout.tools")
 
     def about(self) -> dict[str, Any]:
         """What the environment offers, by a child that ends afterwards: transformers stays out of
@@ -204,9 +193,9 @@ def _late(timeout: float) -> Answer:
 
 def _be_the_child(host: Host, questions: int, answers: int) -> None:
     """Play episodes: answer the questions, one line each, until there are no more."""
-    silent()
+    apart.silent()
     settings = host.settings
-    lines = Lines(questions, longest=LONGEST_QUESTION)
+    lines = Lines(questions, longest=apart.LONGEST_QUESTION)
     instance: Instance | None = None
 
     while True:

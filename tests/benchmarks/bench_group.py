@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from bench_dpo import RATE, callback_between_steps
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from world import SHAPES, dialogues, write_world
+from world import SHAPES, dialogues, grpo_arguments, write_world
 
 from alignkit.batches import Bundle
 from alignkit.config.train import TrainConfig
@@ -115,24 +115,16 @@ def run_trl(
     """TRL's trainer on the same group in every step."""
     from datasets import Dataset
     from transformers import PrinterCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
-    arguments = GRPOConfig(
-        output_dir=str(folder / "trl"),
+    arguments = grpo_arguments(
+        folder / "trl",
         per_device_train_batch_size=len(completions),
         num_generations=len(completions),
         max_completion_length=len(completions[0]),
         max_steps=steps,
         learning_rate=RATE,
-        lr_scheduler_type="constant",
-        beta=0.0,
-        loss_type="grpo",
         gradient_checkpointing=checkpointing,
-        bf16=False,
-        use_cpu=not torch.cuda.is_available(),
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     trainer = GRPOTrainer(

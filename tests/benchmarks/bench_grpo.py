@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
-from world import GPU, SHAPES, clock, pairs, write_world
+from world import GPU, SHAPES, clock, grpo_arguments, pairs, write_world
 
 import alignkit
 from alignkit import GRPO
@@ -159,28 +159,21 @@ def run_trl(
     """The same for TRL's trainer."""
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     parts, checkpointing = SETTINGS[setting]
     rows = asked.prompts * asked.completions
-    arguments = GRPOConfig(
-        output_dir=str(folder.parent / "trl"),
+    arguments = grpo_arguments(
+        folder.parent / "trl",
         per_device_train_batch_size=rows // parts,
         gradient_accumulation_steps=parts,
         num_generations=asked.completions,
         max_completion_length=asked.new,
         max_steps=asked.steps,
         learning_rate=RATE,
-        lr_scheduler_type="constant",
-        beta=0.0,
-        loss_type="grpo",
         gradient_checkpointing=checkpointing,
         bf16=asked.dtype == "bfloat16",
-        use_cpu=not GPU,
-        report_to="none",
-        save_strategy="no",
         logging_steps=1,
-        disable_tqdm=True,
     )
     ends: list[float] = []
 

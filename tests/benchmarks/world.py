@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -39,6 +40,23 @@ SHAPES = {
     ),
 }
 GPU = torch.cuda.is_available()
+
+
+def grpo_arguments(folder: Path, **settings: Any) -> Any:
+    """TRL's GRPOConfig for plain GRPO at a constant rate, without a KL, reports and checkpoints."""
+    from trl import GRPOConfig
+
+    common = {
+        "lr_scheduler_type": "constant",
+        "beta": 0.0,
+        "loss_type": "grpo",
+        "bf16": False,
+        "use_cpu": not GPU,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return GRPOConfig(output_dir=str(folder), **{**common, **settings})
 
 
 def pairs(limit: int | None = None) -> list[dict[str, str]]:

@@ -14,7 +14,6 @@ from test_processes import SAME
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from transformers import AutoModelForCausalLM
 from two_processes import run_to_its_end
-from world import save_model
 
 from alignkit.files import read_jsonl
 from alignkit.policies.slices import StoredTensors
@@ -31,11 +30,6 @@ def on(processes, model, out, cases, *mesh):
     code, said = run_to_its_end([*command, *map(str, arguments)], timeout=600)
     assert code == 0, said[-3000:]
     return out
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

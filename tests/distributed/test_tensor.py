@@ -29,11 +29,6 @@ MESHES = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def one(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
     for case in CASES:

@@ -2,7 +2,10 @@
 what is refused.
 """
 
+from functools import partial
+
 import pytest
+import tiny_models
 import torch
 from tiny_models import (
     VOCAB,
@@ -15,24 +18,16 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM
 
 from alignkit.batches import Bundle, Draw, Plan
-from alignkit.config.model import ModelConfig, ReferenceConfig
-from alignkit.config.teacher import TeacherConfig
 from alignkit.errors import ModelError
 from alignkit.losses import distillation_loss
 from alignkit.objectives.distillation.teacher_base import teacher_statistic
-from alignkit.policies.load import load_pair
-from alignkit.policies.teacher import add_teacher
 from alignkit.rollout.hf import HFSampler
 
 TOKENS = VOCAB
 LAWS = Plan("sequence", {"divergence": teacher_statistic(divergence="jsd")}, ("teacher",))
 
 
-def with_teacher(student, teacher, plan=LAWS):
-    model = ModelConfig(name_or_path=str(student))
-    pair = load_pair(model, ReferenceConfig(), None, plan, fixed_data=True)
-    add_teacher(pair, TeacherConfig(name_or_path=str(teacher)), model)
-    return pair
+with_teacher = partial(tiny_models.with_teacher, plan=LAWS)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
@@ -100,7 +95,7 @@ def test_a_padded_teacher_draws_what_the_policy_can_read(tmp_path, own, theirs, 
     student = write_padded(tmp_path / "s", 1, own)
     teacher = write_padded(tmp_path / "t", 2, theirs)
     plan = Plan("rollout", anchors=(), samples=(draw,))
-    pair = with_teacher(tmp_path / "s", tmp_path / "t", plan)
+    pair = with_teacher(tmp_path / "s", tmp_path / "t", plan=plan)
     with torch.no_grad():  # from here on the padding of each is likely
         for module in (pair.base, pair.anchors["teacher"].module):
             module.model.lm_head.weight[TOKENS:, 0] = 0.0
@@ -201,7 +196,7 @@ def test_an_adapter_is_a_teacher(tmp_path):
 
 def test_the_teacher_can_sample(tmp_path):
     plan = Plan("rollout", anchors=(), samples=(Draw(2, source="teacher"),))
-    pair = with_teacher(write_model(tmp_path / "s"), write_model(tmp_path / "t", seed=4), plan)
+    pair = with_teacher(write_model(tmp_path / "s"), write_model(tmp_path / "t", seed=4), plan=plan)
     sampler = HFSampler(pair, max_new_tokens=4, seed=1)
     ((first, _),) = sampler.sample([torch.tensor([3, 4])], plan.samples[0], step=0, prompt_ids=[0])
     logits = tiny_model("llama", 4)(torch.cat([torch.tensor([3, 4]), first.ids])[None]).logits

@@ -11,6 +11,7 @@ from tiny_models import (
     random_bundles,
     separate_logps,
     tiny_model,
+    with_teacher,
     write_model,
     write_padded,
 )
@@ -23,7 +24,6 @@ from alignkit.losses import distillation_loss
 from alignkit.objectives.distillation.pld import PLD
 from alignkit.objectives.distillation.teacher_base import teacher_statistic
 from alignkit.policies.load import load_pair
-from alignkit.policies.teacher import add_teacher
 from alignkit.policies.teacher_store import release_teacher
 from alignkit.policies.teacher_store import with_stored_teacher as stored_by
 
@@ -40,11 +40,9 @@ def with_stored_teacher(pair, bundles, top, store=None):
 
 @pytest.fixture
 def pair(tmp_path):
-    model = ModelConfig(name_or_path=write_model(tmp_path / "s"))
-    loaded = load_pair(model, ReferenceConfig(), None, LAWS, fixed_data=True)
     teacher = write_model(tmp_path / "t", "gpt2", 5)
+    loaded = with_teacher(write_model(tmp_path / "s"), teacher, LAWS)
     loaded.teacher_folder = teacher
-    add_teacher(loaded, TeacherConfig(name_or_path=teacher), model)
     return loaded
 
 

@@ -1,9 +1,16 @@
 """Tiny random models and bundles for the tests of the policies."""
 
+from pathlib import Path
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from alignkit.batches import Bundle
+from alignkit.batches import Bundle, Plan
+from alignkit.config.model import ModelConfig, ReferenceConfig
+from alignkit.config.teacher import TeacherConfig
+from alignkit.policies.load import load_pair
+from alignkit.policies.pair import PolicyPair
+from alignkit.policies.teacher import add_teacher
 
 VOCAB = 61
 SHAPE = {
@@ -167,3 +174,11 @@ def write_padded(folder, seed, vocab):
         model.lm_head.weight[VOCAB:, 0] = -30.0
     model.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def with_teacher(student: Path, teacher: Path, plan: Plan) -> PolicyPair:
+    """The pair of the models in two folders."""
+    model = ModelConfig(name_or_path=str(student))
+    pair = load_pair(model, ReferenceConfig(), None, plan, fixed_data=True)
+    add_teacher(pair, TeacherConfig(name_or_path=str(teacher)), model)
+    return pair

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from world import pair_rows, run, save_model, write_rows
+from world import SHORT_RUN, pair_rows, run, save_model, write_rows
 
 import alignkit
 from alignkit.config import load_recipe
@@ -11,14 +11,7 @@ from alignkit.errors import ConfigError, DataError
 from alignkit.files import read_jsonl
 from alignkit.runs.launch import run_recipe
 
-SETTINGS = {
-    "steps": 2,
-    "batch_size": 4,
-    "eval_every": 1,
-    "save_every": 0,
-    "log_samples_every": 0,
-    "warmup_steps": 0,
-}
+SETTINGS = {**SHORT_RUN, "steps": 2, "eval_every": 1, "save_every": 0}
 
 
 @pytest.fixture(scope="module")

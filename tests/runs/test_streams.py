@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from world import pair_rows, run, write_inputs, write_rows
+from world import SHORT_RUN, pair_rows, run, write_inputs, write_rows
 
 import alignkit
 from alignkit.config import load_recipe
@@ -11,14 +11,7 @@ from alignkit.errors import CheckpointError, ConfigError, DataError
 from alignkit.files import read_jsonl
 from alignkit.runs.launch import run_recipe
 
-SETTINGS = {
-    "steps": 6,
-    "batch_size": 4,
-    "eval_every": 3,
-    "save_every": 3,
-    "log_samples_every": 0,
-    "warmup_steps": 0,
-}
+SETTINGS = {**SHORT_RUN, "steps": 6, "eval_every": 3, "save_every": 3}
 
 
 @pytest.fixture(scope="module")
