@@ -156,8 +156,13 @@ def _particle_decoder(
     assert config.particles is not None
     assert config.beta is not None
 
-    learned = config.learned_twist is not None
-    guided = learned and config.proposal != "base"
+    # Particles ask the head for few of the tokens, so its model gives states in the place of values.
+    value = None
+    if config.learned_twist is not None:
+        network: Any = models.others[VALUE].network
+        value = network.get_output_embeddings()
+        network.set_output_embeddings(nn.Identity())
+    guided = value is not None and config.proposal != "base"
 
     # The reward of the text so far is divided by the same beta unless another is given.
     twist_beta = (config.twist_beta or config.beta) if config.twist == "reward" else None
@@ -167,7 +172,7 @@ def _particle_decoder(
         Schedule(config.particles, cap, config.every, config.ess, guided),
         config.beta,
         twist_beta=twist_beta,
-        learned=learned,
+        value=value,
         fresh=config.fresh,
         seed=seed,
     )

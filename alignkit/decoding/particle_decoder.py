@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,11 +13,15 @@ from alignkit.decoding.certificate import kl_interval
 from alignkit.decoding.decoders import Decoded
 from alignkit.decoding.scoring import Scorer
 from alignkit.decoding.smc import CounterNoise, Outcome, Schedule, run_particles
+from alignkit.decoding.value import ValueHead, twists_of_likeliest
 from alignkit.rollout.cache_probe import sampling_model
 from alignkit.rollout.cached_model import CachedModel
 from alignkit.rollout.protocol import Models, stop_tokens
 
 VALUE = "value"  # the name of a learned value among the models
+
+# Tokens whose learned value a guided proposal knows; the others, unlikely ones, share a guess.
+CANDIDATES = 64
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class ParticleDecoder:
     schedule: Schedule
     beta: float
     twist_beta: float | None = None  # the twist is the reward of the text so far, divided by this
-    learned: bool = False  # the twist is the model called VALUE
+    value: ValueHead | None = None  # the twist, of the states that the model called VALUE gives
     fresh: int = 8
     seed: int = 0
     token_budget: int = 65536
@@ -56,14 +61,15 @@ class ParticleDecoder:
         log_z = torch.cat([outcome.log_z.cpu() for outcome in outcomes])
 
         given = [_completion(outcome) for outcome in outcomes]
+        # Those of one output follow one another, so that most of them share its rows.
         conditional = [
             Run(i, k * self.fresh + m, ids)
-            for m in range(self.fresh)
             for (i, k), ids in zip(places, given)
+            for m in range(self.fresh)
         ]
         again = self._outcomes(prompts, conditional, -1 - step)
         fresh_z = torch.tensor([float(o.log_z) for o in again], dtype=torch.float64)
-        low, high = kl_interval(tilts, log_z, fresh_z.reshape(self.fresh, len(places)))
+        low, high = kl_interval(tilts, log_z, fresh_z.reshape(len(places), self.fresh).T)
 
         def table(values: Sequence[float] | Tensor) -> np.ndarray:
             return np.array([float(value) for value in values]).reshape(shape)
@@ -73,7 +79,7 @@ class ParticleDecoder:
             ended=table([float(o.of_chosen("ended")) for o in outcomes]),
             kl=table(high),
             kl_low=table(low) if self.fresh else np.zeros(shape),
-            tokens=table([float(o.sampled) * (1 + self.learned) for o in outcomes]),
+            tokens=table([float(o.sampled) * (2 if self.value else 1) for o in outcomes]),
             reward_calls=table([float(o.reward_calls) for o in outcomes]),
         )
 
@@ -128,14 +134,19 @@ def _completion(outcome: Outcome) -> Tensor:
 
 
 class LanguageWorld:
-    """`World` of a batch of runs: a row of the model's cache for each live particle, and of the
-    learned value's where there is one.
+    """`World` of a batch of runs: rows of the model's cache, and of the learned value's where there
+    is one.
+
+    Rows that read the same have one of the model's rows between them: the particles of a prompt at
+    their beginning, copies until they part, and the given completion of all runs that are
+    conditional on it.
     """
 
     def __init__(self, decoder: ParticleDecoder, prompts: Sequence[Prompt], runs: Sequence[Run]):
         self.decoder = decoder
-        self.owners = [prompts[run.prompt] for run in runs]
-        names = ["policy", *([VALUE] if decoder.learned else [])]
+        self.prompts = prompts
+        self.owners = [run.prompt for run in runs]
+        names = ["policy", *([VALUE] if decoder.value else [])]
         self.models: list[CachedModel] = [
             sampling_model(decoder.models, name, 1.0) for name in names
         ]
@@ -145,32 +156,48 @@ class LanguageWorld:
         ids = [prompts[place].ids for place in unique]
         room = decoder.schedule.max_new_tokens
         rooms = [room] * len(ids)
-        logits = [model.prefill(ids, rooms) for model in self.models]
-        device = logits[0].device
-        owner = torch.tensor([unique.index(run.prompt) for run in runs], device=device)
-        slots = owner.repeat_interleave(decoder.schedule.particles)
-        for model in self.models:
-            model.select(slots)
-        self.logits = [part[slots] for part in logits]
+        self._take([model.prefill(ids, rooms) for model in self.models])
+        device = self.laws.device
+        places = {prompt: place for place, prompt in enumerate(unique)}
+        owner = torch.tensor([places[run.prompt] for run in runs], device=device)
+        self.row = owner.repeat_interleave(decoder.schedule.particles)  # [L]: the model's
         self.stop = torch.tensor(stop_tokens(decoder.models), device=device)
+
+    def _take(self, outputs: list[Tensor]) -> None:
+        """Keep what the models say of the next token: laws [M, V] of their rows, and states."""
+        wide = torch.promote_types(outputs[0].dtype, torch.float32)
+        self.laws = outputs[0].to(wide).log_softmax(-1)
+        self.states = outputs[-1]  # of the learned value [M, H]
 
     def logprobs(self) -> Tensor:
         """See `World`."""
-        wide = torch.promote_types(self.logits[0].dtype, torch.float32)
-        return self.logits[0].to(wide).log_softmax(-1)
+        return self.laws[self.row]
 
-    def twists(self) -> Tensor | None:
+    def twists(self) -> Tensor:
         """See `World`."""
-        return self.logits[1].double() if self.decoder.learned else None
+        value = self.decoder.value
+        assert value is not None, "a guided proposal needs a learned value"
+        known = partial(value.of, self.states)
+        return twists_of_likeliest(self.laws, known, CANDIDATES).double()[self.row]
+
+    def twist_of(self, tokens: Tensor) -> Tensor | None:
+        """See `World`."""
+        value = self.decoder.value
+        return None if value is None else value.of(self.states[self.row], tokens[:, None])[:, 0]
 
     def advance(self, tokens: Tensor) -> None:
         """See `World`."""
-        self.logits = [model.advance(tokens) for model in self.models]
+        size = self.laws.shape[-1]
+        each, self.row = (self.row * size + tokens).unique(return_inverse=True)
+        rows = each // size
+        if not torch.equal(rows, torch.arange(len(self.laws), device=rows.device)):
+            for model in self.models:
+                model.select(rows)
+        self._take([model.advance(each % size) for model in self.models])
 
     def select(self, rows: Tensor) -> None:
         """See `World`."""
-        for model in self.models:
-            model.select(rows)
+        self.row = self.row[rows]
 
     def unfinished(self, slots: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor | None:
         """See `World`."""
@@ -190,6 +217,6 @@ class LanguageWorld:
     ) -> tuple[list[Prompt], list[Tensor]]:
         """The prompt and the tokens so far of each of these slots."""
         particles = self.decoder.schedule.particles
-        owners = [self.owners[slot // particles] for slot in slots.tolist()]
+        owners = [self.prompts[self.owners[slot // particles]] for slot in slots.tolist()]
         rows = zip(tokens.cpu(), lengths.tolist(), strict=True)
         return owners, [ids[:length] for ids, length in rows]

@@ -44,8 +44,14 @@ class World(Protocol):
         """Log-probs of the next token of every row, [L, V]."""
         ...
 
-    def twists(self) -> Tensor | None:
-        """l of every row with each token appended, [L, V]; None without a twist by token."""
+    def twists(self) -> Tensor:
+        """l of every row with each token appended, [L, V]: what a guided proposal goes by."""
+        ...
+
+    def twist_of(self, tokens: Tensor) -> Tensor | None:
+        """l of every row with its token [L] appended, [L]; None without a twist by token. It is
+        asked for where the proposal is not guided.
+        """
         ...
 
     def advance(self, tokens: Tensor) -> None:
@@ -189,9 +195,8 @@ class _Run:
         """One more token for every live slot."""
         live = self.live
         laws = self.world.logprobs()
-        twists = self.world.twists()
         if self.schedule.guided:
-            assert twists is not None, "a guided proposal needs a twist of every token"
+            twists = self.world.twists()
             joint = laws + twists
             log_c = torch.logsumexp(joint, dim=-1)
             laws = joint - log_c[:, None]
@@ -209,11 +214,14 @@ class _Run:
         self.tokens[slots, position] = tokens[growing]
         self.lengths[slots] = position + 1
         self.sampled += self._per_run(slots)
-        if twists is not None:
-            after = twists.gather(-1, tokens[:, None])[growing, 0].double()
-            if not self.schedule.guided:
+        if self.schedule.guided:
+            self.twist[slots] = twists.gather(-1, tokens[:, None])[growing, 0].double()
+        else:
+            twist = self.world.twist_of(tokens)
+            if twist is not None:
+                after = twist[growing].double()
                 self.log_weights[slots] += after - self.twist[slots]
-            self.twist[slots] = after
+                self.twist[slots] = after
 
         stopped = torch.isin(tokens[growing], self.world.stop)
         self.ended[slots] = stopped

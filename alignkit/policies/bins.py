@@ -34,10 +34,22 @@ class BinHead(nn.Module):
 
     def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         """Log-probs of the bins: [.., H] and [.., H], which may broadcast -> [.., B]."""
-        weight = self.state.weight.dtype
-        mixed = self.state(hidden.to(weight)) + self.token(embedded.to(weight))
+        return self.laws(self.of_states(hidden) + self.of_tokens(embedded))
+
+    def of_states(self, hidden: Tensor) -> Tensor:
+        """The states' part of the hidden layer: [.., H] -> [.., W]."""
+        part: Tensor = self.state(hidden.to(self.state.weight.dtype))
+        return part
+
+    def of_tokens(self, embedded: Tensor) -> Tensor:
+        """The tokens' part of it: [.., H] -> [.., W]."""
+        part: Tensor = self.token(embedded.to(self.token.weight.dtype))
+        return part
+
+    def laws(self, mixed: Tensor) -> Tensor:
+        """Log-probs of the bins from the sum of both parts: [.., W] -> [.., B]."""
         logits: Tensor = self.out(nn.functional.gelu(mixed))
-        return logits.log_softmax(-1, dtype=torch.promote_types(weight, torch.float32))
+        return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def save_bins(head: BinHead, folder: Path | str, *, writes: bool = True) -> None:

@@ -180,6 +180,10 @@ def _disagrees(
 
 
 def _logps(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probs of the tokens [T] under logits [T, V], in float32 or wider."""
+    """Log-probs of the tokens [T] under logits [T, V], in float32 or wider.
+
+    A model that hands on its states is looked at in the same way, at numbers of the states.
+    """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    places = tokens[:, None] % logits.shape[-1]
+    return wide.log_softmax(-1).gather(-1, places)[:, 0]

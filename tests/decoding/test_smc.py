@@ -19,6 +19,12 @@ WAYS = {
     "twist by token, twist proposal": {"ess": 1.0, "twist": True, "guided": True},
     "twist by token, adaptive": {"ess": 0.8, "twist": True, "guided": True},
     "twist by text": {"ess": 1.0, "twist": True, "by_text": True},
+    "twist of the likeliest, twist proposal": {"vocab": 3, "guided": True, "candidates": 2}
+    | {"ess": 0.8, "twist": True},
+    "twist of the likeliest, base proposal": {"vocab": 3, "candidates": 2}
+    | {"ess": 0.8, "twist": True},
+    "twist of the likeliest alone": {"vocab": 3, "guided": True, "candidates": 1}
+    | {"ess": 1.0, "twist": True},
 }
 
 
@@ -35,7 +41,18 @@ class Asked:
         return torch.zeros(1)
 
 
-def run_of(target, monkeypatch, ask, *, ess, twist=False, guided=False, by_text=False, given=None):
+def run_of(
+    target,
+    monkeypatch,
+    ask,
+    *,
+    ess,
+    twist=False,
+    guided=False,
+    by_text=False,
+    candidates=99,
+    given=None,
+):
     """One run of two particles whose random numbers come from `ask`."""
     generator = torch.Generator().manual_seed(5)
     table = torch.randn(target.theta.shape, dtype=F64, generator=generator) if twist else None
@@ -55,7 +72,7 @@ def run_of(target, monkeypatch, ask, *, ess, twist=False, guided=False, by_text=
 
     monkeypatch.setattr(smc, "resampled", asked_resampling)
     schedule = Schedule(2, target.depth, every=1, ess=ess, guided=guided)
-    world = TreeWorld(target, 2, table, by_text)
+    world = TreeWorld(target, 2, table, by_text, candidates)
     asked = Asked(ask)
     if given is not None:  # the given slot's token is not drawn, so it is not asked for
         asked.tokens = lambda laws, slots, _: torch.tensor(
@@ -69,7 +86,9 @@ def test_two_particles_enumerated(way, monkeypatch):
     """E Zhat = Z; the law of the output is p e^(r / beta) E[1 / Zhat | y] with conditional runs; the
     certificate is above the KL.
     """
-    target = TreeTarget(2, 3, beta=0.7, seed=1)
+    vocab = way.get("vocab", 2)
+    way = {name: value for name, value in way.items() if name != "vocab"}
+    target = TreeTarget(vocab, 5 - vocab, beta=0.7, seed=1)
     n = len(target.rewards)
     total = mean_z = mean_log_z = mean_tilt = 0.0
     q = torch.zeros(n, dtype=F64)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from alignkit.decoding.value import twists_of_likeliest
 from alignkit.policies.tabular import Tree
 
 F64 = torch.float64
@@ -59,14 +60,23 @@ class TreeTarget:
 
 class TreeWorld:
     """`World` of a tree: every row is a state. `twist` [S, V] is l of each prefix and token; with
-    `by_text` it is asked of unfinished texts alone.
+    `by_text` it is asked of unfinished texts alone. A guided proposal sees that of the `candidates`
+    likeliest tokens.
     """
 
-    def __init__(self, target: TreeTarget, slots: int, twist=None, by_text: bool = False):
+    def __init__(
+        self,
+        target: TreeTarget,
+        slots: int,
+        twist=None,
+        by_text: bool = False,
+        candidates: int = 99,
+    ):
         self.target = target
         self.state = torch.zeros(slots, dtype=torch.int64)
         self.twist = twist
         self.by_text = by_text
+        self.candidates = candidates
         self.stop = torch.tensor([target.tree.vocab - 1])
         self.logp = target.theta.log_softmax(-1)
 
@@ -74,9 +84,15 @@ class TreeWorld:
         return self.logp[self.state.clamp(min=0)]
 
     def twists(self):
+        twist = self.twist[self.state.clamp(min=0)]
+        return twists_of_likeliest(
+            self.logprobs(), lambda tokens: twist.gather(-1, tokens), self.candidates
+        )
+
+    def twist_of(self, tokens):
         if self.twist is None or self.by_text:
             return None
-        return self.twist[self.state.clamp(min=0)]
+        return self.twist[self.state.clamp(min=0), tokens]
 
     def advance(self, tokens):
         self.state = self.target.after[self.state.clamp(min=0), tokens]
