@@ -138,6 +138,16 @@ def test_rows_that_read_the_same_are_computed_once():
             texts = [torch.cat([text, token[None]]) for text, token in zip(texts, tokens)]
 
 
+@torch.no_grad()
+def test_one_row_parts_while_another_ends():
+    """Then there are as many of the models' rows as before, and yet others."""
+    world = LanguageWorld(decoder_of(particles=1), PROMPTS, [Run(0, 0), Run(1, 0)])
+    world.select(torch.tensor([1, 1]))
+    world.advance(torch.tensor([2, 3]))
+    laws = torch.stack([next_logits(POLICY, [1, 2, t]).log_softmax(-1) for t in (2, 3)])
+    torch.testing.assert_close(world.logprobs(), laws.to(world.laws), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("proposal", ["twist", "base"])
 @pytest.mark.parametrize("candidates", [2, 4])
 def test_zhat_has_the_mean_z(proposal, candidates, monkeypatch):
