@@ -42,18 +42,20 @@ def train(
     from alignkit.distributed.launcher import launch, machines_of
     from alignkit.runs.checks import check_mesh, check_without_torch
     from alignkit.runs.launch import resolve_task, run_recipe
+    from alignkit.runs.resume import check_output
 
     loaded = load_recipe(recipe, overrides or [])
     check_without_torch(loaded, safe)
 
     several = machines_of(machines, first)
+    if several:  # processes that start again go on where they were
+        resume = resume or "auto"
+    check_output(loaded, resume)
     if not several:
         check_mesh(loaded, processes)
     if processes > 1 or several:
         resolve_task(loaded)  # once, before there are several processes
         arguments = ["train", recipe, *(overrides or [])]
-        if several:  # processes that start again go on where they were
-            resume = resume or "auto"
         if resume:
             arguments += ["--resume", resume]
         if safe:

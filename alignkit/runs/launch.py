@@ -19,6 +19,7 @@ from alignkit.errors import ConfigError, DataError
 from alignkit.runs.checks import check_with_torch, check_without_torch
 from alignkit.runs.live import LiveTask
 from alignkit.runs.resume import (
+    check_output,
     check_recorded_recipe,
     check_unsigned_result,
     fill_autos,
@@ -56,6 +57,7 @@ def run_recipe(
     recipe's, where the caller has built it already. Errors carry their exit code (alignkit.errors).
     """
     check_without_torch(recipe, safe)
+    check_output(recipe, resume)
     if objective is None:
         objective = objective_of(recipe, safe=safe)
     return _run(recipe, objective, None, resume, safe, [], {})[1]
@@ -77,6 +79,7 @@ def run_with_task(
     the finished job, whose pair holds the trained weights. Otherwise as `run_recipe`.
     """
     check_without_torch(recipe, safe)
+    check_output(recipe, resume)
     return _run(recipe, objective, task, resume, safe, notes, identity or {})[0]
 
 
@@ -97,16 +100,7 @@ def _run(
 
     changes: list[str] = []
     recipe = recipe.model_copy(update={"model": start_of(recipe.model)})
-    stores = [
-        store
-        for store in (recipe.reference.store, recipe.teacher and recipe.teacher.store)
-        if store
-    ]
-    if resume is None:
-        # Ask before anything is loaded; the loop asks again once it holds the run's lock.
-        RunFolder(recipe.output_dir).refuse_to_overwrite(stores)
-    else:
-        RunFolder(recipe.output_dir).refuse_foreign_files(stores)
+    if resume is not None:
         recipe, changes = with_resolved_autos(recipe)
         check_unsigned_result(recipe)
         check_recorded_recipe(recipe, resume)

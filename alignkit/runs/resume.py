@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any
 from alignkit.config.recipe import Recipe, load_recipe
 from alignkit.config.train import known_goal
 from alignkit.errors import AlignkitError, CheckpointError, DataError
+from alignkit.files import MANIFEST
 from alignkit.runs.checks import check_metric
 from alignkit.runs.streams import contexts_of, held_out_metric
+from alignkit.training import checkpoint
+from alignkit.training.identity import compare, differences_between
+from alignkit.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from alignkit.runs.context import RunContext
@@ -82,13 +86,26 @@ AUTOS = [
 ]
 
 
+def check_output(recipe: Recipe, resume: str | None) -> None:
+    """Check, without torch, that the run may write to its output_dir, and that the checkpoint that is
+    to be resumed is there. ConfigError or CheckpointError.
+    """
+    run = RunFolder(recipe.output_dir)
+    stores = [recipe.reference.store, recipe.teacher and recipe.teacher.store]
+    run.refuse_foreign_files([store for store in stores if store])
+    if resume is None:  # the loop asks again once it holds the run's lock
+        run.refuse_results()
+    elif resume != "auto" and not Path(resume).expanduser().is_dir():
+        raise CheckpointError(
+            f"there is no checkpoint folder {resume}; `alignkit checkpoint list RUN` names those of a run"
+        )
+
+
 def with_resolved_autos(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """The recipe with each `auto` replaced by what the run in its output_dir resolved it to, and a
     sentence about every other difference from that run's recipe. ConfigError where the run's metric
     is of held-out rows that there are no more.
     """
-    from alignkit.training.identity import compare
-
     file = Path(recipe.output_dir).expanduser() / "recipe.yaml"
     if not file.is_file():
         return recipe, []
@@ -104,16 +121,9 @@ def with_resolved_autos(recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 
 def check_recorded_recipe(recipe: Recipe, resume: str) -> None:
-    """CheckpointError where the checkpoint is not there, or the run in output_dir was made with
-    another recipe: a difference is named before models and data are loaded for it, which may fail in ways that do not say so.
+    """CheckpointError where the run in output_dir was made with another recipe: a difference is
+    named before models and data are loaded for it, which may fail in ways that do not say so.
     """
-    from alignkit.training.run_folder import RunFolder
-
-    if resume != "auto" and not Path(resume).expanduser().is_dir():
-        raise CheckpointError(
-            f"there is no checkpoint folder {resume}; `alignkit checkpoint list RUN` names those of a run"
-        )
-
     run = RunFolder(recipe.output_dir)
     if (run.path / "recipe.yaml").is_file():  # without it no `auto` is known yet
         run.refuse_another_recipe(resume, identity_of(recipe))
@@ -123,10 +133,6 @@ def told_apart(error: DataError, recipe: Recipe) -> AlignkitError:
     """`error`, from loading the data of a run that is to be resumed, as what the user has to know
     first: that the run in output_dir was trained on other data.
     """
-    from alignkit.training import checkpoint
-    from alignkit.training.identity import compare
-    from alignkit.training.run_folder import RunFolder
-
     run = RunFolder(recipe.output_dir)
     file = run.path / "recipe.yaml"
     if not file.is_file() or not (run.finished or checkpoint.steps(run.checkpoints)):
@@ -146,11 +152,6 @@ def check_unsigned_result(recipe: Recipe) -> None:
     """CheckpointError where the finished run in output_dir, of a version that recorded nothing in
     its model/, has another recipe. A run with checkpoints is compared with those.
     """
-    from alignkit.files import MANIFEST
-    from alignkit.training import checkpoint
-    from alignkit.training.identity import differences_between
-    from alignkit.training.run_folder import RunFolder
-
     run = RunFolder(recipe.output_dir)
     is_signed = (run.model / MANIFEST).exists() or checkpoint.steps(run.checkpoints)
     file = run.path / "recipe.yaml"

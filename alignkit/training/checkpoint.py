@@ -1,6 +1,8 @@
 """Atomic, verified checkpoints: safetensors and JSON under a
 manifest with SHA-256; no pickle in or out.
 
+Importing this imports no torch: which checkpoints there are is asked before anything is loaded.
+
 `step-N/` appears by one rename after every file and the folder were written and synced, so a reader
 sees a whole checkpoint or none. Files that do not match their manifest are named and the checkpoint
 before them is used.
@@ -15,15 +17,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from torch import Tensor
 
 from alignkit import files
 from alignkit.errors import CheckpointError
 from alignkit.files import MANIFEST
-from alignkit.policies.slices import StoredTensors, save_parts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from alignkit.policies.slices import StoredTensors
 
 BEST = "best.json"
 STATE = "state.json"
@@ -39,7 +44,7 @@ class Checkpoint:
     step: int
     path: Path
     # Group ("policy", "optimizer", ...) -> name -> tensor, read when it is asked for.
-    tensors: dict[str, StoredTensors]
+    tensors: "dict[str, StoredTensors]"
     state: dict[str, Any]
     identity: dict[str, Any]
 
@@ -57,7 +62,7 @@ class Verdict:
 def save(
     folder: Path,
     step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: "Mapping[str, Mapping[str, Tensor]]",
     state: Mapping[str, Any],
     identity: Mapping[str, Any],
 ) -> Path:
@@ -66,6 +71,8 @@ def save(
 
     A checkpoint of the same step (an earlier run came this far; it may be damaged) is replaced.
     """
+    from alignkit.policies.slices import save_parts
+
     final = folder / f"step-{step}"
     with explained(folder, step):
         with files.replaced_folder(final) as temporary:
@@ -140,6 +147,8 @@ def load(path: Path) -> Checkpoint:
 
 
 def _read(path: Path) -> Checkpoint:
+    from alignkit.policies.slices import StoredTensors
+
     manifest = files.read_manifest(path)
     # Only what the manifest names: a file browser or an archive may leave files of its own.
     groups: dict[str, list[Path]] = {}

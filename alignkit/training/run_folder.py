@@ -92,18 +92,12 @@ class RunFolder:
                 return row if number == step else {}
         return {}
 
-    def refuse_to_overwrite(self, stores: Sequence[str] = ()) -> None:
-        """A run that has results is continued, never overwritten; and the files of others are left
-        alone (see `refuse_foreign_files`). ConfigError.
-        """
-        refuse_foreign_files(self.path, stores)
-        self._refuse_results()
-
     def refuse_foreign_files(self, stores: Sequence[str] = ()) -> None:
         """ConfigError where the folder holds files and is no run's (`ownership`)."""
         refuse_foreign_files(self.path, stores)
 
-    def _refuse_results(self) -> None:
+    def refuse_results(self) -> None:
+        """ConfigError where the folder has results: a run is continued, never overwritten."""
         if self.finished or checkpoint.steps(self.checkpoints):
             raise ConfigError(
                 f"output_dir {self.path} already holds a run; continue it with --resume auto, or choose another output_dir"
@@ -119,7 +113,7 @@ class RunFolder:
         """
         refuse_to_write_over(self.path)
         if resume is None:
-            self._refuse_results()
+            self.refuse_results()
             return None, []
 
         damaged: list[checkpoint.Verdict] = []

@@ -42,6 +42,11 @@ TYPOS = {
     "train dpo model.adapter.peft={'peft_type':LOHAA}": "Did you mean `LOHA`?",
     "train dpo model.adapter.peft={'use_dorra':true}": "Did you mean `use_dora`?",
     "train dpo model.adapter.peft={'peft_type':LOHA,'use_dora':true}": "LoHaConfig of the installed",
+    "train dpo output_dir=run": "already holds a run; continue it with --resume auto",
+    "train dpo output_dir=mine": "is not the folder of a run, and it holds notes.txt",
+    "train dpo output_dir=mine.py": "mine.py is a file; choose an empty or new folder",
+    "train dpo --resume run/checkpoints/step-7": "no checkpoint folder run/checkpoints/step-7",
+    "train dpo train.metric=eval_far_loss data.eval={'near':mine.py}": "which is of no set of",
     "train dpo model.adapter.path=./nope": "no adapter_config.json in ./nope",
     "train rpg rewards=[{'verifier':nope.py:score}]": "rewards.0.verifier: there is no file",
     "train rpg rewards=[{'function':mine.py:scroe}]": "Did you mean `score`? It has: score, LIMIT",
@@ -61,7 +66,11 @@ TYPOS = {
 
 def test_a_typo_needs_no_torch(tmp_path):
     (tmp_path / "mine.py").write_text("def score(prompts, completions):\n    ...\n\n\nLIMIT = 3\n")
-    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.json").write_text('{"alignkit": "run folder"}')
+    (tmp_path / "run" / "model").mkdir()
     (tmp_path / "run" / "model" / "config.json").write_text("{}")
     script = (
         "import json, sys\n"
