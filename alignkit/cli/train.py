@@ -2,12 +2,16 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from alignkit.cli.lasting_imports import lasting_imports
 from alignkit.cli.options import AllowPrivateJudge, Overrides, RecipeName, Safe
+
+if TYPE_CHECKING:
+    from alignkit.config.recipe import Recipe
+    from alignkit.objectives.base import Objective
 
 
 def train(
@@ -38,7 +42,6 @@ def train(
 ) -> None:
     """Train a model by a recipe."""
     from alignkit.config.recipe import load_recipe
-    from alignkit.config.streams import objective_of
     from alignkit.distributed.launcher import launch, machines_of
     from alignkit.runs.checks import check_mesh, check_without_torch
     from alignkit.runs.launch import resolve_task, run_recipe
@@ -62,12 +65,18 @@ def train(
             arguments.append("--safe")
         raise typer.Exit(launch(processes, arguments, several))
 
-    with lasting_imports():
-        # Before the rest, which takes longer: what it refuses is said sooner.
-        objective = objective_of(loaded, safe=safe)
-        import alignkit.runs.job_data
-        import alignkit.training.loop  # noqa: F401
-
-    result = run_recipe(loaded, resume, safe=safe, objective=objective)
+    result = run_recipe(loaded, resume, safe=safe, objective=_objective(loaded, safe))
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"{result.step} steps done; the model is in {Path(loaded.output_dir) / 'model'}")
+
+
+def _objective(recipe: "Recipe", safe: bool) -> "Objective":
+    """The recipe's objective, and all imports of a run."""
+    from alignkit.config.streams import objective_of
+
+    with lasting_imports():
+        # Before the rest, which takes longer: what it refuses is said sooner.
+        objective = objective_of(recipe, safe=safe)
+        import alignkit.runs.job_data
+        import alignkit.training.loop  # noqa: F401
+    return objective
