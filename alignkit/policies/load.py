@@ -42,6 +42,7 @@ from alignkit.policies.pair import PolicyPair
 from alignkit.policies.probe import check_head, choose_layout, probe_bundle, probe_rows
 from alignkit.policies.quantized import keep_differentiable, quantized
 from alignkit.policies.reference import KINDS, Anchor, following_anchors, resolve_kind
+from alignkit.policies.reward_head import start_reward_head
 from alignkit.policies.router import router_of
 from alignkit.policies.sharding import Shards
 from alignkit.policies.tokenizer import check_vocabulary, load_tokenizer, padded, same_vocabulary
@@ -349,14 +350,16 @@ def load_pair(
     each process reads its own slices; all have to call this. Raises ModelError, ConfigError.
     """
     start = _start(model, live, device, dtype, seed, sharded=shards is not None)
-    base = PolicyModule(start.policy, values=plan.values, bins=plan.bins).eval()
+    is_reward = _is_reward(plan, model)
+    base = PolicyModule(start.policy, values=plan.values, rewards=is_reward, bins=plan.bins).eval()
+    if base.value_head is not None and is_reward:
+        start_reward_head(base.value_head, start.policy.config, seed)
     if shards is not None and start.weights is not None:
         shards.place(base, partial(start.weights.fill, device))
     probe = _probe(base)
     layout, about_layout = _probed(base, model, probe)
     base.router, about_router = router_of(start.loaded, router_aux_loss)
     notes = [note for note in (about_layout, about_router) if note]
-    base.rewards = _is_reward(plan, model)
     base.temperature = temperature  # before anchors are copied from it
     if temperature != 1:
         notes.append(

@@ -117,7 +117,9 @@ class PolicyModule(nn.Module):
 
     model: Any  # the transformers model, maybe in peft's wrapper
 
-    def __init__(self, model: Any, *, values: bool = False, bins: int = 0) -> None:
+    def __init__(
+        self, model: Any, *, values: bool = False, rewards: bool = False, bins: int = 0
+    ) -> None:
         super().__init__()
         self.model = model
         take_runs(causal_lm(model))
@@ -129,7 +131,9 @@ class PolicyModule(nn.Module):
         self.router: Router | None = None  # set where its auxiliary loss is trained on
         self.tail: Tail | None = None  # where it is spread over processes
         self.value_head: nn.Linear | None = None
-        self.rewards = False  # whether the values are rewards of whole texts, saved with the model
+        self.rewards = (
+            rewards  # whether the values are rewards of whole texts, saved with the model
+        )
         self.bin_head: BinHead | None = None
         first = next(model.parameters())
         width = model.config.get_text_config().hidden_size
@@ -138,10 +142,11 @@ class PolicyModule(nn.Module):
         if bins:
             self.bin_head = BinHead(width, bins, device)
         if values:
-            self.value_head = nn.Linear(width, 1, device=device)
-            # Values start at 0, so the first advantages are the plain returns.
-            nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
+            # Values start at 0, so the first advantages are the plain returns. Of rewards only
+            # differences are learned, so they have no bias; `start_reward_head` starts them.
+            self.value_head = nn.Linear(width, 1, bias=not rewards, device=device)
+            for parameter in self.value_head.parameters():
+                nn.init.zeros_(parameter)
 
     @property
     def head(self) -> Head:

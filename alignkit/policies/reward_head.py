@@ -14,11 +14,21 @@ from alignkit.policies.dtensors import full
 FILE = REWARD_HEAD
 
 
+def start_reward_head(head: nn.Linear, config: Any, seed: int) -> None:
+    """Draw the weights of a fresh head as transformers draws a sequence classifier's after
+    `torch.manual_seed(seed)`, and so TRL's reward trainer: normal, as wide as `config` of the language
+    model says. A reward head and a reward model of one seed then start as the same function.
+    """
+    width = getattr(config.get_text_config(), "initializer_range", None) or 0.02
+    weight = torch.empty(head.weight.shape)
+    weight.normal_(0, width, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        head.weight.copy_(weight)
+
+
 def save_reward_head(head: nn.Linear, folder: Path | str, *, writes: bool = True) -> None:
     """Write the head beside its model. Processes that hold shards of it all call this, and one of
     them `writes`.
-
-    Its bias is left out: only differences of rewards are learned, and classifiers have none.
     """
     weight = full(head.weight.detach()).cpu().contiguous()
     if writes:
