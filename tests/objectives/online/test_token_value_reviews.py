@@ -45,7 +45,7 @@ def test_guidance_comes_close_to_the_optimum(tmp_path):
     arguments = (base.tokenizer, listed.prompts, completions)
     reference = fused_logps([base.network], *arguments)
     torch.testing.assert_close(reference, listed.reference, rtol=0, atol=1e-3)
-    for beta in (0.5, 1.0, 2.0):
+    for beta in (0.3, 0.5, 1.0, 2.0):
         value = load_value(str(tmp_path / "value"), beta).network
         guided = fused_logps([base.network, value], *arguments)
         optimum = (listed.reference + listed.rewards / beta).log_softmax(-1)
