@@ -316,14 +316,19 @@ def _probed(base: PolicyModule, model: ModelConfig, bundle: Bundle) -> tuple[Lay
     return choose_layout(base, model.layout, bundle)
 
 
-def _is_reward(plan: Plan, model: ModelConfig) -> bool:
-    """Whether the values are rewards of given completions. ConfigError with an adapter."""
+def _trained_module(start: _Start, plan: Plan, model: ModelConfig, seed: int) -> PolicyModule:
+    """The policy with the heads that the plan asks for. ConfigError where the values are to be
+    rewards, saved with the model, and there is an adapter.
+    """
     if plan.rewards and model.adapter is not None:
         raise ConfigError(
             "model.adapter: a model that is a reward too is trained whole, so that its files are a "
             "classifier's; leave the adapter out"
         )
-    return plan.rewards
+    module = PolicyModule(start.policy, values=plan.values, rewards=plan.rewards, bins=plan.bins)
+    if module.value_head is not None and plan.rewards:
+        start_reward_head(module.value_head, start.policy.config, seed)
+    return module.eval()
 
 
 def load_pair(
@@ -350,10 +355,7 @@ def load_pair(
     each process reads its own slices; all have to call this. Raises ModelError, ConfigError.
     """
     start = _start(model, live, device, dtype, seed, sharded=shards is not None)
-    is_reward = _is_reward(plan, model)
-    base = PolicyModule(start.policy, values=plan.values, rewards=is_reward, bins=plan.bins).eval()
-    if base.value_head is not None and is_reward:
-        start_reward_head(base.value_head, start.policy.config, seed)
+    base = _trained_module(start, plan, model, seed)
     if shards is not None and start.weights is not None:
         shards.place(base, partial(start.weights.fill, device))
     probe = _probe(base)
