@@ -99,7 +99,8 @@ def compare(
             new = [with_inputs(point, by_label[point.label]) for point in search.next_runs()]
             stale |= _stale(new, console)
             points += new
-        measure_decoders(measurer, decoders)
+        workers = section_of(recipe).workers
+        measure_decoders(measurer, decoders, _process_count(workers, len(decoders)))
 
         seconds = time.monotonic() - start
         results = gather(recipe, points, measurer, stale, search=search, seconds=seconds)
@@ -270,7 +271,7 @@ def _run_all(
 
 
 def _process_count(asked: int | str, waiting: int) -> int:
-    """Worker processes for `waiting` runs; "auto": one with a GPU, else one per usable core."""
+    """Worker processes for `waiting` runs or decoders; "auto": one with a GPU, else one per usable core."""
     import torch
 
     if asked != "auto":

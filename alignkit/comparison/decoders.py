@@ -1,7 +1,9 @@
 """Decoders beside the grid: `compare.decode`, expanded, measured and gathered. They need no training."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,8 @@ import numpy as np
 
 from alignkit.comparison.grid import name_of, section_of
 from alignkit.comparison.measurement import DamagedFileError, Measurement
+from alignkit.comparison.run_pool import run_apart
+from alignkit.comparison.single_run import LOG, measurer_of, printing_into
 from alignkit.config.decode import DecodeConfig
 from alignkit.config.recipe import Recipe
 from alignkit.config.validation import validated
@@ -78,25 +82,54 @@ def read_decoder(measurer: "Measurer", point: DecoderPoint) -> Measurement | Non
         return None
 
 
-def measure_decoders(measurer: "Measurer", points: Sequence[DecoderPoint]) -> None:
-    """Measure the decoders that are not measured yet, and write their files."""
-    from alignkit.evaluation.decoded import listed_law, measure_decoder
-
-    for point in points:
-        if read_decoder(measurer, point) is not None:
-            continue
-        config = point.config
-        exact = None
-        if config.model == "task":
-            config = config.model_copy(update={"model": measurer.start})
-            exact = None if measurer.listed is None else listed_law(config, measurer.listed)
-        measured = measure_decoder(
-            config, measurer.yardstick, measurer.reference, point.name, safe=measurer.safe
+def measure_decoders(
+    measurer: "Measurer", points: Sequence[DecoderPoint], processes: int = 0
+) -> None:
+    """Measure the decoders that are not measured yet, several at a time where there are
+    `processes`, and write their files. Raises what `measure_decoder` raises.
+    """
+    waiting = [point for point in points if read_decoder(measurer, point) is None]
+    if min(processes, len(waiting)) > 1:
+        run_apart(
+            waiting,
+            partial(_measure_apart, recipe=measurer.recipe, safe=measurer.safe),
+            min(processes, len(waiting)),
+            crashed=lambda point, how: None,
+            watch=lambda at_work: None,
         )
 
-        file = file_of(measurer.recipe, point)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Measurement(_key(measurer, point), measured, exact=exact).write(file)
+    # What another process could not measure is tried once more here, where its error is raised.
+    for point in waiting:
+        if read_decoder(measurer, point) is None:
+            _measure(measurer, point)
+
+
+def _measure_apart(point: DecoderPoint, *, recipe: Recipe, safe: bool) -> None:
+    """Measure a decoder in one of several processes, if it can be: with one thread, printing into
+    a log beside its file.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    with printing_into(file_of(recipe, point).parent / LOG), suppress(Exception):
+        _measure(measurer_of(recipe, safe), point)
+
+
+def _measure(measurer: "Measurer", point: DecoderPoint) -> None:
+    from alignkit.evaluation.decoded import listed_law, measure_decoder
+
+    config = point.config
+    exact = None
+    if config.model == "task":
+        config = config.model_copy(update={"model": measurer.start})
+        exact = None if measurer.listed is None else listed_law(config, measurer.listed)
+    measured = measure_decoder(
+        config, measurer.yardstick, measurer.reference, point.name, safe=measurer.safe
+    )
+
+    file = file_of(measurer.recipe, point)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Measurement(_key(measurer, point), measured, exact=exact).write(file)
 
 
 def _key(measurer: "Measurer", point: DecoderPoint) -> str:

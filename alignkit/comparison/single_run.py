@@ -36,7 +36,7 @@ def train_and_measure(point: Point, *, recipe: Recipe, safe: bool, quiet: bool) 
         torch.set_num_threads(1)
     log_file = Path(point.recipe.output_dir) / LOG
 
-    with _printing_into(log_file) if quiet else nullcontext():
+    with printing_into(log_file) if quiet else nullcontext():
         try:
             if read_run_state(point).status != "finished":
                 train_point(point, safe)
@@ -114,7 +114,7 @@ def _measure(point: Point, recipe: Recipe, safe: bool) -> None:
 
 
 @contextmanager
-def _printing_into(file: Path) -> Iterator[None]:
+def printing_into(file: Path) -> Iterator[None]:
     """Append what is printed inside, by Python or by a library below it, to `file`."""
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -65,7 +65,7 @@ class CompareConfig(Section):
     )
     workers: Literal["auto"] | NonNegativeInt = Field(
         "auto",
-        description="runs at the same time, each in a process with one thread; "
+        description="runs or decoders at the same time, each in a process with one thread; "
         "auto: one per core, or one on a GPU; 0: one after the other in this process",
     )
 

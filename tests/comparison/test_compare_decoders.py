@@ -8,7 +8,7 @@ from world import write_inputs
 from alignkit.comparison.compare import compare
 from alignkit.comparison.decoders import expand_decoders
 from alignkit.config.recipe import load_recipe
-from alignkit.errors import ConfigError
+from alignkit.errors import ConfigError, ModelError
 
 RECIPE = """\
 model: {name_or_path: model}
@@ -64,6 +64,21 @@ def test_decoders_stand_beside_the_grid(recipe, tmp_path):
     assert changed == ["cold.json"]
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert content["decoders"][2]["decode"]["temperature"] == 0.9
+
+
+@pytest.mark.long
+def test_decoders_are_measured_apart_with_the_same_figures(recipe, tmp_path):
+    """And the error of one that cannot be measured is raised here."""
+    expected = compare(recipe())["decoders"]
+    for file in (tmp_path / "out" / "decoders").iterdir():
+        file.unlink()
+    text = RECIPE.replace("workers: 0", "workers: 2")
+    assert compare(recipe(text))["decoders"] == expected
+    assert (tmp_path / "out" / "decoders" / "log.txt").is_file()  # written by other processes
+
+    bad = text.replace("model, method: sample", "nowhere, method: sample")
+    with pytest.raises(ModelError, match="nowhere"):
+        compare(recipe(bad))
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_a_link_in_the_place_of_a_log_is_not_followed(tmp_path):
     (tmp_path / "log.txt").symlink_to(tmp_path / "mine")
     with (
         pytest.raises(ResourceError, match=r"log\.txt"),
-        single_run._printing_into(tmp_path / "log.txt"),
+        single_run.printing_into(tmp_path / "log.txt"),
     ):
         pass
     assert (tmp_path / "mine").read_text() == "mine"
