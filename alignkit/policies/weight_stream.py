@@ -3,7 +3,7 @@ under a checkpoint's names, with LoRA's update added. The model is never whole i
 as it is, bit for bit.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -27,7 +27,7 @@ class WeightStream:
     dtype  of the floating-point tensors that the stream gives
 
     Where the model is spread over processes, all of them have to iterate, or to `take_part`. Raises
-    ModelError for adapters that are no LoRA.
+    ModelError for adapters that are no LoRA, or on weights that are tied.
     """
 
     @torch.no_grad()
@@ -36,20 +36,23 @@ class WeightStream:
         self.base, layers = _unwrapped(model)
         self._tensors: dict[str, Tensor] = {}
         self._layers: dict[str, Any] = {}  # the LoRA layer of a tensor, by the tensor's name
-        seen: set[Hashable] = set()
+        first: dict[int, str] = {}  # the first name of each tensor
 
         for name, tensor in _live(self.base).items():
             if ".lora_" in name:
                 continue  # added to the layer's own weight
             name = name.replace(".base_layer.", ".")
             layer = layers.get(name.removesuffix(".weight"))
-            key: Hashable = id(tensor) if layer is None else name
-            if key in seen:
-                continue
-            seen.add(key)
-            self._tensors[name] = tensor.detach()
-            if layer is not None:
-                self._layers[name] = layer
+            before = first.setdefault(id(tensor), name)
+            if before == name:
+                self._tensors[name] = tensor.detach()
+                if layer is not None:
+                    self._layers[name] = layer
+            elif layer is not None or before in self._layers:
+                raise ModelError(
+                    f"model.adapter: {before} and {name} are tied, and a server keeps them as one; "
+                    "the adapter makes them differ: leave them out of model.adapter.target_modules"
+                )
 
         self._groups = converted_together(self.base, list(self._tensors))
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from alignkit.rollout import VLLMSampler
 from alignkit.rollout.colocated import OPTIONS
 
 GPUS = {"ipc": 1, "nccl": 2}  # that each way needs
+DTYPE = torch.bfloat16 if GPU else torch.float32  # a CPU runs it with stand-ins (test_transfer.py)
 CLOSE = 0.1  # nats: bfloat16 on both sides, by other kernels
 PATIENCE = 180  # seconds for vLLM to start
 
@@ -46,13 +47,16 @@ def transfers(size, left):
 
 def sent(way, size, vllm):
     """Two updates, the second one timed, and samples after it."""
-    with tempfile.TemporaryDirectory() as place, served(way, size, vllm, Path(place)) as url:
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+        model_of(size, "cpu").to(DTYPE).save_pretrained(place)
+        tokenizer_of(size).save_pretrained(place)
+        url = stack.enter_context(served(way, Path(place), vllm))
         pair = load_pair(
-            ModelConfig(name_or_path=place, dtype="bfloat16"),
+            ModelConfig(name_or_path=place, dtype=str(DTYPE).removeprefix("torch.")),
             ReferenceConfig(),
             None,
             Plan("rollout", anchors=()),
-            device="cuda:0",
+            device="cuda:0" if GPU else "cpu",
             fixed_data=False,
         )
         config = RolloutConfig(
@@ -93,10 +97,8 @@ def difference(pair, sampler):
 
 
 @contextmanager
-def served(way, size, vllm, folder):
-    """The address of a `vllm serve` of a random model, on this GPU or the next one."""
-    model_of(size, "cpu").bfloat16().save_pretrained(folder)
-    tokenizer_of(size).save_pretrained(folder)
+def served(way, folder, vllm):
+    """The address of a `vllm serve` of a model's folder, on this GPU or the next one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

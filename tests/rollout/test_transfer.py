@@ -8,6 +8,9 @@ import ast
 import logging
 import subprocess
 import sys
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -301,6 +304,20 @@ def test_chunks_hold_no_more_than_one_may_and_are_aligned(monkeypatch):
     assert chunks == [["0", "1", "2"], ["3"], ["4"]]
     odd = [stream[0], stream[2]]  # six bytes, after which no float32 may begin
     assert [len(chunk) for chunk in transfer.chunks(odd)] == [1, 1]
+
+
+@both
+def test_what_make_gpu_runs_with_a_real_vllm_runs_with_this_one(monkeypatch, way):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "gpu"))
+    transfers = import_module("transfers")
+
+    @contextmanager
+    def served(way, folder, vllm):
+        with serving(TransferEngine(folder, way)) as url:
+            yield url
+
+    monkeypatch.setattr(transfers, "served", served)
+    assert "log-probs and the trainer's agree" in transfers.sent(way, "tiny", "vllm")
 
 
 @pytest.mark.long
