@@ -325,12 +325,16 @@ import json, sys, threading
 from alignkit.distributed import isolation
 from alignkit.rewards import verifier as verifiers
 completion, kinds = json.load(sys.stdin)
+threads = []
 for spec, chosen in kinds:
     if chosen:
         verifiers.choose = lambda: isolation.Isolation(*chosen)
     v = verifiers.Verifier(spec + ":inside", timeout=60, workers=1)
     call = lambda v=v: print(v(["p"], [completion]), flush=True)
-    threading.Thread(target=call).start()
+    threads.append(threading.Thread(target=call))
+    threads[-1].start()
+for thread in threads:  # a main thread that ends takes the verifiers' threads with it
+    thread.join()
 """
 
 
