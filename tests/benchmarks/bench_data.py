@@ -1,10 +1,14 @@
 """What many rows cost: `alignkit data check` twice, and the start of a DPO run on them.
 
-    python tests/benchmarks/bench_data.py [--rows 100000]
+    python tests/benchmarks/bench_data.py [--rows 100000] [--store FOLDER]
 
 The pairs of ../shared/data, repeated with changed texts, and the story model's tokenizer. The cache is
 a new folder. Seconds, processor seconds and peak memory are those of whole commands, imports
 included; the first row of the table is the run on 100 pairs. It goes to stdout as Markdown.
+
+With `--store`, the runs have `reference.store` there, and the first one fills it, unless an earlier
+call did. As all pairs go through the model for that, it is a small one: one layer of width 16, random,
+with the same tokenizer.
 """
 
 import argparse
@@ -14,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -32,7 +37,10 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000)
-    number = parser.parse_args().rows
+    parser.add_argument("--store", type=Path, metavar="FOLDER")
+    arguments = parser.parse_args()
+    number = arguments.rows
+    store = arguments.store
 
     print(f"\n{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {number:,} pairs\n")
     print("| command | s | CPU s | peak MiB |\n|---|---|---|---|", flush=True)
@@ -41,16 +49,57 @@ def main() -> None:
         os.environ["ALIGNKIT_CACHE"] = str(folder / "cache")
         few = write(folder / "few.jsonl", 100)
         many = write(folder / "many.jsonl", number)
+        if store is not None:
+            measure_store(folder, few, many, store.absolute())
+            return
         checking = ["data", "check", str(many), "--model", str(MODEL), "--family", "pair"]
         frozen = "reference.kind=frozen"
-        stored = f"reference.store={folder / 'store'}"
 
         measure("dpo, 100 pairs", train(folder / "a", few, frozen))
         measure("data check", checking)
         measure("data check again", checking)
         measure("dpo, frozen reference", train(folder / "b", many, frozen))
-        measure("dpo, store is filled", train(folder / "c", many, stored))
-        measure("dpo, filled store", train(folder / "d", many, stored))
+
+
+def measure_store(folder: Path, few: Path, many: Path, store: Path) -> None:
+    """The rows of runs that keep the reference's log-probs in `store`."""
+    # Elsewhere: a process that is started counts its parent's memory as its own peak.
+    maker = get_context("spawn").Process(target=save_small_model, args=(folder / "model",))
+    maker.start()
+    maker.join()
+    small = f"model.name_or_path={folder / 'model'}"
+    is_new = not any(store.glob("*.safetensors"))
+    filled = [f"reference.store={store}", small]
+
+    measure("dpo, 100 pairs, small model", train(folder / "a", few, small))
+    if is_new:
+        measure("dpo, fills the store", train(folder / "b", many, *filled))
+    else:
+        checking = ["data", "check", str(many), "--model", str(folder / "model")]
+        measure("data check", [*checking, "--family", "pair"])
+    measure("dpo, filled store", train(folder / "c", many, *filled))
+
+
+def save_small_model(folder: Path) -> None:
+    """The same bits each time."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def write(path: Path, number: int) -> Path:
