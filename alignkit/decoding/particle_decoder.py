@@ -1,6 +1,7 @@
 """Particles of language models: the decoder, and the world that they grow in."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -125,7 +126,10 @@ class ParticleDecoder:
                 assert run.given is not None
                 given[row, : len(run.given)] = run.given
             given = given.to(device)
-        return run_particles(world, noise, self.schedule, len(runs), given)
+        with ExitStack() as entered:
+            for model in world.models:
+                entered.enter_context(model.entered())
+            return run_particles(world, noise, self.schedule, len(runs), given)
 
 
 def _completion(outcome: Outcome) -> Tensor:
