@@ -41,10 +41,10 @@ class RolloutConfig(Section):
         description="vllm: a folder that trainer and servers see under one path, for the weights; "
         "null: this machine's folder for temporary files",
     )
-    transfer: Literal["auto", "file", "nccl", "ipc"] = Field(
-        "auto",
+    transfer: Literal["file", "nccl", "ipc"] | None = Field(
+        None,
         description="vllm: how the weights get to the servers: nccl to GPUs of their own, ipc on the "
-        "trainer's GPUs, or a file; auto: what all servers were started for, else a file",
+        "trainer's GPUs, or a file; null: what all servers were started for, else a file",
     )
     engine: Literal["auto", "hf", "vllm"] = Field(
         "auto", description="what samples; auto: vllm where there is a url, else hf"
@@ -167,7 +167,7 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _transfer_fits(self) -> "RolloutConfig":
-        if self.transfer == "auto":
+        if self.transfer is None:
             return self
         if self.engine == "hf":
             raise ValueError(

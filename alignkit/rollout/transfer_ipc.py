@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
+from alignkit.errors import ResourceError, first_line
 from alignkit.policies.weight_stream import WeightStream
 from alignkit.rollout import transfer
 from alignkit.rollout.client import Client
@@ -36,12 +37,24 @@ class IPC:
         if self.device.type == "cuda":
             torch.cuda.ipc_collect()
         largest = max(tensor.nbytes for tensor in stream.shapes().values())
-        self.buffer, own = shared_buffer(max(transfer.CHUNK, largest), self.device)
+        size = max(transfer.CHUNK, largest)
 
+        failure: RuntimeError | None = None
+        own: dict[str, tuple[Any, ...]] = {}
+        try:
+            self.buffer, own = shared_buffer(size, self.device)
+        except RuntimeError as error:  # out of memory, for one
+            failure = error
         handles = [own]
         if _several():
             handles = [own] * dist.get_world_size()
             dist.all_gather_object(handles, own)
+        if {} in handles:
+            raise ResourceError(
+                f"rollout.transfer: no GPU memory of {size >> 20} MiB could be shared with the servers "
+                f"({first_line(failure) if failure else 'on another process'}); leave them less of it, "
+                "or set rollout.transfer=file"
+            ) from failure
         everyone = {gpu: handle for each in handles for gpu, handle in each.items()}
         # The one form in which vLLM takes them over HTTP. Nothing is ever read from a pickle here.
         self.handles = base64.b64encode(pickle.dumps(everyone)).decode()

@@ -21,12 +21,13 @@ def way_of(
     by a file. ConfigError, ModelError where the way that the recipe asks for cannot be had.
     """
     name = config.transfer
-    if name == "auto":
+    if name is None:
         backends = {server["transfer"] for server in about}
         name = backends.pop() if len(backends) == 1 else "file"
         elsewhere = any(url.startswith("https:") for url in config.urls)
         usable = name == "nccl" or (name == "ipc" and not elsewhere)
-        if not (usable and on_gpu(device)) or config.ahead:
+        wants_a_file = config.ahead or config.weights_dir is not None
+        if wants_a_file or not (usable and on_gpu(device)):
             name = "file"
     if name == "file":
         return None

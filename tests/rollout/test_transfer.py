@@ -211,7 +211,7 @@ def test_a_release_without_the_endpoints(folder, way):
 
 
 def test_which_way_is_taken(folder, monkeypatch):
-    """`auto` takes what all servers were started for; a way that is asked for has to be there."""
+    """What all servers were started for; a way that is asked for has to be there."""
     pair = pair_of(folder)
     engines = {way: TransferEngine(folder, way) for way in ("nccl", "ipc", None)}
     older = TransformersEngine(folder)  # says nothing of a transfer
@@ -231,6 +231,7 @@ def test_which_way_is_taken(folder, monkeypatch):
         for urls in (plain, old, [nccl, ipc], [nccl, plain]):
             assert way(urls) is None
         assert way(nccl, transfer="file") is way(nccl, ahead=1) is None
+        assert way(nccl, weights_dir="somewhere") is None
         for url, asked in ((plain, "nccl"), (old, "ipc"), (nccl, "ipc"), ([ipc, plain], "ipc")):
             words = f'was not started for {asked}; start it with .*"backend": "{asked}"'
             with pytest.raises(ModelError, match=words):
@@ -247,6 +248,17 @@ def test_which_way_is_taken(folder, monkeypatch):
             ConfigError, match=r"takes the weights from the policy's GPU, .* on the cpu"
         ):
             way(nccl, transfer="nccl")
+
+
+def test_a_gpu_without_room_for_the_buffer(folder, monkeypatch):
+    def full(size, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 256 MiB")
+
+    monkeypatch.setattr("alignkit.rollout.transfer_ipc.shared_buffer", full)
+    with serving(TransferEngine(folder, "ipc")) as url:
+        sampler = sampler_of(pair_of(folder), url)
+        with pytest.raises(ResourceError, match=r"could be shared with the servers \(CUDA out of"):
+            sampler.sync()
 
 
 def test_a_torch_without_nccl(folder, monkeypatch):
@@ -273,7 +285,7 @@ def test_the_section_refuses(fields, words):
         RolloutConfig(**fields)
 
 
-@pytest.mark.parametrize(("sleeps", "transfer"), [(True, "auto"), (True, "file"), (False, "auto")])
+@pytest.mark.parametrize(("sleeps", "transfer"), [(True, None), (True, "file"), (False, None)])
 def test_servers_on_the_trainers_gpus_are_started_for_ipc(folder, monkeypatch, sleeps, transfer):
     """`sleeps` is what they do on a GPU; nothing is started here."""
     started = []
@@ -291,7 +303,7 @@ def test_servers_on_the_trainers_gpus_are_started_for_ipc(folder, monkeypatch, s
     config = RolloutConfig(colocate=True, program=sys.executable, transfer=transfer)
     colocated.start_servers(config, pair_of(folder), sleeps=sleeps)
     ((command, environment),) = started
-    by_ipc = sleeps and transfer == "auto"
+    by_ipc = sleeps and transfer is None
     assert (command[-2:] == ["--weight-transfer-config", '{"backend": "ipc"}']) == by_ipc
     assert ("VLLM_ALLOW_INSECURE_SERIALIZATION" in environment) == by_ipc
 
