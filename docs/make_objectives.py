@@ -122,11 +122,26 @@ def make_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def settled_family(cls: type[Objective]) -> str | None:
+    """The data family of an objective; None where a field decides, as `share` of `distill` does."""
+    families = {cls().plan.data}
+    for field, schema in schema_of(cls).items():
+        limits = [schema[key] for key in ("minimum", "maximum") if key in schema]
+        for value in [*schema.get("enum", []), *limits]:
+            try:
+                families.add(cls(**{field: value}).plan.data)
+            except ValueError:  # it needs another field to be changed too
+                continue
+    return families.pop() if len(families) == 1 else None
+
+
 def make_table() -> str:
-    """The table of fields as JSON, one objective per line."""
-    lines = [
-        f"{json.dumps(name)}: {json.dumps(schema_of(objective_class(name)))}" for name in OBJECTIVES
-    ]
+    """The table of families and fields as JSON, one objective per line."""
+    lines = []
+    for name in OBJECTIVES:
+        cls = objective_class(name)
+        entry = {"family": settled_family(cls), "fields": schema_of(cls)}
+        lines.append(f"{json.dumps(name)}: {json.dumps(entry)}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 

@@ -44,6 +44,7 @@ def train(
     from alignkit.config.recipe import load_recipe
     from alignkit.distributed.launcher import launch, machines_of
     from alignkit.runs.checks import check_mesh, check_without_torch
+    from alignkit.runs.columns import check_columns
     from alignkit.runs.launch import resolve_task, run_recipe
     from alignkit.runs.resume import check_output
 
@@ -54,6 +55,8 @@ def train(
     if several:  # processes that start again go on where they were
         resume = resume or "auto"
     check_output(loaded, resume)
+    if resume is None:  # else what is said first is that the run was trained on other data
+        check_columns(loaded)
     if not several:
         check_mesh(loaded, processes)
     if processes > 1 or several:

@@ -1,6 +1,6 @@
 """The fields of the registered objectives, known without their classes, which need torch.
 
-`alignkit/objectives/fields.json` says what each field may be. `python docs/make_objectives.py`
+`alignkit/objectives/fields.json` says what each field may be, and which rows are learned from. `python docs/make_objectives.py`
 writes it from the classes, and a test keeps the two equal.
 """
 
@@ -31,17 +31,28 @@ def fields_of(name: str) -> type[BaseModel] | None:
     """A model that accepts what every field of the registered objective `name` accepts by itself;
     None where the table was not written anew since. Rules between several fields are its class's.
     """
-    schemas = _table().get(name)
-    if schemas is None:
+    entry = _table().get(name)
+    if entry is None:
         return None
+    schemas = entry["fields"]
     fields: dict[str, Any] = {
         field: (annotation(schema), None) for field, schema in schemas.items()
     }
     return create_model(name, __base__=_Fields, **fields)
 
 
+def family_of(name: str) -> str | None:
+    """The data family of the registered objective `name`; None where its settings decide, and where
+    the table does not know it.
+    """
+    family: str | None = _table().get(name, {}).get("family")
+    return family
+
+
 def schema_of(cls: type[BaseModel]) -> dict[str, Any]:
-    """The table's entry for an objective's class: field -> its JSON schema, without words."""
+    """The fields in the table's entry for an objective's class: each with its JSON schema, without
+    words.
+    """
     words = ("title", "description", "default")
     return {
         field: {key: value for key, value in schema.items() if key not in words}

@@ -69,7 +69,7 @@ def check_rows(
     made of each part, in the order of the rows. Malformed rows are counted. Without a tokenizer a
     chat template is assumed to be there. Raises DataError for columns that cannot be used.
     """
-    rows, format = _with_format(rows, config, family)
+    rows, format = with_format(rows, config, family)
     template = config.chat_template or getattr(tokenizer, "chat_template", None)
     going = _Check(
         rows,
@@ -103,8 +103,10 @@ def check_rows(
     return Checked(report, as_read)
 
 
-def _with_format(rows: Rows, config: DataConfig, family: str | None) -> tuple[Rows, str]:
-    """The rows under our names of the columns, and their format."""
+def with_format(rows: Rows, config: DataConfig, family: str | None) -> tuple[Rows, str]:
+    """The rows under our names of the columns, and their format. DataError for columns that an
+    objective of `family` cannot use, and where there are none.
+    """
     rows = renamed(rows, config.columns)
     if not rows.columns:  # nothing could be read: there is no format to decide
         report = Report(rows.where, rows.name)

@@ -42,6 +42,10 @@ TYPOS = {
     "train dpo model.adapter.peft={'peft_type':LOHAA}": "Did you mean `LOHA`?",
     "train dpo model.adapter.peft={'use_dorra':true}": "Did you mean `use_dora`?",
     "train dpo model.adapter.peft={'peft_type':LOHA,'use_dora':true}": "LoHaConfig of the installed",
+    "train dpo data.train=rows.jsonl": "try data.columns.prompt=question data.columns.chosen=better",
+    "train kto data.train=late.jsonl": "the columns are prompt, answer; needed are labelled",
+    "train rpg data.train=rows.jsonl": "needed are prompts: a column prompt",
+    "train dpo data.train=pairs.jsonl data.eval=rows.jsonl": "rows.jsonl: the columns are question",
     "train dpo output_dir=run": "already holds a run; continue it with --resume auto",
     "train dpo output_dir=mine": "is not the folder of a run, and it holds notes.txt",
     "train dpo output_dir=mine.py": "mine.py is a file; choose an empty or new folder",
@@ -66,6 +70,10 @@ TYPOS = {
 
 def test_a_typo_needs_no_torch(tmp_path):
     (tmp_path / "mine.py").write_text("def score(prompts, completions):\n    ...\n\n\nLIMIT = 3\n")
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "better": "b", "worse": "c"}\n')
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    late = ['{"prompt": "a", "answer": null}\n'] * 200
+    (tmp_path / "late.jsonl").write_text("".join([*late, '{"prompt": "a", "answer": "b"}\n']))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     (tmp_path / "run").mkdir()
