@@ -198,9 +198,10 @@ class DataConfig(Section):
             share = float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             return value
+        percent = round(100 * (1 - share)) if 0.01 <= share <= 0.99 else 90
         raise ValueError(
             f"{share:g} is a number; to hold out a part of the rows, name the same source twice: "
-            "data.eval=SOURCE data.split=train[:90%] data.eval_split=train[90%:]"
+            f"data.eval=SOURCE data.split=train[:{percent}%] data.eval_split=train[{percent}%:]"
         )
 
     @model_validator(mode="after")

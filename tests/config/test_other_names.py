@@ -33,6 +33,10 @@ def test_every_hint_names_a_field_of_a_recipe(name):
     [
         ("train.num_train_epochs=1", "In alignkit it is `train.epochs`"),
         ("train.per_device_train_batch_size=4", "In alignkit it is `train.batch_size`, rows per"),
+        ("data.eval_split=0.25", "data.split=train[:75%] data.eval_split=train[75%:]"),
+        ("data.test_size=0.1", "data.split=train[:90%] data.eval_split=train[90%:]"),
+        ("train_test_split=0.1", "data.split=train[:90%] data.eval_split=train[90%:]"),
+        ("data.dataset_test_split=test", "In alignkit it is `data.eval_split`."),
         ("num_generations=4", "In alignkit it is `rollout.completions`."),
         ("model.load_in_4bit=true", "In alignkit it is `model.quantize=4bit`."),
         ("model.adapter.lora_alpha=16", "In alignkit it is `model.adapter.alpha`."),
