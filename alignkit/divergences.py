@@ -190,6 +190,11 @@ def names() -> Sequence[str]:
     return tuple(_TABLE)
 
 
+def refused_names() -> Sequence[str]:
+    """Names that `get` refuses with a reason of their own."""
+    return tuple(_REFUSED)
+
+
 def get(name: str, **parameters: float) -> Divergence:
     """The divergence called `name`; only `alpha` takes a parameter
     (`alpha`, between 0 and 1; default 0.5).

@@ -8,7 +8,8 @@ import json
 from importlib import import_module
 from pathlib import Path
 
-from alignkit.config.objective_fields import TABLE, schema_of
+from alignkit import divergences
+from alignkit.config.objective_fields import NAMES, REFUSED, TABLE, schema_of
 from alignkit.config.recipe import shipped_recipes
 from alignkit.objectives import FUNCTIONS, OBJECTIVES, locate
 from alignkit.objectives.base import Objective
@@ -140,7 +141,11 @@ def make_table() -> str:
     lines = []
     for name in OBJECTIVES:
         cls = objective_class(name)
-        entry = {"family": settled_family(cls), "fields": schema_of(cls)}
+        fields = schema_of(cls)
+        if fields.get("divergence") == {"type": "string"}:
+            fields["divergence"][NAMES] = list(divergences.names())
+            fields["divergence"][REFUSED] = list(divergences.refused_names())
+        entry = {"family": settled_family(cls), "fields": fields}
         lines.append(f"{json.dumps(name)}: {json.dumps(entry)}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 

@@ -43,13 +43,14 @@ def train(
     """Train a model by a recipe."""
     from alignkit.config.recipe import load_recipe
     from alignkit.distributed.launcher import launch, machines_of
-    from alignkit.runs.checks import check_mesh, check_without_torch
+    from alignkit.runs.checks import check_mesh, check_names, check_without_torch
     from alignkit.runs.columns import check_columns
     from alignkit.runs.launch import resolve_task, run_recipe
     from alignkit.runs.resume import check_output
 
     loaded = load_recipe(recipe, overrides or [])
     check_without_torch(loaded, safe)
+    check_names(loaded)
 
     several = machines_of(machines, first)
     if several:  # processes that start again go on where they were

@@ -17,6 +17,8 @@ TABLE = Path(objectives.__file__).with_name("fields.json")
 
 # What JSON Schema calls a limit -> what pydantic calls it.
 LIMITS = {"minimum": "ge", "maximum": "le", "exclusiveMinimum": "gt", "exclusiveMaximum": "lt"}
+NAMES = "names"  # what a text may be, as long as no code registers more
+REFUSED = "refused"  # what it may not be, for a reason that the class gives
 TYPES = {"number": float, "integer": int, "boolean": bool, "string": str, "null": None}
 
 
@@ -49,6 +51,18 @@ def family_of(name: str) -> str | None:
     return family
 
 
+def known_names(name: str) -> dict[str, tuple[list[str], list[str]]]:
+    """Field -> the names that it may have, and those that are refused with a reason; for fields of
+    the registered objective `name` for which code can register more.
+    """
+    fields = _table().get(name, {}).get("fields", {})
+    return {
+        field: (schema[NAMES], schema[REFUSED])
+        for field, schema in fields.items()
+        if NAMES in schema
+    }
+
+
 def schema_of(cls: type[BaseModel]) -> dict[str, Any]:
     """The fields in the table's entry for an objective's class: each with its JSON schema, without
     words.
@@ -62,7 +76,7 @@ def schema_of(cls: type[BaseModel]) -> dict[str, Any]:
 
 def annotation(schema: dict[str, Any]) -> Any:
     """The type that a field's JSON schema describes. ValueError for what the table cannot say."""
-    if unknown := set(schema) - {"type", "enum", "const", "anyOf", *LIMITS}:
+    if unknown := set(schema) - {"type", "enum", "const", "anyOf", NAMES, REFUSED, *LIMITS}:
         raise ValueError(f"{schema}: {', '.join(sorted(unknown))} is not understood")
     if "anyOf" in schema:
         return Union[tuple(annotation(member) for member in schema["anyOf"])]  # noqa: UP007

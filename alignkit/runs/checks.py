@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignkit.config.data import DataConfig
+from alignkit.config.objective_fields import known_names
 from alignkit.config.recipe import Recipe
 from alignkit.config.row_sources import RowSource
 from alignkit.config.validation import nearest
@@ -156,6 +157,23 @@ def check_metric(recipe: Recipe, former: Collection[str] = ()) -> None:
         f"{place}: `train.metric` is `{metric}`, which is of no set of `data.eval`: {there}. Keep a set "
         f"of the name that the metric has, or take another metric, such as {known}"
     )
+
+
+def check_names(recipe: Recipe) -> None:
+    """Check names for which code can register more, such as `divergence`, where the recipe names no
+    code that could: for the command line, on which nothing was registered before. ConfigError.
+    """
+    section = recipe.objective
+    if not isinstance(section, dict) or recipe.data.has_streams:
+        return
+    for field, (names, refused) in known_names(str(section.get("name"))).items():
+        given = section.get(field)
+        if isinstance(given, str) and given not in (*names, *refused):
+            place = recipe.origin.at(("objective", field))
+            raise ConfigError(
+                f"{place}: `objective.{field}`: unknown {field} `{given}`.{nearest(given, names)} "
+                f"Allowed: {', '.join(names)}"
+            )
 
 
 def check_mesh(recipe: Recipe, processes: int) -> None:

@@ -46,6 +46,7 @@ TYPOS = {
     "train kto data.train=late.jsonl": "the columns are prompt, answer; needed are labelled",
     "train rpg data.train=rows.jsonl": "needed are prompts: a column prompt",
     "train dpo data.train=pairs.jsonl data.eval=rows.jsonl": "rows.jsonl: the columns are question",
+    "train fdpo objective.divergence=jefreys": "Did you mean `jeffreys`? Allowed: reverse_kl",
     "train dpo output_dir=run": "already holds a run; continue it with --resume auto",
     "train dpo output_dir=mine": "is not the folder of a run, and it holds notes.txt",
     "train dpo output_dir=mine.py": "mine.py is a file; choose an empty or new folder",
