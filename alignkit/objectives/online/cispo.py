@@ -71,6 +71,7 @@ class CISPO(RatioGroup):
         return [
             cls(),
             cls(clip_low=0.2, clip_high=0.28, scale_by_std=False, aggregation="constant", length=4),
+            cls(ratio="sequence", clip_high=0.5),
         ]
 
     def loss(self, batch: RolloutBatch) -> LossTerms:
