@@ -27,10 +27,10 @@ ADDED = {
 def differences_between(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Every field in which the identity `new` differs from `old`, as "name: old -> new"; what an
     earlier version did not record in `old` counts where it is not at its default. What is watched of
-    held-out rows counts where both runs have such rows.
+    held-out rows counts where both runs have such rows and it is known of both.
     """
     new = _as_recorded(old, new, Recipe)
-    if all("metric" in _train(identity) for identity in (old, new)):
+    if all(_train(identity).get("metric", "auto") != "auto" for identity in (old, new)):
         return compare(old, new)
     return compare(_without_metric(old), _without_metric(new))
 

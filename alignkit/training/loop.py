@@ -281,14 +281,7 @@ class _Loop:
             )
 
         sign = 1 if self.config.goal_of(self.metric) == "min" else -1
-        value = sign * row[self.metric]
-        if not value < self.counters.best:  # a value that is not a number is no improvement
-            self.counters.worse += 1
-            return False
-        self.counters.best = value
-        self.counters.best_step = step
-        self.counters.worse = 0
-        return True
+        return self.counters.is_best(self.metric, sign * row[self.metric], step)
 
     def _finish(self, step: int, metrics: Metrics, stopped: bool) -> None:
         """Write the model and the card: of the best step after an early stop, else of the last."""

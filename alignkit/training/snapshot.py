@@ -30,10 +30,29 @@ class Counters:
     elapsed: float = 0.0  # seconds since the first step began
     tokens: int = 0  # computed, over all ranks
     skipped: int = 0  # steps that were not finite and were left out
+    metric: str = ""  # which one is watched; "" as long as none was
     best: float = math.inf  # of the watched metric, signed so that less is better
     best_step: int | None = None
     worse: int = 0  # evaluations in a row without improvement
     evaluated: dict[str, float] = field(default_factory=dict)  # the last evaluation
+
+    def is_best(self, metric: str, value: float, step: int) -> bool:
+        """Whether `value`, of which less is better, is the best so far of this metric; what a run
+        found best by another one, before it was resumed, does not count.
+        """
+        if self.metric not in ("", metric):
+            self.best = math.inf
+            self.best_step = None
+            self.worse = 0
+        self.metric = metric
+
+        if not value < self.best:  # a value that is not a number is no improvement
+            self.worse += 1
+            return False
+        self.best = value
+        self.best_step = step
+        self.worse = 0
+        return True
 
 
 @dataclass

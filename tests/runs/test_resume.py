@@ -113,6 +113,34 @@ def test_rows_that_are_held_out_from_a_resumption_on_have_their_own_metric(world
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
+def test_the_best_by_the_metric_of_rows_that_are_gone_is_no_longer_the_best(world, tmp_path):
+    """Held-out rows go and others come, on which no step is as good as the best was on the former;
+    or the former come back, and are what the best so far was measured by.
+    """
+    rows = pair_rows(16)[8:]
+    near = write_rows(tmp_path / "near.jsonl", rows)
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    far = write_rows(tmp_path / "far.jsonl", swapped)
+    more = ["train.keep=9", "train.eval_every=1", "train.learning_rate=0.01"]
+    out = tmp_path / "run"
+    run_recipe(recipe(world, out, *more, f"data.eval={{near: {near}}}"))
+    best = checkpoint.best_step(out / "checkpoints")
+
+    back = tmp_path / "back"
+    shutil.copytree(out, back)
+    # It ends before it saves, so that its recipe alone knows of no held-out rows.
+    run_recipe(recipe(world, back, *more, "train.steps=4", "train.save_every=0"), resume="auto")
+    again = recipe(world, back, *more, "train.steps=5", f"data.eval={{near: {near}}}")
+    run_recipe(again, resume="auto")
+    assert load_recipe(back / "recipe.yaml").train.metric == "eval_near_loss"
+
+    run_recipe(recipe(world, out, *more, "train.steps=5"), resume="auto")
+    assert checkpoint.best_step(out / "checkpoints") == best
+    other = recipe(world, out, *more, "train.steps=7", f"data.eval={{far: {far}}}")
+    run_recipe(other, resume="auto")
+    assert checkpoint.best_step(out / "checkpoints") > best
+
+
 def test_another_tokenizer_in_the_same_place_is_refused(world, tmp_path):
     folder = world / "model"
     folder.rename(tmp_path / "model")
