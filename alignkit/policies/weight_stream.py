@@ -6,6 +6,7 @@ as it is, bit for bit.
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,8 @@ class WeightStream:
     @torch.no_grad()
     def take_part(self) -> None:
         """Lend this process's shards to those that iterate."""
-        for name, tensor in self._tensors.items():
-            if isinstance(tensor, DTensor):
+        for name in chain.from_iterable(self._groups):  # in the order of those
+            if isinstance(self._tensors[name], DTensor):
                 self._whole(name)
 
     def _whole(self, name: str) -> Tensor:

@@ -70,10 +70,10 @@ def _on_servers(
     pushes = True
     if accelerator is not None:
         pushes = accelerator.is_main_process if elsewhere else accelerator.is_local_main_process
+    with models.model("policy") as model:
+        check_gpu(config, next(model.parameters()).device)
     sleeps = False
     if config.colocate:
-        with models.model("policy") as model:
-            check_gpu(config, next(model.parameters()).device)
         sleeps = accelerator is not None and accelerator.device.type == "cuda"
         if pushes:
             start_servers(config, models, sleeps=sleeps)

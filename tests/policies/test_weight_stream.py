@@ -100,3 +100,20 @@ def test_a_full_disk_is_said_and_no_shard_is_missed(tmp_path, monkeypatch):
         write_weights(stream, tmp_path)
     assert len(written) == 3
     assert len(gathered) == len(list(stream.shapes()))
+
+
+def test_those_that_take_part_gather_in_the_order_of_those_that_read(monkeypatch):
+    """Tensors that are converted together need not stand together in the model."""
+    name = "alignkit.policies.weight_stream.converted_together"
+    monkeypatch.setattr(name, lambda _, names: [list(names[::2]), list(names[1::2])])
+    monkeypatch.setattr("alignkit.policies.weight_stream.DTensor", torch.Tensor)
+    stream = WeightStream(llama(), torch.float32)
+    gathered = []
+    whole = stream._whole
+    monkeypatch.setattr(stream, "_whole", lambda name: gathered.append(name) or whole(name))
+
+    list(stream)
+    read = list(gathered)
+    gathered.clear()
+    stream.take_part()
+    assert gathered == read

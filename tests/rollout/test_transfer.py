@@ -28,6 +28,7 @@ from alignkit.config.rollout import RolloutConfig
 from alignkit.errors import ConfigError, ModelError, ResourceError
 from alignkit.policies.weight_stream import WeightStream
 from alignkit.rollout import colocated, transfer, transfer_ways
+from alignkit.rollout.engines import make_sampler
 
 WAYS = ["nccl", "ipc"]
 both = pytest.mark.parametrize("way", WAYS)
@@ -259,6 +260,13 @@ def test_a_gpu_without_room_for_the_buffer(folder, monkeypatch):
         sampler = sampler_of(pair_of(folder), url)
         with pytest.raises(ResourceError, match=r"could be shared with the servers \(CUDA out of"):
             sampler.sync()
+
+
+def test_a_policy_on_no_gpu_is_refused_before_a_server_is_waited_for(folder, monkeypatch):
+    monkeypatch.setattr(transfer_ways, "on_gpu", lambda device: False)
+    config = RolloutConfig(url="http://127.0.0.1:1", transfer="nccl", start_timeout=60)
+    with pytest.raises(ConfigError, match=r"takes the weights from the policy's GPU"):
+        make_sampler(config, pair_of(folder), seed=0)
 
 
 def test_a_torch_without_nccl(folder, monkeypatch):
