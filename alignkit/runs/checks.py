@@ -148,14 +148,17 @@ def check_metric(recipe: Recipe, former: Collection[str] = ()) -> None:
 
     if is_of(sets) or ("" in sets and not is_of(former)):
         return
-    known = f"eval_{next(iter(sets))}_loss" if "" not in sets else "eval_loss"
     there = (
         f"there are {', '.join(sets)}" if "" not in sets else "the held-out rows have no name now"
     )
     place = recipe.origin.at(("train", "metric"))
+    way_out = f"take another metric, such as eval_{next(iter(sets))}_loss"
+    if former:  # the metric may be that of the run, which it keeps
+        place = recipe.output_dir
+        way_out = "start without --resume in another output_dir"
     raise ConfigError(
         f"{place}: `train.metric` is `{metric}`, which is of no set of `data.eval`: {there}. Keep a set "
-        f"of the name that the metric has, or take another metric, such as {known}"
+        f"of the name that the metric has, or {way_out}"
     )
 
 

@@ -107,7 +107,7 @@ def test_rows_that_are_held_out_from_a_resumption_on_have_their_own_metric(world
     before = (out / "metrics.jsonl").read_bytes()
     for other in (sets.replace("near:", "far:"), f"data.eval={tmp_path / 'near.jsonl'}"):
         with pytest.raises(
-            ConfigError, match=r"`train.metric` is `eval_near_loss`, which is of no"
+            ConfigError, match=r"run: `train.metric` is `eval_near_loss`.* another output_dir"
         ):
             run_recipe(recipe(world, out, other, *more, "train.steps=5"), resume="auto")
     assert (out / "metrics.jsonl").read_bytes() == before
