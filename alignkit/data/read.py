@@ -218,7 +218,8 @@ def _cut(rows: Rows, cut: Slice | None) -> Rows:
         whole = rows.content()
         return None if whole is None else [whole, cut.start, cut.stop]
 
-    return replace(rows, rows=Stream(lambda: cut.of(rows.rows)), content=content)
+    where = f"{rows.where}[{cut.start}:{cut.stop}]"
+    return replace(rows, where=where, rows=Stream(lambda: cut.of(rows.rows)), content=content)
 
 
 def _of_file(path: Path, part: _Part) -> Rows:
