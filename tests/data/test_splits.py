@@ -164,8 +164,8 @@ def test_a_file_is_trained_on_and_held_out_in_parts(fifteen):
     contents = [read_rows(config, source).content() for source in (None, held_out(config))]
     assert contents[0] != contents[1]
 
-    none = held_out(config.model_copy(update={"eval_split": "train[150%:]"}))
-    rows = read_rows(config, none)
+    beyond = config.model_copy(update={"eval_split": "train[150%:]"})
+    rows = read_rows(beyond, held_out(beyond))
     assert not list(rows.rows)
     assert rows.where.endswith("[150%:]")  # messages say which part is empty
 
