@@ -156,7 +156,15 @@ def test_what_the_server_cannot_draw_is_refused_before_models_load(
     train, tmp_path, objective, words
 ):
     (tmp_path / "config.json").write_text("{}")  # a model that cannot be loaded
-    code, err = train(tmp_path / "run", "http://127.0.0.1:9", objective=objective, model=tmp_path)
+    rows = tmp_path / "pairs.jsonl"  # right for objectives with fixed data as well
+    rows.write_text('{"prompt": "1", "chosen": "2", "rejected": "3"}\n')
+    code, err = train(
+        tmp_path / "run",
+        "http://127.0.0.1:9",
+        f"data.train={rows}",
+        objective=objective,
+        model=tmp_path,
+    )
     assert (code, words in err) == (2, True), err
     assert "override `rollout=" in err
 

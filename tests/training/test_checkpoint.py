@@ -271,11 +271,13 @@ def test_no_pickle_in_a_checkpoint(tmp_path):
     ]
     for file in path.glob("*.safetensors"):
         assert file.read_bytes()[8:9] == b"{"
+    # One file writes handles of memory in the form that vLLM's own interface asks for, and reads none.
+    handles = "transfer_ipc.py"
     for source in Path(alignkit.__file__).parent.rglob("*.py"):
-        assert not re.search(
-            r"import pickle|torch\.(load|save)\(|np\.load|joblib|\beval\(",
-            source.read_text().replace(".eval(", ""),
-        )
+        text = source.read_text().replace(".eval(", "")
+        assert not re.search(r"torch\.(load|save)\(|np\.load|joblib|\beval\(", text)
+        assert not re.search(r"pickle\.load|Unpickler|from pickle", text)
+        assert source.name == handles or "import pickle" not in text
 
 
 def test_optimizer_round_trip(tmp_path):
