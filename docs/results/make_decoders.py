@@ -42,7 +42,7 @@ def decoders(base: Path, folder: Path) -> dict[str, dict[str, Any]]:
         "soft best of n": {
             "model": str(base),
             "method": "soft_best_of",
-            "n": [4, 8, 16],
+            "n": [2, 4, 8, 16],
             "beta": BETA,
         },
         "learned twist": {
@@ -111,14 +111,21 @@ def checks(results: dict[str, Any]) -> list[str]:
     pool.sort(key=lambda row: row["score"])
     for row in rows.values():
         if row["label"] == "learned twist":
-            calls = np.interp(
-                row["score"], [one["score"] for one in pool], [one["reward_calls"] for one in pool]
-            )
             lines.append(
-                f"{row['label']}, {row['setting']}: soft best of n needs {calls:.1f} reward calls for its score, the "
+                f"{row['label']}, {row['setting']}: {calls_for(row['score'], pool)} for its score, the "
                 f"particles {row['reward_calls']:.1f}"
             )
     return lines
+
+
+def calls_for(score: float, pool: list[dict[str, Any]]) -> str:
+    """The reward calls of soft best of n for a score, between its points."""
+    scores = [row["score"] for row in pool]
+    if not scores[0] <= score <= scores[-1]:
+        beyond, end = ("fewer", pool[0]) if score < scores[0] else ("more", pool[-1])
+        return f"soft best of n needs {beyond} than {end['reward_calls']:.0f} reward calls"
+    calls = np.interp(score, scores, [row["reward_calls"] for row in pool])
+    return f"soft best of n needs {calls:.1f} reward calls"
 
 
 def main() -> None:
