@@ -66,7 +66,14 @@ class TokenValue(Objective):
     @property
     def plan(self) -> Plan:
         draw = Draw(source="reference")
-        return Plan("rollout", anchors=(), samples=(draw,), feedback="reward", bins=self.bins)
+        return Plan(
+            "rollout",
+            anchors=(),
+            samples=(draw,),
+            feedback="reward",
+            bins=self.bins,
+            credit_reads_policy=False,
+        )
 
     @classmethod
     def examples(cls) -> Sequence[Objective]:
