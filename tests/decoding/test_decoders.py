@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from number_texts import Tokens, worth
 from small_models import enumerate_completions, models_of, next_logits, p_value, small_model
 
 from alignkit.config.decode import DecodeConfig
@@ -21,26 +22,6 @@ REFERENCE = small_model(seed=2)
 PROMPT = Prompt(torch.tensor([2, 3, 1]), "2 3 1", "0", {})
 OTHER = Prompt(torch.tensor([1, 2]), "1 2", "1", {})
 CAP = 3
-
-
-class Tokens:
-    """A tokenizer whose texts are the numbers of the tokens."""
-
-    eos_token_id = 0
-
-    def decode(self, ids, skip_special_tokens=True):
-        return " ".join(map(str, ids.tolist()))
-
-    def get_vocab(self):
-        return {str(token): token for token in range(4)}
-
-    def __len__(self):
-        return 4
-
-
-def worth(prompts, completions, **_):
-    """A number for any text, finished or not."""
-    return [((7 * sum(map(int, text.split())) + len(text)) % 5) / 2 - 1 for text in completions]
 
 
 def models():

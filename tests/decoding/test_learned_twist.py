@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from number_texts import Tokens, worth
 from small_models import enumerate_completions, models_of, next_logits, small_model
 from torch import nn
 
@@ -24,25 +25,6 @@ PROMPTS = [
 ]
 CAP = 3
 BETA = 0.5
-
-
-class Tokens:
-    """A tokenizer whose texts are the numbers of the tokens."""
-
-    eos_token_id = 0
-
-    def decode(self, ids, skip_special_tokens=True):
-        return " ".join(map(str, ids.tolist()))
-
-    def get_vocab(self):
-        return {str(token): token for token in range(4)}
-
-    def __len__(self):
-        return 4
-
-
-def worth(prompts, completions, **_):
-    return [((7 * sum(map(int, text.split())) + len(text)) % 5) / 2 - 1 for text in completions]
 
 
 def head_of(embedding, beta=BETA, seed=0):
