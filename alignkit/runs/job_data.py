@@ -83,7 +83,7 @@ def fixed_data(context: RunContext) -> JobData:
     def load(config: DataConfig, source: RowsSource) -> tuple[Sequence[Bundle], Report]:
         bundles, report = load_bundles(config, plan.data, pair.tokenizer, source=source)
         if plan.rewards:
-            check_row_ends(bundles, pair.tokenizer, report.source)
+            check_row_ends(bundles, pair.tokenizer, config, report)
         return bundles, report
 
     mixture = load_mixture(recipe.data, load, context.training_rows)

@@ -136,6 +136,27 @@ def test_completions_without_an_end_are_refused(trained, capsys):
     assert not (out / "model").exists()
 
 
+def test_completions_that_were_cut_are_refused_with_what_helps(trained, capsys):
+    """The held-out rows take up to 5 tokens (two of the prompt, two words, the end), the row to
+    learn from 3. At 4 the end token of their longer completion is cut, whatever is appended.
+    """
+    folder, _ = trained
+    write_rows(folder / "short.jsonl", [{"prompt": "w3", "chosen": " w5", "rejected": " w6"}])
+    words = [f"data.train={folder / 'short.jsonl'}", f"data.eval={folder / 'held_out.jsonl'}"]
+    base = f"model.name_or_path={folder / 'base'}"
+    command = ["train", "haf_rm", base, *words, f"output_dir={folder / 'cut'}", *SETTINGS]
+    assert run(*command, "data.max_length=4") == 3
+    said = capsys.readouterr().err
+    assert "held_out.jsonl: 4 completions do not end with the end token" in said
+    assert "4 of them were cut at data.max_length=4; set it to 5 or more" in said
+    assert "append_eos" not in said
+
+    # The advice helps, either part of it.
+    assert run(*command, "data.max_length=5", "train.steps=1") == 0
+    cut_prompts = ["data.max_length=4", "data.truncate=start", f"output_dir={folder / 'started'}"]
+    assert run(*command, *cut_prompts, "train.steps=1") == 0
+
+
 def test_an_adapter_is_refused(trained, capsys):
     folder, _ = trained
     words = [f"data.train={folder / 'pairs.jsonl'}", "data.eval=null", "model.adapter={r: 2}"]
