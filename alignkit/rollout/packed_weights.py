@@ -5,9 +5,10 @@ anew each time, which for a dozen rows takes as long as the multiplication and f
 longer; oneDNN takes weights that are packed already.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +20,24 @@ ONEDNN = (
     and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 )
 
+# Layers of one module that transformers' models hand the same input, one after the other.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
 
 class PackedWeights:
     """A model's large linear layers, packed as its weights are
-    now, in the dtype that autocast computes in.
+    now, in the dtype that autocast computes in. Those with the same input are one product.
 
     They take the weights' memory once more. Layers stay as they are where oneDNN does not compute
     the product: on another device or processor, or in another dtype.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._forwards = {
-            module: packed for module in model.modules() if (packed := _packed(module)) is not None
-        }
+        self._forwards: dict[nn.Module, partial[Tensor]] = {}
+        for layers in _groups(model):
+            product = _Product(layers)
+            for number, layer in enumerate(layers):
+                self._forwards[layer] = partial(product, number)
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -45,24 +51,39 @@ class PackedWeights:
                 del module.forward
 
 
-def _packed(module: nn.Module) -> partial[Tensor] | None:
-    """The forward of a linear layer with its weight packed, None for what stays as it is."""
-    if type(module) is not nn.Linear or module.weight.numel() < SMALLEST:
-        return None
+def _groups(model: nn.Module) -> list[list[nn.Linear]]:
+    """The layers that are to be packed, in groups of one product each."""
+    layers = dict.fromkeys(module for module in model.modules() if _can_be_packed(module))
+    groups = []
+    for parent in model.modules():
+        for names in TOGETHER:
+            group = [layer for name in names if (layer := getattr(parent, name, None)) in layers]
+            kinds = {(each.in_features, each.bias is None, each.weight.dtype) for each in group}
+            if len(group) == len(names) and len(kinds) == 1:
+                groups.append(group)
+                for layer in group:
+                    del layers[layer]
+
+    groups += [[layer] for layer in layers]
+    return [group for group in groups if sum(each.weight.numel() for each in group) >= SMALLEST]
+
+
+def _can_be_packed(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether oneDNN can compute a layer's product in its stead."""
+    if type(module) is not nn.Linear or module.weight.device.type != "cpu":
+        return False
     if isinstance(module.weight, DTensor):
-        return None  # a shard, which is put together for each forward anew
+        return False  # a shard, which is put together for each forward anew
     # A forward of the instance's own is a wrapper's (offloading, say), which must see every call.
     if "forward" in vars(module):
-        return None
+        return False
+    return ONEDNN and _multiplies(_dtype(module))
 
-    weight = module.weight.data
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-    if weight.device.type != "cpu" or not ONEDNN or not _multiplies(dtype):
-        return None
 
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous())
-    bias = None if module.bias is None else module.bias.data.to(dtype)
-    return partial(_product, packed, bias)
+def _dtype(layer: nn.Linear) -> torch.dtype:
+    """The dtype that a layer computes in."""
+    autocast = torch.is_autocast_enabled("cpu")
+    return torch.get_autocast_dtype("cpu") if autocast else layer.weight.dtype
 
 
 def _multiplies(dtype: torch.dtype) -> bool:
@@ -72,5 +93,31 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def _product(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(inputs.to(weight.dtype), weight, bias, "none", [], "")
+class _Product:
+    """The product of an input with the weights of some layers, which are asked in their order: the
+    first one multiplies for all, the others find their part.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        dtype = _dtype(layers[0])
+        weight = torch.cat([layer.weight.data for layer in layers]).to(dtype)
+        biases = [layer.bias.data for layer in layers if layer.bias is not None]
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        self.bias = torch.cat(biases).to(dtype) if biases else None
+        self.dtype = dtype
+        self.sizes = [layer.out_features for layer in layers]
+        self.inputs: Tensor | None = None
+        self.parts: Sequence[Tensor] = ()
+
+    def __call__(self, number: int, inputs: Tensor) -> Tensor:
+        """The output of layer `number`."""
+        if number == 0 or inputs is not self.inputs:
+            self.inputs = inputs
+            self.parts = torch.ops.mkldnn._linear_pointwise(
+                inputs.to(self.dtype), self.packed, self.bias, "none", [], ""
+            ).split(self.sizes, -1)
+
+        part = self.parts[number]
+        if number + 1 == len(self.sizes):
+            self.inputs, self.parts = None, ()
+        return part

@@ -35,12 +35,12 @@ def test_products_are_the_same_and_the_layers_are_put_back():
     with packed.used():
         changed = {name for name, module in model.named_modules() if "forward" in vars(module)}
         torch.testing.assert_close(model(IDS).logits, expected, rtol=0, atol=2e-6)
-    # keys, values and the head are small
+    # the head is small
     assert changed == {
         *(
-            f"model.layers.{i}.{part}"
+            f"model.layers.{i}.self_attn.{part}_proj"
             for i in range(2)
-            for part in ("self_attn.q_proj", "self_attn.o_proj")
+            for part in ("q", "k", "v", "o")
         ),
         *(f"model.layers.{i}.mlp.{part}_proj" for i in range(2) for part in ("gate", "up", "down")),
     }
@@ -99,3 +99,33 @@ def test_samples_follow_weights_and_adapters_that_move_between_two_calls():
                         parameter.shape, generator=torch.Generator().manual_seed(len(name))
                     )
                 )
+
+
+class Attention(nn.Module):
+    """The layers of an attention, which may be given inputs of their own."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.q_proj = nn.Linear(256, 256, bias)
+        self.k_proj = nn.Linear(256, 64, bias)
+        self.v_proj = nn.Linear(256, 64, bias)
+
+    def forward(self, *inputs):
+        return [layer(x) for layer, x in zip((self.q_proj, self.k_proj, self.v_proj), inputs)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_with_one_input_are_one_product_and_others_have_their_own(bias, monkeypatch):
+    attention, products = Attention(bias), []
+    x, y = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(0))
+    expected = {inputs: attention(*inputs) for inputs in ((x, x, x), (x, y, y), (y, y, x))}
+    packed = PackedWeights(attention)
+    own = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda *given: products.append(1) or own(*given)
+    )
+    with packed.used():
+        for inputs, outputs in expected.items():
+            torch.testing.assert_close(attention(*inputs), outputs, rtol=0, atol=2e-6)
+    assert len(products) == 1 + 2 + 2

@@ -17,6 +17,7 @@ from alignkit.rollout.prompt_cache import (
     BranchingLayer,
     BranchKeys,
     Prompts,
+    _weighted,
     attend,
     branching,
     can_branch,
@@ -209,3 +210,17 @@ def test_a_cache_takes_no_room_for_tokens_that_cannot_come(kind):
         rows = torch.arange(left - 1)  # one row leaves
         layer.reorder_cache(rows)
         expected = [values[rows] for values in expected]
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("room", [0, 5])
+def test_weighted_sums_of_values(group, room):
+    """Whatever room the cache has behind the values, and where they are no cache's at all."""
+    made = torch.Generator().manual_seed(0)
+    values = torch.randn(4, 2, 7 + room, 8, generator=made)[..., :7, :]
+    weights = torch.rand(4, 2, group, 7, generator=made)
+    expected = torch.einsum("rhgt,rhtd->rhgd", weights.double(), values.double())
+    found = _weighted(weights, values).double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    for part in (values.contiguous(), values.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert torch.equal(_weighted(weights, part).double(), found)
