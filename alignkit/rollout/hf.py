@@ -32,7 +32,7 @@ from alignkit.rollout.sparse import Mirostat
 from alignkit.rollout.truncation import StopTexts, Truncation
 
 # Logits that a processor samples from at a time: the work buffers stay in its cache.
-_LOGITS_AT_A_TIME = 1 << 16
+_LOGITS_AT_A_TIME = 1 << 17
 
 # Makes one law's logits [R, V] of every model's.
 Mix = Callable[[Sequence[CachedModel], Sequence[Tensor]], Tensor]
