@@ -62,7 +62,8 @@ How alignkit saves work:
 - **Waiting without turning.** On a machine that others use too, OpenMP's threads give their core away early while they wait for
   each other, unless `OMP_WAIT_POLICY` or `GOMP_SPINCOUNT` says otherwise (`python tests/benchmarks/bench_busy.py`).
 - **Sampling**: one prefill per prompt, whose keys and values all its completions read in one product (on a CPU in float32);
-  weights packed once per rollout instead of in every product; finished rows leave the batch.
+  weights packed once per rollout instead of in every product, those of layers with the same input as one; a completion's own
+  values read as rows of an embedding, at the memory's speed; finished rows leave the batch.
 
 ## DPO
 
