@@ -188,7 +188,8 @@ heads of one seed start as the same numbers, so that HAF-RM at a share of 0 is t
 
 {tests} pairs of the training file, with {prompts} prompts, are set apart for the table: all those that no choice of settings was ever judged
 on. {learn} pairs with other prompts are left to learn from. `--validate` tried {tried} settings of each recipe on these alone: it draws {pairs}
-of them and judges on the others with other prompts, {draws} draws in all. A setting that was more than {behind} behind its recipe's best on the first of them was given up.
+of them and judges on the others with other prompts, {draws} draws in all. To save time a setting that was more than {behind} behind its recipe's best on the first of them was given up, which was
+decided when that draw had been seen.
 The 16 pairs a step and the range of the rates come from trials on the first two of these draws: 32 pairs a step were no better, and at
 0.008 the reward model fell behind.
 Mean accuracy, each prompt counted alike (the best setting of each over all draws is what the table shows):
