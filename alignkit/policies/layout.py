@@ -247,6 +247,7 @@ def attention_mask(
     *,
     additive: torch.dtype | None,
     blocks: bool = False,
+    read: Tensor | None = None,
 ) -> Tensor | BlockMask | dict[str, Tensor | BlockMask]:
     """What a transformers model takes as `attention_mask` for these rows.
 
@@ -254,7 +255,7 @@ def attention_mask(
     mask. Rows without branches get an all-ones [R, L], so the model's own (faster) causal path
     runs: pads follow the tokens and are never seen. `additive` is the dtype of a mask that is added
     to the scores (eager attention), None for a boolean one; `blocks` asks for flex attention's
-    kind.
+    kind. `read`: see `run_mask`.
     """
     if not rows.branched:
         return torch.ones_like(rows.input_ids)
@@ -265,7 +266,7 @@ def attention_mask(
         if blocks:
             built[window] = block_mask(rows, window)
         elif rows.runs:
-            built[window] = run_mask(rows.runs, rows.position_ids[0], window)
+            built[window] = run_mask(rows.runs, rows.position_ids[0], window, read)
         elif additive is None:
             built[window] = visible(rows, window)
         else:

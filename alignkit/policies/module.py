@@ -21,6 +21,7 @@ from alignkit.policies.head import AnchorLaws, Head, head_figures
 from alignkit.policies.layout import Rows, attention_mask, build_rows, stand_in
 from alignkit.policies.packing import FLEX, packing_of, take_runs
 from alignkit.policies.router import Router
+from alignkit.policies.run_layers import take_over
 from alignkit.policies.tensor_parallel import whole_copy
 
 
@@ -123,6 +124,8 @@ class PolicyModule(nn.Module):
         super().__init__()
         self.model = model
         take_runs(causal_lm(model))
+        # Whether its last layer passes over what nothing reads.
+        self.trims = take_over(causal_lm(model))
         self.windows = layer_windows(model.config)
         # An anchor's: how much of its vocabulary the policy has too; None: all of it.
         self.vocabulary: int | None = None
@@ -161,21 +164,34 @@ class PolicyModule(nn.Module):
         """See `alignkit.policies.packing.packing_of`."""
         return packing_of(causal_lm(self.model))
 
-    def _run(self, rows: Rows, **options: Any) -> Any:
-        """What the backbone gives for these rows, with its last hidden states [R, L, H]."""
+    def _run(self, rows: Rows, read: Tensor | None = None, **options: Any) -> Any:
+        """What the backbone gives for these rows, with its last hidden states [R, L, H], or [1, S, H]
+        at the tokens `read` of a packed row.
+        """
         lm = causal_lm(self.model)
         if self.positions is not None and rows.input_ids.shape[1] > self.positions:
             _check_positions(rows, self.positions)
 
         kernel = lm.config._attn_implementation
         additive = next(lm.parameters()).dtype if kernel == "eager" else None
-        mask = attention_mask(rows, self.windows, additive=additive, blocks=kernel == FLEX)
+        mask = attention_mask(
+            rows, self.windows, additive=additive, blocks=kernel == FLEX, read=read
+        )
 
         # Position ids are given only where rows branch: models take slower paths with them.
         positions = {"position_ids": rows.position_ids} if rows.branched else {}
         return backbone(lm)(
             input_ids=rows.input_ids, attention_mask=mask, use_cache=False, **positions, **options
         )
+
+    def _read(self, rows: Rows) -> tuple[Tensor | None, Tensor]:
+        """The tokens whose last hidden states the head reads [S] (None: all are computed), and where
+        each trained token's is among those that are computed [M].
+        """
+        if not self.trims or not rows.runs or not rows.branched or not len(rows.sources):
+            return None, rows.sources
+        read, places = torch.unique(rows.sources, return_inverse=True)
+        return read, places
 
     def forward(
         self,
@@ -194,8 +210,9 @@ class PolicyModule(nn.Module):
         policy's statistics.
         """
         balanced = self.router is not None and torch.is_grad_enabled() and not hidden_only
-        output = self._run(rows, **({"output_router_logits": True} if balanced else {}))
-        hidden: Tensor = output.last_hidden_state.flatten(0, 1)[rows.sources]
+        read, places = self._read(rows)
+        output = self._run(rows, read, **({"output_router_logits": True} if balanced else {}))
+        hidden: Tensor = output.last_hidden_state.flatten(0, 1)[places]
         finish = self.finish if self.tail is None else self.tail
         results = finish(
             hidden,

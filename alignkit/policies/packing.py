@@ -8,16 +8,19 @@ padded rows.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from alignkit.policies.run_attention import Range, RunAttention, Stretch, joined
 
 KERNEL = "alignkit_runs"  # the name under which transformers knows the attention below
 FLEX = "flex_attention"
@@ -102,31 +105,73 @@ def default_budget(device: torch.device, packing: float | None) -> int:
 
 
 class RunMask(Tensor):
-    """Stands where a model hands a 4-D mask to its attention: it carries the runs, each with the
-    mask of its pairs.
+    """Stands where a model hands a 4-D mask to its attention: it carries the stretches of queries,
+    one for each run in which a token asks.
     """
 
-    sizes: list[int]
-    # Per run: its ancestors, and the mask [1, 1, q, k] bool of its pairs (None: plain causal).
-    seen: list[tuple[tuple[int, ...], Tensor | None]]
+    stretches: list[Stretch]
+    # For a model's last layer: the tokens that are read after it [S], and the mask of their queries.
+    read: Tensor | None = None
+    last: "RunMask | None" = None
 
 
-def run_mask(runs: Sequence[Run], positions: Tensor, window: int | None = None) -> RunMask:
-    """The mask of a row [L] of runs. `window` counts positions, the token's own included."""
-    mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool).as_subclass(RunMask)
-    mask.sizes = [run.size for run in runs]
-    mask.seen = []
-    positions_of = positions.split(mask.sizes)
-    for run, own in zip(runs, positions_of):
-        if run.ancestors or (window is not None and run.size > window):
-            # Positions only grow on the way from the root, so they say what comes before what.
-            keys = torch.cat([positions_of[i] for i in run.ancestors] + [own])
-            distance = own[:, None] - keys
-            pairs = (distance >= 0) & (distance < (window or len(positions) + 1))
-            mask.seen.append((run.ancestors, pairs[None, None]))
-        else:
-            mask.seen.append(((), None))
+def run_mask(
+    runs: Sequence[Run],
+    positions: Tensor,
+    window: int | None = None,
+    read: Tensor | None = None,
+) -> RunMask:
+    """The mask of a row [L] of runs. `window` counts positions, the token's own included. `read` are
+    the indices [S], in ascending order, of the tokens whose last hidden states something reads.
+    """
+    mask = _run_mask(runs, positions, window, torch.arange(len(positions)))
+    if read is not None:
+        mask.read = read
+        mask.last = _run_mask(runs, positions, window, read)
     return mask
+
+
+def _run_mask(
+    runs: Sequence[Run], positions: Tensor, window: int | None, asking: Tensor
+) -> RunMask:
+    """The same for the queries of the tokens `asking` [S] alone."""
+    mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool).as_subclass(RunMask)
+    mask.stretches = []
+    ends = list(accumulate(run.size for run in runs))
+    ranges = [(end - run.size, end) for run, end in zip(runs, ends)]
+    cuts = torch.searchsorted(asking, torch.tensor([0, *ends])).tolist()
+    for i, run in enumerate(runs):
+        queries = (cuts[i], cuts[i + 1])
+        places = asking[slice(*queries)]
+        is_whole = len(places) == run.size
+        if is_whole and not run.ancestors and (window is None or run.size <= window):
+            mask.stretches.append(Stretch(queries, (ranges[i],), None))
+        elif len(places):
+            seen = [ranges[j] for j in (*run.ancestors, i)]
+            keys = joined(seen, len(places))
+            bias = _bias(positions, places, seen, keys, window)
+            mask.stretches.append(Stretch(queries, keys, bias))
+    return mask
+
+
+def _bias(
+    positions: Tensor,
+    places: Tensor,
+    seen: Sequence[Range],
+    keys: Sequence[Range],
+    window: int | None,
+) -> Tensor:
+    """What is added to the scores of the tokens `places` [q] and of those in `keys`, of which they
+    see those in `seen` that come before them and within the window: [1, 1, q, k].
+    """
+    # Positions only grow on the way from the root, so they say what comes before what.
+    belongs = torch.zeros(len(positions), dtype=torch.bool)
+    for start, stop in seen:
+        belongs[start:stop] = True
+    index = torch.cat([torch.arange(start, stop) for start, stop in keys])
+    distance = positions[places][:, None] - positions[index]
+    pairs = (distance >= 0) & (distance < (window or len(positions) + 1)) & belongs[index]
+    return torch.zeros(pairs.shape).masked_fill_(~pairs, -math.inf)[None, None]
 
 
 def attend(
@@ -137,7 +182,7 @@ def attend(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it, [1, heads, L, D] in: SDPA run by run where the mask is a
+    """Attention as transformers calls it, [1, heads, L, D] in: run by run where the mask is a
     `RunMask`, and transformers' own SDPA with any other mask.
     """
     if not isinstance(attention_mask, RunMask):
@@ -146,25 +191,49 @@ def attend(
     # In float32 at least, inside autocast too: a CPU compiles its half-precision kernel anew for
     # every shape.
     wide = torch.promote_types(query.dtype, torch.float32)
-    queries = query.to(wide).split(attention_mask.sizes, 2)
-    keys = key.to(wide).split(attention_mask.sizes, 2)
-    values = value.to(wide).split(attention_mask.sizes, 2)
+    wide_query, wide_key, wide_value = (tensor.to(wide) for tensor in (query, key, value))
+    stretches = attention_mask.stretches
+    if wide != torch.float32:
+        stretches = [
+            replace(stretch, bias=None if stretch.bias is None else stretch.bias.to(wide))
+            for stretch in stretches
+        ]
 
-    parts = []
     with torch.autocast(query.device.type, enabled=False):
-        for i, (ancestors, pairs) in enumerate(attention_mask.seen):
-            seen_keys = keys[i]
-            seen_values = values[i]
-            if ancestors:
-                seen = (*ancestors, i)
-                seen_keys = torch.cat([keys[j] for j in seen], 2)
-                seen_values = torch.cat([values[j] for j in seen], 2)
+        if _is_plain(wide_query, wide_value, options):
+            groups = query.shape[1] // key.shape[1]
+            output = RunAttention.apply(  # type: ignore[no-untyped-call]
+                wide_query,
+                repeat_kv(wide_key, groups),
+                repeat_kv(wide_value, groups),
+                stretches,
+                options.get("scaling"),
+            )
+            return output.to(query.dtype), None
+
+        # With dropout, a position bias and the like, as transformers has it.
+        parts = []
+        for stretch in stretches:
+            asking = wide_query[:, :, slice(*stretch.queries)]
             parts.append(
                 sdpa_attention_forward(
-                    module, queries[i], seen_keys, seen_values, pairs, **options
+                    module,
+                    asking,
+                    stretch.of(wide_key),
+                    stretch.of(wide_value),
+                    stretch.bias,
+                    **options,
                 )[0]
             )
     return torch.cat(parts, 1).to(query.dtype), None
+
+
+def _is_plain(query: Tensor, value: Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether attention is softmax(q k scale) v, and the kernel's tensors have the right shapes."""
+    further = ("dropout", "softcap", "position_bias", "cache", "output_attentions", "s_aux")
+    is_causal = options.get("is_causal") in (None, True)
+    has_more = any(name in options and options[name] not in (None, False, 0.0) for name in further)
+    return is_causal and not has_more and query.shape[-1] == value.shape[-1]
 
 
 AttentionInterface.register(KERNEL, attend)

@@ -10,11 +10,13 @@ from tiny_models import bundle, random_bundles, tiny_model
 from transformers import AutoModelForCausalLM
 
 from alignkit.batches import Plan
+from alignkit.policies import run_attention
 from alignkit.policies.layout import build_rows, micro_batches, visible
 from alignkit.policies.module import PolicyModule
 from alignkit.policies.packing import (
     KERNEL,
     Run,
+    RunMask,
     attend,
     default_budget,
     find_runs,
@@ -23,6 +25,7 @@ from alignkit.policies.packing import (
     run_mask,
 )
 from alignkit.policies.pair import PolicyPair
+from alignkit.policies.run_attention import joined
 
 WIDE = 10**6
 
@@ -55,17 +58,69 @@ def test_runs_see_what_the_whole_mask_says(layout, window):
     """
     rows = build_rows(random_bundles(3, 4, 3, 9), layout, packing=WIDE)
     mask = run_mask(rows.runs, rows.position_ids[0], window)
-    index = torch.arange(rows.input_ids.shape[1]).split(mask.sizes)
-    seen = torch.zeros(rows.input_ids.shape[1], rows.input_ids.shape[1], dtype=torch.bool)
-    for i, (ancestors, pairs) in enumerate(mask.seen):
-        keys = torch.cat([index[j] for j in (*ancestors, i)])
-        block = (
-            pairs[0, 0]
-            if pairs is not None
-            else torch.ones(len(index[i]), len(keys), dtype=torch.bool).tril()
-        )
-        seen[index[i][:, None], keys] = block
-    assert torch.equal(seen, visible(rows, window)[0, 0])
+    assert torch.equal(pairs_of(mask, rows.input_ids.shape[1]), visible(rows, window)[0, 0])
+
+
+def pairs_of(mask: RunMask, length: int) -> torch.Tensor:
+    """Which of the mask's queries sees which of `length` keys."""
+    index = torch.arange(length)
+    seen = torch.zeros(mask.stretches[-1].queries[1], length, dtype=torch.bool)
+    for stretch in mask.stretches:
+        keys = torch.cat([index[slice(*part)] for part in stretch.keys])
+        queries = index[slice(*stretch.queries)]
+        causal = torch.ones(len(queries), len(keys), dtype=torch.bool).tril()
+        block = causal if stretch.bias is None else stretch.bias[0, 0] == 0
+        seen[queries[:, None], keys] = block
+    return seen
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_queries_of_some_tokens_see_what_they_would_see_among_all(window):
+    rows = build_rows(random_bundles(3, 4, 3, 9), "shared_prefix", packing=WIDE)
+    read = rows.sources.unique()
+    mask = run_mask(rows.runs, rows.position_ids[0], window, read)
+    length = rows.input_ids.shape[1]
+    assert torch.equal(mask.read, read)
+    assert torch.equal(pairs_of(mask.last, length), visible(rows, window)[0, 0][read])
+
+
+def test_when_keys_are_copied():
+    assert joined([(0, 10), (12, 15)], 4) == ((0, 15),), "2 keys too many for 4 queries"
+    assert joined([(0, 10), (10, 20), (900, 915)], 4) == ((0, 20), (900, 915))
+    assert joined([(3, 5)], 1) == ((3, 5),)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_attention_of_runs_is_that_of_the_whole_mask(copied, monkeypatch):
+    """Values and gradients in float64, with keys side by side and with the holes between them."""
+    monkeypatch.setattr(run_attention, "COPY", 0 if copied else 10**6)
+    rows = build_rows(random_bundles(3, 4, 3, 9), "shared_prefix", packing=WIDE)
+    length = rows.input_ids.shape[1]
+    mask = run_mask(rows.runs, rows.position_ids[0])
+    assert any(len(stretch.keys) > 1 for stretch in mask.stretches) == copied
+    made = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, length, 8, generator=made, dtype=torch.float64)
+    key, value = torch.randn(2, 1, 2, length, 8, generator=made, dtype=torch.float64)
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+    weights = torch.randn(1, length, 4, 8, generator=made, dtype=torch.float64)
+
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    found, _ = attend(module, *inputs, mask, scaling=0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *inputs, attn_mask=visible(rows)[0, 0], scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for own, other in zip(
+        torch.autograd.grad((found * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-12)
+
+    # What the kernel cannot do is left to transformers: here a dropout of everything.
+    nothing, _ = attend(module, *inputs, mask, scaling=0.3, dropout=1.0)
+    assert not nothing.any()
 
 
 def test_when_it_pays():

@@ -25,6 +25,12 @@ WINDOW = 5
 MODELS = {
     "llama": {"model_type": "llama", **SHAPE},
     "qwen3": {"model_type": "qwen3", **SHAPE},
+    "qwen2": {
+        "model_type": "qwen2",
+        **{k: v for k, v in SHAPE.items() if k != "head_dim"},
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "gemma3": {
         "model_type": "gemma3_text",
         **SHAPE,

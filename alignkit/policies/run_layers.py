@@ -1,0 +1,198 @@
+"""Decoder layers of the Llama family on packed rows: the same numbers with fewer passes over memory.
+
+In a packed row (`alignkit.policies.packing`) a layer's norms and rotations are functions with a
+gradient of their own, which keep less for backward than the dozen operations that they stand for.
+The last layer computes queries and all that follows them only at the tokens that something reads:
+of a prompt, the last one. With any other mask the layers are transformers' own.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.policies.packing import KERNEL, RunMask, attend
+
+# Layers and norms that compute what `_layer` and `rms_norm` do, as transformers names them.
+LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+
+
+def take_over(model: Any) -> bool:
+    """Let the layers of a transformers model on a CPU that takes runs compute as above, where they
+    are known; whether they do.
+    """
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if model.config._attn_implementation != KERNEL or not isinstance(layers, nn.ModuleList):
+        return False
+    if not all(type(layer).__name__ in LAYERS for layer in layers):
+        return False
+
+    # Methods of single modules, because the classes serve models that alignkit does not own.
+    for layer in layers:
+        layer.forward = MethodType(_layer, layer)
+        layer.self_attn.forward = MethodType(_attention, layer.self_attn)
+    layers[-1].forward = MethodType(_last_layer, layers[-1])
+    return True
+
+
+def _layer(layer: Any, hidden_states: Tensor, attention_mask: Any = None, **options: Any) -> Tensor:
+    """A layer before the last: [1, L, H] -> [1, L, H]."""
+    if not isinstance(attention_mask, RunMask):
+        return _as_before(layer, hidden_states, attention_mask=attention_mask, **options)
+
+    attended, _ = layer.self_attn(
+        rms_norm(layer.input_layernorm, hidden_states), attention_mask=attention_mask, **options
+    )
+    return _through_mlp(layer, hidden_states, attended)
+
+
+def _last_layer(
+    layer: Any, hidden_states: Tensor, attention_mask: Any = None, **options: Any
+) -> Tensor:
+    """The last layer, at the tokens that are read: [1, L, H] -> [1, S, H]; at all where the mask
+    does not say which.
+    """
+    if not isinstance(attention_mask, RunMask) or attention_mask.last is None:
+        return _layer(layer, hidden_states, attention_mask, **options)
+
+    attended, _ = layer.self_attn(
+        rms_norm(layer.input_layernorm, hidden_states),
+        attention_mask=attention_mask.last,
+        read=attention_mask.read,
+        **options,
+    )
+    return _through_mlp(layer, hidden_states[:, attention_mask.read], attended)
+
+
+def _through_mlp(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
+    """What a layer makes of its input and of what its attention gave."""
+    hidden = _plus(attended, hidden)
+    mlp = layer.mlp
+    normed = rms_norm(layer.post_attention_layernorm, hidden)
+    gate = mlp.act_fn(mlp.gate_proj(normed))
+    up = mlp.up_proj(normed)
+    # The gate is an operand of nothing else where no gradient is kept.
+    inner = gate * up if torch.is_grad_enabled() else gate.mul_(up)
+    return _plus(mlp.down_proj(inner), hidden)
+
+
+def _attention(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: Any = None,
+    attention_mask: Any = None,
+    past_key_values: Any = None,
+    *,
+    read: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    """A layer's attention, [1, L, H] -> [1, L, H], or [1, S, H] at the tokens `read`."""
+    if not isinstance(attention_mask, RunMask):
+        return _as_before(  # type: ignore[no-any-return]
+            module,
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **options,
+        )
+
+    cos, sin = (values[:, :, None] for values in position_embeddings)
+    shape = (*hidden_states.shape[:-1], -1, module.head_dim)
+    asking, cos_asked, sin_asked = hidden_states, cos, sin
+    if read is not None:
+        asking, cos_asked, sin_asked = hidden_states[:, read], cos[:, read], sin[:, read]
+    query = module.q_proj(asking).view(1, asking.shape[1], -1, module.head_dim)
+    key = module.k_proj(hidden_states).view(shape)
+    value = module.v_proj(hidden_states).view(shape)
+    if hasattr(module, "q_norm"):
+        query = rms_norm(module.q_norm, query)
+        key = rms_norm(module.k_norm, key)
+
+    query = rotated(query, cos_asked, sin_asked).transpose(1, 2)
+    key = rotated(key, cos, sin).transpose(1, 2)
+    dropout = module.attention_dropout if module.training else 0.0
+    attended, _ = attend(
+        module,
+        query,
+        key,
+        value.transpose(1, 2),
+        attention_mask,
+        dropout=dropout,
+        scaling=module.scaling,
+    )
+    return module.o_proj(attended.flatten(2)), None
+
+
+def _as_before(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+    """What transformers computes here."""
+    return type(module).forward(module, *arguments, **options)
+
+
+def _plus(new: Tensor, stream: Tensor) -> Tensor:
+    """stream + new, in the memory of `new`, which its maker does not need again."""
+    return new.add_(stream) if new.dtype == stream.dtype else stream + new
+
+
+def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a norm of `NORMS` gives in float32; any other norm, or dtype, as it is: [..., H]."""
+    weight = getattr(norm, "weight", None)
+    known = type(norm).__name__ in NORMS and isinstance(weight, Tensor)
+    if not known or x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return norm(x)  # type: ignore[no-any-return]
+    return _RMSNorm.apply(x, weight, norm.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions, x cos + (-x2, x1) sin for the halves x1, x2 of each head:
+    [1, L, heads, D], and cos, sin [1, L, 1, D] -> [1, L, heads, D].
+    """
+    wide = torch.promote_types(x.dtype, cos.dtype)
+    return _Rotation.apply(x.to(wide), cos.to(wide), sin.to(wide))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        inverse = squares.div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return torch.mul(x, inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        width = x.shape[-1]
+        products = (grad * x).reshape(-1, width)
+        weight_grad = inverse.reshape(-1) @ products
+
+        # d/dx of x r is r - x r^3 x / width.
+        along = (products @ weight).view(inverse.shape)
+        x_grad = torch.mul(grad, weight).mul_(inverse)
+        x_grad.addcmul_(x, inverse.pow(3).mul_(along), value=-1 / width)
+        return x_grad, weight_grad, None
+
+
+class _Rotation(torch.autograd.Function):
+    """Turns the pairs of a head's two halves by the angles of their position."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # The same turn the other way round, since both halves have the same angles.
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+    return torch.mul(x, cos).addcmul_(x.roll(half, -1), signed)

@@ -1,0 +1,96 @@
+"""Layers of packed rows against transformers' own, in what they give and in their gradients."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import random_bundles, tiny_model
+
+from alignkit.policies import run_layers
+from alignkit.policies.layout import build_rows
+from alignkit.policies.module import PolicyModule
+from alignkit.policies.run_layers import rms_norm, rotated
+
+WIDE = 10**6
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
+
+
+def figures(module: PolicyModule, rows) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Log-probs of the trained tokens, and the gradient of a weighted sum of them."""
+    module.zero_grad()
+    logps = module(rows)["policy"]
+    (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+    return logps.detach(), [p.grad for p in module.parameters()]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_of_packed_rows_are_transformers_own(name, monkeypatch):
+    """The same packed row through transformers' layers: nothing but the layers differs."""
+    model = tiny_model(name, initializer_range=0.1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5)
+    rows = build_rows(random_bundles(5, 4, 3, 12), "shared_prefix", packing=WIDE)
+    ours = PolicyModule(copy.deepcopy(model))
+    assert ours.trims
+    monkeypatch.setattr(run_layers, "LAYERS", ())
+    theirs = PolicyModule(model)
+    assert not theirs.trims
+
+    logps, gradients = figures(ours, rows)
+    expected, expected_gradients = figures(theirs, rows)
+    torch.testing.assert_close(logps, expected, rtol=0, atol=2e-6)
+    for own, other in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=2e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(rows)["policy"], expected, rtol=0, atol=2e-6)
+
+
+def test_the_last_layer_computes_what_is_read():
+    """Of a prompt its last token; and a copy of a model computes with its own weights."""
+    module = PolicyModule(tiny_model("llama"))
+    rows = build_rows(random_bundles(2, 3, 2, 8), "shared_prefix", packing=WIDE)
+    seen = []
+    for layer in module.model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+        layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0].shape[1])
+        )
+    module(rows)
+    whole = rows.input_ids.shape[1]
+    read = len(rows.sources.unique())
+    assert read < whole
+    assert seen == [whole] * (len(seen) - 1) + [read]
+
+    copied = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert not torch.allclose(copied(rows)["policy"], module(rows)["policy"])
+
+
+def test_norm_and_rotation_have_the_gradient_of_their_formulas():
+    torch.manual_seed(0)
+    norm = tiny_model("llama").model.norm
+    x = torch.randn(1, 7, norm.weight.shape[0], dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(x.shape[-1], dtype=torch.float64, requires_grad=True)
+    found = run_layers._RMSNorm.apply(x, weight, 1e-6)
+    formula = weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+    torch.testing.assert_close(found, formula, rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(run_layers._RMSNorm.apply, (x, weight, 1e-6))
+
+    heads = torch.randn(1, 5, 2, 8, dtype=torch.float64, requires_grad=True)
+    angles = torch.rand(1, 5, 1, 4, dtype=torch.float64).repeat(1, 1, 1, 2)
+    first, second = heads.chunk(2, -1)
+    turned = heads * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
+    torch.testing.assert_close(
+        rotated(heads, angles.cos(), angles.sin()), turned, rtol=0, atol=1e-12
+    )
+    assert torch.autograd.gradcheck(lambda h: rotated(h, angles.cos(), angles.sin()), (heads,))
+
+    # A norm of another kind, or in another dtype, is left to itself.
+    half = torch.randn(2, norm.weight.shape[0]).bfloat16()
+    assert torch.equal(rms_norm(norm, half), norm(half))
+    plain = torch.nn.LayerNorm(4)
+    assert torch.equal(rms_norm(plain, half[:, :4].float()), plain(half[:, :4].float()))
