@@ -15,7 +15,7 @@ from torch import Tensor
 # Keys that a stretch does not see are computed with those around them as long as that is cheaper than
 # to copy the seen ones next to each other, forward and back: a copied key costs as much as this many
 # pairs of a query and a key.
-COPY = 85
+COPY = 20
 
 forward_kernel: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 backward_kernel: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -23,7 +23,7 @@ def take_over(model: Any) -> bool:
     """Let the layers of a transformers model on a CPU that takes runs compute as above, where they
     are known; whether they do.
     """
-    layers = getattr(getattr(model, "model", None), "layers", None)
+    layers: Any = getattr(getattr(model, "model", None), "layers", None)
     if model.config._attn_implementation != KERNEL or not isinstance(layers, nn.ModuleList):
         return False
     if not all(type(layer).__name__ in LAYERS for layer in layers):
@@ -90,7 +90,7 @@ def _attention(
 ) -> tuple[Tensor, Any]:
     """A layer's attention, [1, L, H] -> [1, L, H], or [1, S, H] at the tokens `read`."""
     if not isinstance(attention_mask, RunMask):
-        return _as_before(  # type: ignore[no-any-return]
+        return _as_before(
             module,
             hidden_states,
             position_embeddings=position_embeddings,
@@ -136,13 +136,15 @@ def _plus(new: Tensor, stream: Tensor) -> Tensor:
     return new.add_(stream) if new.dtype == stream.dtype else stream + new
 
 
-def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+def rms_norm(norm: Any, x: Tensor) -> Tensor:
     """What a norm of `NORMS` gives in float32; any other norm, or dtype, as it is: [..., H]."""
-    weight = getattr(norm, "weight", None)
-    known = type(norm).__name__ in NORMS and isinstance(weight, Tensor)
-    if not known or x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return norm(x)  # type: ignore[no-any-return]
-    return _RMSNorm.apply(x, weight, norm.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
+    # A shard of a weight is no parameter of its own kind.
+    known = type(norm).__name__ in NORMS and type(norm.weight) is nn.Parameter
+    if not known or x.dtype != torch.float32 or norm.weight.dtype != torch.float32:
+        given: Tensor = norm(x)
+        return given
+    normed: Tensor = _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
+    return normed
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -150,7 +152,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     [1, L, heads, D], and cos, sin [1, L, 1, D] -> [1, L, heads, D].
     """
     wide = torch.promote_types(x.dtype, cos.dtype)
-    return _Rotation.apply(x.to(wide), cos.to(wide), sin.to(wide))  # type: ignore[no-any-return, no-untyped-call]
+    turned: Tensor = _Rotation.apply(x.to(wide), cos.to(wide), sin.to(wide))  # type: ignore[no-untyped-call]
+    return turned
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -168,7 +171,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         width = x.shape[-1]
         products = (grad * x).reshape(-1, width)
-        weight_grad = inverse.reshape(-1) @ products
+        weight_grad = products.T @ inverse.reshape(-1)
 
         # d/dx of x r is r - x r^3 x / width.
         along = (products @ weight).view(inverse.shape)

@@ -50,6 +50,9 @@ How alignkit saves work:
   without a branch over what it sees, in float32 also where the rest is bfloat16. Prices worked out from the shapes decide
   whether that is cheaper than rows side by side, so the same run always takes the same way. On a GPU trees stand end to end with
   `model.attention=flex_attention`.
+- **The last layer on what is read.** Of a prompt nothing but the last token's state goes into the head, so the last layer of the
+  Llama family computes keys and values for the others, and nothing else (in packed rows on a CPU). Its norms and rotations are
+  functions with gradients of their own, and attention reads keys and values where they lie.
 - **The head on trained tokens only**, in chunks: log-probs, entropy and statistics in one pass, computed again in backward
   unless there are few.
 - **The reference once.** Where the data are fixed its log-probs are stored (`reference.kind: cached`, the default); with
@@ -69,7 +72,8 @@ How alignkit saves work:
 
 TRL with and without gradient checkpointing, in whole batches (8 x 1) and in quarters that are accumulated (2 x 4, which cost it
 fewer pads). "Floor / step": the share of alignkit's step that are the matrix products nobody can leave out, each shape timed on
-the machine in the same run. "alignkit's share": of the peak memory, each side in a process of its own, libraries counted.
+the machine in the same run. "alignkit's share": of the peak memory, each side in a process of its own, libraries counted; "with
+its checkpointing": with `model.gradient_checkpointing=true` on alignkit's side.
 
 {dpo_float32}
 

@@ -5,8 +5,8 @@
 
 Both sides train the same weights on the same batches with a live reference. TRL runs with gradient
 checkpointing on and off, in whole batches and in quarters that are accumulated. The floor of a step
-are the matrix products on the tokens that differ, of policy and reference, forward and backward,
-timed on the machine in between. The tables go to stdout as Markdown. On a GPU the defaults are a
+are the matrix products on the tokens that differ (in the last layer, on those that the head reads),
+of policy and reference, forward and backward, timed on the machine in between. The tables go to stdout as Markdown. On a GPU the defaults are a
 Qwen3 of 0.6B in bfloat16 and flex attention.
 """
 
@@ -41,6 +41,7 @@ class Ours:
         dtype: str,
         objective=None,
         attention: str = "auto",
+        checkpointing: bool = False,
     ):
         from alignkit.config.data import DataConfig
         from alignkit.config.model import ModelConfig, ReferenceConfig
@@ -56,7 +57,9 @@ class Ours:
         accelerator = Accelerator(
             cpu=not GPU, mixed_precision="bf16" if dtype == "bfloat16" else "no"
         )
-        model = ModelConfig(name_or_path=str(folder), attention=attention)
+        model = ModelConfig(
+            name_or_path=str(folder), attention=attention, gradient_checkpointing=checkpointing
+        )
         self.pair = load_pair(
             model,
             ReferenceConfig(kind="frozen"),
@@ -90,10 +93,18 @@ class Ours:
         # pads have the id 0 and see themselves alone
         tokens = int(((rows.ends > own + 1) | (rows.input_ids > 0)).sum())
         head = self.pair.base.head.module
+        # After the last layer's keys and values only the states that the head reads are needed.
+        last = {
+            id(module)
+            for name, module in self.pair.base.model.model.layers[-1].named_modules()
+            if not name.endswith(("k_proj", "v_proj"))
+        }
+        read = len(rows.sources.unique())
         shapes: dict[tuple[int, int, int], int] = {}
         for module in self.pair.base.modules():
             if isinstance(module, torch.nn.Linear):
-                shape = (len(rows.labels) if module is head else tokens, *module.weight.shape)
+                count = read if id(module) in last else tokens
+                shape = (len(rows.labels) if module is head else count, *module.weight.shape)
                 shapes[shape] = shapes.get(shape, 0) + 1
         return sum(count * self._products(*shape) for shape, count in shapes.items())
 
@@ -129,6 +140,8 @@ class Setting:
         return f"{parts}, Liger" if self.liger else parts
 
 
+# alignkit's own memory is measured with and without checkpointing, its speed without.
+OWN = {"alignkit": False, "alignkit, checkpointing": True}
 KERNELS = (False, True) if GPU and find_spec("liger_kernel") else (False,)
 SETTINGS = [
     Setting(on, parts, liger) for liger in KERNELS for on in (False, True) for parts in (1, 4)
@@ -229,8 +242,15 @@ def alternate(
 
 def alone(folder: Path, rows: list[dict], given: argparse.Namespace) -> None:
     """Peak memory of one side, printed as JSON."""
-    if given.alone == "alignkit":
-        side = Ours(folder, rows, 8, given.dtype, attention=given.attention)
+    if given.alone in OWN:
+        side = Ours(
+            folder,
+            rows,
+            8,
+            given.dtype,
+            attention=given.attention,
+            checkpointing=OWN[given.alone],
+        )
         for i in range(given.steps):
             side.step(i)
     else:
@@ -252,6 +272,13 @@ def main() -> None:
     )
     parser.add_argument(
         "--attention", default="flex_attention" if GPU else "auto", help="alignkit's kernel"
+    )
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        default=[str(setting) for setting in SETTINGS],
+        choices=[str(setting) for setting in SETTINGS],
+        help="of TRL",
     )
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -279,21 +306,27 @@ def report(folder: Path, rows: list[dict], given: argparse.Namespace) -> None:
     )
     common += ("--attention", given.attention)
     machine = torch.cuda.get_device_name() if GPU else f"{torch.get_num_threads()} threads"
-    mine = measured_alone(__file__, "--alone", "alignkit", *common)["memory"]
+    mine, checkpointed = (
+        measured_alone(__file__, "--alone", own, *common)["memory"] for own in OWN
+    )
     print(
         f"\nDPO, {given.data}, batch 8, {given.size}, vocabulary {given.vocab}, {given.dtype}, live reference, "
-        f"{machine}, medians of {given.steps - 1} steps; alignkit's peak memory {mine:.0f} MiB\n"
+        f"{machine}, medians of {given.steps - 1} steps; alignkit's peak memory {mine:.0f} MiB, "
+        f"with checkpointing {checkpointed:.0f}\n"
     )
     print(
-        "| TRL with | alignkit pairs/s | TRL pairs/s | ratio | TRL MiB | alignkit's share | floor / step | loss difference |"
+        "| TRL with | alignkit pairs/s | TRL pairs/s | ratio | TRL MiB | alignkit's share | with its checkpointing | "
+        "floor / step | loss difference |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---" * 9 + "|")
     for setting in SETTINGS:
+        if str(setting) not in given.settings:
+            continue
         found = alternate(folder, rows, given, setting)
         memory = measured_alone(__file__, "--alone", str(setting), *common)["memory"]
         print(
             f"| {setting} | {8 / found['ours']:.2f} | {8 / found['theirs']:.2f} | {found['theirs'] / found['ours']:.2f} | "
-            f"{memory:.0f} | {mine / memory:.2f} | {found['floor'] / found['ours']:.2f} | {found['difference']:.1e} |",
+            f"{memory:.0f} | {mine / memory:.2f} | {checkpointed / memory:.2f} | {found['floor'] / found['ours']:.2f} | {found['difference']:.1e} |",
             flush=True,
         )
 

@@ -27,6 +27,7 @@ MODELS = {
     "qwen3": {"model_type": "qwen3", **SHAPE},
     "qwen2": {
         "model_type": "qwen2",
+        "use_sliding_window": True,
         **{k: v for k, v in SHAPE.items() if k != "head_dim"},
         "sliding_window": WINDOW,
         "layer_types": ["sliding_attention", "full_attention"],
