@@ -33,7 +33,8 @@ def take_over(model: Any) -> bool:
     for layer in layers:
         layer.forward = MethodType(_layer, layer)
         layer.self_attn.forward = MethodType(_attention, layer.self_attn)
-    layers[-1].forward = MethodType(_last_layer, layers[-1])
+    last: Any = layers[-1]
+    last.forward = MethodType(_last_layer, last)
     return True
 
 
