@@ -23,9 +23,10 @@ def take_over(model: Any) -> bool:
     """Let the layers of a transformers model on a CPU that takes runs compute as above, where they
     are known; whether they do.
     """
-    layers: Any = getattr(getattr(model, "model", None), "layers", None)
-    if model.config._attn_implementation != KERNEL or not isinstance(layers, nn.ModuleList):
+    blocks = getattr(getattr(model, "model", None), "layers", None)
+    if model.config._attn_implementation != KERNEL or not isinstance(blocks, nn.ModuleList):
         return False
+    layers: list[Any] = list(blocks)
     if not all(type(layer).__name__ in LAYERS for layer in layers):
         return False
 
@@ -33,8 +34,7 @@ def take_over(model: Any) -> bool:
     for layer in layers:
         layer.forward = MethodType(_layer, layer)
         layer.self_attn.forward = MethodType(_attention, layer.self_attn)
-    last: Any = layers[-1]
-    last.forward = MethodType(_last_layer, last)
+    layers[-1].forward = MethodType(_last_layer, layers[-1])
     return True
 
 
