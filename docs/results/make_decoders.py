@@ -82,7 +82,9 @@ def train_value(base: list[str], stories: Path, folder: Path, steps: int) -> Non
         f"objective={yaml.safe_dump(VALUE, default_flow_style=True)}",
         f"train.steps={steps}",
         "train.learning_rate=1.0e-3",
-        "rollout.completions=8",
+        # Few completions of many openings: those of one opening have much of their score in common.
+        "train.batch_size=64",
+        "rollout.completions=2",
         "compare=null",
         f"output_dir={folder / 'value'}",
     ]
@@ -131,7 +133,7 @@ def calls_for(score: float, pool: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=250, help="of the test openings")
-    parser.add_argument("--value-steps", type=int, default=300)
+    parser.add_argument("--value-steps", type=int, default=1000)
     parser.add_argument("--folder", type=Path, default=Path("runs/reproduce/decoders"))
     parser.add_argument("changes", nargs="*", help="a.b=value, for all runs")
     asked = parser.parse_intermixed_args()
