@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Keys that a stretch does not see are computed with those around them as long as that is cheaper than
 # to copy the seen ones next to each other, forward and back: a copied key costs as much as this many
@@ -93,6 +94,7 @@ class RunAttention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, *sums = ctx.saved_tensors
         grad = grad.transpose(1, 2)

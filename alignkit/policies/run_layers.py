@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from alignkit.policies.packing import KERNEL, RunMask, attend
 
@@ -168,6 +169,7 @@ class _RMSNorm(torch.autograd.Function):
         return torch.mul(x, inverse).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         width = x.shape[-1]
