@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignkit.policies.packing import KERNEL, RunMask, attend
 
 # Layers and norms that compute what `_layer` and `rms_norm` do, as transformers names them.
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+
+# transformers wraps the `forward` of a layer's class, which `take_over` puts aside; older releases
+# wrap `__call__`, which stays.
+CHECKPOINTS_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
 
 
 def take_over(model: Any) -> bool:
@@ -43,11 +48,7 @@ def _layer(layer: Any, hidden_states: Tensor, attention_mask: Any = None, **opti
     """A layer before the last: [1, L, H] -> [1, L, H]."""
     if not isinstance(attention_mask, RunMask):
         return _as_before(layer, hidden_states, attention_mask=attention_mask, **options)
-
-    attended, _ = layer.self_attn(
-        rms_norm(layer.input_layernorm, hidden_states), attention_mask=attention_mask, **options
-    )
-    return _through_mlp(layer, hidden_states, attended)
+    return _checkpointed(layer, hidden_states, attention_mask, None, options)
 
 
 def _last_layer(
@@ -58,14 +59,31 @@ def _last_layer(
     """
     if not isinstance(attention_mask, RunMask) or attention_mask.last is None:
         return _layer(layer, hidden_states, attention_mask, **options)
+    return _checkpointed(layer, hidden_states, attention_mask.last, attention_mask.read, options)
 
+
+def _checkpointed(
+    layer: Any, hidden: Tensor, mask: RunMask, read: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """`_computed`, computed again in backward where the model checkpoints its gradients."""
+
+    def compute(states: Tensor) -> Tensor:
+        return _computed(layer, states, mask=mask, read=read, **options)
+
+    if CHECKPOINTS_FORWARD and layer.gradient_checkpointing and layer.training:
+        output: Tensor = layer._gradient_checkpointing_func(compute, hidden)
+        return output
+    return compute(hidden)
+
+
+def _computed(
+    layer: Any, hidden: Tensor, *, mask: RunMask, read: Tensor | None, **options: Any
+) -> Tensor:
+    """What a layer makes of [1, L, H], at the tokens `read` [S] or at all."""
     attended, _ = layer.self_attn(
-        rms_norm(layer.input_layernorm, hidden_states),
-        attention_mask=attention_mask.last,
-        read=attention_mask.read,
-        **options,
+        rms_norm(layer.input_layernorm, hidden), attention_mask=mask, read=read, **options
     )
-    return _through_mlp(layer, hidden_states[:, attention_mask.read], attended)
+    return _through_mlp(layer, hidden if read is None else hidden[:, read], attended)
 
 
 def _through_mlp(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:

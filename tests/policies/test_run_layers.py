@@ -94,3 +94,26 @@ def test_norm_and_rotation_have_the_gradient_of_their_formulas():
     assert torch.equal(rms_norm(norm, half), norm(half))
     plain = torch.nn.LayerNorm(4)
     assert torch.equal(rms_norm(plain, half[:, :4].float()), plain(half[:, :4].float()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_checkpointed_layers_are_computed_again_in_backward(name):
+    """Once in forward, once in backward, with the same gradients."""
+    rows = build_rows(random_bundles(5, 4, 3, 12), "shared_prefix", packing=WIDE)
+    calls, found = [], []
+    for checkpointing in (False, True):
+        model = tiny_model(name)
+        if checkpointing:
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        module = PolicyModule(model).train()
+        assert module.trims
+        count = []
+        for layer in model.model.layers:
+            layer.mlp.up_proj.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        found.append(figures(module, rows))
+        calls.append(len(count) / len(model.model.layers))
+
+    assert calls == [1, 2]
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
