@@ -12,6 +12,7 @@ Run one of them; the other tables stay as they are. `--only` without a name take
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ BENCHMARKS = {  # part of the page -> the command behind tests/benchmarks/
     "dpo_bfloat16": "bench_dpo.py --steps 4 --dtype bfloat16",
     "dialogues": "bench_dpo.py --data dialogues --steps 3",
     "larger": "bench_dpo.py --size 45M --vocab 32768 --steps 3",
-    "grpo": "bench_grpo.py",
+    "grpo": "bench_grpo.py --steps 2",
+    "grpo_bfloat16": "bench_grpo.py --steps 2 --dtype bfloat16 --settings 'no checkpointing, quarters'",
     "group": "bench_group.py --steps 6",
     "radpo": "bench_radpo.py",
     "sweep": "bench_sweep.py",
@@ -91,6 +93,8 @@ A larger model and vocabulary:
 
 {grpo}
 
+{grpo_bfloat16}
+
 ## Other updates
 
 {group}
@@ -131,7 +135,7 @@ No GPU was at hand: flex attention's gradients and the benchmark's GPU shapes we
 
 def run(command: str) -> str:
     """What a benchmark prints."""
-    script, *arguments = command.split()
+    script, *arguments = shlex.split(command)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     call = [sys.executable, str(ROOT / "tests" / "benchmarks" / script), *arguments]
     return subprocess.run(
