@@ -133,7 +133,7 @@ def calls_for(score: float, pool: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=250, help="of the test openings")
-    parser.add_argument("--value-steps", type=int, default=1000)
+    parser.add_argument("--value-steps", type=int, default=1250)
     parser.add_argument("--folder", type=Path, default=Path("runs/reproduce/decoders"))
     parser.add_argument("changes", nargs="*", help="a.b=value, for all runs")
     asked = parser.parse_intermixed_args()
