@@ -6,8 +6,8 @@
 Both sides train the same weights on the same batches with a live reference. TRL runs with gradient
 checkpointing on and off, in whole batches and in quarters that are accumulated. The floor of a step
 are the matrix products on the tokens that differ (in the last layer, on those that the head reads),
-of policy and reference, forward and backward, timed on the machine in between. The tables go to stdout as Markdown. On a GPU the defaults are a
-Qwen3 of 0.6B in bfloat16 and flex attention.
+of policy and reference, forward and backward, timed on the machine in between. The tables go to
+stdout as Markdown. On a GPU the defaults are a Qwen3 of 0.6B in bfloat16 and flex attention.
 """
 
 import argparse
