@@ -212,7 +212,10 @@ class PolicyModule(nn.Module):
         balanced = self.router is not None and torch.is_grad_enabled() and not hidden_only
         read, places = self._read(rows)
         output = self._run(rows, read, **({"output_router_logits": True} if balanced else {}))
-        hidden: Tensor = output.last_hidden_state.flatten(0, 1)[places]
+        states = output.last_hidden_state.flatten(0, 1)
+        if read is not None and len(states) != len(read):
+            places = rows.sources  # somebody has given the last layer a forward since
+        hidden: Tensor = states[places]
         finish = self.finish if self.tail is None else self.tail
         results = finish(
             hidden,

@@ -3,10 +3,12 @@
 In a packed row (`alignkit.policies.packing`) a layer's norms and rotations are functions with a
 gradient of their own, which keep less for backward than the dozen operations that they stand for.
 The last layer computes queries and all that follows them only at the tokens that something reads:
-of a prompt, the last one. With any other mask the layers are transformers' own.
+of a prompt, the last one. With any other mask the layers are transformers' own, and so is a layer in
+which somebody has put hooks or code of their own.
 """
 
-from types import MethodType
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +18,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignkit.policies.packing import KERNEL, RunMask, attend
 
-# Layers and norms that compute what `_layer` and `rms_norm` do, as transformers names them.
-LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
-
+# Families whose layers, norms and MLPs compute what is computed here, by transformers' names.
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+NORMS = tuple(f"{family}RMSNorm" for family in FAMILIES)
 # transformers wraps the `forward` of a layer's class, which `take_over` puts aside; older releases
 # wrap `__call__`, which stays.
 CHECKPOINTS_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
@@ -33,20 +34,63 @@ def take_over(model: Any) -> bool:
     if model.config._attn_implementation != KERNEL or not isinstance(blocks, nn.ModuleList):
         return False
     layers: list[Any] = list(blocks)
-    if not all(type(layer).__name__ in LAYERS for layer in layers):
+    if not all(_is_own(layer) and _is_own(layer.self_attn) for layer in layers):
         return False
 
-    # Methods of single modules, because the classes serve models that alignkit does not own.
+    # Functions of single modules, because the classes serve models that alignkit does not own.
+    # A partial is copied and pickled with its module.
     for layer in layers:
-        layer.forward = MethodType(_layer, layer)
-        layer.self_attn.forward = MethodType(_attention, layer.self_attn)
-    layers[-1].forward = MethodType(_last_layer, layers[-1])
+        layer.forward = partial(_layer, layer)
+        layer.self_attn.forward = partial(_attention, layer.self_attn)
+    layers[-1].forward = partial(_last_layer, layers[-1])
     return True
+
+
+def _is_own(module: Any) -> bool:
+    """Whether a layer or its attention is of a known family and transformers' own, or taken over."""
+    names = [f"{family}{part}" for family in FAMILIES for part in ("DecoderLayer", "Attention")]
+    forward = vars(module).get("forward")
+    return _is_of(module, names) and (forward is None or _is_taken(forward))
+
+
+def _is_of(module: Any, names: Sequence[str]) -> bool:
+    """Whether a module's class is one of transformers' with these names."""
+    kind = type(module)
+    return kind.__name__ in names and kind.__module__.startswith("transformers.")
+
+
+def _is_taken(forward: Any) -> bool:
+    """Whether a module's own forward is one of those that `take_over` gives."""
+    return isinstance(forward, partial) and forward.func in (_layer, _last_layer, _attention)
+
+
+def _can_compute(layer: Any) -> bool:
+    """Whether a layer's parts do what their classes do and nothing else. Those that are not called
+    here could have hooks, or a forward that somebody has changed: then the layer is computed by
+    transformers' code, which calls them.
+    """
+    attention = layer.self_attn
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None))]
+    mlps = [f"{family}MLP" for family in FAMILIES]
+    return (
+        _is_taken(vars(attention).get("forward"))
+        and _is_of(layer.mlp, mlps)
+        and all(_is_of(norm, NORMS) for norm in norms)
+        and all(_is_untouched(module) for module in (layer.mlp, layer.mlp.act_fn, *norms))
+    )
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether to call a module is to compute what its class does: no hooks, no forward of its own."""
+    state = vars(module)
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return "forward" not in state and not any(state.get(name) for name in hooks)
 
 
 def _layer(layer: Any, hidden_states: Tensor, attention_mask: Any = None, **options: Any) -> Tensor:
     """A layer before the last: [1, L, H] -> [1, L, H]."""
-    if not isinstance(attention_mask, RunMask):
+    if not isinstance(attention_mask, RunMask) or not _can_compute(layer):
         return _as_before(layer, hidden_states, attention_mask=attention_mask, **options)
     return _checkpointed(layer, hidden_states, attention_mask, None, options)
 
@@ -59,6 +103,8 @@ def _last_layer(
     """
     if not isinstance(attention_mask, RunMask) or attention_mask.last is None:
         return _layer(layer, hidden_states, attention_mask, **options)
+    if not _can_compute(layer):
+        return _layer(layer, hidden_states, attention_mask, **options)[:, attention_mask.read]
     return _checkpointed(layer, hidden_states, attention_mask.last, attention_mask.read, options)
 
 
@@ -88,14 +134,15 @@ def _computed(
 
 def _through_mlp(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
     """What a layer makes of its input and of what its attention gave."""
-    hidden = _plus(attended, hidden)
+    hidden = hidden + attended
     mlp = layer.mlp
     normed = rms_norm(layer.post_attention_layernorm, hidden)
     gate = mlp.act_fn(mlp.gate_proj(normed))
     up = mlp.up_proj(normed)
     # The gate is an operand of nothing else where no gradient is kept.
     inner = gate * up if torch.is_grad_enabled() else gate.mul_(up)
-    return _plus(mlp.down_proj(inner), hidden)
+    residual: Tensor = hidden + mlp.down_proj(inner)
+    return residual
 
 
 def _attention(
@@ -151,15 +198,10 @@ def _as_before(module: nn.Module, *arguments: Any, **options: Any) -> Any:
     return type(module).forward(module, *arguments, **options)
 
 
-def _plus(new: Tensor, stream: Tensor) -> Tensor:
-    """stream + new, in the memory of `new`, which its maker does not need again."""
-    return new.add_(stream) if new.dtype == stream.dtype else stream + new
-
-
 def rms_norm(norm: Any, x: Tensor) -> Tensor:
     """What a norm of `NORMS` gives in float32; any other norm, or dtype, as it is: [..., H]."""
     # A shard of a weight is no parameter of its own kind.
-    known = type(norm).__name__ in NORMS and type(norm.weight) is nn.Parameter
+    known = _is_of(norm, NORMS) and type(norm.weight) is nn.Parameter
     if not known or x.dtype != torch.float32 or norm.weight.dtype != torch.float32:
         given: Tensor = norm(x)
         return given

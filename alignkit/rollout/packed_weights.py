@@ -59,7 +59,7 @@ def _groups(model: nn.Module) -> list[list[nn.Linear]]:
         for names in TOGETHER:
             group = [layer for name in names if (layer := getattr(parent, name, None)) in layers]
             kinds = {(each.in_features, each.bias is None, each.weight.dtype) for each in group}
-            if len(group) == len(names) and len(kinds) == 1:
+            if len(set(group)) == len(names) and len(kinds) == 1:
                 groups.append(group)
                 for layer in group:
                     del layers[layer]

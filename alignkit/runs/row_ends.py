@@ -48,7 +48,9 @@ def _advice(without: int, cut: int, end: int | None, config: DataConfig, report:
     sentences = []
     if cut:
         longer = f"set it to {max(report.lengths)} or more"
-        or_prompts = ", or data.truncate=start to cut the prompts instead"
+        or_prompts = (
+            ", or where the completions alone fit data.truncate=start, which cuts the prompts"
+        )
         at = f"{cut} of them were cut at data.max_length={config.max_length}"
         sentences.append(f"{at}; {longer}{or_prompts if config.truncate == 'end' else ''}")
     if cut < without:

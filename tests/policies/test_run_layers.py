@@ -1,11 +1,14 @@
 """Layers of packed rows against transformers' own, in what they give and in their gradients."""
 
 import copy
+import io
 
 import pytest
 import torch
 from tiny_models import random_bundles, tiny_model
+from transformers.models.llama.modeling_llama import LlamaMLP
 
+from alignkit.policies import module as module_file
 from alignkit.policies import run_layers
 from alignkit.policies.layout import build_rows
 from alignkit.policies.module import PolicyModule
@@ -34,7 +37,7 @@ def test_layers_of_packed_rows_are_transformers_own(name, monkeypatch):
     rows = build_rows(random_bundles(5, 4, 3, 12), "shared_prefix", packing=WIDE)
     ours = PolicyModule(copy.deepcopy(model))
     assert ours.trims
-    monkeypatch.setattr(run_layers, "LAYERS", ())
+    monkeypatch.setattr(module_file, "take_over", lambda model: False)
     theirs = PolicyModule(model)
     assert not theirs.trims
 
@@ -53,7 +56,9 @@ def test_the_last_layer_computes_what_is_read():
     rows = build_rows(random_bundles(2, 3, 2, 8), "shared_prefix", packing=WIDE)
     seen = []
     for layer in module.model.model.layers:
-        layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+        layer.mlp.up_proj.register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0].shape[1])
+        )
         layer.self_attn.o_proj.register_forward_pre_hook(
             lambda _, inputs: seen.append(inputs[0].shape[1])
         )
@@ -61,7 +66,7 @@ def test_the_last_layer_computes_what_is_read():
     whole = rows.input_ids.shape[1]
     read = len(rows.sources.unique())
     assert read < whole
-    assert seen == [whole] * (len(seen) - 1) + [read]
+    assert seen == [whole, whole, read, read]
 
     copied = copy.deepcopy(module)
     with torch.no_grad():
@@ -117,3 +122,106 @@ def test_checkpointed_layers_are_computed_again_in_backward(name):
 
     assert calls == [1, 2]
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+class HalfMLP(LlamaMLP):
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 0.5 * self.inner(x)
+
+
+def hooked(layer):
+    layer.mlp.register_forward_hook(lambda _, inputs, output: 0.5 * output)
+
+
+def hooked_norm(layer):
+    layer.input_layernorm.register_forward_hook(lambda _, inputs, output: 0.5 * output)
+
+
+def subclassed(layer):
+    layer.mlp.__class__ = HalfMLP
+
+
+def patched_mlp(layer):
+    old = layer.mlp.forward
+    layer.mlp.forward = lambda x: 0.5 * old(x)
+
+
+def wrapped(layer):
+    layer.mlp = Wrapper(layer.mlp)
+
+
+def patched_attention(layer):
+    old = layer.self_attn.forward
+    layer.self_attn.forward = lambda *args, **options: (0.5 * old(*args, **options)[0], None)
+
+
+def patched_layer(layer):
+    old = layer.forward
+    layer.forward = lambda *args, **options: 0.5 * old(*args, **options)
+
+
+CHANGES = [
+    hooked,
+    hooked_norm,
+    subclassed,
+    patched_mlp,
+    wrapped,
+    patched_attention,
+    patched_layer,
+]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_somebody_changed_in_a_model_has_its_effect(change, late, monkeypatch):
+    """Before alignkit has the model or after: packed rows compute what transformers computes."""
+    rows = build_rows(random_bundles(5, 4, 3, 12), "shared_prefix", packing=WIDE)
+    model = tiny_model("llama", initializer_range=0.1)
+    expected = copy.deepcopy(model)
+    untouched = PolicyModule(copy.deepcopy(model))(rows)["policy"].detach()
+    ours = None
+    if late:
+        ours = PolicyModule(model)
+    for layer in model.model.layers:
+        change(layer)
+    found, gradients = figures(ours or PolicyModule(model), rows)
+
+    monkeypatch.setattr(module_file, "take_over", lambda model: False)
+    for layer in expected.model.layers:
+        change(layer)
+    plain, plain_gradients = figures(PolicyModule(expected), rows)
+    torch.testing.assert_close(found, plain, rtol=0, atol=2e-6)
+    assert (found - untouched).abs().max() > 1e-3
+    for own, other in zip(gradients, plain_gradients, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=2e-5)
+
+
+def test_a_model_can_be_saved_whole_and_hooks_keep_what_they_saw():
+    rows = build_rows(random_bundles(5, 4, 3, 12), "shared_prefix", packing=WIDE)
+    module = PolicyModule(tiny_model("llama"))
+    file = io.BytesIO()
+    torch.save(module.model, file)
+    file.seek(0)
+    again = PolicyModule(torch.load(file, weights_only=False))
+    assert again.trims
+    expected = module(rows)["policy"]
+    torch.testing.assert_close(again(rows)["policy"], expected, rtol=0, atol=0)
+
+    kept = []
+    for layer in module.model.model.layers:
+        for part in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            part.register_forward_hook(lambda _, inputs, out: kept.append((out, out.clone())))
+    with torch.no_grad():
+        module(rows)
+    assert len(kept) == 4
+    for output, at_the_time in kept:
+        assert torch.equal(output, at_the_time)
