@@ -41,13 +41,18 @@ class PackedWeights:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Inside, these layers multiply with the packed weights; there is no gradient."""
-        for module, forward in self._forwards.items():
-            module.forward = forward
+        """Inside, these layers multiply with the packed weights; there is no gradient.
+
+        A layer that has a forward of its own by then is left alone: somebody has wrapped it, or it
+        is in use already.
+        """
+        free = [module for module in self._forwards if "forward" not in vars(module)]
+        for module in free:
+            module.forward = self._forwards[module]
         try:
             yield
         finally:
-            for module in self._forwards:
+            for module in free:
                 del module.forward
 
 

@@ -119,6 +119,10 @@ A larger model and vocabulary:
 
 ![time of a step against prompt length, completions, vocabulary and prompts](speed_growth.png)
 
+What many rows cost before the first step is measured by `python tests/benchmarks/bench_data.py --rows 1000000`, with
+`--store FOLDER` also the reference's log-probs of all of them, and resuming a run of as many logged steps by
+`python tests/benchmarks/bench_resume.py --rows 1000000`.
+
 ## What limits it
 
 {profile}
@@ -171,17 +175,22 @@ def draw_growth(printed: str, to: Path) -> None:
         x, y = zip(*line, strict=True)
         panel.loglog(x, y, "o-")
         panel.loglog(x, [y[0] * value / x[0] for value in x], "--", color="grey", linewidth=1)
-        panel.set_xticks(x, [f"{value:g}" for value in x])
+        panel.set_xticks(x, map(_short, x))
         panel.minorticks_off()
         panel.set_xlabel(
             {"prompt": "tokens of the prompt", "completions": "completions of a prompt"}.get(
                 name, name
             )
         )
-    seconds = [0.5, 1, 2, 5, 10]
+    seconds = [0.5, 1, 2, 5, 10, 20, 50, 100]
     panels[0].set_yticks(seconds, map(str, seconds))
     panels[0].set_ylabel("seconds of a step")
     figure.savefig(to, dpi=110)
+
+
+def _short(value: float) -> str:
+    """A number as a tick's label: thousands of 1024 as 8k."""
+    return f"{value / 1024:g}k" if value >= 1024 else f"{value:g}"
 
 
 def main() -> None:

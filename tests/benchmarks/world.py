@@ -100,11 +100,11 @@ def write_world(folder: Path, size: str = "15M", vocab: int = 8192) -> Path:
     return write_model(folder, size, vocab)
 
 
-def write_model(folder: Path, size: str = "15M", vocab: int = 8192) -> Path:
+def write_model(folder: Path, size: str = "15M", vocab: int = 8192, positions: int = 4096) -> Path:
     """A model of random weights."""
     config = copy.deepcopy(SHAPES[size])
     config.update(
-        {"vocab_size": vocab, "max_position_embeddings": 4096, "tie_word_embeddings": True}
+        {"vocab_size": vocab, "max_position_embeddings": positions, "tie_word_embeddings": True}
     )
     config.update({"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
     torch.manual_seed(0)

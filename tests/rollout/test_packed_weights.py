@@ -77,6 +77,41 @@ def test_a_wrapped_forward_is_left_alone():
     assert "forward" in vars(layer)
 
 
+@torch.no_grad()
+def test_layers_in_use_already_are_left_as_they_are():
+    """Of two that use the same layers one packs, in whichever order they come to their ends."""
+    layer = nn.Linear(256, 256)
+    inputs = torch.ones(1, 256)
+    expected = layer(inputs)
+    first, second = PackedWeights(layer), PackedWeights(layer)
+    with first.used():
+        for again in (first, second):
+            with again.used():
+                torch.testing.assert_close(layer(inputs), expected, rtol=0, atol=2e-6)
+            assert "forward" in vars(layer)
+    assert "forward" not in vars(layer)
+
+    one, other = first.used(), second.used()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert torch.equal(layer(inputs), expected)
+    other.__exit__(None, None, None)
+    assert "forward" not in vars(layer)
+
+
+@torch.no_grad()
+def test_a_forward_that_is_wrapped_after_the_packing_is_left_alone():
+    layer, seen = nn.Linear(256, 256), []
+    packed = PackedWeights(layer)
+    own = layer.forward
+    layer.forward = wrapper = lambda inputs: seen.append(1) or own(inputs)
+    with packed.used():
+        layer(torch.ones(1, 256))
+    assert seen == [1]
+    assert layer.forward is wrapper
+
+
 def test_samples_follow_weights_and_adapters_that_move_between_two_calls():
     """What was packed for one call is of no use to the next: the log-probs are always those of the
     weights as they are.
