@@ -7,13 +7,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from alignkit.config.adapter_kinds import ADAPTER_FILE, check_kind, why_unfit
 from alignkit.config.section import Section
 from alignkit.errors import ModelError
 
-# Kinds of peft that put tokens of their own before a row, so that positions and prompts are no longer
-# those of the data; and kinds whose training needs calls between the steps.
-SHIFTING = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT")
-SCHEDULED = ("ADALORA", "XLORA", "POLY", "ADAPTION_PROMPT")
 REWARD_HEAD = "reward_head.safetensors"  # beside the language model that it was trained on
 
 
@@ -37,15 +34,10 @@ class AdapterConfig(Section):
 
     @field_validator("peft")
     @classmethod
-    def _leaves_positions_alone(cls, peft: dict[str, Any] | None) -> dict[str, Any] | None:
-        kind = str((peft or {}).get("peft_type", "LORA")).upper()
-        if kind in SHIFTING:
-            raise ValueError(
-                f"peft_type {kind} puts tokens of its own before each row, which moves all positions; "
-                "use LORA or another kind that changes layers"
-            )
-        if kind in SCHEDULED:
-            raise ValueError(f"peft_type {kind} needs calls of its own between the steps; use LORA")
+    def _can_be_trained(cls, peft: dict[str, Any] | None) -> dict[str, Any] | None:
+        why = why_unfit(peft or {}, "begun")
+        if why is not None:
+            raise ValueError(why)
         return peft
 
     @model_validator(mode="after")
@@ -146,20 +138,23 @@ class ReferenceConfig(TargetConfig):
 
 
 def check_adapter(path: str) -> None:
-    """ModelError for a `model.adapter.path` that holds no adapter."""
-    if not (Path(path).expanduser() / "adapter_config.json").is_file():
+    """ModelError for a `model.adapter.path` that holds no adapter, or none that can be trained."""
+    folder = Path(path).expanduser()
+    if not (folder / ADAPTER_FILE).is_file():
         raise ModelError(
-            f"model.adapter.path: there is no adapter_config.json in {path}; give a "
-            "folder written by peft"
+            f"model.adapter.path: there is no {ADAPTER_FILE} in {path}; give a folder written by peft"
         )
+    check_kind(folder, "model.adapter.path", "continued")
 
 
 def _holds_model(folder: Path) -> bool:
-    return any((folder / file).exists() for file in ("config.json", "adapter_config.json"))
+    return any((folder / file).exists() for file in ("config.json", ADAPTER_FILE))
 
 
 def check_source(name: str, field: str = "model.name_or_path") -> None:
-    """ModelError for a path that holds no model; names on the hub are left to the hub."""
+    """ModelError for a path that holds no model, or an adapter that cannot be used; names on the hub
+    are left to the hub.
+    """
     path = Path(name).expanduser()
     if path.is_file():
         raise ModelError(
@@ -171,6 +166,7 @@ def check_source(name: str, field: str = "model.name_or_path") -> None:
             inside = path / "model"
             place = inside if _holds_model(inside) else "a folder written by save_pretrained"
             raise ModelError(f"{field}: the folder {name} holds no config.json; give {place}")
+        check_kind(path, field)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
             f"{field}: there is no folder {name}; check the path, or give a hub name such as "

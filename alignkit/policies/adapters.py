@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from alignkit.config.adapter_kinds import ADAPTER_FILE, check_kind
 from alignkit.config.model import AdapterConfig, ModelConfig, check_adapter
 from alignkit.config.validation import nearest
 from alignkit.errors import ConfigError, ModelError, first_line
@@ -20,8 +21,6 @@ from alignkit.policies.module import PolicyModule
 from alignkit.policies.probe import HALF_TOLERANCE, HEAD_TOLERANCE
 from alignkit.policies.reference import START_ADAPTER, Anchor
 from alignkit.policies.weights import check_base, check_files
-
-CONFIG = "adapter_config.json"
 
 
 def add_adapter(model: Any, adapter: AdapterConfig, *, seed: int) -> Any:
@@ -91,13 +90,14 @@ def start_of(model: ModelConfig) -> ModelConfig:
     ConfigError for another adapter on top of it; otherwise as `base_of`.
     """
     folder = Path(model.name_or_path).expanduser()
-    if not (folder / CONFIG).is_file():
+    if not (folder / ADAPTER_FILE).is_file():
         return model
     if model.adapter is not None:
         raise ConfigError(
             f"model.adapter: {model.name_or_path} is an adapter already, which is trained further; "
             "leave model.adapter out, or merge it first (alignkit merge)"
         )
+    check_kind(folder, "model.name_or_path", "continued")
     base = base_of(folder, model, "model.name_or_path")
     adapter = AdapterConfig(path=str(folder.resolve()))
     return base.model_copy(update={"adapter": adapter})
@@ -152,10 +152,11 @@ def base_of(folder: Path, settings: ModelConfig, field: str) -> ModelConfig:
     """The model that the adapter in `folder` belongs on, where it lies now; all other `settings`
     stay. `field` of the recipe names the folder in errors.
 
-    ModelError for an adapter that is damaged or names no model, CheckpointError for a base model
-    that is not the one that the adapter was trained on.
+    ModelError for an adapter that is damaged, cannot be used or names no model, CheckpointError for
+    a base model that is not the one that the adapter was trained on.
     """
     check_files(folder, field)
+    check_kind(folder, field)
     name = adapter_base(folder, field)
     name = next((str(place) for place in _places(folder, name) if _is_model(place)), name)
 
@@ -190,8 +191,8 @@ def adapter_base(folder: Path, field: str) -> str:
     name = _config(folder, field).get("base_model_name_or_path")
     if not (isinstance(name, str) and name):
         raise ModelError(
-            f"{field}: {folder / CONFIG} says {name!r} where base_model_name_or_path should name "
-            "the model that the adapter belongs on; write its folder or hub name there"
+            f"{field}: {folder / ADAPTER_FILE} says {name!r} where base_model_name_or_path should "
+            "name the model that the adapter belongs on; write its folder or hub name there"
         )
     return name
 
@@ -238,7 +239,7 @@ def _config(folder: Path, field: str) -> dict[str, Any]:
     """adapter_config.json as an object of a kind that peft knows. Raises ModelError."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    file = folder / CONFIG
+    file = folder / ADAPTER_FILE
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from alignkit import files
+from alignkit.config.adapter_kinds import ADAPTER_FILE
 from alignkit.config.model import ModelConfig
 from alignkit.errors import ModelError
-from alignkit.policies.adapters import CONFIG, base_of, untie, with_adapter
+from alignkit.policies.adapters import base_of, untie, with_adapter
 from alignkit.policies.export import dtype_to_save, save_in_dtype
 from alignkit.policies.load import load_model
 from alignkit.policies.tokenizer import load_tokenizer
@@ -20,9 +21,9 @@ def merge(folder: Path | str, out: Path | str, *, dtype: str = "auto") -> None:
     ResourceError where the disk refuses.
     """
     source = Path(folder)
-    if (source / "model" / CONFIG).exists():
+    if (source / "model" / ADAPTER_FILE).exists():
         source = source / "model"
-    if not (source / CONFIG).exists():
+    if not (source / ADAPTER_FILE).exists():
         raise ModelError(
             f"{folder} holds no adapter (adapter_config.json); only LoRA runs need merging"
         )

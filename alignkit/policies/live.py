@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignkit.config.adapter_kinds import why_unfit
 from alignkit.config.model import ModelConfig
 from alignkit.errors import ConfigError, ModelError
 from alignkit.policies.module import causal_lm
@@ -21,9 +22,10 @@ def adopt(
 
     The model is moved to `device`, cast to the recipe's dtype and put into evaluation mode, and its
     dropout is off. An adapter that it has keeps a frozen twin, from which the KL is measured.
-    ModelError for what is no causal language model, ConfigError for an adapter of the recipe on top
-    of the model's own.
+    ModelError for what is no causal language model and for adapters that cannot be trained here,
+    ConfigError for an adapter of the recipe on top of the model's own.
     """
+    _check_adapters(model)
     inner = causal_lm(model)
     if not hasattr(inner, "config") or inner.get_output_embeddings() is None:
         raise ModelError(
@@ -41,6 +43,19 @@ def adopt(
         _keep_start(adapted)
     model.eval()
     return inner, adapted, rates
+
+
+def _check_adapters(model: Any) -> None:
+    """ModelError for a peft model with an adapter that cannot be trained here."""
+    if type(model).__name__ == "PeftMixedModel":
+        raise ModelError(
+            "model: a PeftMixedModel has adapters of several kinds, and one is trained here; give "
+            "a PeftModel"
+        )
+    for config in getattr(model, "peft_config", {}).values():
+        why = why_unfit(config.to_dict(), "continued")
+        if why is not None:
+            raise ModelError(f"model: its adapter cannot be trained here: {why}")
 
 
 def without_dropout(model: Any) -> dict[str, float]:

@@ -22,10 +22,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from alignkit.batches import Bundle, Plan
+from alignkit.config.adapter_kinds import ADAPTER_FILE
 from alignkit.config.model import ModelConfig, ReferenceConfig, TargetConfig, check_source
 from alignkit.errors import ConfigError, ModelError, first_line
 from alignkit.policies.adapters import (
-    CONFIG,
     add_adapter,
     base_of,
     starts_without,
@@ -194,7 +194,7 @@ def _parts(model: ModelConfig, field: str) -> tuple[ModelConfig, Path | None, Mo
     is.
     """
     folder = Path(model.name_or_path).expanduser()
-    if not (folder / CONFIG).is_file():
+    if not (folder / ADAPTER_FILE).is_file():
         return model, None, model
     base = base_of(folder, model, field)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
