@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignkit.policies.packing import KERNEL, RunMask, attend
+from alignkit.policies.products import is_untouched, product
 
 # Families whose layers, norms and MLPs compute what is computed here, by transformers' names.
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -77,15 +79,8 @@ def _can_compute(layer: Any) -> bool:
         _is_taken(vars(attention).get("forward"))
         and _is_of(layer.mlp, mlps)
         and all(_is_of(norm, NORMS) for norm in norms)
-        and all(_is_untouched(module) for module in (layer.mlp, layer.mlp.act_fn, *norms))
+        and all(is_untouched(module) for module in (layer.mlp, layer.mlp.act_fn, *norms))
     )
-
-
-def _is_untouched(module: nn.Module) -> bool:
-    """Whether to call a module is to compute what its class does: no hooks, no forward of its own."""
-    state = vars(module)
-    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return "forward" not in state and not any(state.get(name) for name in hooks)
 
 
 def _layer(layer: Any, hidden_states: Tensor, attention_mask: Any = None, **options: Any) -> Tensor:
@@ -137,12 +132,20 @@ def _through_mlp(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
     hidden = hidden + attended
     mlp = layer.mlp
     normed = rms_norm(layer.post_attention_layernorm, hidden)
-    gate = mlp.act_fn(mlp.gate_proj(normed))
-    up = mlp.up_proj(normed)
-    # The gate is an operand of nothing else where no gradient is kept.
-    inner = gate * up if torch.is_grad_enabled() else gate.mul_(up)
-    residual: Tensor = hidden + mlp.down_proj(inner)
-    return residual
+    gate = product(mlp.gate_proj, normed)
+    up = product(mlp.up_proj, normed)
+    return hidden + product(mlp.down_proj, _gated(mlp.act_fn, gate, up))
+
+
+def _gated(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """An MLP's inner states, activation(gate) up; its operands serve nothing else."""
+    if not torch.is_grad_enabled():
+        open_gate: Tensor = activation(gate)
+        return open_gate.mul_(up)
+    if type(activation) is nn.SiLU or _is_of(activation, ("SiLUActivation",)):
+        inner: Tensor = _SiLUGate.apply(gate, up)  # type: ignore[no-untyped-call]
+        return inner
+    return activation(gate) * up
 
 
 def _attention(
@@ -171,9 +174,9 @@ def _attention(
     asking, cos_asked, sin_asked = hidden_states, cos, sin
     if read is not None:
         asking, cos_asked, sin_asked = hidden_states[:, read], cos[:, read], sin[:, read]
-    query = module.q_proj(asking).view(1, asking.shape[1], -1, module.head_dim)
-    key = module.k_proj(hidden_states).view(shape)
-    value = module.v_proj(hidden_states).view(shape)
+    query = product(module.q_proj, asking).view(1, asking.shape[1], -1, module.head_dim)
+    key = product(module.k_proj, hidden_states).view(shape)
+    value = product(module.v_proj, hidden_states).view(shape)
     if hasattr(module, "q_norm"):
         query = rms_norm(module.q_norm, query)
         key = rms_norm(module.k_norm, key)
@@ -190,7 +193,7 @@ def _attention(
         dropout=dropout,
         scaling=module.scaling,
     )
-    return module.o_proj(attended.flatten(2)), None
+    return product(module.o_proj, attended.flatten(2)), None
 
 
 def _as_before(module: nn.Module, *arguments: Any, **options: Any) -> Any:
@@ -241,6 +244,24 @@ class _RMSNorm(torch.autograd.Function):
         x_grad = torch.mul(grad, weight).mul_(inverse)
         x_grad.addcmul_(x, inverse.pow(3).mul_(along), value=-1 / width)
         return x_grad, weight_grad, None
+
+
+class _SiLUGate(torch.autograd.Function):
+    """silu(gate) up. Backward computes silu(gate) again, which is a quarter of what an MLP would
+    keep for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        gate_grad = torch.ops.aten.silu_backward(grad * up, gate)
+        return gate_grad, functional.silu(gate).mul_(grad)
 
 
 class _Rotation(torch.autograd.Function):

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from alignkit.policies.products import ONEDNN, multiply
+
 SMALLEST = 1 << 16  # elements of a weight below which packing gains nothing
-ONEDNN = (
-    torch.backends.mkldnn.is_available()
-    and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-)
 
 # Layers of one module that transformers' models hand the same input, one after the other.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -118,9 +116,9 @@ class _Product:
         """The output of layer `number`."""
         if number == 0 or inputs is not self.inputs:
             self.inputs = inputs
-            self.parts = torch.ops.mkldnn._linear_pointwise(
-                inputs.to(self.dtype), self.packed, self.bias, "none", [], ""
-            ).split(self.sizes, -1)
+            self.parts = multiply(inputs.to(self.dtype), self.packed, self.bias).split(
+                self.sizes, -1
+            )
 
         part = self.parts[number]
         if number + 1 == len(self.sizes):

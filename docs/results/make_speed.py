@@ -55,6 +55,9 @@ How alignkit saves work:
 - **The last layer on what is read.** Of a prompt nothing but the last token's state goes into the head, so the last layer of the
   Llama family computes keys and values for the others, and nothing else (in packed rows on a CPU). Its norms and rotations are
   functions with gradients of their own, and attention reads keys and values where they lie.
+- **oneDNN for float32 products** on a CPU, in those layers and in the head: forward, and back to the input. On the AMD processor of
+  these tables it is faster than MKL, which torch calls; the gradient of a weight is MKL's.
+- **Two of three inner tensors** of a gated MLP are kept for backward; the third is computed again.
 - **The head on trained tokens only**, in chunks: log-probs, entropy and statistics in one pass, computed again in backward
   unless there are few.
 - **The reference once.** Where the data are fixed its log-probs are stored (`reference.kind: cached`, the default); with

@@ -225,3 +225,24 @@ def test_a_model_can_be_saved_whole_and_hooks_keep_what_they_saw():
     assert len(kept) == 4
     for output, at_the_time in kept:
         assert torch.equal(output, at_the_time)
+
+
+def test_a_gated_mlp_keeps_two_of_its_three_inner_tensors():
+    gate, up = (torch.randn(5, 7, requires_grad=True) for _ in range(2))
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        inner = run_layers._gated(torch.nn.SiLU(), gate, up)
+    assert len(kept) == 2
+
+    # Against the formula, in value and gradient.
+    wide_gate, wide_up = (x.detach().double().requires_grad_() for x in (gate, up))
+    wide = wide_gate * torch.sigmoid(wide_gate) * wide_up
+    inner.square().sum().backward()
+    wide.square().sum().backward()
+    for found, wanted in ((inner, wide), (gate.grad, wide_gate.grad), (up.grad, wide_up.grad)):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
