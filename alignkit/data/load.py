@@ -14,6 +14,7 @@ from alignkit.config.row_sources import RowSource, TrainSource
 from alignkit.data.cache import Entry, LazyTokenizer, entry_of, few_rows
 from alignkit.data.checking import Checked, Use, check_rows
 from alignkit.data.examples import Example
+from alignkit.data.held_out import about_held_out, unlike_trained
 from alignkit.data.mixture import Mixture, Part
 from alignkit.data.read import HeldOut, Rows, Source, open_source, reading
 from alignkit.data.report import Report
@@ -107,14 +108,28 @@ def load_held_out(
     config: DataConfig,
     load: Callable[[DataConfig, Source], tuple[Sequence[Any], Report]],
     resolve: Callable[[RowSource], Source] = HeldOut,
-) -> dict[str, tuple[Sequence[Any], Report]]:
-    """Name -> rows and report of every set of `data.eval`; one without a name stands under "". The
-    arguments are those of `load_mixture`.
+    *,
+    fits: Callable[[Sequence[Any], str], list[str]] = lambda rows, where: [],
+    training: Sequence[Any] | None = None,
+    stream: str | None = None,
+) -> tuple[dict[str, Sequence[Any]], list[str]]:
+    """Name -> rows of every set of `data.eval`, where one without a name stands under "", and notes
+    on them. `load` and `resolve` are those of `load_mixture`.
+
+    `fits` checks rows of a source and has notes on them; with `training` rows, those that are trained
+    on too are noted. `stream` is the name of the stream whose rows they are. Raises as `load`, `fits`
+    and `check_held_out` do; a DataError says which held-out rows it is about.
     """
-    return {
-        name: load(config.reading(source), resolve(source))
-        for name, source in config.held_out_sources().items()
-    }
+    sets: dict[str, Sequence[Any]] = {}
+    notes = unlike_trained(config, stream)
+    for name, source in config.held_out_sources().items():
+        with about_held_out(config, name, stream):
+            rows, report = load(config.reading(source), resolve(source))
+            notes += [*report.lines(), *fits(rows, report.source)]
+        if training is not None:
+            notes += check_held_out(training, rows, report.source)
+        sets[name] = rows
+    return sets, notes
 
 
 def check(

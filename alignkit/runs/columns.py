@@ -1,15 +1,16 @@
 """The columns of files, before torch is imported. The rows are read and checked once it is."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from alignkit.config.data import DataConfig
 from alignkit.config.objective_fields import family_of
 from alignkit.config.recipe import Recipe
 from alignkit.config.row_sources import RowSource
 from alignkit.data.checking import with_format
 from alignkit.data.file_formats import TEXT_SUFFIXES, data_suffix
+from alignkit.data.held_out import about_held_out
 from alignkit.data.read import HeldOut, Source, open_source, reading
 from alignkit.errors import DataError
 
@@ -27,22 +28,24 @@ def check_columns(recipe: Recipe) -> None:
     if family is None:
         return
 
-    for named, source in _sources(recipe):
-        if not _is_quick(named):
-            continue
-        rows = open_source(recipe.data, source)
-        config = reading(recipe.data, source)
-        first = replace(rows, rows=list(islice(rows.rows, FIRST)))
-        try:
-            with_format(first, config, family)
-        except DataError:  # a column may have its first value further down
-            with_format(rows, config, family)
+    for trained in recipe.data.sources():
+        _check(recipe.data, trained, trained, family)
+    for name, held in recipe.data.held_out_sources().items():
+        with about_held_out(recipe.data, name):
+            _check(recipe.data, held, HeldOut(held), family)
 
 
-def _sources(recipe: Recipe) -> Iterator[tuple[RowSource, Source]]:
-    """What is trained on and what is held out, each with what it is read by."""
-    yield from ((source, source) for source in recipe.data.sources())
-    yield from ((named, HeldOut(named)) for named in recipe.data.held_out_sources().values())
+def _check(data: DataConfig, named: RowSource, source: Source, family: str) -> None:
+    """Check one source, which is read as `source`, if that is quick."""
+    if not _is_quick(named):
+        return
+    rows = open_source(data, source)
+    config = reading(data, source)
+    first = replace(rows, rows=list(islice(rows.rows, FIRST)))
+    try:
+        with_format(first, config, family)
+    except DataError:  # a column may have its first value further down
+        with_format(rows, config, family)
 
 
 def _is_quick(source: RowSource) -> bool:

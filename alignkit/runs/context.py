@@ -27,6 +27,7 @@ class RunContext:
     pair: PolicyPair
     accelerator: Accelerator
     safe: bool = False  # whether code that the recipe names is refused
+    stream: str | None = None  # the name of the stream that this is about, where there are several
 
     @property
     def plan(self) -> Plan:

@@ -13,7 +13,6 @@ from torch import Tensor
 from alignkit.batches import FAMILIES, Bundle, Draw
 from alignkit.config.data import DataConfig
 from alignkit.data.load import (
-    check_held_out,
     fingerprint,
     load_bundles,
     load_held_out,
@@ -93,17 +92,20 @@ def fixed_data(context: RunContext) -> JobData:
     for part in mixture.parts:
         notes += check_row_lengths(context, part.rows, part.report.source)
 
-    held_out = load_held_out(recipe.data, load, context.held_out_rows)
-    for rows, report in held_out.values():
-        notes += report.lines()
-        notes += check_row_lengths(context, rows, report.source)
-        if context.task is None:
-            notes += check_held_out(bundles, rows, report.source)
+    held_out, about_held_out = load_held_out(
+        recipe.data,
+        load,
+        context.held_out_rows,
+        fits=partial(check_row_lengths, context),
+        training=bundles if context.task is None else None,
+        stream=context.stream,
+    )
+    notes += about_held_out
 
     order = order_of(mixture, recipe.train.seed)
     with asking_teacher(context):
         bundles = scored_where_visited(context, bundles, order)
-        sets = {name: scored(context, rows) for name, (rows, _) in held_out.items()}
+        sets = {name: scored(context, rows) for name, rows in held_out.items()}
 
     dataset = DatasetSource(
         bundles,
@@ -160,14 +162,17 @@ def sampled_data(context: RunContext) -> JobData:
 
     measures = {}
     if recipe.data.eval and (reward or environments):
-        held_out = load_held_out(recipe.data, load, context.held_out_rows)
+        held_out, about_held_out = load_held_out(
+            recipe.data,
+            load,
+            context.held_out_rows,
+            fits=partial(check_prompt_lengths, context),
+            training=prompts if context.task is None else None,
+            stream=context.stream,
+        )
+        notes += about_held_out
         wait = source.drawing.wait if source.drawing is not None else at_once
         measures = _held_out(context, held_out, reward, environments, wait)
-        for rows, report in held_out.values():
-            notes += report.lines()
-            check_prompt_lengths(context, rows, report.source)
-            if context.task is None:
-                notes += check_held_out(prompts, rows, report.source)
     elif recipe.data.eval:
         notes.append(
             "data.eval is not used: held-out prompts are measured by a reward, "
@@ -265,7 +270,7 @@ def _allocation(context: RunContext) -> Allocation | None:
 
 def _held_out(
     context: RunContext,
-    held_out: Mapping[str, tuple[Sequence[Prompt], Report]],
+    held_out: Mapping[str, Sequence[Prompt]],
     reward: RewardCall | None,
     environments: Environments | None,
     wait: Callable[[], None],
@@ -286,7 +291,7 @@ def _held_out(
     scoring = Scoring(context.plan, _reply(context), reward)
 
     measures = {}
-    for name, (prompts, _) in held_out.items():
+    for name, prompts in held_out.items():
         turns = None
         if environments is not None:
             turns = turn_sampler(context, environments, sampler, prompts, seed)

@@ -8,7 +8,6 @@ from functools import partial
 from alignkit.batches import Bundle
 from alignkit.config.data import DataConfig
 from alignkit.data.load import (
-    check_held_out,
     fingerprint,
     load_bundles,
     load_held_out,
@@ -55,14 +54,17 @@ def preference_data(context: RunContext) -> JobData:
         order=order_of(mixture, train.seed),
     )
 
-    held_out = load_held_out(context.recipe.data, load, context.held_out_rows)
-    for rows, held_out_report in held_out.values():
-        check_row_lengths(context, rows, held_out_report.source)
-        notes += held_out_report.lines()
-        if context.task is None:
-            notes += check_held_out(bundles, rows, held_out_report.source)
+    held_out, about_held_out = load_held_out(
+        context.recipe.data,
+        load,
+        context.held_out_rows,
+        fits=partial(check_row_lengths, context),
+        training=bundles if context.task is None else None,
+        stream=context.stream,
+    )
+    notes += about_held_out
 
-    shares = shares_of(context, {name: rows for name, (rows, _) in held_out.items()})
+    shares = shares_of(context, held_out)
     budget = int(train.micro_batch_tokens)
     measure = LabelMetrics if context.plan.data == "labelled" else PreferenceMetrics
     measures = {

@@ -60,8 +60,8 @@ def _tokens_of(bundle: Bundle) -> int:
     return len(bundle.prompt) + max(map(len, bundle.completions))
 
 
-def check_prompt_lengths(context: RunContext, prompts: Sequence[Prompt], where: str) -> None:
-    """DataError where a prompt leaves no room for `rollout.max_new_tokens`, which sampling would
+def check_prompt_lengths(context: RunContext, prompts: Sequence[Prompt], where: str) -> list[str]:
+    """No note: DataError where a prompt leaves no room for `rollout.max_new_tokens`, which sampling would
     refuse in the step that draws it.
     """
     limit, _ = _positions(context)
@@ -79,6 +79,7 @@ def check_prompt_lengths(context: RunContext, prompts: Sequence[Prompt], where: 
             f"{new_tokens} new tokens exceed the {limit} positions of the model; {advice}"
             "lower rollout.max_new_tokens"
         )
+    return []
 
 
 def _positions(context: RunContext) -> tuple[int, bool]:

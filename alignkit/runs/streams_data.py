@@ -54,8 +54,9 @@ def _data_of(name: str, context: RunContext, load: Load) -> JobData:
         )
     watched = f"eval_{name}_{held_out_metric(context)}"
     train = context.recipe.train.model_copy(update={"metric": watched})
+    recipe = context.recipe.model_copy(update={"train": train})
     try:
-        return load(replace(context, recipe=context.recipe.model_copy(update={"train": train})))
+        return load(replace(context, recipe=recipe, stream=name))
     except DataError as error:
         raise DataError(f"stream `{name}`: {error}") from error
 

@@ -7,6 +7,8 @@ from world import SHORT_RUN, pair_rows, run, save_model, write_rows
 
 import alignkit
 from alignkit.config import load_recipe
+from alignkit.config.data import DataConfig
+from alignkit.data.held_out import unlike_trained
 from alignkit.errors import ConfigError, DataError
 from alignkit.files import read_jsonl
 from alignkit.runs.launch import run_recipe
@@ -129,3 +131,86 @@ def test_a_metric_of_a_named_set_has_the_goal_of_its_kind(world):
     assert goal("eval_accuracy") == "max"
     with pytest.raises(ConfigError, match="not known"):
         goal("eval_near_words")
+
+
+def refusal_of(recipe, *overrides, out):
+    with pytest.raises(DataError) as refused:
+        run_recipe(load_recipe(recipe, [f"output_dir={out}", *overrides]))
+    assert not out.exists()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("recipe", ["haf_rm", "reward_model"])
+def test_a_refusal_of_the_recipes_own_held_out_rows_names_the_field(world, tmp_path, recipe):
+    own = [f"model.name_or_path={world / 'model'}", f"data.train={world / 'pairs.jsonl'}"]
+    said = refusal_of(recipe, *own, out=tmp_path / "run")
+    assert "chosen equals rejected" in said
+    assert "these are the held-out rows, data.eval (task:reviews): set it to rows like" in said
+    assert "data.eval_split" in said
+
+    # The same of rows that are trained on says nothing of held-out ones.
+    same = write_rows(tmp_path / "same.jsonl", [{**pair_rows(1)[0], "chosen": "w7"}] * 3)
+    said = refusal_of(recipe, own[0], f"data.train={same}", out=tmp_path / "run")
+    assert "held-out" not in said
+
+
+LONG = " ".join(["w5"] * 150)  # beyond the 128 positions of the model
+
+
+@pytest.mark.parametrize(
+    ("recipe", "row"),
+    [
+        ("dpo", {"prompt": "w3", "chosen": "w4", "rejected": "w4"}),
+        ("haf_rm", {"prompt": "w3", "chosen": LONG, "rejected": "w4"}),  # cut, without an end token
+        ("reward_model", {"prompt": "w3", "chosen": LONG, "rejected": "w4"}),  # positions
+        ("rloo", {"prompt": LONG}),
+        ("dpo", {"question": "w3"}),
+    ],
+    ids=["equal", "cut", "positions", "room", "columns"],
+)
+def test_other_refusals_name_the_set(world, tmp_path, recipe, row):
+    rows = [{"prompt": f"w{3 + i}"} for i in range(3)] if recipe == "rloo" else pair_rows(3)
+    trained = write_rows(tmp_path / "rows.jsonl", rows)
+    held = write_rows(tmp_path / "held.jsonl", [row])
+    (tmp_path / "worth.py").write_text(
+        "def worth(completions, **_):\n    return [0.0] * len(completions)\n"
+    )
+    settings = [
+        f"model.name_or_path={world / 'model'}",
+        f"data.train={trained}",
+        f"data.eval={{far: {held}}}",
+        f"data.max_length={100 if recipe == 'haf_rm' else 1024}",
+    ]
+    if recipe == "rloo":
+        settings.append(f"rewards.0.function={tmp_path / 'worth.py'}:worth")
+    said = refusal_of(recipe, *settings, out=tmp_path / "run")
+    assert f"these are the held-out rows, data.eval.far ({held}): set it" in said
+
+
+def test_a_refusal_of_a_streams_held_out_rows_names_the_stream(world, tmp_path):
+    held = write_rows(tmp_path / "held.jsonl", [{"prompt": "w3", "chosen": "w4", "rejected": "w4"}])
+    pairs = world / "pairs.jsonl"
+    (tmp_path / "two.yaml").write_text(
+        f"""
+model: {{name_or_path: {world / "model"}}}
+data:
+  train:
+    - {{source: {pairs}, objective: {{name: dpo}}, share: 1, eval: {held}}}
+    - {{source: {pairs}, objective: {{name: sft}}, share: 1}}
+"""
+    )
+    said = refusal_of(tmp_path / "two.yaml", "train.steps=1", out=tmp_path / "run")
+    assert said.startswith("stream `dpo`: ")
+    assert f"`eval` of the stream dpo ({held}): set it to rows like those of its source" in said
+    assert "data.eval" not in said
+
+
+def test_held_out_rows_of_a_task_that_is_not_trained_on_are_noted():
+    def noted(trained, held_out):
+        return unlike_trained(DataConfig(train=trained, eval=held_out))
+
+    (note,) = noted("mine.jsonl", "task:reviews")
+    assert "task:reviews, of which nothing is trained on; set data.eval to" in note
+    (note,) = noted("mine.jsonl", {"near": "held.jsonl", "far": "task:reviews"})
+    assert "set data.eval.far to" in note
+    assert noted("task:reviews", "task:reviews") == noted("mine.jsonl", "held.jsonl") == []
