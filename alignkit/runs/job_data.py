@@ -92,14 +92,7 @@ def fixed_data(context: RunContext) -> JobData:
     for part in mixture.parts:
         notes += check_row_lengths(context, part.rows, part.report.source)
 
-    held_out, about_held_out = load_held_out(
-        recipe.data,
-        load,
-        context.held_out_rows,
-        fits=partial(check_row_lengths, context),
-        training=bundles if context.task is None else None,
-        stream=context.stream,
-    )
+    held_out, about_held_out = held_out_of(context, load, check_row_lengths, bundles)
     notes += about_held_out
 
     order = order_of(mixture, recipe.train.seed)
@@ -126,6 +119,25 @@ def fixed_data(context: RunContext) -> JobData:
         notes=notes,
         samples=_shown_samples(context, _first_prompts(next(iter(sets.values()), bundles))),
         evaluation=shares_of(context, sets),
+    )
+
+
+def held_out_of(
+    context: RunContext,
+    load: Callable[[DataConfig, RowsSource], tuple[Sequence[Any], Report]],
+    fits: Callable[[RunContext, Sequence[Any], str], list[str]],
+    training: Sequence[Any],
+) -> tuple[dict[str, Sequence[Any]], list[str]]:
+    """Name -> rows of every held-out set, which `load` reads and `fits` checks, and notes on them;
+    those that are `training` rows too are noted, unless a task made them.
+    """
+    return load_held_out(
+        context.recipe.data,
+        load,
+        context.held_out_rows,
+        fits=partial(fits, context),
+        training=training if context.task is None else None,
+        stream=context.stream,
     )
 
 
@@ -162,14 +174,7 @@ def sampled_data(context: RunContext) -> JobData:
 
     measures = {}
     if recipe.data.eval and (reward or environments):
-        held_out, about_held_out = load_held_out(
-            recipe.data,
-            load,
-            context.held_out_rows,
-            fits=partial(check_prompt_lengths, context),
-            training=prompts if context.task is None else None,
-            stream=context.stream,
-        )
+        held_out, about_held_out = held_out_of(context, load, check_prompt_lengths, prompts)
         notes += about_held_out
         wait = source.drawing.wait if source.drawing is not None else at_once
         measures = _held_out(context, held_out, reward, environments, wait)

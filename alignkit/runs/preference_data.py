@@ -10,7 +10,6 @@ from alignkit.config.data import DataConfig
 from alignkit.data.load import (
     fingerprint,
     load_bundles,
-    load_held_out,
     load_mixture,
 )
 from alignkit.data.read import Source
@@ -20,7 +19,7 @@ from alignkit.objectives.base import Weighted
 from alignkit.policies.lazy import changed
 from alignkit.policies.scorer import TrainedScorer, joined, separator_of
 from alignkit.runs.context import RunContext
-from alignkit.runs.job_data import JobData, shares_of
+from alignkit.runs.job_data import JobData, held_out_of, shares_of
 from alignkit.runs.row_lengths import check_row_lengths
 from alignkit.sources.dataset import DatasetSource, order_of
 from alignkit.training.held_out_sets import measured_on
@@ -54,14 +53,7 @@ def preference_data(context: RunContext) -> JobData:
         order=order_of(mixture, train.seed),
     )
 
-    held_out, about_held_out = load_held_out(
-        context.recipe.data,
-        load,
-        context.held_out_rows,
-        fits=partial(check_row_lengths, context),
-        training=bundles if context.task is None else None,
-        stream=context.stream,
-    )
+    held_out, about_held_out = held_out_of(context, load, check_row_lengths, bundles)
     notes += about_held_out
 
     shares = shares_of(context, held_out)
