@@ -15,7 +15,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from alignkit.plan import Adaptive as Adaptive
 from alignkit.plan import Draw as Draw
@@ -26,6 +25,7 @@ from alignkit.plan import Statistic as Statistic
 from alignkit.plan import Term as Term
 from alignkit.tensors import Outputs as Outputs
 from alignkit.tensors import TokenLogps as TokenLogps
+from alignkit.tensors import stacked
 
 TwoTensors = tuple[Tensor, Tensor]
 
@@ -282,14 +282,11 @@ class RolloutBatch:
         device = tokens.policy.device
         length = tokens.policy.shape[1]
         groups = [i for i, bundle in enumerate(bundles) for _ in bundle.completions]
-
-        def stacked(rows: Sequence[Tensor], filling: int = 0) -> Tensor | None:
-            full = [pad(row, (0, length - len(row)), value=filling) for row in rows]
-            return torch.stack(full).to(device) if full else None
+        ids = [row for bundle in bundles for row in bundle.completions]
 
         def padded(name: str, filling: int = 0) -> Tensor | None:
             rows = [row for bundle in bundles for row in bundle.tokens.get(name, ())]
-            return stacked(rows, filling)
+            return stacked(rows, length, filling).to(device) if rows else None
 
         return cls(
             tokens,
@@ -300,7 +297,7 @@ class RolloutBatch:
             values=padded("values"),
             weights=padded("weights"),
             draws=_draws(bundles, device),
-            ids=stacked([row for bundle in bundles for row in bundle.completions]),
+            ids=stacked(ids, length).to(device),
             turns=padded("turn", -1),
             states=padded("state"),
             rewards=padded("reward"),

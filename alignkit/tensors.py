@@ -4,12 +4,13 @@ checks that every loss shares. Masks select by `where`, never by multiplication:
 Axes: N completions of a whole batch, T tokens. Log-probs are natural logarithms, in nats.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from alignkit.errors import ShapeError
 
@@ -22,6 +23,15 @@ def check_same_shape(**tensors: Tensor) -> None:
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         raise ShapeError(f"shapes differ: {listed}; all of them must have the same shape")
+
+
+def stacked(rows: Sequence[Tensor], length: int, filling: float = 0) -> Tensor:
+    """N rows [T_n, ...] of at most `length` entries under one another, [N, length, ...], with
+    `filling` behind the end of each. At least one row.
+    """
+    longest = pad_sequence(list(rows), batch_first=True, padding_value=filling)
+    missing = longest.new_full((len(rows), length - longest.shape[1], *longest.shape[2:]), filling)
+    return torch.cat([longest, missing], 1)
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ CHUNK_BYTES = {"cpu": 8 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 64 * 2**20
 PARTS = {"cpu": 16}  # of a chunk, in which statistics are computed
 PARTS_ELSEWHERE = 4  # few, because each one is a dozen launches
+SMALLEST_PART = 2**17  # elements, or the calls cost more than the work
 PARTITION = "log_partition"  # its name in `TokenLogps.extras`
 KEPT_CHUNKS = 4  # a micro-batch of at most so many chunks keeps them for backward
 
@@ -204,7 +205,8 @@ class _Statistic(torch.autograd.Function):
         with_grad = ctx.needs_input_grad[1]
         gradient = torch.empty_like(ours) if with_grad else None
         values = []
-        size = -(-len(labels) // PARTS.get(ours.device.type, PARTS_ELSEWHERE))
+        parts = PARTS.get(ours.device.type, PARTS_ELSEWHERE)
+        size = max(-(-len(labels) // parts), SMALLEST_PART // ours.shape[-1])
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
             leaf = ours[part].detach().requires_grad_(with_grad)

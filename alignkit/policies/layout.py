@@ -111,7 +111,7 @@ def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
 
 def used_tokens(mask: Tensor) -> int:
     """Input tokens of a completion that matter: all before its last trained token."""
-    trained = mask.nonzero()
+    trained = mask.numpy().nonzero()[0]
     return int(trained[-1]) if len(trained) else 0
 
 
@@ -154,19 +154,19 @@ def build_rows(
         places = [(0, [starts[row] + index for index in path]) for row, path in places]
         trees = [_end_to_end(trees)]
 
-    # A label is predicted by the token before it: the path at the label's own index.
     completions = [ids for bundle in bundles for ids in bundle.completions]
-    masks = [mask for bundle in bundles for mask in bundle.masks]
     length = max(len(tree.ids) for tree in trees)
     longest = max(len(ids) for ids in completions)
-    sources = []
-    labels = []
-    targets = []
-    for n, ((row, path), ids, mask) in enumerate(zip(places, completions, masks)):
-        trained = mask.nonzero()[:, 0]
-        sources.append(torch.tensor(path)[trained] + row * length)
-        labels.append(ids[trained])
-        targets.append(trained + n * longest)
+
+    # The trained tokens [M] among those of all completions, whose they are, and which of its own.
+    trained = torch.cat([mask for bundle in bundles for mask in bundle.masks]).nonzero()[:, 0]
+    sizes = torch.tensor([len(ids) for ids in completions])
+    owner = torch.arange(len(sizes)).repeat_interleave(sizes)[trained]
+    index = trained - (sizes.cumsum(0) - sizes)[owner]
+
+    # A label is predicted by the token before it: the path at the label's own index.
+    paths = torch.tensor([row * length + place for row, path in places for place in path])
+    begins = list(accumulate((len(path) for _, path in places), initial=0))
 
     # A pad sees itself alone: its subtree ends right after it. It stands at position 0, because a row
     # with branches may have more tokens than the model has positions.
@@ -177,9 +177,9 @@ def build_rows(
         ends=_stacked([tree.ends for tree in trees], range(1, length + 1)),
         branched=any(end < len(tree.ids) for tree in trees for end in tree.ends),
         runs=runs,
-        sources=torch.cat(sources),
-        labels=torch.cat(labels),
-        targets=torch.cat(targets),
+        sources=paths[torch.tensor(begins)[owner] + index],
+        labels=torch.cat(completions)[trained],
+        targets=owner * longest + index,
         shape=(len(completions), longest),
     )
     return rows.to(device)

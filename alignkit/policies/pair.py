@@ -33,6 +33,7 @@ from alignkit.policies.sharding import Shards, check_launch, check_sharded, make
 from alignkit.policies.slices import StoredTensors
 from alignkit.policies.stored_laws import IDS, StoredLaws
 from alignkit.policies.tensor_parallel import Own
+from alignkit.tensors import stacked
 
 SCORING_BUDGET = 8192  # tokens per forward without gradient
 RESCORED = 4  # bundles whose stored log-probs are compared with live ones
@@ -226,10 +227,8 @@ class PolicyPair:
 
     def _stored(self, bundles: Sequence[Bundle], name: str, rows: Rows) -> Tensor:
         """Log-probs that the bundles carry under `name`, [N, T], 0 outside the mask."""
-        flat = torch.zeros(rows.shape)
-        stored = (values for bundle in bundles for values in bundle.tokens[name])
-        for row, values in zip(flat, stored, strict=True):
-            row[: len(values)] = values
+        values = [row.float() for bundle in bundles for row in bundle.tokens[name]]
+        flat = stacked(values, rows.shape[1])
         return torch.where(rows.mask, flat.to(rows.labels.device), 0.0)
 
     @torch.no_grad()

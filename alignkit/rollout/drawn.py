@@ -52,6 +52,12 @@ class Drawn:
         tokens = self.tokens.cpu()
         numbers = {name: values.cpu() for name, values in self.numbers.items()}
         ends = zip(self.lengths.tolist(), self.ended.tolist(), strict=True)
+        read = torch.arange(tokens.shape[1]) < self.lengths.cpu()[:, None]
+        if not bool(torch.isfinite(numbers["logps"][read]).all()):
+            raise NumericsError(
+                "sampling: the model's log-probs are not finite; its weights or its logits hold nan "
+                "or inf"
+            )
 
         samples = []
         for row, (length, ended) in enumerate(ends):
@@ -59,11 +65,5 @@ class Drawn:
                 name: values[row, :length].clone() for name, values in numbers.items()
             }
             own["cached"] = kept.get(row)
-            sample = Sample(tokens[row, :length].clone(), ended=ended, **own)
-            if not bool(torch.isfinite(sample.logps).all()):
-                raise NumericsError(
-                    "sampling: the model's log-probs are not finite; its weights or its logits "
-                    "hold nan or inf"
-                )
-            samples.append(sample)
+            samples.append(Sample(tokens[row, :length].clone(), ended=ended, **own))
         return samples

@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.nn.functional import pad
 
 from alignkit.batches import FAMILIES, Bundle, Plan, RolloutBatch, TokenLogps
 from alignkit.distributed.gather import concat, gather_rows
@@ -25,6 +24,7 @@ from alignkit.policies.layout import stand_in
 from alignkit.policies.pair import PolicyPair
 from alignkit.rollout.importance import Correction, mismatch, own_rows
 from alignkit.sources.bundle_io import with_channels
+from alignkit.tensors import stacked
 
 # What bundles carry per token -> the field of the rollout, and what stands where nothing does.
 CHANNELS = {"turn": ("turns", -1), "state": ("states", 0), "reward": ("rewards", 0)}
@@ -236,9 +236,8 @@ def _channels(bundles: Sequence[Bundle], tokens: TokenLogps) -> dict[str, Tensor
     length = tokens.policy.shape[1]
 
     def padded(rows: Sequence[Tensor], filling: float, dtype: torch.dtype) -> Tensor:
-        full = [pad(row, (0, length - len(row)), value=filling) for row in rows]
-        empty = torch.zeros((0, length), dtype=dtype)
-        return (torch.stack(full) if full else empty).to(tokens.policy.device)
+        full = stacked(rows, length, filling) if rows else torch.zeros((0, length), dtype=dtype)
+        return full.to(tokens.policy.device)
 
     ids = [row for bundle in bundles for row in bundle.completions]
     channels = {"ids": padded(ids, 0, torch.int64)}

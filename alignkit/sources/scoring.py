@@ -200,7 +200,7 @@ def rollout_metrics(
     if plan.feedback == "reward":
         values["reward"] = [value for row in scores for value in row.tolist()]
         values["reward_std"] = [float(row.std()) if len(row) > 1 else 0.0 for row in scores]
-        values["frac_reward_zero_std"] = [_agree(row) for row in scores]
+        values["frac_reward_zero_std"] = _agree(scores)
         # Completions that lost all others to compare them with: their advantage is 0.
         values["rollout/groups_of_one"] = [
             len(left) == 1 < len(row) for row, left in zip(samples, every_score) if left is not None
@@ -258,9 +258,15 @@ def _with_a_score(
     return [episode for episode, _ in scored], [score for _, score in scored]
 
 
-def _agree(scores: Tensor) -> bool:
-    """Whether the scores [K] of a prompt's completions are one and the same."""
-    return bool(constant_groups(scores, torch.zeros(len(scores), dtype=torch.long)).all())
+def _agree(scores: Sequence[Tensor]) -> list[bool]:
+    """Of each prompt, whether the scores [K] of its completions are one and the same."""
+    if not scores:
+        return []
+    sizes = torch.tensor([len(row) for row in scores])
+    alike = constant_groups(
+        torch.cat(list(scores)), torch.arange(len(sizes)).repeat_interleave(sizes)
+    )
+    return [bool(row.all()) for row in alike.split(sizes.tolist())]
 
 
 class FlatScores:

@@ -191,6 +191,7 @@ def peak_bytes(job):
 def test_a_teachers_statistics_take_two_more_chunks_than_the_likelihood(monkeypatch):
     chunk, vocab, tokens = 32, 512, 160
     monkeypatch.setattr(head_file, "chunk_rows", lambda *_: chunk)
+    monkeypatch.setattr(head_file, "SMALLEST_PART", 0)
     torch.manual_seed(0)
     policy, teacher = (nn.Linear(4, vocab, bias=False) for _ in range(2))
     hidden, labels = torch.randn(tokens, 4, requires_grad=True), torch.randint(vocab, (tokens,))
@@ -213,6 +214,7 @@ def test_a_teachers_statistics_take_two_more_chunks_than_the_likelihood(monkeypa
 @pytest.mark.parametrize("parts", [1, 3, 16])
 def test_statistics_do_not_depend_on_the_parts_of_a_chunk(monkeypatch, parts):
     monkeypatch.setattr(head_file, "PARTS", {"cpu": parts})
+    monkeypatch.setattr(head_file, "SMALLEST_PART", 0)
     torch.manual_seed(0)
     policy, teacher = (nn.Linear(5, 33, bias=False) for _ in range(2))
     hidden, labels = torch.randn(7, 5, requires_grad=True), torch.randint(33, (7,))
