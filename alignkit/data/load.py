@@ -110,14 +110,14 @@ def load_held_out(
     resolve: Callable[[RowSource], Source] = HeldOut,
     *,
     fits: Callable[[Sequence[Any], str], list[str]] = lambda rows, where: [],
-    training: Sequence[Any] | None = None,
+    training: Sequence[Any],
     stream: str | None = None,
 ) -> tuple[dict[str, Sequence[Any]], list[str]]:
     """Name -> rows of every set of `data.eval`, where one without a name stands under "", and notes
     on them. `load` and `resolve` are those of `load_mixture`.
 
-    `fits` checks rows of a source and has notes on them; with `training` rows, those that are trained
-    on too are noted. `stream` is the name of the stream whose rows they are. Raises as `load`, `fits`
+    `fits` checks rows of a source and has notes on them; those that are `training` rows too are
+    noted, unless a task made them. `stream` is the name of the stream whose rows they are. Raises as `load`, `fits`
     and `check_held_out` do; a DataError says which held-out rows it is about.
     """
     sets: dict[str, Sequence[Any]] = {}
@@ -126,7 +126,7 @@ def load_held_out(
         with about_held_out(config, name, stream):
             rows, report = load(config.reading(source), resolve(source))
             notes += [*report.lines(), *fits(rows, report.source)]
-        if training is not None:
+        if not source.source.startswith("task:"):  # a task's few rows may be in both of its parts
             notes += check_held_out(training, rows, report.source)
         sets[name] = rows
     return sets, notes

@@ -128,15 +128,13 @@ def held_out_of(
     fits: Callable[[RunContext, Sequence[Any], str], list[str]],
     training: Sequence[Any],
 ) -> tuple[dict[str, Sequence[Any]], list[str]]:
-    """Name -> rows of every held-out set, which `load` reads and `fits` checks, and notes on them;
-    those that are `training` rows too are noted, unless a task made them.
-    """
+    """Name -> rows of every held-out set, which `load` reads and `fits` checks, and notes on them."""
     return load_held_out(
         context.recipe.data,
         load,
         context.held_out_rows,
         fits=partial(fits, context),
-        training=training if context.task is None else None,
+        training=training,
         stream=context.stream,
     )
 

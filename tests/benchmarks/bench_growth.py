@@ -5,7 +5,7 @@ vocabulary and the batch.
 
 Forward and backward with a live reference on random tokens, one thing changed at a time. The first
 prompt alone warms up; a step that takes more than 5 s is counted once. The table goes to stdout as
-Markdown. The whole takes 5 minutes on two quiet cores.
+Markdown.
 """
 
 import argparse
