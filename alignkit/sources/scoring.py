@@ -200,7 +200,7 @@ def rollout_metrics(
     if plan.feedback == "reward":
         values["reward"] = [value for row in scores for value in row.tolist()]
         values["reward_std"] = [float(row.std()) if len(row) > 1 else 0.0 for row in scores]
-        values["frac_reward_zero_std"] = _agree(scores)
+        values["frac_reward_zero_std"] = list(_agree(scores))
         # Completions that lost all others to compare them with: their advantage is 0.
         values["rollout/groups_of_one"] = [
             len(left) == 1 < len(row) for row, left in zip(samples, every_score) if left is not None
