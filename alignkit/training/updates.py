@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from alignkit.policies.pair import PolicyPair
+from alignkit.policies.rewinding import rewound
 
 Metrics = dict[str, float]
 Collect = Callable[[], Any]
@@ -38,7 +39,7 @@ def extragradient(
     and optimiser state are restored exactly.
     """
     backward(collect())
-    with pair.rewound(optimizer):
+    with rewound(pair.parameters(), optimizer):
         optimizer.step()
         optimizer.zero_grad()
         bundles = collect()
