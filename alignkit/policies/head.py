@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.batches import Statistic
-from alignkit.policies.products import product
 
 # Size of one [C, V] float32 matrix, a handful of which are alive; on a CPU near its cache's size.
 CHUNK_BYTES = {"cpu": 8 * 2**20}
@@ -75,7 +74,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The final logits, scaled, capped and divided by the temperature: [C, H] -> [C, V]."""
-        return self.shaped(product(self.module, hidden)[..., : self.vocabulary])
+        return self.shaped(self.module(hidden)[..., : self.vocabulary])
 
     def shaped(self, logits: Tensor) -> Tensor:
         """What the head's module gives, scaled, capped and divided by the temperature: [C, V]."""

@@ -18,7 +18,6 @@ from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignkit.policies.packing import KERNEL, RunMask, attend
-from alignkit.policies.products import is_untouched, product
 
 # Families whose layers, norms and MLPs compute what is computed here, by transformers' names.
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -79,8 +78,15 @@ def _can_compute(layer: Any) -> bool:
         _is_taken(vars(attention).get("forward"))
         and _is_of(layer.mlp, mlps)
         and all(_is_of(norm, NORMS) for norm in norms)
-        and all(is_untouched(module) for module in (layer.mlp, layer.mlp.act_fn, *norms))
+        and all(_is_untouched(module) for module in (layer.mlp, layer.mlp.act_fn, *norms))
     )
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether to call a module is to compute what its class does: no hooks, no forward of its own."""
+    state = vars(module)
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return "forward" not in state and not any(state.get(name) for name in hooks)
 
 
 def _layer(layer: Any, hidden_states: Tensor, attention_mask: Any = None, **options: Any) -> Tensor:
@@ -132,9 +138,9 @@ def _through_mlp(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
     hidden = hidden + attended
     mlp = layer.mlp
     normed = rms_norm(layer.post_attention_layernorm, hidden)
-    gate = product(mlp.gate_proj, normed)
-    up = product(mlp.up_proj, normed)
-    return hidden + product(mlp.down_proj, _gated(mlp.act_fn, gate, up))
+    gate = mlp.gate_proj(normed)
+    up = mlp.up_proj(normed)
+    return hidden + mlp.down_proj(_gated(mlp.act_fn, gate, up))
 
 
 def _gated(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
@@ -174,9 +180,9 @@ def _attention(
     asking, cos_asked, sin_asked = hidden_states, cos, sin
     if read is not None:
         asking, cos_asked, sin_asked = hidden_states[:, read], cos[:, read], sin[:, read]
-    query = product(module.q_proj, asking).view(1, asking.shape[1], -1, module.head_dim)
-    key = product(module.k_proj, hidden_states).view(shape)
-    value = product(module.v_proj, hidden_states).view(shape)
+    query = module.q_proj(asking).view(1, asking.shape[1], -1, module.head_dim)
+    key = module.k_proj(hidden_states).view(shape)
+    value = module.v_proj(hidden_states).view(shape)
     if hasattr(module, "q_norm"):
         query = rms_norm(module.q_norm, query)
         key = rms_norm(module.k_norm, key)
@@ -193,7 +199,7 @@ def _attention(
         dropout=dropout,
         scaling=module.scaling,
     )
-    return product(module.o_proj, attended.flatten(2)), None
+    return module.o_proj(attended.flatten(2)), None
 
 
 def _as_before(module: nn.Module, *arguments: Any, **options: Any) -> Any:

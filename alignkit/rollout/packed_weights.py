@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from alignkit.policies.products import ONEDNN, multiply
-
 SMALLEST = 1 << 16  # elements of a weight below which packing gains nothing
+ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+)
 
 # Layers of one module that transformers' models hand the same input, one after the other.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -25,6 +27,8 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class PackedWeights:
     """A model's large linear layers, packed as its weights are
     now, in the dtype that autocast computes in. Those with the same input are one product.
+
+    Rows of one token are multiplied with them, [R, 1, K]; longer ones by the layers themselves.
 
     They take the weights' memory once more. Layers stay as they are where oneDNN does not compute
     the product: on another device or processor, or in another dtype.
@@ -102,6 +106,7 @@ class _Product:
     """
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self.layers = layers
         dtype = _dtype(layers[0])
         weight = torch.cat([layer.weight.data for layer in layers]).to(dtype)
         biases = [layer.bias.data for layer in layers if layer.bias is not None]
@@ -113,12 +118,17 @@ class _Product:
         self.parts: Sequence[Tensor] = ()
 
     def __call__(self, number: int, inputs: Tensor) -> Tensor:
-        """The output of layer `number`."""
+        """The output of layer `number`: one token of each row goes through the packed weights.
+
+        Prompts do not. Their lengths are of all kinds, and oneDNN keeps what it has made for each.
+        """
+        if inputs.shape[-2] != 1:
+            return nn.Linear.forward(self.layers[number], inputs)
         if number == 0 or inputs is not self.inputs:
             self.inputs = inputs
-            self.parts = multiply(inputs.to(self.dtype), self.packed, self.bias).split(
-                self.sizes, -1
-            )
+            self.parts = torch.ops.mkldnn._linear_pointwise(
+                inputs.to(self.dtype), self.packed, self.bias, "none", [], ""
+            ).split(self.sizes, -1)
 
         part = self.parts[number]
         if number + 1 == len(self.sizes):

@@ -20,7 +20,7 @@ WIDE = {
     "initializer_range": 0.05,
     "init_std": 0.05,
 }
-IDS = torch.arange(12).view(3, 4) % 7
+IDS = torch.arange(12).view(12, 1) % 7
 
 
 def wide_model(**changes):
@@ -53,7 +53,7 @@ def test_products_are_the_same_and_the_layers_are_put_back():
 @torch.no_grad()
 def test_a_bias_and_the_dtype_of_autocast():
     layer = nn.Linear(512, 256)
-    inputs = torch.randn(3, 5, 512, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(3, 1, 512, generator=torch.Generator().manual_seed(0))
     exact = layer(inputs)
     with torch.autocast("cpu", torch.bfloat16), PackedWeights(layer).used():
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -153,7 +153,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("bias", [True, False])
 def test_layers_with_one_input_are_one_product_and_others_have_their_own(bias, monkeypatch):
     attention, products = Attention(bias), []
-    x, y = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(0))
+    x, y = torch.randn(2, 5, 1, 256, generator=torch.Generator().manual_seed(0))
     expected = {inputs: attention(*inputs) for inputs in ((x, x, x), (x, y, y), (y, y, x))}
     packed = PackedWeights(attention)
     own = torch.ops.mkldnn._linear_pointwise
@@ -164,3 +164,15 @@ def test_layers_with_one_input_are_one_product_and_others_have_their_own(bias, m
         for inputs, outputs in expected.items():
             torch.testing.assert_close(attention(*inputs), outputs, rtol=0, atol=2e-6)
     assert len(products) == 1 + 2 + 2
+
+
+@torch.no_grad()
+def test_rows_of_several_tokens_are_the_layers_own(monkeypatch):
+    attention = Attention(bias=True)
+    x = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(0))
+    expected = attention(x, x, x)
+    packed = PackedWeights(attention)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)  # it is not called
+    with packed.used():
+        found = attention(x, x, x)
+    assert all(map(torch.equal, found, expected))
