@@ -25,6 +25,7 @@ BENCHMARKS = {  # part of the page -> the command behind tests/benchmarks/
     "dpo_bfloat16": "bench_dpo.py --steps 4 --dtype bfloat16",
     "dialogues": "bench_dpo.py --data dialogues --steps 3",
     "larger": "bench_dpo.py --size 45M --vocab 32768 --steps 3",
+    "epoch": "bench_epoch.py",
     "grpo": "bench_grpo.py --steps 2",
     "grpo_bfloat16": "bench_grpo.py --steps 2 --dtype bfloat16 --settings 'no checkpointing, quarters'",
     "group": "bench_group.py --steps 6",
@@ -59,7 +60,7 @@ How alignkit saves work:
 - **The head on trained tokens only**, in chunks: log-probs, entropy and statistics in one pass, computed again in backward
   unless there are few.
 - **The reference once.** Where the data are fixed its log-probs are stored (`reference.kind: cached`, the default); with
-  `reference.store` once for a whole sweep. The tables below keep it live on both sides.
+  `reference.store` once for a whole sweep. The tables of steps below keep it live on both sides.
 - **A frozen reference once per rollout.** Where the loss compares whole vocabularies and each rollout is one minibatch, the hidden
   states that its credit has read are the ones that its loss reads.
 - **The policy once, too**, there and wherever a credit reads it: its pass keeps the graph until the loss goes back through it, for as
@@ -91,6 +92,14 @@ Dialogues of five turns, so that prompts are long:
 A larger model and vocabulary:
 
 {larger}
+
+## A whole epoch
+
+What a user waits for: each side in a process of its own, from its start to its end, with imports, loading, tokenising, evaluation,
+checkpoints and the finished model. "Before the first step" holds the scoring by the reference where it is done once for all
+rows, which is alignkit's default and TRL's `precompute_ref_log_probs`. TRL evaluates in batches of the size it trains in.
+
+{epoch}
 
 ## A whole GRPO step
 
