@@ -60,12 +60,6 @@ class Bundle:
         return len(self.prompt) + sum(len(ids) for ids in self.completions)
 
 
-def stored(bundles: Sequence[Bundle], name: str, mask: Tensor) -> Tensor:
-    """Log-probs that the bundles carry under `name`, 0 outside the mask: [N, T] like it."""
-    rows = [row.float() for bundle in bundles for row in bundle.tokens[name]]
-    return torch.where(mask, stacked(rows, mask.shape[1]).to(mask.device), 0.0)
-
-
 def whole_lengths(bundles: Sequence[Bundle], device: torch.device) -> Tensor | None:
     """`TokenLogps.whole_lengths` of the completions of these bundles; None where they have none."""
     if not all("episode_tokens" in bundle.rows for bundle in bundles):

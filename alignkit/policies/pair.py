@@ -15,24 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from alignkit.batches import Bundle, Outputs, Plan, TokenLogps, stored, whole_lengths
+from alignkit.batches import Bundle, Outputs, Plan, TokenLogps, whole_lengths
 from alignkit.config.train import TrainConfig
 from alignkit.errors import CheckpointError, ModelError
 from alignkit.policies.dtensors import like
 from alignkit.policies.export import save_heads, save_model, with_fields
 from alignkit.policies.flat_logps import FlatLogps
 from alignkit.policies.head import AnchorLaws, AnchorStates
-from alignkit.policies.kept_passes import KeptPasses
 from alignkit.policies.layout import Layout, Rows, build_rows, micro_batches
 from alignkit.policies.lazy import changed
 from alignkit.policies.module import PolicyModule, causal_lm
 from alignkit.policies.reference import Anchor
+from alignkit.policies.rewinding import rewound
 from alignkit.policies.seen_states import SeenStates
 from alignkit.policies.sharded_export import save_sharded
 from alignkit.policies.sharding import Shards, check_launch, check_sharded, make_shards
 from alignkit.policies.slices import StoredTensors
 from alignkit.policies.stored_laws import IDS, StoredLaws
 from alignkit.policies.tensor_parallel import Own
+from alignkit.tensors import stacked
 
 SCORING_BUDGET = 8192  # tokens per forward without gradient
 RESCORED = 4  # bundles whose stored log-probs are compared with live ones
@@ -65,7 +66,6 @@ class PolicyPair:
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.shards = shards  # None: every process holds the weights whole
         self._seen = SeenStates()
-        self._passes = KeptPasses(base)
 
     @property
     def device(self) -> torch.device:
@@ -133,36 +133,28 @@ class PolicyPair:
         return self.logps(bundles, plan)
 
     def logps(
-        self, bundles: Sequence[Bundle], plan: Plan, *, anchors: bool = True, again: int = 0
+        self, bundles: Sequence[Bundle], plan: Plan, *, anchors: bool = True, again: bool = False
     ) -> TokenLogps:
         """Per-token log-probs of the N completions of `bundles`, with gradient iff it is enabled.
 
         With `anchors` also the plan's anchors (stored ones where every bundle has them, else live)
         and statistics; without, the policy alone. `again` says that the same micro-batch comes once
-        more before the next step, where one has at most so many tokens. Extras: "entropy"
-        (detached), "values", "log_partition", the statistics, with a gradient a router's "aux_loss".
+        more before the next step. Extras: "entropy" (detached), "values",
+        "log_partition", the statistics, and with a gradient "aux_loss" of a mixture of experts.
         """
         bundles, own = self._joined(bundles)
         rows = self._rows(bundles)
         known = self._known(bundles, plan, rows, anchors=anchors)
-        lasts = bool(again) and self.shards is None and self._lasts(plan)
+        laws = self._laws(bundles, plan, rows, again) if anchors else None
 
-        def compute() -> dict[str, Tensor]:
-            # A pass with a gradient keeps what its anchor gave.
-            waits = lasts and not torch.is_grad_enabled()
-            laws = self._laws(bundles, plan, rows, waits) if anchors else None
-            self.module.train(torch.is_grad_enabled())
-            wanted = (rows, plan.statistics if anchors else {}, laws)
-            with self._autocast():
-                return cast(dict[str, Tensor], self.module(*wanted, partition=plan.partition))
-
-        room = again if lasts and self.module is self.base else 0
-        is_kept = anchors and (room or self._passes.waiting)
-        results = self._passes.of(rows, plan, compute, room) if is_kept else compute()
+        self.module.train(torch.is_grad_enabled())
+        with self._autocast():
+            statistics = plan.statistics if anchors else {}
+            results = self.module(rows, statistics, laws, partition=plan.partition)
         extras = {name: rows.scatter(values) for name, values in results.items()}
 
         by_name = dict(known.anchors)
-        if "anchor" in extras:
+        if laws is not None:
             by_name[plan.anchors[0]] = extras.pop("anchor")
         return own(replace(known, policy=extras.pop("policy"), anchors=by_name, extras=extras))
 
@@ -193,18 +185,18 @@ class PolicyPair:
             if plan.statistics and name == plan.read_by_statistics:
                 continue
             if all(name in bundle.tokens for bundle in bundles):
-                by_name[name] = stored(bundles, name, rows.mask)
+                by_name[name] = self._stored(bundles, name, rows)
             else:
                 by_name[name] = rows.scatter(self._score(name, rows))
 
         sampled = all("behavior" in bundle.tokens for bundle in bundles)
-        behavior = stored(bundles, "behavior", rows.mask) if sampled else None
+        behavior = self._stored(bundles, "behavior", rows) if sampled else None
         unknown = torch.full(rows.shape, torch.nan, device=self.device).where(rows.mask, 0.0)
         whole = whole_lengths(bundles, rows.labels.device)
         return TokenLogps(unknown, by_name, rows.mask, behavior, {}, whole)
 
     def _laws(
-        self, bundles: Sequence[Bundle], plan: Plan, rows: Rows, waits: bool
+        self, bundles: Sequence[Bundle], plan: Plan, rows: Rows, again: bool
     ) -> AnchorLaws | None:
         """The next-token distributions of the anchor that statistics read, if they read one. It
         only lends its hidden states: the policy's head computes its log-probs chunk by chunk beside
@@ -216,12 +208,8 @@ class PolicyPair:
         anchor = self.anchors.get(name)
         if all(IDS in bundle.tokens for bundle in bundles):
             return StoredLaws.of(bundles, rows, None if anchor is None else anchor.vocabulary)
-        return self._seen.of(name, rows, self.states, waits)
-
-    def _lasts(self, plan: Plan) -> bool:
-        """Whether the anchor that statistics read, if they read one, stays as it is."""
-        anchor = self.anchors.get(plan.read_by_statistics or "")
-        return anchor is None or anchor.lasts
+        lasts = anchor is not None and anchor.lasts and self.shards is None
+        return self._seen.of(name, rows, self.states, again and lasts)
 
     @property
     def packing(self) -> float | None:
@@ -236,6 +224,12 @@ class PolicyPair:
         tokens; see `alignkit.policies.layout.micro_batches`.
         """
         return micro_batches(bundles, budget, self.layout, packing=self.packing)
+
+    def _stored(self, bundles: Sequence[Bundle], name: str, rows: Rows) -> Tensor:
+        """Log-probs that the bundles carry under `name`, [N, T], 0 outside the mask."""
+        values = [row.float() for bundle in bundles for row in bundle.tokens[name]]
+        flat = stacked(values, rows.shape[1])
+        return torch.where(rows.mask, flat.to(rows.labels.device), 0.0)
 
     @torch.no_grad()
     def _score(self, name: str, rows: Rows) -> Tensor:
@@ -313,6 +307,10 @@ class PolicyPair:
         scored = iter(rows.scatter(self._score("reference", rows)).cpu())
         return [[next(scored)[: len(ids)] for ids in bundle.completions] for bundle in bundles]
 
+    def rewound(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+        """Take steps inside the block that are undone at its end, bit for bit."""
+        return rewound(self.parameters(), optimizer)
+
     @contextmanager
     def model(self, name: str = "policy") -> Iterator[nn.Module]:
         """A transformers causal LM for generation, in evaluation mode: "policy" or an anchor. Only
@@ -329,14 +327,9 @@ class PolicyPair:
             base.eval()
             yield base.model
 
-    def forget(self) -> None:
-        """Give up what was to be read again."""
-        self._seen.clear()
-        self._passes.clear()
-
     def after_step(self, step: int) -> None:
         """Tell the anchors that optimiser step `step` (counted from 1) is done."""
-        self.forget()
+        self._seen.clear()
         for anchor in self.anchors.values():
             anchor.after_step(step, self.base)
 

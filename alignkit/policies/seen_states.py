@@ -28,7 +28,7 @@ class SeenStates:
         """The states of these rows by the anchor `name`: those that wait, or computed. If `waits`,
         these wait in their turn, where there is room for them.
         """
-        key = identity(name, rows) if waits or self._waiting else ()
+        key = _identity(name, rows) if waits or self._waiting else ()
         states = self._waiting.pop(key, None)
         if states is not None:
             self._bytes -= states.hidden.nbytes
@@ -46,7 +46,7 @@ class SeenStates:
         self._bytes = 0
 
 
-def identity(name: str, rows: Rows) -> tuple[object, ...]:
+def _identity(name: str, rows: Rows) -> tuple[object, ...]:
     """What hidden states depend on: the anchor, the tokens, what sees what, and which are read."""
     parts: tuple[Tensor, ...] = (rows.input_ids, rows.position_ids, rows.ends, rows.sources)
     return (name, rows.input_ids.shape, *(part.cpu().numpy().tobytes() for part in parts))

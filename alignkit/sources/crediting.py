@@ -71,8 +71,7 @@ class Crediting:
         gives_credit = FAMILIES[self.plan.data].credited
         reads_policy = gives_credit and self.plan.credit_reads_policy
         asked = reads_policy or self.correction is not None
-        # The loss has the same micro-batches where a rollout is not divided.
-        again = self.micro_batch_tokens if self.plan.minibatches == 1 else 0
+        again = self.plan.minibatches == 1  # then the loss has the same micro-batches
         logps = partial(self.pair.logps, plan=self.plan, again=again)
         known = logps if asked else partial(self.pair.known_logps, plan=self.plan)
         with self.pair.together():  # ranks may have different numbers of chunks

@@ -126,7 +126,6 @@ class Reducer:
             "out of memory: train.micro_batch_tokens is %d from here on; this changes no gradient",
             self.budget,
         )
-        self.pair.forget()
         for parameter in self.pair.parameters():
             parameter.grad = None
 

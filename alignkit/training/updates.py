@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from alignkit.policies.pair import PolicyPair
-from alignkit.policies.rewinding import rewound
 
 Metrics = dict[str, float]
 Collect = Callable[[], Any]
@@ -39,7 +38,7 @@ def extragradient(
     and optimiser state are restored exactly.
     """
     backward(collect())
-    with rewound(pair.parameters(), optimizer):
+    with pair.rewound(optimizer):
         optimizer.step()
         optimizer.zero_grad()
         bundles = collect()

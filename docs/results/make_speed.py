@@ -68,8 +68,6 @@ How alignkit saves work:
   `reference.store` once for a whole sweep. The tables of steps below keep it live on both sides.
 - **A frozen reference once per rollout.** Where the loss compares whole vocabularies and each rollout is one minibatch, the hidden
   states that its credit has read are the ones that its loss reads.
-- **The policy once, too**, there and wherever a credit reads it: its pass keeps the graph until the loss goes back through it, for as
-  many tokens as one micro-batch may have.
 - **No pass over a rollout that nobody reads.** Where an objective's credit needs scores alone, as GRPO's does, the policy is asked
   once, with the gradient; one prompt's completions show whether sampler and trainer agree.
 - **CVaR without a sort**: the boundary of the tail is searched for in bins.

@@ -12,7 +12,6 @@ from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig, T
 from alignkit.errors import CheckpointError, ConfigError, ModelError
 from alignkit.policies.folding import merge
 from alignkit.policies.load import load_pair
-from alignkit.policies.rewinding import rewound
 from alignkit.rollout import HFSampler
 from alignkit.tensors import gather_logps
 
@@ -228,7 +227,7 @@ def test_rewound_is_bit_exact(folder, adapter, steps_before):
     weights = weights_of(pair)
     state = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
     random_state = torch.random.get_rng_state()
-    with rewound(pair.parameters(), optimizer):
+    with pair.rewound(optimizer):
         step(pair, bundles, optimizer=optimizer)
         torch.rand(1)
         optimizer.param_groups[0]["lr"] = 5.0

@@ -10,7 +10,7 @@ from alignkit.batches import Plan
 from alignkit.config.model import ModelConfig, ReferenceConfig
 from alignkit.kl import exact
 from alignkit.objectives.online.rpg import RPG
-from alignkit.policies import kept_passes, seen_states
+from alignkit.policies import seen_states
 from alignkit.policies.load import load_pair
 from alignkit.policies.pair import PolicyPair
 from alignkit.training.loop import train
@@ -61,15 +61,12 @@ def test_states_wait_for_their_own_rows_until_the_next_step(tmp_path, asked):
         (lambda: pair.after_step(1), 3),
         (lambda: pair.logps(bundles, WITH_KL), 4),
     ]:
-        with torch.no_grad():
-            act()
+        act()
         assert len(asked) == readings
 
 
 def test_a_run_is_the_same_without_room_for_states(tmp_path, asked, monkeypatch):
     trained = []
-    # A pass that is kept asks no anchor again.
-    monkeypatch.setattr(kept_passes, "_repeats", lambda policy: False)
     model = save_model(tmp_path / "model")
     for limit in (seen_states.LIMIT, 0):
         monkeypatch.setattr(seen_states, "LIMIT", limit)
