@@ -45,6 +45,8 @@ def why_unfit(settings: Mapping[str, Any], use: Use) -> str | None:
     if reason is not None:
         return f"peft_type {kind} {reason}; {SUPPORTED}"
 
+    if kind == "ADAMSS" and settings.get("use_asa") and use != "read":
+        return "use_asa needs calls of its own between the steps; leave it out"
     if settings.get("alora_invocation_tokens"):
         return (
             "alora_invocation_tokens begins the adapter where peft finds these tokens in a row by "

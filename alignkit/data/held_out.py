@@ -25,7 +25,7 @@ def unlike_trained(config: DataConfig, stream: str | None = None) -> list[str]:
     trained = {source.source for source in config.sources()}
     return [
         f"warning: the held-out rows are those of {held.source}, of which nothing is trained on; set "
-        f"{_field(name, stream)} to rows like those that are trained on, or to null"
+        f"{_field(name, stream)} to rows like those that are trained on, or {_none(name, stream)}"
         for name, held in config.held_out_sources().items()
         if held.source.startswith("task:") and held.source not in trained
     ]
@@ -40,6 +40,11 @@ def _advice(config: DataConfig, name: str, stream: str | None) -> str:
         f"{advice} those of data.train (data.split and data.eval_split take parts of one source), or "
         "data.eval=null"
     )
+
+
+def _none(name: str, stream: str | None) -> str:
+    """How to hold out nothing here: a set among several can only be left out."""
+    return "leave it out" if name or stream is not None else "set it to null"
 
 
 def _field(name: str, stream: str | None) -> str:

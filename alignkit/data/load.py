@@ -117,8 +117,8 @@ def load_held_out(
     on them. `load` and `resolve` are those of `load_mixture`.
 
     `fits` checks rows of a source and has notes on them; those that are `training` rows too are
-    noted, unless a task made them. `stream` is the name of the stream whose rows they are. Raises as `load`, `fits`
-    and `check_held_out` do; a DataError says which held-out rows it is about.
+    noted, unless a task made them. `stream` is the name of the stream whose rows they are. Raises
+    as `load`, `fits` and `check_held_out` do; a DataError says which held-out rows it is about.
     """
     sets: dict[str, Sequence[Any]] = {}
     notes = unlike_trained(config, stream)
@@ -126,8 +126,9 @@ def load_held_out(
         with about_held_out(config, name, stream):
             rows, report = load(config.reading(source), resolve(source))
             notes += [*report.lines(), *fits(rows, report.source)]
-        if not source.source.startswith("task:"):  # a task's few rows may be in both of its parts
-            notes += check_held_out(training, rows, report.source)
+            # A task's few rows may be in both of its parts.
+            if not source.source.startswith("task:"):
+                notes += check_held_out(training, rows, report.source)
         sets[name] = rows
     return sets, notes
 
@@ -254,9 +255,7 @@ def check_held_out(
         return []
     if seen == len(evaluation):
         raise DataError(
-            f"{where}: every row of data.eval is a row of data.train too, so nothing is held out; "
-            "give other rows, name another split of the set with data.eval_split, "
-            "or leave data.eval empty"
+            f"{where}: every held-out row is trained on too, so nothing is held out; give other rows"
         )
     return [f"{where}: {seen} of {len(evaluation)} held-out rows are trained on too"]
 

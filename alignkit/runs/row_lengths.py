@@ -61,8 +61,8 @@ def _tokens_of(bundle: Bundle) -> int:
 
 
 def check_prompt_lengths(context: RunContext, prompts: Sequence[Prompt], where: str) -> list[str]:
-    """No note: DataError where a prompt leaves no room for `rollout.max_new_tokens`, which sampling would
-    refuse in the step that draws it.
+    """An empty list. DataError where a prompt leaves no room for `rollout.max_new_tokens`, which
+    sampling would refuse in the step that draws it.
     """
     limit, _ = _positions(context)
     rollout = context.recipe.rollout

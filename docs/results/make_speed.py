@@ -61,7 +61,7 @@ How alignkit saves work:
 - **The last layer on what is read.** Of a prompt nothing but the last token's state goes into the head, so the last layer of the
   Llama family computes keys and values for the others, and nothing else (in packed rows on a CPU). Its norms and rotations are
   functions with gradients of their own, and attention reads keys and values where they lie.
-- **Two of three inner tensors** of a gated MLP are kept for backward; the third is computed again.
+- **Three of four inner tensors** of a gated MLP are kept for backward in those layers; the fourth is computed again.
 - **The head on trained tokens only**, in chunks: log-probs, entropy and statistics in one pass, computed again in backward
   unless there are few.
 - **The reference once.** Where the data are fixed its log-probs are stored (`reference.kind: cached`, the default); with
@@ -152,8 +152,8 @@ What many rows cost before the first step is measured by `python tests/benchmark
 
 {profile}
 
-oneDNN multiplies in float32 about a tenth faster than MKL, which torch calls, on the AMD processor of these tables. Packed rows do not use
-it: it keeps half a MiB of code for each shape that it has seen, and rows of any length are a new one in each step.
+Packed rows do not use oneDNN in float32, though it is the faster one on some processors: it keeps code for each shape that it has
+multiplied, and rows of any length are a new one in each step.
 
 In float32 the matrix products are most of a step: however good the rest, the ratio to a setting of TRL cannot pass TRL's own
 ratio to the floor, which is the ratio in the table divided by "floor / step". Long prompts add attention; in bfloat16 the

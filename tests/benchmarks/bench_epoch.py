@@ -4,14 +4,16 @@
     [--sides alignkit ...]
 
 Each side is a process of its own, one after the other, from the interpreter's start to its end:
-imports, loading, tokenising, one epoch in batches of 8, an evaluation on held-out rows and a
-checkpoint in the middle and at the end, and the finished model. All sides see the same rows in the
+imports, loading, tokenising, one epoch in batches of 8, an evaluation on held-out rows in the middle
+and at the end, checkpoints in the middle and, where that side writes one, at the end, and the finished
+model. All sides see the same rows in the
 same order, with the same learning rate and beta, so that their last evaluation must agree; where it
 does not, the command fails. The table goes to stdout as Markdown.
 """
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -103,7 +105,8 @@ def run_alignkit(folder: Path, rows: int, overrides: list[str]) -> dict[str, flo
         f"train.save_every={half}", "train.log_samples_every=0",
     ]  # fmt: skip
     result = run_recipe(load_recipe("dpo", [*settings, *overrides]))
-    return {**watch.times(), "loss": result.metrics["eval_loss"]}
+    saved = len(list((folder / "alignkit").rglob("step-*")))
+    return {**watch.times(), "loss": result.metrics["eval_loss"], "checkpoints": saved}
 
 
 def run_trl(folder: Path, rows: int, fields: dict[str, Any]) -> dict[str, float]:
@@ -148,7 +151,8 @@ def run_trl(folder: Path, rows: int, fields: dict[str, Any]) -> dict[str, float]
     trainer.train()
     trainer.save_model()
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
-    return {**watch.times(), "loss": losses[-1]}
+    saved = len(list((folder / "trl").glob("checkpoint-*")))
+    return {**watch.times(), "loss": losses[-1], "checkpoints": saved}
 
 
 def read(file: Path) -> list[dict[str, str]]:
@@ -227,20 +231,24 @@ def report(folder: Path, given: argparse.Namespace) -> None:
     machine = torch.cuda.get_device_name() if GPU else f"{torch.get_num_threads()} threads"
     print(
         f"\nA DPO epoch of {given.rows} GSM8K pairs, batch {BATCH}, two evaluations on {given.held_out} "
-        f"held-out pairs, two checkpoints, {given.size}, vocabulary {given.vocab}, float32, {machine}; seconds\n"
+        f"held-out pairs, {given.size}, vocabulary {given.vocab}, float32, {machine}; seconds\n"
     )
     ratios = "".join(f" time / {side} |" for side in ours)
     print(
         "| side | whole process | before the first step | training | evaluation | saving "
-        f"| last held-out loss | difference |{ratios}\n" + "|---" * (8 + len(ours)) + "|"
+        f"| checkpoints | last held-out loss | difference |{ratios}\n"
+        + "|---" * (9 + len(ours))
+        + "|"
     )
     for side, run in runs.items():
         parts = ("whole", "before", "training", "evaluation", "saving")
         shares = "".join(f" {run['whole'] / runs[other]['whole']:.2f} |" for other in ours)
         print(
             f"| {side} | {' | '.join(f'{run[part]:.1f}' for part in parts)} "
-            f"| {run['loss']:.5f} | {abs(run['loss'] - base):.1e} |{shares}"
+            f"| {run['checkpoints']:.0f} | {run['loss']:.5f} | {abs(run['loss'] - base):.1e} |{shares}"
         )
+    if abs(base - math.log(2)) <= 10 * AGREEMENT:
+        raise SystemExit(f"the loss is still {base:.5f}, that of no training at all; give more rows")
     apart = [side for side, run in runs.items() if not abs(run["loss"] - base) <= AGREEMENT]
     if apart:
         raise SystemExit(

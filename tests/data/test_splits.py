@@ -108,7 +108,7 @@ def test_the_same_rows_on_both_sides_are_refused_and_shared_ones_are_counted(kin
         )[0],
     ):
         training = load(rows)
-        with pytest.raises(DataError, match=r"^there: every row of data.eval is a row of data"):
+        with pytest.raises(DataError, match=r"^there: every held-out row is trained on too"):
             check_held_out(training, load(rows[1:3]), "there")
         notes = check_held_out(training, load([*rows_of("z"), rows[0]]), "there")
         assert notes == ["there: 1 of 3 held-out rows are trained on too"]

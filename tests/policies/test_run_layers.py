@@ -227,7 +227,7 @@ def test_a_model_can_be_saved_whole_and_hooks_keep_what_they_saw():
         assert torch.equal(output, at_the_time)
 
 
-def test_a_gated_mlp_keeps_two_of_its_three_inner_tensors():
+def test_the_gate_of_an_mlp_keeps_its_two_operands_alone():
     gate, up = (torch.randn(5, 7, requires_grad=True) for _ in range(2))
     kept = []
 
