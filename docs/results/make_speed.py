@@ -29,7 +29,7 @@ BENCHMARKS = {  # part of the page -> the command behind tests/benchmarks/
     "dialogues_bfloat16": f"bench_dpo.py --data dialogues --steps 3 --dtype bfloat16 --settings {FASTER}",
     "larger": f"bench_dpo.py --size 45M --vocab 32768 --steps 3 --settings {FASTER}",
     "epoch": "bench_epoch.py",
-    "grpo": "bench_grpo.py --steps 2",
+    "grpo": "bench_grpo.py --steps 2 --settings 'no checkpointing, quarters' 'checkpointing, quarters'",
     "grpo_bfloat16": "bench_grpo.py --steps 2 --dtype bfloat16 --settings 'no checkpointing, quarters'",
     "group": "bench_group.py --steps 6",
     "radpo": "bench_radpo.py",
@@ -107,6 +107,8 @@ rows, which is alignkit's default and TRL's `precompute_ref_log_probs`. TRL eval
 {epoch}
 
 ## A whole GRPO step
+
+Sampling, scores and update, beside TRL with updates in quarters of the batch, which are its faster ones here.
 
 {grpo}
 
