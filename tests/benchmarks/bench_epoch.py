@@ -248,7 +248,9 @@ def report(folder: Path, given: argparse.Namespace) -> None:
             f"| {run['checkpoints']:.0f} | {run['loss']:.5f} | {abs(run['loss'] - base):.1e} |{shares}"
         )
     if abs(base - math.log(2)) <= 10 * AGREEMENT:
-        raise SystemExit(f"the loss is still {base:.5f}, that of no training at all; give more rows")
+        raise SystemExit(
+            f"the loss is still {base:.5f}, that of no training at all; give more rows"
+        )
     apart = [side for side, run in runs.items() if not abs(run["loss"] - base) <= AGREEMENT]
     if apart:
         raise SystemExit(
