@@ -158,10 +158,16 @@ Packed rows do not use oneDNN in float32, though it is the faster one on some pr
 multiplied, and rows of any length are a new one in each step.
 
 In float32 the matrix products are most of a step: however good the rest, the ratio to a setting of TRL cannot pass TRL's own
-ratio to the floor, which is the ratio in the table divided by "floor / step". Long prompts add attention; in bfloat16 the
-products are so fast that attention and elementwise operations weigh as much. Memory: the libraries, the weights, the reference,
-gradients and Adam's moments are there whatever the activations take. Sampling is bound by the products of 64 rows,
-at the machine's full speed, and by reading the keys and values of the completions' own tokens.
+ratio to the floor, which is the ratio in the table divided by "floor / step". Long prompts add attention, in torch's kernel, which
+multiplies at about half the speed of a large product; cut into smaller stretches it was no faster. In bfloat16 the products are so
+fast that attention and elementwise operations weigh as much. Memory: the libraries, the weights, the reference, gradients and Adam's
+moments are there whatever the activations take.
+
+Sampling is bound by the products of 64 rows, at the machine's full speed, by reading the keys and values of the completions' own
+tokens, at the memory's, and by some hundred small operations for each token, which are the last column. vLLM computes the same
+products and has a kernel for each of the other parts; two threads with half of the rows each are no faster here, because they wait for
+Python. A small model's step is half products, for its six forwards' worth of them (sampling, two scorings, and three for the update),
+and half small operations.
 
 No GPU was at hand: flex attention's gradients and the benchmark's GPU shapes were never run.
 """
