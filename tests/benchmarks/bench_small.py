@@ -5,7 +5,8 @@
 
 The reward is the share of a sequence of digits that is continued rightly. What is left of a step
 beside its parts is the loop's own: metrics, the log, the average of the weights. The table goes to
-stdout as Markdown. To compare two versions, run each with the other's folder in PYTHONPATH.
+stdout as Markdown. To compare two versions, run each with the other's folder in PYTHONPATH. On a
+machine that others use, set GOMP_SPINCOUNT=1000, as the `alignkit` command does for itself.
 """
 
 import argparse
