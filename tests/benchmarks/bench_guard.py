@@ -16,6 +16,7 @@ from pathlib import Path
 from bench_dpo import Ours
 from world import pairs, write_world
 
+from alignkit import files
 from alignkit.config.train import TrainConfig
 from alignkit.training import checkpoint
 from alignkit.training.guard import Guard
@@ -53,7 +54,7 @@ def main() -> None:
     guard, hashing = Clock(), Clock()
     for name in ("watch_logps", "watch_terms", "check"):
         guard.around(Guard, name)
-    hashing.around(checkpoint, "sha256")
+    hashing.around(files, "sha256_of_files")
     with tempfile.TemporaryDirectory() as place:
         ours = Ours(
             write_world(Path(place), options.size),
