@@ -33,7 +33,7 @@ from alignkit.policies.sharding import Shards, check_launch, check_sharded, make
 from alignkit.policies.slices import StoredTensors
 from alignkit.policies.stored_laws import IDS, StoredLaws
 from alignkit.policies.tensor_parallel import Own
-from alignkit.tensors import stacked
+from alignkit.tensors import check_same_shape, stacked
 
 SCORING_BUDGET = 8192  # tokens per forward without gradient
 RESCORED = 4  # bundles whose stored log-probs are compared with live ones
@@ -229,6 +229,7 @@ class PolicyPair:
         """Log-probs that the bundles carry under `name`, [N, T], 0 outside the mask."""
         values = [row.float() for bundle in bundles for row in bundle.tokens[name]]
         flat = stacked(values, rows.shape[1])
+        check_same_shape(stored=flat, mask=rows.mask)
         return torch.where(rows.mask, flat.to(rows.labels.device), 0.0)
 
     @torch.no_grad()

@@ -144,10 +144,7 @@ def _through_mlp(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
 
 
 def _gated(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    """An MLP's inner states, activation(gate) up; its operands serve nothing else."""
-    if not torch.is_grad_enabled():
-        open_gate: Tensor = activation(gate)
-        return open_gate.mul_(up)
+    """An MLP's inner states, activation(gate) up."""
     if type(activation) is nn.SiLU or _is_of(activation, ("SiLUActivation",)):
         inner: Tensor = _SiLUGate.apply(gate, up)  # type: ignore[no-untyped-call]
         return inner
@@ -253,8 +250,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _SiLUGate(torch.autograd.Function):
-    """silu(gate) up. Backward computes silu(gate) again, which is a quarter of what an MLP would
-    keep for it.
+    """silu(gate) up, of tensors of one shape. Backward computes silu(gate) again, where autograd would
+    keep it.
     """
 
     @staticmethod

@@ -118,11 +118,12 @@ class _Product:
         self.parts: Sequence[Tensor] = ()
 
     def __call__(self, number: int, inputs: Tensor) -> Tensor:
-        """The output of layer `number`: one token of each row goes through the packed weights.
+        """The output of layer `number`, by the packed weights where there is one token of each row.
 
-        Prompts do not. Their lengths are of all kinds, and oneDNN keeps what it has made for each.
+        Prompts are left to the layer: oneDNN keeps code for each shape that it has seen, and prompts
+        have all kinds of lengths.
         """
-        if inputs.shape[-2] != 1:
+        if inputs.dim() != 3 or inputs.shape[1] != 1:
             return nn.Linear.forward(self.layers[number], inputs)
         if number == 0 or inputs is not self.inputs:
             self.inputs = inputs

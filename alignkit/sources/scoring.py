@@ -200,7 +200,7 @@ def rollout_metrics(
     if plan.feedback == "reward":
         values["reward"] = [value for row in scores for value in row.tolist()]
         values["reward_std"] = [float(row.std()) if len(row) > 1 else 0.0 for row in scores]
-        values["frac_reward_zero_std"] = list(_agree(scores))
+        values["frac_reward_zero_std"] = _agree(scores)
         # Completions that lost all others to compare them with: their advantage is 0.
         values["rollout/groups_of_one"] = [
             len(left) == 1 < len(row) for row, left in zip(samples, every_score) if left is not None
@@ -258,15 +258,15 @@ def _with_a_score(
     return [episode for episode, _ in scored], [score for _, score in scored]
 
 
-def _agree(scores: Sequence[Tensor]) -> list[bool]:
-    """Of each prompt, whether the scores [K] of its completions are one and the same."""
+def _agree(scores: Sequence[Tensor]) -> list[float]:
+    """1 for each prompt whose completions have one and the same score, else 0; `scores` are [K]."""
     if not scores:
         return []
     sizes = torch.tensor([len(row) for row in scores])
     alike = constant_groups(
         torch.cat(list(scores)), torch.arange(len(sizes)).repeat_interleave(sizes)
     )
-    return [bool(row.all()) for row in alike.split(sizes.tolist())]
+    return [float(row.all()) for row in alike.split(sizes.tolist())]
 
 
 class FlatScores:

@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
-# The two of TRL's four settings that are the faster ones in the first table, for the tables that take long.
+# For the tables that take long: the two of TRL's four settings that are the faster ones in the first table.
 FASTER = "'no checkpointing, 2 x 4' 'checkpointing, 2 x 4'"
 BENCHMARKS = {  # part of the page -> the command behind tests/benchmarks/
     "dpo_float32": "bench_dpo.py --steps 5",
@@ -88,7 +88,7 @@ its checkpointing": with `model.gradient_checkpointing=true` on alignkit's side.
 
 {dpo_bfloat16}
 
-Dialogues of five turns, so that prompts are long, beside the faster two of TRL's settings:
+Dialogues of five turns, so that prompts are long, beside the two of TRL's settings that are the faster ones above:
 
 {dialogues}
 
@@ -108,7 +108,7 @@ rows, which is alignkit's default and TRL's `precompute_ref_log_probs`. TRL eval
 
 ## A whole GRPO step
 
-Sampling, scores and update, beside TRL with updates in quarters of the batch, which are its faster ones here.
+Sampling, scores and update, beside TRL with updates in quarters of the batch, which cost it fewer pads.
 
 {grpo}
 
@@ -154,20 +154,15 @@ What many rows cost before the first step is measured by `python tests/benchmark
 
 {profile}
 
-Packed rows do not use oneDNN in float32, though it is the faster one on some processors: it keeps code for each shape that it has
-multiplied, and rows of any length are a new one in each step.
-
 In float32 the matrix products are most of a step: however good the rest, the ratio to a setting of TRL cannot pass TRL's own
-ratio to the floor, which is the ratio in the table divided by "floor / step". Long prompts add attention, in torch's kernel, which
-multiplies at about half the speed of a large product; cut into smaller stretches it was no faster. In bfloat16 the products are so
-fast that attention and elementwise operations weigh as much. Memory: the libraries, the weights, the reference, gradients and Adam's
+ratio to the floor, which is the ratio in the table divided by "floor / step". Long prompts add attention; in bfloat16 the
+products are so fast that attention and elementwise operations weigh as much. Memory: the libraries, the weights, the reference, gradients and Adam's
 moments are there whatever the activations take.
 
 Sampling is bound by the products of 64 rows, at the machine's full speed, by reading the keys and values of the completions' own
-tokens, at the memory's, and by some hundred small operations for each token, which are the last column. vLLM computes the same
-products and has a kernel for each of the other parts; two threads with half of the rows each are no faster here, because they wait for
-Python. A small model's step is half products, for its six forwards' worth of them (sampling, two scorings, and three for the update),
-and half small operations.
+tokens, at the memory's, and by hundreds of small operations for each token, which are the last column. vLLM computes the same
+products and has a kernel for each of the other parts. A small model's online step has six forwards' worth of products, one of them in
+sampling, two in scoring by policy and reference and three in the update, and beside them thousands of small operations.
 
 No GPU was at hand: flex attention's gradients and the benchmark's GPU shapes were never run.
 """

@@ -5,10 +5,12 @@
 
 Each side is a process of its own, one after the other, from the interpreter's start to its end:
 imports, loading, tokenising, one epoch in batches of 8, an evaluation on held-out rows in the middle
-and at the end, checkpoints in the middle and, where that side writes one, at the end, and the finished
-model. All sides see the same rows in the
-same order, with the same learning rate and beta, so that their last evaluation must agree; where it
-does not, the command fails. The table goes to stdout as Markdown.
+and at the end, checkpoints, and the finished model. A checkpoint is asked for in the middle and at
+the end; alignkit leaves out the last one unless its evaluation is the best.
+
+All sides see the same rows in the same order, with the same learning rate and beta, so that their
+last evaluation must agree; where it does not, the command fails. The table goes to stdout as
+Markdown.
 """
 
 import argparse

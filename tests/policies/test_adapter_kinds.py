@@ -126,6 +126,15 @@ def test_the_field_of_a_recipe_is_refused(kind):
     assert why_unfit({"peft_type": kind}, "read") is None or kind in UNREADABLE
 
 
+def test_adamss_is_trained_without_its_adaptive_steps_alone():
+    adaptive = {"peft_type": "ADAMSS", "use_asa": True}
+    with pytest.raises(ValidationError, match="use_asa needs calls of its own between the steps"):
+        AdapterConfig(peft=adaptive)
+    assert "use_asa" in why_unfit(adaptive, "continued")
+    assert why_unfit(adaptive, "read") is None
+    assert AdapterConfig(peft={**adaptive, "use_asa": False}).peft["peft_type"] == "ADAMSS"
+
+
 # How the layers of the tiny model can be changed; all others with a rank of 2.
 FITTING = {
     "BEFT": {"target_modules": ["v_proj"]},

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignkit.batches import Draw, Plan
 from alignkit.config.model import AdapterConfig, ModelConfig, ReferenceConfig, TargetConfig
-from alignkit.errors import CheckpointError, ConfigError, ModelError
+from alignkit.errors import CheckpointError, ConfigError, ModelError, ShapeError
 from alignkit.policies.folding import merge
 from alignkit.policies.load import load_pair
 from alignkit.rollout import HFSampler
@@ -363,6 +363,11 @@ def test_behaviour_log_probs_come_from_the_bundles(folder):
     )
     tokens = make(folder, "frozen").logps([stored], PAIRS)
     assert tokens.behavior.tolist() == [[-1.0, 0.0, -3.0], [-4.0, 0.0, 0.0]]
+
+    # One row for two completions would otherwise count for both.
+    stored.tokens["behavior"].pop()
+    with pytest.raises(ShapeError, match="shapes differ"):
+        make(folder, "frozen").logps([stored], PAIRS)
 
 
 def test_kinds_that_cannot_work_are_refused(folder):

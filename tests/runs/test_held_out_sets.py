@@ -211,14 +211,16 @@ def test_held_out_rows_of_a_task_that_is_not_trained_on_are_noted():
 
     (note,) = noted("mine.jsonl", "task:reviews")
     assert "task:reviews, of which nothing is trained on; set data.eval to" in note
+    assert note.endswith("or set it to null")
     (note,) = noted("mine.jsonl", {"near": "held.jsonl", "far": "task:reviews"})
     assert "set data.eval.far to" in note
+    assert note.endswith("or leave it out")
     assert noted("task:reviews", "task:reviews") == noted("mine.jsonl", "held.jsonl") == []
 
 
 def test_held_out_rows_that_are_all_trained_on_are_refused_from_python_too(world, tmp_path):
     rows = pair_rows(4)
-    with pytest.raises(DataError, match="so nothing is held out"):
+    with pytest.raises(DataError, match=r"so nothing is held out; .* these are the held-out rows"):
         alignkit.train(
             alignkit.DPO(),
             model=world / "model",
